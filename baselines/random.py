@@ -1,0 +1,18 @@
+"""Random: a uniform draw, the baseline that every other method has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from staff.selection import Coreset, Draws, ScorePool, check_budget
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform without replacement; scores nothing and costs nothing."""
+
+    def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
+        check_budget(budget, len(pool.ids))
+        return Coreset(rng.choose("pick", np.arange(len(pool.ids)), budget))

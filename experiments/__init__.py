@@ -1,0 +1,1 @@
+"""The Hydra application, its report and its benchmarks."""

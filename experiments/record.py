@@ -1,0 +1,249 @@
+"""One run, from its configuration to its record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from staff import tracking
+from staff.artifacts import STAGE_VERSIONS, Artifact, Charges, Store
+from staff.cost import Cost
+from staff.data import Sample, Task, TokenizedSamples, fitting, tokenize
+from staff.errors import UserError
+from staff.evaluate import check_metrics, evaluated, measure, read_predictions
+from staff.finetune import FinetuneSettings, finetune_key, finetuned
+from staff.models import Family
+from staff.pool import Pool
+from staff.selection import Coreset, SelectionMethod, budget_for
+
+ROOT = Path(__file__).resolve().parents[1]
+log = logging.getLogger("staff")
+
+# What does not change a run's numbers, or is known better by content than by name.
+NOT_IN_FINGERPRINT = ("tracking", "results_dir", "store_dir", "scoring", "evaluation", "seed")
+
+
+class Run:
+    """Checks its configuration and reads its data when made; loads a model only when a stage needs one.
+
+    Raises:
+        UserError: bad configuration or data.
+    """
+
+    def __init__(self, cfg: DictConfig, choices: dict[str, Any]):
+        self.cfg, self.choices = cfg, choices
+        self.method: SelectionMethod = instantiate(cfg.method, _convert_="all")
+        self.settings: FinetuneSettings = instantiate(cfg.finetune, _convert_="all")
+        self.family: Family = instantiate(cfg.family, _convert_="all")
+        self.task: Task = instantiate(cfg.task, _convert_="all")
+        check_metrics(self.task.metrics)
+        for name in ("selection_seed", "finetune_seed"):
+            if not isinstance(cfg[name], int) or cfg[name] < 0:
+                raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0.")
+        fixed = getattr(self.method, "pruning_rate", None)
+        self.pruning_rate = cfg.pruning_rate if fixed is None else fixed
+        self.train, self.test = self.task.load("train"), self.task.load("test")
+        if fixed is None:
+            budget_for(self.pruning_rate, len(self.train))  # refuse a bad rate before anything is loaded
+        self.store = Store(cfg.store_dir, workers=_workers(cfg))
+        self.started = datetime.now(UTC)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration; a method with a pruning rate of its own shows that one."""
+        config = OmegaConf.to_container(self.cfg, resolve=True)
+        assert isinstance(config, dict)
+        config.pop("hydra", None)
+        return {**{str(k): v for k, v in config.items()}, "pruning_rate": self.pruning_rate}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of exactly what determines the run's numbers."""
+        content = {k: v for k, v in self.config.items() if k not in NOT_IN_FINGERPRINT}
+        content["family"] = [self.family.target.identity(), self.family.small.identity()]
+        content["task"] = {k: v for k, v in content["task"].items() if k != "data_dir"}
+        content["data"] = [_digest(self.train), _digest(self.test)]
+        content["versions"] = STAGE_VERSIONS
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        parts = [self.choices.get(group) or "custom" for group in ("family", "task", "method")]
+        return f"{'-'.join(parts)}-p{self.pruning_rate:g}-s{self.cfg.finetune_seed}-{self.fingerprint[:8]}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.results_dir) / "runs" / self.name
+
+    @property
+    def recorded(self) -> bool:
+        return (self.folder / "metrics.json").is_file()
+
+    @cached_property
+    def tokenized(self) -> tuple[TokenizedSamples, TokenizedSamples, TokenizedSamples]:
+        """Training samples for the small model and for the target, test samples for the target."""
+        target = self.family.target.tokenizer()
+        small = [tokenize(self.train, self.family.small.tokenizer()), tokenize(self.train, target)]
+        keep = fitting(small, self.settings.max_length, self.task.too_long)
+        test = tokenize(self.test, target)
+        return small[0].take(keep), small[1].take(keep), test
+
+    @cached_property
+    def pool(self) -> Pool:
+        for_small, for_target, _ = self.tokenized
+        seed, batch_tokens = self.cfg.selection_seed, self.cfg.scoring.batch_tokens
+        return Pool(for_small, for_target, self.family, self.settings, self.store, seed, batch_tokens)
+
+    @property
+    def budget(self) -> int:
+        fixed = {0.0: len(self.pool.ids), 1.0: 0}
+        own = getattr(self.method, "pruning_rate", None)
+        return budget_for(self.pruning_rate, len(self.pool.ids)) if own is None else fixed[own]
+
+    def select(self) -> tuple[Artifact, Coreset]:
+        return self.pool.select(self.method, self.budget)
+
+    def finetune(self, coreset: Coreset) -> Artifact | None:
+        """The target fine-tuned on the coreset; the raw target where that is empty."""
+        if not len(coreset.indices):
+            return None
+        samples = self.pool.for_target.take(coreset.indices)
+        settings, seed = self.settings, self.cfg.finetune_seed
+        return finetuned(self.store, self.family.target, samples, settings, settings.epochs, seed)
+
+    def evaluate(self, tuned: Artifact | None) -> Artifact:
+        return evaluated(
+            self.store,
+            self.family.target,
+            tuned,
+            self.tokenized[2],
+            kind=self.settings.kind,
+            max_new_tokens=self.task.max_new_tokens,
+            batch_tokens=self.cfg.evaluation.batch_tokens,
+        )
+
+    def record(self, chosen: Artifact, coreset: Coreset, tuned: Artifact | None, answered: Artifact) -> Path:
+        """Write predictions.parquet, coreset.csv, regions.csv and, last, metrics.json; then mirror it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        predictions, lengths = read_predictions(answered)
+        metrics, per_sample = measure(self.task.metrics, predictions, [s.references for s in self.test])
+        answers = {"id": [s.id for s in self.test], "prediction": predictions, "tokens": lengths}
+        pd.DataFrame(answers).join(per_sample).to_parquet(self.folder / "predictions.parquet")
+        table = pd.DataFrame({"id": self.pool.ids, **coreset.scores}).iloc[coreset.indices]
+        table.to_csv(self.folder / "coreset.csv", index=False)
+        if len(coreset.diagnostics):
+            coreset.diagnostics.to_csv(self.folder / "regions.csv", index=False)
+        record = {
+            "run": {
+                "name": self.name,
+                "fingerprint": self.fingerprint,
+                **{group: self.choices.get(group) for group in ("experiment", "family", "task", "method")},
+                "pruning_rate": self.pruning_rate,
+                **{k: self.cfg[k] for k in ("seed", "selection_seed", "finetune_seed")},
+                "started": self.started.isoformat(timespec="seconds"),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+            "metrics": {**metrics, "output_tokens": sum(lengths) / len(lengths)},
+            "overhead": self._overhead(chosen, tuned),
+            "finetuning": _cost(tuned),
+            "evaluation": _cost(answered),
+            "coreset": {
+                "fingerprint": chosen.fingerprint,
+                "size": len(coreset.indices),
+                "filled": coreset.filled,
+                "notes": list(coreset.notes),
+            },
+            "counts": {
+                "pool": len(self.pool.ids),
+                "dropped_too_long": len(self.train) - len(self.pool.ids),
+                "budget": self.budget,
+                "selected": len(coreset.indices),
+                "trained": len(coreset.indices) if tuned else 0,
+                "test": len(self.test),
+            },
+            "config": self.config,
+            "provenance": {**tracking.environment(ROOT), "concurrent_workers": self.store.workers},
+        }
+        tracking.write_record(self.folder, record)
+        self._mirror(record, coreset)
+        return self.folder
+
+    def _overhead(self, chosen: Artifact, tuned: Artifact | None) -> dict[str, Any]:
+        """What selection cost, every stage it read included; STR, its share of fine-tuning on everything."""
+        charges = chosen.charged()
+        total = sum((charge.cost for charge in charges.values()), Cost.zero())
+        seconds, basis = self._full_seconds(tuned)
+        return {
+            **total.to_dict(),
+            "str": total.seconds / seconds if seconds else None,
+            "str_basis": basis,
+            "full_finetuning_seconds": seconds,
+            "stages": self._stages(charges),
+        }
+
+    def _stages(self, charges: Charges) -> list[dict[str, Any]]:
+        return [
+            {
+                "stage": charge.stage,
+                "label": charge.label,
+                "fingerprint": fingerprint,
+                "computed": fingerprint in self.store.computed,
+                **charge.cost.to_dict(),
+            }
+            for fingerprint, charge in charges.items()
+        ]
+
+    def _full_seconds(self, tuned: Artifact | None) -> tuple[float | None, str | None]:
+        """Seconds to fine-tune the target on the whole pool: measured, or estimated from the FLOPs of the
+        coreset's fine-tuning and its speed."""
+        from staff.cost import training_flops
+
+        settings, samples = self.settings, self.pool.for_target
+        key = finetune_key(self.family.target, samples, settings, settings.epochs, self.cfg.finetune_seed)
+        full = self.store.find("finetune", key)
+        if full is not None:
+            return full.cost.seconds, "measured"
+        if tuned is None:
+            return None, None
+        trained = json.loads((tuned.path / "training.json").read_text())["trainable_parameters"]
+        adapter = trained if settings.kind == "lora" else None
+        flops = training_flops(self.family.target.config(), samples.lengths, adapter_parameters=adapter)
+        return tuned.cost.seconds * flops * settings.epochs / tuned.cost.flops, "estimated from FLOPs"
+
+    def _mirror(self, record: dict[str, Any], coreset: Coreset) -> None:
+        tracking.log_to_wandb(
+            record,
+            folder=self.folder,
+            **self.config["tracking"],
+            group=self.choices.get("experiment") or "single",
+            job_type=self.choices.get("method") or "custom",
+            run_id=self.fingerprint[:16],
+            name=self.name,
+            config=self.config,
+            scores=coreset.scores,
+            coreset_csv=self.folder / "coreset.csv",
+        )
+
+
+def _workers(cfg: DictConfig) -> int:
+    jobs = OmegaConf.select(cfg, "hydra.launcher.n_jobs", default=1)
+    return jobs if isinstance(jobs, int) and jobs > 0 else 1
+
+
+def _cost(artifact: Artifact | None) -> dict[str, Any] | None:
+    return None if artifact is None else {"fingerprint": artifact.fingerprint, **artifact.cost.to_dict()}
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    return hashlib.sha256(json.dumps([asdict(s) for s in samples]).encode()).hexdigest()

@@ -1,0 +1,102 @@
+"""A sweep seen as a whole: how far it is, what failed, and the table at its end.
+
+Jobs may run in other processes or on other machines; they report through small files in one folder per sweep.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from staff.errors import UserError
+
+FOLDER, TOTAL = "STAFF_SWEEP_FOLDER", "STAFF_SWEEP_TOTAL"
+log = logging.getLogger("staff")
+_failed = 0
+
+
+class Sweep(Callback):
+    """Hydra tells it when a sweep starts and ends."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.results_dir).absolute() / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        folder.mkdir(parents=True)
+        os.environ[FOLDER], os.environ[TOTAL] = str(folder), str(_count_jobs(config))
+        log.info("a sweep of %s jobs", os.environ[TOTAL])
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        global _failed
+        jobs = [json.loads(file.read_text()) for file in sorted(Path(os.environ[FOLDER]).glob("*.json"))]
+        failures = [job for job in jobs if "failure" in job]
+        _failed = max(len(failures), int(os.environ[TOTAL]) - len(jobs) + len(failures))
+        print(table([Path(job["folder"]) for job in jobs if "folder" in job]))
+        for job in failures:
+            print(f"failed: {job['job']}: {job['failure']} (traceback: {job['traceback']})")
+        if _failed:
+            print(f"{_failed} of {os.environ[TOTAL]} jobs failed; the same command runs what is missing.")
+
+
+def exit_status() -> int:
+    """0 if no job of this process's sweep failed."""
+    return 1 if _failed else 0
+
+
+def report_job(number: int, job: str, result: Path | Exception) -> None:
+    """Leave word of a finished job: the folder of its record, or what made it fail."""
+    sweep = Path(os.environ[FOLDER])
+    word: dict[str, Any] = {"job": job}
+    if isinstance(result, Exception):
+        file = sweep / f"{number:05d}.traceback.txt"
+        file.write_text("".join(traceback.format_exception(result)))
+        sentence = sentence_of(result) or f"{type(result).__name__}: {result}"
+        word |= {"failure": sentence, "traceback": str(file)}
+        log.error("failed: %s: %s", job, sentence)
+    else:
+        word |= {"folder": str(result)}
+    draft = sweep / f"{number:05d}.draft"
+    draft.write_text(json.dumps(word))
+    draft.rename(sweep / f"{number:05d}.json")
+    log.info("%d of %s jobs done", len(list(sweep.glob("*.json"))), os.environ[TOTAL])
+
+
+def sentence_of(error: BaseException | None) -> str | None:
+    """The sentence meant for the user, wherever in the chain of causes it was said."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    hydra_says = None
+    while error is not None:
+        if isinstance(error, UserError):
+            return str(error)
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            hydra_says = str(error)
+        error = error.__cause__ or error.__context__
+    return hydra_says
+
+
+def table(folders: list[Path]) -> str:
+    """The records in these folders, a line each, and where they lie."""
+    from experiments.report import overview
+
+    return overview(list(dict.fromkeys(folders)))
+
+
+def _count_jobs(config: DictConfig) -> int:
+    params = dict(config.hydra.sweeper.get("params") or {})
+    overrides = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+    choices = {
+        override.key_or_group: len(list(override.sweep_iterator()))
+        for override in OverridesParser.create().parse_overrides(overrides)
+        if override.is_sweep_override()
+    }
+    return math.prod(choices.values())

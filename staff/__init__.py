@@ -1,0 +1,1 @@
+"""STAFF: coreset selection for task-specific fine-tuning of language models."""

@@ -1,0 +1,193 @@
+"""Supervised fine-tuning of a model on a set of samples, with the loss on the answer tokens alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from staff.artifacts import Artifact, Store
+from staff.cost import Meter, training_flops
+from staff.data import TokenizedSamples
+from staff.errors import UserError
+from staff.models import PRECISIONS, LoraSpec, ModelSpec, fresh_lora
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How models are fine-tuned; the paper's values stand beside these fields in `conf/finetune/lora.yaml`.
+
+    Attributes:
+        kind: "lora", or "full" for all weights.
+        batch_size: samples of one optimiser step.
+        device_batch_size: samples in memory at once; gradients are accumulated up to `batch_size`.
+        epochs: passes over the coreset, for the target.
+        small_epochs: T, passes over the whole pool, for the small model.
+        warmup_ratio: fraction of the steps in which the learning rate rises.
+        max_length: cut-off in tokens; a sample that does not fit is refused or dropped (task.too_long).
+        precision: "float32", or "bfloat16" for autocast.
+        length_grouped: batches of samples of similar length: less padding, less random batches.
+    """
+
+    kind: str
+    lora: LoraSpec
+    learning_rate: float
+    batch_size: int
+    device_batch_size: int
+    epochs: int
+    small_epochs: int
+    scheduler: str
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    max_length: int
+    precision: str
+    length_grouped: bool
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("lora", "full"):
+            raise UserError(f"finetune.kind={self.kind!r} is unknown: choose lora or full.")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"finetune.precision={self.precision!r}: choose {' or '.join(PRECISIONS)}.")
+        for name in ("batch_size", "device_batch_size", "epochs", "small_epochs", "max_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"finetune.{name}={value!r} must be a whole number of at least 1.")
+        if not isinstance(self.learning_rate, int | float) or self.learning_rate <= 0:
+            raise UserError(f"finetune.learning_rate={self.learning_rate!r} must be a positive number.")
+        if self.batch_size % self.device_batch_size:
+            raise UserError(
+                f"finetune.device_batch_size={self.device_batch_size} must divide finetune.batch_size="
+                f"{self.batch_size}, so that every step sees as many samples."
+            )
+
+
+def finetune_key(
+    spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSettings, epochs: int, seed: int
+) -> dict[str, Any]:
+    """What determines a fine-tuned model."""
+    # How a batch is divided over memory changes nothing but rounding, and `epochs` says which of the two counts.
+    unused = ("device_batch_size", "epochs", "small_epochs")
+    plain = {name: value for name, value in asdict(settings).items() if name not in unused}
+    return {
+        "model": spec.identity(),
+        "samples": samples.fingerprint,
+        "settings": json.loads(json.dumps(plain)),
+        "epochs": epochs,
+        "seed": seed,
+    }
+
+
+def finetuned(
+    store: Store, spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSettings, epochs: int, seed: int
+) -> Artifact:
+    """The fine-tuned model as an artefact: a LoRA adapter (or all weights), and the log of its training."""
+
+    def make(folder: Path, cost: Meter) -> None:
+        finetune(spec, samples, settings, epochs, seed, folder, cost)
+
+    return store.get("finetune", finetune_key(spec, samples, settings, epochs, seed), make)
+
+
+def finetune(
+    spec: ModelSpec,
+    samples: TokenizedSamples,
+    settings: FinetuneSettings,
+    epochs: int,
+    seed: int,
+    folder: Path,
+    cost: Meter,
+) -> None:
+    """Fine-tune and write the result to `folder`. The trainer is given the very tokens the scorer sees."""
+    import torch
+    from datasets import Dataset
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer
+
+    model = spec.load()
+    if settings.kind == "lora":
+        model = fresh_lora(model, settings.lora, seed)
+    else:
+        model = model.float()
+    rows = Dataset.from_dict(
+        {
+            "input_ids": samples.input_ids,
+            "labels": [samples.labels(i) for i in range(len(samples))],
+            "length": samples.lengths.tolist(),
+        }
+    )
+    trainer = Trainer(
+        model=model,
+        args=_arguments(settings, epochs, seed, len(samples), folder),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(spec.tokenizer()),
+        callbacks=[_progress(Path(spec.path).name, len(samples))],
+    )
+    trainer.remove_callback(PrinterCallback)
+    result = trainer.train()
+    if not math.isfinite(result.training_loss):
+        raise UserError(
+            f"fine-tuning {spec.path} ended with a loss of {result.training_loss}: lower finetune.learning_rate="
+            f"{settings.learning_rate}."
+        )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapter = trained if settings.kind == "lora" else None
+    flops = training_flops(spec.config(), samples.lengths, adapter_parameters=adapter)
+    tokens = int(samples.lengths.sum()) * epochs
+    cost.add(flops=flops * epochs, tokens_forward=tokens, tokens_backward=tokens)
+    model.save_pretrained(folder)
+    history = {"trainable_parameters": trained, "loss": result.training_loss, "log": trainer.state.log_history}
+    (folder / "training.json").write_text(json.dumps(history, indent=1))
+    del trainer, model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _arguments(settings: FinetuneSettings, epochs: int, seed: int, samples: int, folder: Path) -> Any:
+    import torch
+    from transformers import TrainingArguments
+
+    steps = math.ceil(samples / settings.batch_size) * epochs
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=settings.device_batch_size,
+        gradient_accumulation_steps=settings.batch_size // settings.device_batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bfloat16",
+        gradient_checkpointing=False,
+        train_sampling_strategy="group_by_length" if settings.length_grouped else "random",
+        seed=seed,
+        data_seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=max(1, steps // 50),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _progress(name: str, samples: int) -> Any:
+    """A line about every tenth of a training where there is no terminal for a bar."""
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            log.info("fine-tuning %s on %d samples: %d steps", name, samples, state.max_steps)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            tenth = max(1, state.max_steps // 10)
+            if args.disable_tqdm and logs and "loss" in logs and state.global_step % tenth < args.logging_steps:
+                log.info("  step %d of %d, loss %.3f", state.global_step, state.max_steps, logs["loss"])
+
+    return Progress()

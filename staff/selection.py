@@ -1,0 +1,154 @@
+"""The interface of a selection method: what it is given, what it returns, and how randomness reaches it."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from staff.errors import UserError
+
+
+class ScorePool(Protocol):
+    """What a method may ask about the training samples; `staff.pool.Pool` answers with models."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+    def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray: ...
+
+
+class SelectionMethod(Protocol):
+    """Chooses `budget` of the pool's samples. Implementations are frozen dataclasses whose fields are the
+    method's hyper-parameters; a value out of range is refused in `__post_init__`."""
+
+    def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset: ...
+
+
+@dataclass(frozen=True)
+class Coreset:
+    """The samples a method chose.
+
+    Attributes:
+        indices: sorted positions in the training pool, shape (budget,), int64.
+        diagnostics: one row per region (or what a method reports of itself).
+        scores: per-sample values the choice rests on, each of shape (pool size,); NaN where not computed.
+        filled: how many samples came from a fill rather than from the method's own rule.
+        notes: what a reader of the result should know, in sentences.
+    """
+
+    indices: np.ndarray
+    diagnostics: pd.DataFrame = field(default_factory=pd.DataFrame)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    filled: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "indices", np.sort(np.asarray(self.indices, dtype=np.int64)))
+
+
+class Draws:
+    """Random draws keyed by seed, purpose and sample id.
+
+    Every sample has, for every purpose, a number of its own that depends on nothing else: neither on the order
+    of the pool nor on what was drawn before. To draw k samples is to take the k with the lowest numbers; ties
+    between scores are broken by the same numbers.
+
+    Args:
+        seed: the selection seed.
+        ids: the samples' ids, unique, in pool order.
+    """
+
+    def __init__(self, seed: int, ids: Sequence[str]):
+        digest = b"".join(hashlib.blake2b(id.encode(), digest_size=8).digest() for id in ids)
+        self._hashes = np.frombuffer(digest, dtype=np.uint64)
+        self._priorities: dict[str, np.ndarray] = {}
+        self.seed = seed
+
+    def priorities(self, purpose: str) -> np.ndarray:
+        """A number for each sample, uniform over 64 bits, shape (pool size,), uint64."""
+        if purpose not in self._priorities:
+            self._priorities[purpose] = self._mix(purpose)
+        return self._priorities[purpose]
+
+    def _mix(self, purpose: str) -> np.ndarray:
+        key = np.random.default_rng([self.seed, zlib.crc32(purpose.encode())]).integers(
+            2**64, dtype=np.uint64, size=2
+        )
+        # SplitMix64's finaliser, a bijection: distinct samples keep distinct numbers.
+        z = (self._hashes + key[0]) ^ key[1]
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    def choose(self, purpose: str, candidates: np.ndarray, count: int) -> np.ndarray:
+        """`count` of `candidates` (positions), uniformly and without replacement; all of them if fewer."""
+        return candidates[np.argsort(self.priorities(purpose)[candidates])[:count]]
+
+    def highest_first(self, scores: np.ndarray, purpose: str = "ties") -> np.ndarray:
+        """All positions, highest score first; equal scores in random order."""
+        return np.lexsort((self.priorities(purpose), -scores))
+
+
+def budget_for(pruning_rate: float, pool_size: int) -> int:
+    """m = floor((1 - p) N) in exact arithmetic on the decimal that was typed: 0.9 of 1,000 leaves 100, not 99.
+
+    Raises:
+        UserError: p outside [0, 1), or a budget of zero samples.
+    """
+    if isinstance(pruning_rate, bool) or not isinstance(pruning_rate, int | float):
+        raise UserError(f"pruning_rate={pruning_rate!r} is not a number: choose one in [0, 1), such as 0.9.")
+    if not 0 <= pruning_rate < 1:
+        raise UserError(f"pruning_rate={pruning_rate} is outside [0, 1): it is the fraction removed, such as 0.9.")
+    budget = int((1 - Fraction(str(pruning_rate))) * pool_size)
+    if budget == 0:
+        raise UserError(
+            f"pruning_rate={pruning_rate} leaves none of the {pool_size} samples: lower it or enlarge the pool."
+        )
+    return budget
+
+
+def check_scores(scores: np.ndarray, ids: Sequence[str], name: str, minimum: float = -np.inf) -> np.ndarray:
+    """`scores` as float64 of shape (len(ids),), or a sentence that names the first sample with a NaN, an
+    infinite score, or one below `minimum`."""
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.shape != (len(ids),):
+        raise UserError(f"{name} has shape {scores.shape}, but the pool has {len(ids)} samples: give one each.")
+    bad = np.flatnonzero(~np.isfinite(scores) | (scores < minimum))
+    if len(bad):
+        raise UserError(
+            f"{name} of sample {ids[bad[0]]!r} is {scores[bad[0]]} ({len(bad)} such in all): "
+            "scores must be finite" + (f" and at least {minimum:g}." if minimum > -np.inf else ".")
+        )
+    return scores
+
+
+def check_range(owner: object, name: str, low: float, high: float = np.inf, *, whole: bool = False) -> None:
+    """Refuse a hyper-parameter of a method that is not a number in [low, high]."""
+    value = getattr(owner, name)
+    kind = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        what = "a whole number" if whole else "a number"
+        upper = "" if high == np.inf else f" and at most {high:g}"
+        raise UserError(f"method.{name}={value!r} must be {what} of at least {low:g}{upper}.")
+
+
+def check_choice(owner: object, name: str, choices: Sequence[str]) -> None:
+    """Refuse a hyper-parameter of a method that is not one of `choices`."""
+    if getattr(owner, name) not in choices:
+        raise UserError(f"method.{name}={getattr(owner, name)!r} is unknown: choose {' or '.join(choices)}.")
+
+
+def check_budget(budget: int, eligible: int) -> None:
+    """Refuse a budget that is not in [1, eligible]."""
+    if not 1 <= budget <= eligible:
+        raise UserError(
+            f"a budget of {budget} samples cannot be met: {eligible} are eligible; change pruning_rate, "
+            "or how many samples the method drops."
+        )

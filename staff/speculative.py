@@ -1,0 +1,211 @@
+"""STAFF: speculative coreset selection (Zhang et al., ICLR 2025, section 3 and algorithm 1).
+
+A small model of the target's family, fine-tuned on the task, scores every sample by its effort, the norm of the
+sample's own gradient (speculative score). The samples are stratified into K regions of equal score width. A few of
+each region are scored again on the target LLM (verification); the ratio
+
+    V_i = sum of target scores / sum of small-model scores     over the verified samples of region i
+
+tells where the small model's judgement falls short of the target's, and the budget m is shared out by it, smallest
+region first.
+
+The paper's formulas and the authors' released code differ, so one class has three presets in `conf/method`:
+
+- `staff_paper`, to the letter: a region gets floor(m_left V_i / regions left), gradients over all LoRA parameters.
+- `staff_official`, as the released code computes: scores min-max normalised, the hardest tenth dropped, regions of
+  b_v or fewer not verified, budgets by the share of V, the highest scored of a region first.
+- `staff`, the default: the paper's reading in all but two fields. Raw V depends on the scale of the two models'
+  gradients (a target with gradients five times smaller would leave most of the budget unspent, one with larger ones
+  would spend it all on the first regions), so V is scaled at every step to average one over the regions left, which
+  is CCS where all V are equal. And the gradient is that of the last block's v_proj lora_B, with which the published
+  numbers were computed and which costs no more than a forward pass.
+
+The last region served, which is the largest, takes what is left up to its size, whatever its ratio. Where the
+released code computes the size of the coreset as int(N x kept fraction), `staff.selection.budget_for` gives the
+same number at every rate of the paper, and the exact one elsewhere. The released code loads the target in 8 bit for
+verification; here it has the precision of its family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from staff.regions import equal_width_edges, regions_left, serving_order, share_out, shares_of_ratio, stratify
+from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
+
+
+@dataclass(frozen=True)
+class Staff:
+    """Speculative coreset selection; defaults are the preset `staff`.
+
+    Attributes:
+        num_regions: K, regions of equal score width (section 4.1: 50).
+        verification_budget: b_v, samples of each region scored again on the target (section 4.1: 10); 0 leaves
+            verification out, and all ratios are one (the paper's ablation).
+        budget_rule: "share": floor(m_left V_i / sum of V over the regions left); "ratio": floor(m_left V_i /
+            regions left), the paper's algorithm 1.
+        pick: "random": uniform inside a region (section 3.3); "highest": highest score first (released code).
+        leftover: where regions did not use up the budget; "repeat": the pass is repeated over regions not yet
+            full; "uniform": a uniform draw from all eligible samples (released code).
+        gradient: "last_v_b": last block's v_proj lora_B (released code); "all_lora": all LoRA parameters (eq. 2).
+        fresh_adapter: None: scores are taken with fine-tuning's own LoRA (tuned on the small model, fresh on the
+            raw target); otherwise {rank, alpha, targets} of a fresh one put in its place on both (released code:
+            rank 81, alpha 16, q_proj and v_proj, which undoes the small model's tuning there).
+        normalise: min-max normalise the scores of either model over the pool; the target then scores every sample,
+            so no overhead is saved (released code).
+        drop_hardest: fraction of highest-scored samples dropped beforehand (released code: 0.1).
+        verify_small_regions: also verify regions of no more than b_v samples (released code: false, such regions
+            get an equal share).
+        edge_dtype: precision of the regions' edges; float32 in the released code, where a sample above the last
+            edge belongs to no region.
+    """
+
+    num_regions: int = 50
+    verification_budget: int = 10
+    budget_rule: str = "share"
+    pick: str = "random"
+    leftover: str = "repeat"
+    gradient: str = "last_v_b"
+    fresh_adapter: dict[str, Any] | None = None
+    normalise: bool = False
+    drop_hardest: float = 0.0
+    verify_small_regions: bool = True
+    edge_dtype: str = "float64"
+
+    def __post_init__(self) -> None:
+        check_range(self, "num_regions", 1, whole=True)
+        check_range(self, "verification_budget", 0, whole=True)
+        check_range(self, "drop_hardest", 0, 0.99)
+        check_choice(self, "budget_rule", ("share", "ratio"))
+        check_choice(self, "pick", ("random", "highest"))
+        check_choice(self, "leftover", ("repeat", "uniform"))
+        check_choice(self, "gradient", ("last_v_b", "all_lora"))
+        check_choice(self, "edge_dtype", ("float64", "float32"))
+
+    def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
+        """Algorithm 1. Raises UserError for a score that is negative or not finite, by the sample's id."""
+        speculative = self._scores(pool, "small")
+        eligible = self.eligible(speculative, rng)
+        check_budget(budget, len(eligible))
+        regions, members = self.regions(speculative, eligible)
+        probes = self.probes(members, rng)
+        verified = self._scores(pool, "target", probes)
+        ratios, notes = verification_ratios(speculative, verified, probes)
+        sizes = np.array([len(m) for m in members])
+        budgets, filled = self.budgets(sizes, ratios, budget)
+        picks = [self.pick_from(m, speculative, b, rng) for m, b in zip(members, budgets)]
+        picked = np.concatenate([np.empty(0, dtype=np.int64), *picks])
+        if len(picked) < budget:
+            rest = np.setdiff1d(eligible, picked)
+            filled = budget - len(picked)
+            picked = np.concatenate([picked, rng.choose("fill", rest, filled)])
+        diagnostics = pd.DataFrame(
+            {
+                "region": regions,
+                "low": [speculative[m].min() for m in members],
+                "high": [speculative[m].max() for m in members],
+                "size": sizes,
+                "verified": [len(p) for p in probes],
+                "ratio": ratios,
+                "budget": budgets,
+                "picked": [np.isin(m, picked).sum() for m in members],
+            }
+        )
+        scores = {"speculative": speculative, "verified": verified}
+        return Coreset(picked, diagnostics, scores, filled, notes)
+
+    def _scores(self, pool: ScorePool, model: str, probes: Sequence[np.ndarray] | None = None) -> np.ndarray:
+        """Effort of every sample, or of the probes alone (NaN elsewhere), shape (N,)."""
+        options = {"gradient": self.gradient, "fresh_adapter": self.fresh_adapter}
+        name = "speculative score" if model == "small" else "target's score"
+        ids = pool.ids
+        if probes is None or self.normalise:
+            scores = check_scores(pool.scores("effort", model, **options), ids, name, minimum=0)
+            return min_max(scores) if self.normalise else scores
+        scores = np.full(len(ids), np.nan)
+        asked = np.sort(np.concatenate([*probes, np.empty(0, dtype=np.int64)]))
+        if len(asked):
+            answer = pool.scores("effort", model, indices=asked, **options)
+            scores[asked] = check_scores(answer, [ids[i] for i in asked], name, minimum=0)
+        return scores
+
+    def eligible(self, speculative: np.ndarray, rng: Draws) -> np.ndarray:
+        """Positions that may be selected: all but the floor(drop_hardest N) highest scored."""
+        dropped = int(Fraction(str(self.drop_hardest)) * len(speculative))
+        return np.sort(rng.highest_first(speculative)[dropped:])
+
+    def regions(self, speculative: np.ndarray, eligible: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Regions that are not empty in serving order, and each one's members (positions in the pool)."""
+        scores = speculative[eligible].astype(self.edge_dtype)
+        edges = equal_width_edges(scores.min(), scores.max(), self.num_regions, self.edge_dtype)
+        return serving_order(stratify(scores, edges), eligible)
+
+    def probes(self, members: list[np.ndarray], rng: Draws) -> list[np.ndarray]:
+        """The samples of each region to verify on the target: min(b_v, size) at random."""
+        smallest = 1 if self.verify_small_regions else self.verification_budget + 1
+        wanted = [self.verification_budget if len(m) >= smallest else 0 for m in members]
+        return [rng.choose("verification", m, count) for m, count in zip(members, wanted)]
+
+    def budgets(self, sizes: np.ndarray, ratios: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
+        """Each region's budget, shape (regions,), and how many of it are single samples given when a pass gave
+        nothing. With leftover="uniform" there is one pass, and the budgets may fall short of `budget`."""
+        budgets, filled = np.zeros(len(sizes), dtype=np.int64), 0
+        while (left := budget - budgets.sum()) > 0:
+            open_ = np.flatnonzero(sizes > budgets)
+            if not len(open_):  # what is left lies in no region
+                break
+            given = share_out(left, (sizes - budgets)[open_], *self._shares(ratios[open_]))
+            if self.leftover == "uniform":
+                return given, 0
+            if not given.any():
+                highest = np.argsort(-np.nan_to_num(ratios[open_], nan=1.0), kind="stable")[:left]
+                given[highest] = 1
+                filled += len(highest)
+            budgets[open_] += given
+        return budgets, filled
+
+    def _shares(self, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.budget_rule == "share":
+            return shares_of_ratio(ratios)
+        return np.nan_to_num(ratios, nan=1.0), regions_left(len(ratios))
+
+    def pick_from(self, members: np.ndarray, speculative: np.ndarray, count: int, rng: Draws) -> np.ndarray:
+        """`count` samples of one region."""
+        if self.pick == "random":
+            return rng.choose("pick", members, count)
+        order = np.lexsort((rng.priorities("ties")[members], -speculative[members]))
+        return members[order[:count]]
+
+
+def verification_ratios(
+    speculative: np.ndarray, verified: np.ndarray, probes: Sequence[np.ndarray]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """V_i of every region (eq. 4), NaN where nothing was verified, and notes on those that are undefined.
+
+    A ratio with a zero sum of small-model scores is undefined and counts as one; so do ratios that are all zero.
+    """
+    small = np.array([speculative[p].sum() for p in probes])
+    target = np.array([verified[p].sum() for p in probes])
+    asked = np.array([len(p) > 0 for p in probes])
+    undefined = asked & (small == 0)
+    ratios = np.divide(target, small, out=np.full(len(probes), np.nan), where=asked & ~undefined)
+    notes: tuple[str, ...] = ()
+    if undefined.any():
+        ratios[undefined] = 1.0
+        notes += (f"{undefined.sum()} region(s) with a zero sum of small-model scores: ratio taken as 1.",)
+    if asked.any() and not np.nan_to_num(ratios).any():
+        ratios[asked] = 1.0
+        notes += ("all verification ratios are zero: taken as 1.",)
+    return ratios, notes
+
+
+def min_max(scores: np.ndarray) -> np.ndarray:
+    """Scores scaled to [0, 1] over the pool; a constant score becomes one throughout."""
+    low, high = scores.min(), scores.max()
+    return (scores - low) / (high - low) if high > low else np.ones_like(scores)
