@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
@@ -47,13 +49,14 @@ class Run:
         self.settings: FinetuneSettings = instantiate(cfg.finetune, _convert_="all")
         self.family: Family = instantiate(cfg.family, _convert_="all")
         self.task: Task = instantiate(cfg.task, _convert_="all")
-        check_metrics(self.task.metrics)
+        tracking.check_mode(cfg.tracking.mode)
         for name in ("selection_seed", "finetune_seed"):
             if not isinstance(cfg[name], int) or cfg[name] < 0:
                 raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0.")
         fixed = getattr(self.method, "pruning_rate", None)
         self.pruning_rate = cfg.pruning_rate if fixed is None else fixed
         self.train, self.test = self.task.load("train"), self.task.load("test")
+        check_metrics(self.task.metrics, self.test)
         if fixed is None:
             budget_for(self.pruning_rate, len(self.train))  # refuse a bad rate before anything is loaded
         self.store = Store(cfg.store_dir, workers=_workers(cfg))
@@ -111,6 +114,18 @@ class Run:
         own = getattr(self.method, "pruning_rate", None)
         return budget_for(self.pruning_rate, len(self.pool.ids)) if own is None else fixed[own]
 
+    @contextmanager
+    def failure_noted(self) -> Iterator[None]:
+        """Leave the traceback of a failure beside where the record would be, and drop that of an earlier one."""
+        note = self.folder / "failure.txt"
+        note.unlink(missing_ok=True)
+        try:
+            yield
+        except Exception:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(traceback.format_exc())
+            raise
+
     def select(self) -> tuple[Artifact, Coreset]:
         return self.pool.select(self.method, self.budget)
 
@@ -136,10 +151,10 @@ class Run:
     def record(self, chosen: Artifact, coreset: Coreset, tuned: Artifact | None, answered: Artifact) -> Path:
         """Write predictions.parquet, coreset.csv, regions.csv and, last, metrics.json; then mirror it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        predictions, lengths = read_predictions(answered)
-        metrics, per_sample = measure(self.task.metrics, predictions, [s.references for s in self.test])
-        answers = {"id": [s.id for s in self.test], "prediction": predictions, "tokens": lengths}
-        pd.DataFrame(answers).join(per_sample).to_parquet(self.folder / "predictions.parquet")
+        answers = read_predictions(answered)
+        references = [sample.references for sample in self.test]
+        metrics, per_sample = measure(self.task.metrics, answers["prediction"].tolist(), references)
+        answers.join(per_sample).to_parquet(self.folder / "predictions.parquet")
         table = pd.DataFrame({"id": self.pool.ids, **coreset.scores}).iloc[coreset.indices]
         table.to_csv(self.folder / "coreset.csv", index=False)
         if len(coreset.diagnostics):
@@ -154,7 +169,7 @@ class Run:
                 "started": self.started.isoformat(timespec="seconds"),
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             },
-            "metrics": {**metrics, "output_tokens": sum(lengths) / len(lengths)},
+            "metrics": {**metrics, "output_tokens": float(answers["tokens"].mean())},
             "overhead": self._overhead(chosen, tuned),
             "finetuning": _cost(tuned),
             "evaluation": _cost(answered),

@@ -19,7 +19,9 @@ def overview(folders: Sequence[Path]) -> str:
     if lines["seed"].nunique() == 1:
         lines = lines.drop(columns="seed")
     where = "\n".join(f"  {folder}/metrics.json" for folder in folders)
-    return f"\n{lines.to_string(index=False)}\n\nSTR: selection time / time to fine-tune on the whole pool.\n{where}"
+    return (
+        f"\n{lines.to_string(index=False)}\n\nSTR: selection time / time to fine-tune on the whole pool.\n{where}"
+    )
 
 
 def _line(record: dict[str, Any]) -> dict[str, Any]:

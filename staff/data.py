@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from staff.errors import UserError
+from staff.models import local_path
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ class Task:
 
     def _rows(self, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
         if self.data_dir is not None:
-            return read_json_lines(Path(self.data_dir) / (self.train_file if split == "train" else self.test_file))
+            return read_json_lines(
+                local_path(self.data_dir) / (self.train_file if split == "train" else self.test_file)
+            )
         return self._hub_rows(self.train_split if split == "train" else self.test_split)
 
     def _hub_rows(self, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
@@ -102,7 +105,7 @@ class Task:
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); "
                 f"give task.data_dir=FOLDER with {self.train_file} and {self.test_file} instead."
             ) from error
-        return ((f"{self.hub}[{split}] row {i + 1}", row) for i, row in enumerate(data))
+        return ((f"{self.hub}[{split}] row {i + 1}", dict(row)) for i, row in enumerate(data))  # type: ignore[arg-type]
 
     def _sample(self, row: Mapping[str, Any], where: str, split: str) -> Sample:
         prompt = _render(self.prompt, row, where, "task.prompt")

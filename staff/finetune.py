@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from staff.artifacts import Artifact, Store
 from staff.cost import Meter, training_flops
 from staff.data import TokenizedSamples
 from staff.errors import UserError
-from staff.models import PRECISIONS, LoraSpec, ModelSpec, fresh_lora
+from staff.models import PRECISIONS, LoraSpec, ModelSpec, fresh_lora, plain
 
 log = logging.getLogger(__name__)
 
@@ -67,18 +67,20 @@ class FinetuneSettings:
                 f"{self.batch_size}, so that every step sees as many samples."
             )
 
+    def key(self) -> dict[str, Any]:
+        """The fields that determine the result. How a batch is divided over memory changes nothing but rounding,
+        and which number of epochs counts depends on the model."""
+        return {k: v for k, v in plain(self).items() if k not in ("device_batch_size", "epochs", "small_epochs")}
+
 
 def finetune_key(
     spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSettings, epochs: int, seed: int
 ) -> dict[str, Any]:
     """What determines a fine-tuned model."""
-    # How a batch is divided over memory changes nothing but rounding, and `epochs` says which of the two counts.
-    unused = ("device_batch_size", "epochs", "small_epochs")
-    plain = {name: value for name, value in asdict(settings).items() if name not in unused}
     return {
         "model": spec.identity(),
         "samples": samples.fingerprint,
-        "settings": json.loads(json.dumps(plain)),
+        "settings": settings.key(),
         "epochs": epochs,
         "seed": seed,
     }
@@ -89,10 +91,12 @@ def finetuned(
 ) -> Artifact:
     """The fine-tuned model as an artefact: a LoRA adapter (or all weights), and the log of its training."""
 
+    label = f"fine-tune {spec.name} on {len(samples)} samples"
+
     def make(folder: Path, cost: Meter) -> None:
         finetune(spec, samples, settings, epochs, seed, folder, cost)
 
-    return store.get("finetune", finetune_key(spec, samples, settings, epochs, seed), make)
+    return store.get("finetune", finetune_key(spec, samples, settings, epochs, seed), make, label=label)
 
 
 def finetune(
@@ -110,10 +114,7 @@ def finetune(
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer
 
     model = spec.load()
-    if settings.kind == "lora":
-        model = fresh_lora(model, settings.lora, seed)
-    else:
-        model = model.float()
+    model = fresh_lora(model, settings.lora, seed) if settings.kind == "lora" else model.float()
     rows = Dataset.from_dict(
         {
             "input_ids": samples.input_ids,
@@ -126,7 +127,7 @@ def finetune(
         args=_arguments(settings, epochs, seed, len(samples), folder),
         train_dataset=rows,
         data_collator=DataCollatorForSeq2Seq(spec.tokenizer()),
-        callbacks=[_progress(Path(spec.path).name, len(samples))],
+        callbacks=[_progress(spec.name, len(samples))],
     )
     trainer.remove_callback(PrinterCallback)
     result = trainer.train()
@@ -164,7 +165,6 @@ def _arguments(settings: FinetuneSettings, epochs: int, seed: int, samples: int,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.precision == "bfloat16",
-        gradient_checkpointing=False,
         train_sampling_strategy="group_by_length" if settings.length_grouped else "random",
         seed=seed,
         data_seed=seed,

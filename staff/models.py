@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.dtype not in PRECISIONS:
             raise UserError(f"family dtype={self.dtype!r} is unknown: choose {' or '.join(PRECISIONS)}.")
+
+    @property
+    def name(self) -> str:
+        """A short name for messages."""
+        return self.path.rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def folder(self) -> Path | None:
@@ -115,7 +121,7 @@ class LoraSpec:
     """A LoRA adapter: rank r, alpha (scaling is alpha / r), dropout, and the linear layers it is put on."""
 
     rank: int
-    alpha: float
+    alpha: int
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
 
@@ -135,14 +141,16 @@ def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        return get_peft_model(model, config).eval()
 
 
-def tuned_lora(model: Any, folder: Path) -> Any:
-    """`model` with the adapter that a fine-tuning left in `folder`, trainable."""
+def load_tuned(spec: ModelSpec, folder: Path, kind: str) -> Any:
+    """The model that a fine-tuning of `kind` ("lora" or "full") left in `folder`."""
+    if kind == "full":
+        return replace(spec, path=str(folder), revision=None).load()
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    return PeftModel.from_pretrained(spec.load(), folder, is_trainable=True).eval()
 
 
 def replace_lora(tuned: Any, spec: LoraSpec, seed: int) -> Any:
@@ -157,6 +165,11 @@ def replace_lora(tuned: Any, spec: LoraSpec, seed: int) -> Any:
                 for lora_b in module.lora_B.values():
                     lora_b.weight.zero_()
     return fresh_lora(tuned.merge_and_unload(), spec, seed)
+
+
+def plain(settings: Any) -> Any:
+    """A dataclass as JSON has it, for fingerprints."""
+    return json.loads(json.dumps(asdict(settings)))
 
 
 def local_path(path: str) -> Path:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from staff.artifacts import Artifact, Store
+from staff.artifacts import STAGE_VERSIONS, Artifact, Store
 from staff.cost import Meter
 from staff.data import TokenizedSamples
 from staff.errors import UserError
 from staff.finetune import FinetuneSettings, finetune_key, finetuned
-from staff.models import Family, LoraSpec, ModelSpec
+from staff.models import Family, LoraSpec, ModelSpec, fresh_lora, load_tuned, plain, replace_lora
+from staff.selection import Coreset, Draws, SelectionMethod
 
 ROLES = ("small", "target", "target_tuned")
 
@@ -36,9 +37,7 @@ class ArrayPool:
         self.ids = list(ids)
         self._scores = dict(scores)
 
-    def scores(
-        self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any
-    ) -> np.ndarray:
+    def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray:
         if (signal, model) not in self._scores:
             known = ", ".join(f"{s} of {m}" for s, m in self._scores) or "none"
             raise UserError(f"the pool has no {signal!r} of {model!r}: it has {known}.")
@@ -72,9 +71,7 @@ class Pool:
     def ids(self) -> Sequence[str]:
         return self.for_target.ids
 
-    def scores(
-        self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any
-    ) -> np.ndarray:
+    def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray:
         """`signal` of the samples `indices` (all by default), in their order, from the model of role `model`.
 
         Args:
@@ -99,6 +96,8 @@ class Pool:
             "samples": samples.fingerprint,
         }
 
+        label = f"{signal} of {len(samples)} samples, {model} model"
+
         def make(folder: Path, cost: Meter) -> None:
             from safetensors.numpy import save_file
 
@@ -112,7 +111,28 @@ class Pool:
             save_file({"scores": values}, folder / "scores.safetensors")
             (folder / "ids.json").write_text(json.dumps(samples.ids))
 
-        return load_file(self.store.get("scores", key, make).path / "scores.safetensors")["scores"]
+        return load_file(self.store.get("scores", key, make, label=label).path / "scores.safetensors")["scores"]
+
+    def select(self, method: SelectionMethod, budget: int) -> tuple[Artifact, Coreset]:
+        """The method's coreset and the artefact it lies in, whose charges are the selection overhead."""
+        key = {
+            "method": [f"{type(method).__module__}.{type(method).__qualname__}", plain(method)],
+            "budget": budget,
+            "seed": self.seed,
+            "samples": [self.for_small.fingerprint, self.for_target.fingerprint],
+            "models": [self.family.small.identity(), self.family.target.identity()],
+            "settings": {**self.settings.key(), "epochs": [self._epochs(role) for role in ROLES]},
+            "versions": [STAGE_VERSIONS[stage] for stage in ("finetune", "scores")],
+        }
+
+        def make(folder: Path, cost: Meter) -> None:
+            coreset = method.select(self, budget, Draws(self.seed, self.ids))
+            if len(np.unique(coreset.indices)) != budget:
+                raise RuntimeError(f"{type(method).__name__} selected {len(coreset.indices)}, not {budget}")
+            coreset.save(folder, self.ids)
+
+        artifact = self.store.get("coreset", key, make, label=f"select by {type(method).__name__}")
+        return artifact, Coreset.load(artifact.path)
 
     def tuned(self, model: str) -> Artifact:
         """The role's fine-tuning on the whole pool."""
@@ -122,9 +142,6 @@ class Pool:
 
     def _load(self, model: str, adapter: LoraSpec | None, adapted: bool) -> Any:
         """The role's model; `adapted`: with LoRA parameters to differentiate by."""
-        from staff.evaluate import load_tuned
-        from staff.models import fresh_lora, replace_lora
-
         spec = self._spec(model)
         if model == "target":
             loaded = spec.load()
@@ -139,15 +156,12 @@ class Pool:
     def _fresh_key(self, model: str, adapter: LoraSpec | None) -> dict[str, Any] | None:
         if adapter is None and model != "target" and self.settings.kind == "lora":
             return None
-        spec = asdict(adapter or self.settings.lora)
-        return {**json.loads(json.dumps(spec)), "seed": self._adapter_seed}
+        return {**plain(adapter or self.settings.lora), "seed": self._adapter_seed}
 
     def _tuned_key(self, model: str) -> str | None:
         if model == "target":
             return None
-        key = finetune_key(
-            self._spec(model), self._samples(model), self.settings, self._epochs(model), self.seed
-        )
+        key = finetune_key(self._spec(model), self._samples(model), self.settings, self._epochs(model), self.seed)
         return self.store.fingerprint("finetune", key)
 
     @property

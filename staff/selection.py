@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,6 +54,26 @@ class Coreset:
     def __post_init__(self) -> None:
         object.__setattr__(self, "indices", np.sort(np.asarray(self.indices, dtype=np.int64)))
 
+    def save(self, folder: Path, ids: Sequence[str]) -> None:
+        """Write samples.parquet (a row per sample of the pool), regions.parquet and coreset.json."""
+        selected = np.isin(np.arange(len(ids)), self.indices)
+        pd.DataFrame({"id": ids, "selected": selected, **self.scores}).to_parquet(folder / "samples.parquet")
+        self.diagnostics.to_parquet(folder / "regions.parquet")
+        (folder / "coreset.json").write_text(json.dumps({"filled": int(self.filled), "notes": self.notes}))
+
+    @classmethod
+    def load(cls, folder: Path) -> Coreset:
+        """What `save` wrote."""
+        samples = pd.read_parquet(folder / "samples.parquet")
+        said = json.loads((folder / "coreset.json").read_text())
+        return cls(
+            np.flatnonzero(samples["selected"]),
+            pd.read_parquet(folder / "regions.parquet"),
+            {name: samples[name].to_numpy() for name in samples.columns[2:]},
+            said["filled"],
+            tuple(said["notes"]),
+        )
+
 
 class Draws:
     """Random draws keyed by seed, purpose and sample id.
@@ -94,6 +116,10 @@ class Draws:
     def highest_first(self, scores: np.ndarray, purpose: str = "ties") -> np.ndarray:
         """All positions, highest score first; equal scores in random order."""
         return np.lexsort((self.priorities(purpose), -scores))
+
+    def all_but_highest(self, scores: np.ndarray, fraction: float) -> np.ndarray:
+        """The positions, ascending, that are left without the floor(fraction N) highest scored."""
+        return np.sort(self.highest_first(scores)[int(Fraction(str(fraction)) * len(scores)) :])
 
 
 def budget_for(pruning_rate: float, pool_size: int) -> int:

@@ -1,4 +1,4 @@
-"""STAFF: speculative coreset selection (Zhang et al., ICLR 2025, section 3 and algorithm 1).
+"""STAFF: speculative coreset selection (Zhang et al., ICLR 2025).
 
 A small model of the target's family, fine-tuned on the task, scores every sample by its effort, the norm of the
 sample's own gradient (speculative score). The samples are stratified into K regions of equal score width. A few of
@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -49,11 +48,11 @@ class Staff:
         verification_budget: b_v, samples of each region scored again on the target (section 4.1: 10); 0 leaves
             verification out, and all ratios are one (the paper's ablation).
         budget_rule: "share": floor(m_left V_i / sum of V over the regions left); "ratio": floor(m_left V_i /
-            regions left), the paper's algorithm 1.
-        pick: "random": uniform inside a region (section 3.3); "highest": highest score first (released code).
+            regions left), the paper's formula.
+        pick: "random": uniform inside a region; "highest": highest score first (released code).
         leftover: where regions did not use up the budget; "repeat": the pass is repeated over regions not yet
             full; "uniform": a uniform draw from all eligible samples (released code).
-        gradient: "last_v_b": last block's v_proj lora_B (released code); "all_lora": all LoRA parameters (eq. 2).
+        gradient: "last_v_b": last block's v_proj lora_B (released code); "all_lora": all LoRA parameters (paper).
         fresh_adapter: None: scores are taken with fine-tuning's own LoRA (tuned on the small model, fresh on the
             raw target); otherwise {rank, alpha, targets} of a fresh one put in its place on both (released code:
             rank 81, alpha 16, q_proj and v_proj, which undoes the small model's tuning there).
@@ -89,14 +88,17 @@ class Staff:
         check_choice(self, "edge_dtype", ("float64", "float32"))
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
-        """Algorithm 1. Raises UserError for a score that is negative or not finite, by the sample's id."""
+        """Score, stratify, verify, share out, pick. A negative or infinite score is refused by its sample."""
         speculative = self._scores(pool, "small")
-        eligible = self.eligible(speculative, rng)
+        eligible = rng.all_but_highest(speculative, self.drop_hardest)
         check_budget(budget, len(eligible))
         regions, members = self.regions(speculative, eligible)
         probes = self.probes(members, rng)
         verified = self._scores(pool, "target", probes)
         ratios, notes = verification_ratios(speculative, verified, probes)
+        if self.normalise:
+            models = ("small model", speculative), ("target", verified)
+            notes += tuple(f"the {name}'s scores are constant: taken as 1." for name, s in models if s.min() == 1)
         sizes = np.array([len(m) for m in members])
         budgets, filled = self.budgets(sizes, ratios, budget)
         picks = [self.pick_from(m, speculative, b, rng) for m, b in zip(members, budgets)]
@@ -132,13 +134,8 @@ class Staff:
         asked = np.sort(np.concatenate([*probes, np.empty(0, dtype=np.int64)]))
         if len(asked):
             answer = pool.scores("effort", model, indices=asked, **options)
-            scores[asked] = check_scores(answer, [ids[i] for i in asked], name, minimum=0)
+            scores[asked] = check_scores(answer, [ids[int(i)] for i in asked], name, minimum=0)
         return scores
-
-    def eligible(self, speculative: np.ndarray, rng: Draws) -> np.ndarray:
-        """Positions that may be selected: all but the floor(drop_hardest N) highest scored."""
-        dropped = int(Fraction(str(self.drop_hardest)) * len(speculative))
-        return np.sort(rng.highest_first(speculative)[dropped:])
 
     def regions(self, speculative: np.ndarray, eligible: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Regions that are not empty in serving order, and each one's members (positions in the pool)."""
@@ -186,15 +183,16 @@ class Staff:
 def verification_ratios(
     speculative: np.ndarray, verified: np.ndarray, probes: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """V_i of every region (eq. 4), NaN where nothing was verified, and notes on those that are undefined.
+    """V_i of every region, NaN where nothing was verified, and notes on those that are undefined.
 
     A ratio with a zero sum of small-model scores is undefined and counts as one; so do ratios that are all zero.
     """
     small = np.array([speculative[p].sum() for p in probes])
     target = np.array([verified[p].sum() for p in probes])
     asked = np.array([len(p) > 0 for p in probes])
-    undefined = asked & (small == 0)
-    ratios = np.divide(target, small, out=np.full(len(probes), np.nan), where=asked & ~undefined)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratios = np.where(asked, target / small, np.nan)
+    undefined = asked & ~np.isfinite(ratios)
     notes: tuple[str, ...] = ()
     if undefined.any():
         ratios[undefined] = 1.0

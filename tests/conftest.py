@@ -1,0 +1,44 @@
+"""The real configuration, shrunk until a run takes seconds; everything else about it stays as users have it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = (
+    "task.train_limit=40",
+    "task.test_limit=4",
+    "task.max_new_tokens=6",
+    "finetune.epochs=1",
+    "finetune.small_epochs=1",
+    "pruning_rate=0.75",
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run one shrunk configuration in this process; returns its record, with its folder under "folder"."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from experiments.run import run as run_configuration
+
+    def run(*overrides: str, results: Path = tmp_path / "results", tracking: str = "none") -> dict[str, Any]:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            arguments = [*SMALL, f"results_dir={results}", f"tracking={tracking}", *overrides]
+            cfg = compose("config", overrides=arguments, return_hydra_config=True)
+        choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
+        assert isinstance(choices, dict)
+        folder = run_configuration(cfg, {str(k): v for k, v in choices.items()})
+        return {**json.loads((folder / "metrics.json").read_text()), "folder": folder}
+
+    return run

@@ -1,0 +1,163 @@
+"""Costs: what a meter sees, and FLOPs against torch's own count."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from staff.cost import Cost, Meter, forward_flops, training_flops
+
+SHAPES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 4, "head_dim": 16},
+    "Qwen2": {},
+    "Gemma": {"head_dim": 12},
+    "Gemma2": {"head_dim": 12, "sliding_window": 4},
+    "Gemma3Text": {"head_dim": 12, "sliding_window": 4},
+}
+
+
+def make_model(family: str = "Llama", attention: str = "eager"):
+    config = getattr(transformers, f"{family}Config")(**SHAPES | FAMILIES[family])
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+def counted(work) -> int:
+    # torch has no formula for the fused attention kernel of the CPU and would count it as nothing
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def batch(samples: int, tokens: int) -> torch.Tensor:
+    return torch.randint(1, 96, (samples, tokens))
+
+
+# FLOPs
+
+
+@pytest.mark.parametrize(("family", "attention"), [*((family, "eager") for family in FAMILIES), ("Llama", "sdpa")])
+def test_forward_flops_are_what_torch_counts(family, attention):
+    model = make_model(family, attention)
+    measured = counted(lambda: [model(batch(3, 20)), model(batch(1, 7))])
+    assert forward_flops(model.config, [20, 20, 20, 7]) == measured
+
+
+def test_logits_are_counted_where_they_are_computed():
+    model = make_model()
+    measured = counted(lambda: model(batch(3, 20), logits_to_keep=5))
+    assert forward_flops(model.config, [20] * 3, label_positions=15) == measured
+    assert forward_flops(model.config, np.full(3, 20), label_positions=np.array([5, 4, 6])) == measured
+
+
+def test_full_training_is_three_forward_passes_as_torch_counts():
+    model = make_model()
+    ids = batch(3, 20)
+    measured = counted(lambda: model(ids, labels=ids).loss.backward())
+    assert training_flops(model.config, [20] * 3) == measured == 3 * forward_flops(model.config, [20] * 3)
+
+
+def test_lora_training_is_what_torch_counts():
+    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.enable_input_require_grads()
+    adapters = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+    ids = batch(3, 20)
+    measured = counted(lambda: model(input_ids=ids, labels=ids).loss.backward())
+    assert training_flops(model.config, [20] * 3, adapter_parameters=adapters) == measured
+
+
+def test_a_multimodal_configuration_counts_by_its_text_model():
+    text = transformers.Gemma3TextConfig(**SHAPES | FAMILIES["Gemma3Text"])
+    nested = transformers.Gemma3Config(text_config=text.to_dict())
+    assert forward_flops(nested, [9]) == forward_flops(text, [9])
+
+
+# Costs
+
+
+def test_costs_add_up_except_memory_and_devices():
+    a = Cost(1.5, 2.0, 3, 4, 50, "H100")
+    b = Cost(0.25, 1.0, 1, 0, 70, "EPYC")
+    assert a + b == b + a == Cost(1.75, 3.0, 4, 4, 70, "EPYC + H100")
+    assert sum([a, b, a], Cost.zero()).device == "EPYC + H100"
+    assert a + Cost.zero() == a == Cost.from_dict(a.to_dict())
+
+
+def test_a_meter_counts_what_it_is_told_and_names_the_device():
+    with Meter() as meter:
+        meter.add(flops=1e12, tokens_forward=5)
+        meter.add(tokens_forward=2, tokens_backward=3)
+    cost = meter.cost
+    assert (cost.flops, cost.tokens_forward, cost.tokens_backward) == (1e12, 7, 3)
+    assert cost.device
+
+
+def test_a_pause_is_not_counted():
+    with Meter() as meter:
+        time.sleep(0.1)
+        with meter.paused():
+            time.sleep(0.5)
+        time.sleep(0.1)
+    assert 0.2 <= meter.cost.seconds < 0.5
+
+
+def test_a_pause_ends_with_an_exception_too():
+    with Meter() as meter:
+        with pytest.raises(ZeroDivisionError), meter.paused():
+            raise ZeroDivisionError
+        time.sleep(0.1)
+    assert meter.cost.seconds >= 0.1
+
+
+def hold(megabytes: int) -> None:
+    np.ones(megabytes << 17)
+
+
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="memory is counted on the GPU")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+def test_peak_memory_is_that_of_the_block_without_its_pauses():
+    with Meter() as large:
+        hold(120)
+    with Meter() as small, small.paused():
+        hold(120)
+    assert 80e6 < large.cost.peak_memory_bytes - small.cost.peak_memory_bytes < 160e6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_meter_waits_for_it_and_sees_its_memory():
+    a = torch.ones(8192, 8192, device="cuda")
+    with Meter() as meter:
+        for _ in range(20):
+            a @ a
+        queued = time.perf_counter() - meter._started
+    assert meter.cost.seconds > queued
+    assert meter.cost.peak_memory_bytes >= 2 * a.nbytes
+    assert meter.cost.device == torch.cuda.get_device_name()
+
+
+def test_the_store_and_its_meter_do_not_load_torch():
+    script = """
+import sys
+from staff.artifacts import Store
+from staff.cost import Meter
+with Meter() as meter: pass
+assert meter.cost.device and "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from decimal import Decimal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sacrebleu
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
+from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+
+from staff.cost import Meter, forward_flops
+from staff.data import Sample
+from staff.errors import UserError
+from staff.evaluate import METRICS, check_metrics, final_number, generate, measure
+
+CONFIG = LlamaConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    initializer_range=0.3,
+)
+PROMPTS = [[(7 * i + j) % 90 + 5 for j in range(3 + 5 * (i % 4))] for i in range(11)]
+TOKENIZER = SimpleNamespace(eos_token_id=2, pad_token_id=0)
+
+
+@pytest.fixture
+def model() -> Iterator[LlamaForCausalLM]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small only wait for a second thread
+    yield LlamaForCausalLM(CONFIG)
+    torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def one_at_a_time(model: Any, prompt: list[int], stop: set[int], max_new_tokens: int) -> list[int]:
+    """Greedy decoding as the textbook has it: no cache, no padding, no batch."""
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        token = int(model(torch.tensor([tokens])).logits[0, -1].argmax())
+        if token in stop:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
+def test_generation_equals_greedy_decoding_one_at_a_time_whatever_the_batch_size(model, batch_tokens):
+    expected = [one_at_a_time(model, prompt, {2}, 12) for prompt in PROMPTS]
+    assert generate(model, TOKENIZER, PROMPTS, max_new_tokens=12, batch_tokens=batch_tokens) == expected
+
+
+def test_generation_stops_at_the_end_tokens_of_tokenizer_and_model_and_leaves_them_out(model):
+    free = one_at_a_time(model, PROMPTS[1], set(), 12)
+    first, second = free[3], free[6]
+    tokenizer = SimpleNamespace(eos_token_id=second, pad_token_id=None)
+    assert second not in free[:6] and first not in free[:3]
+    assert generate(model, tokenizer, PROMPTS[1:2], max_new_tokens=12, batch_tokens=100) == [free[:6]]
+    model.generation_config.eos_token_id = [first, 95]
+    assert generate(model, tokenizer, PROMPTS[1:2], max_new_tokens=12, batch_tokens=100) == [free[:3]]
+
+
+def test_sampling_settings_of_a_model_change_nothing_warn_of_nothing_and_are_kept(model, caplog, recwarn):
+    expected = generate(model, TOKENIZER, PROMPTS, max_new_tokens=8, batch_tokens=200)
+    own = GenerationConfig(
+        do_sample=True, temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.3, max_length=4, num_beams=2
+    )
+    model.generation_config = own
+    model.train()
+    transformers_log = logging.getLogger("transformers")
+    transformers_log.addHandler(caplog.handler)
+    try:
+        assert generate(model, TOKENIZER, PROMPTS, max_new_tokens=8, batch_tokens=200) == expected
+    finally:
+        transformers_log.removeHandler(caplog.handler)
+    assert not caplog.records and not recwarn.list
+    assert model.generation_config is own and model.training
+
+
+def test_adapters_take_part_in_generation(model):
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    expected = [one_at_a_time(adapted, prompt, {2}, 8) for prompt in PROMPTS]
+    assert generate(adapted, TOKENIZER, PROMPTS, max_new_tokens=8, batch_tokens=100) == expected
+    with adapted.disable_adapter():
+        assert generate(adapted, TOKENIZER, PROMPTS, max_new_tokens=8, batch_tokens=100) != expected
+
+
+def test_batches_keep_to_the_token_budget(model, monkeypatch):
+    shapes = []
+    forward = type(model).generate
+
+    def spy(self: Any, **inputs: Any) -> Any:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return forward(self, **inputs)
+
+    monkeypatch.setattr(type(model), "generate", spy)
+    generate(model, TOKENIZER, PROMPTS, max_new_tokens=4, batch_tokens=50)
+    assert sum(rows for rows, _ in shapes) == len(PROMPTS)
+    assert all(rows * (width + 4) <= 50 for rows, width in shapes)
+    assert max(rows for rows, _ in shapes) > 1
+
+
+def test_the_meter_hears_of_real_tokens_only(model):
+    meter = Meter()
+    tokenizer = SimpleNamespace(eos_token_id=96, pad_token_id=0)
+    written = generate(model, tokenizer, PROMPTS, max_new_tokens=5, batch_tokens=10_000, meter=meter)
+    generated = [min(len(row) + 1, 5) for row in written]
+    processed = [len(prompt) + n - 1 for prompt, n in zip(PROMPTS, generated, strict=True)]
+    assert meter.cost.tokens_forward == sum(processed) and meter.cost.tokens_backward == 0
+    assert meter.cost.flops == forward_flops(CONFIG, processed, generated)
+
+
+def test_nothing_to_generate_is_no_error(model):
+    assert generate(model, TOKENIZER, [], max_new_tokens=5, batch_tokens=100, meter=Meter()) == []
+
+
+PREDICTIONS = ["The cats sat on the mats.", "", "He paid 12 dollars."]
+REFERENCES = [("A cat is here.", "The cat sat on the mat."), ("something",), ("He paid 12 dollars.",)]
+
+
+def test_rouge_is_stemmed_and_takes_the_best_reference_and_the_headline_is_the_mean():
+    headline, table = measure(["rouge1", "rouge2", "rougeL"], PREDICTIONS, REFERENCES)
+    assert table.shape == (3, 3)
+    assert table["rougeL"].tolist() == pytest.approx([100, 0, 100])  # cats -> cat, mats -> mat
+    assert headline == pytest.approx(dict.fromkeys(table, 200 / 3))
+
+
+def test_rouge_l_of_a_case_counted_by_hand():
+    # common subsequence "police the" or "police gunman": 2 of 4 words on both sides
+    headline, _ = measure(["rougeL"], ["police kill the gunman"], [("the gunman killed police",)])
+    assert headline["rougeL"] == pytest.approx(50)
+    headline, _ = measure(["rouge1", "rouge2"], ["a b c d"], [("a b x",)])
+    assert headline == pytest.approx({"rouge1": 100 * 4 / 7, "rouge2": 100 * 2 / 5})
+
+
+def test_the_headline_of_bleu_and_chrf_is_the_corpus_value_over_all_references():
+    headline, table = measure(["bleu", "chrf"], PREDICTIONS, REFERENCES)
+    streams = [[r[0] for r in REFERENCES], [r[1] if len(r) > 1 else None for r in REFERENCES]]
+    assert headline["bleu"] == pytest.approx(sacrebleu.corpus_bleu(PREDICTIONS, streams).score)
+    assert headline["chrf"] == pytest.approx(sacrebleu.corpus_chrf(PREDICTIONS, streams).score)
+    assert table.loc[1].tolist() == [0, 0]
+    assert table.loc[2].tolist() == pytest.approx([100, 100])
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She has 3 + 4 = <<3+4=7>>7 apples.\n#### 7", "7"),
+        ("#### $1,234.50.", "1234.5"),
+        ("#### 18\n\nQuestion: what is 5?", "18"),
+        ("The answer is 1,200.", "1200"),
+        ("10-4 leaves 6, so 10-4", "4"),
+        ("it fell to -$3.", "-3"),
+        ("it fell to $-3", "-3"),
+        ("half is .5", "0.5"),
+        ("####", None),
+        ("", None),
+    ],
+)
+def test_the_final_number_is_found(text, number):
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_exact_match_compares_numbers_not_text():
+    headline, table = measure(
+        ["exact_match"],
+        ["It is 1200.00.", "#### 5", "none", ""],
+        [("#### 1,200",), ("#### 6",), ("#### 7",), ("#### 8",)],
+    )
+    assert table["exact_match"].tolist() == [100, 0, 0, 0]
+    assert headline == {"exact_match": 25}
+
+
+TEXT = st.text(max_size=20)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.text(max_size=20), st.lists(st.text(max_size=20), min_size=1, max_size=3)), min_size=1)
+)
+def test_every_metric_takes_any_text_and_stays_between_0_and_100(pairs):
+    predictions, references = [p for p, _ in pairs], [tuple(r) for _, r in pairs]
+    headline, table = measure(list(METRICS), predictions, references)
+    assert list(headline) == list(table) == list(METRICS)
+    assert len(table) == len(pairs)
+    assert table.stack().between(0, 100.0001).all()
+    assert all(0 <= value <= 100.0001 for value in headline.values())
+
+
+def test_every_metric_of_empty_predictions_is_zero():
+    headline, table = measure(list(METRICS), ["", ""], [("a b 1",), ("c 2", "d 3")])
+    assert set(headline.values()) == {0.0}
+    assert (table == 0).all(axis=None)
+
+
+@pytest.mark.parametrize("names", [["rougeL", "rogue1"], [], "rougeL"])
+def test_a_metric_that_is_not_there_is_refused_with_the_choices(names):
+    with pytest.raises(UserError, match=r"task\.metrics.*rouge1, rouge2, rougeL, bleu, chrf, exact_match"):
+        check_metrics(names)
+
+
+def test_exact_match_is_refused_where_a_reference_has_no_number():
+    good, bad = Sample("a", "?", "#### 3", ("#### 3",)), Sample("b7", "?", "three", ("three",))
+    check_metrics(["exact_match"], [good])
+    check_metrics(["rougeL"], [good, bad])
+    with pytest.raises(UserError, match=r"'b7'.*no number"):
+        check_metrics(["exact_match"], [good, bad])
+
+
+def test_checking_metrics_loads_no_model_library():
+    code = (
+        "import sys; from staff.evaluate import check_metrics; check_metrics(['rougeL', 'bleu']);"
+        "assert not {'torch', 'transformers', 'sacrebleu', 'rouge_score'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, CohereConfig
+from transformers.models.gemma import GemmaConfig
+from transformers.models.gemma2 import Gemma2Config
+from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.llama import LlamaConfig
+from transformers.models.mistral import MistralConfig
+from transformers.models.qwen2 import Qwen2Config
+
+from staff.errors import UserError
+from staff.gradients import ARCHITECTURES, layer_gradient_norms, lora_layers, per_sample_gradient_norms
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=4),
+    "qwen2": Qwen2Config(**SHAPE),
+    "gemma": GemmaConfig(**SHAPE),
+    "gemma2": Gemma2Config(
+        **SHAPE,
+        sliding_window=4,
+        query_pre_attn_scalar=8,
+        final_logit_softcapping=2.0,
+        attn_logit_softcapping=1.0,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "gemma3_text": Gemma3TextConfig(
+        **SHAPE,
+        sliding_window=4,
+        query_pre_attn_scalar=8,
+        final_logit_softcapping=2.0,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+}
+LENGTHS = [(5, 3), (9, 4), (12, 1), (4, 6), (2, 2)]  # prompt and answer tokens of the batch's samples
+
+
+def tiny_model(architecture: str = "llama", *, trained: bool = False, **lora: Any) -> Any:
+    """A random two-layer model with fresh adapters (B = 0), or with both A and B away from zero."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture]))
+    model = get_peft_model(model, LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": "all-linear", **lora}))
+    if trained:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def padded_batch() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    longest = max(p + a for p, a in LENGTHS)
+    input_ids = torch.randint(1, 61, (len(LENGTHS), longest), generator=generator)
+    labels = input_ids.clone()
+    for row, (prompt, answer) in enumerate(LENGTHS):
+        input_ids[row, prompt + answer :] = 0
+        labels[row, :prompt] = labels[row, prompt + answer :] = -100
+    mask = torch.tensor([[1] * (p + a) + [0] * (longest - p - a) for p, a in LENGTHS])
+    return input_ids, mask, labels
+
+
+def one_at_a_time(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Norms by weight, from the model's own loss and one backward pass a sample."""
+    model.eval()
+    for weight in weights.values():
+        weight.requires_grad_()
+    rows = []
+    for input_ids, mask, labels in zip(*padded_batch(), strict=True):
+        n = int(mask.sum())
+        loss = model(input_ids=input_ids[None, :n], labels=labels[None, :n]).loss
+        rows.append([g.norm() for g in torch.autograd.grad(loss, list(weights.values()))])
+    return {name: torch.stack(column) for name, column in zip(weights, zip(*rows, strict=True), strict=True)}
+
+
+def weights_of(layers: dict[str, nn.Linear]) -> dict[str, Tensor]:
+    return {f"{name}.{kind}": p for name, layer in layers.items() for kind, p in layer.named_parameters()}
+
+
+def assert_same(norms: Tensor, expected: Tensor, name: str = "") -> None:
+    torch.testing.assert_close(norms, expected, rtol=1e-4, atol=1e-7, msg=lambda text: f"{name}: {text}")
+
+
+def test_every_architecture_named_is_tested() -> None:
+    assert set(CONFIGS) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_norms_equal_one_sample_at_a_time_autograd_layer_by_layer(architecture: str, trained: bool) -> None:
+    model = tiny_model(architecture, trained=trained)
+    layers = lora_layers(model, "all_lora")
+    assert len(layers) == 2 * 7 * 2  # A and B of seven projections in two blocks
+    expected = one_at_a_time(model, weights_of(layers))
+    norms = layer_gradient_norms(model, layers, *padded_batch())
+    for name in layers:
+        assert_same(norms[name], expected[f"{name}.weight"], name)
+        assert trained or (".lora_A." in name) == bool((norms[name] == 0).all())  # B = 0 hides A from the loss
+
+    total = torch.stack(list(expected.values())).square().sum(0).sqrt()
+    assert_same(per_sample_gradient_norms(model, *padded_batch(), "all_lora"), total)
+    (last,) = [name for name in expected if "layers.1.self_attn.v_proj.lora_B" in name]
+    assert_same(per_sample_gradient_norms(model, *padded_batch(), "last_v_b"), expected[last])
+
+
+def test_double_precision_agrees_far_below_single() -> None:
+    model = tiny_model("qwen2", trained=True)
+    single = per_sample_gradient_norms(model, *padded_batch(), "all_lora")
+    double = per_sample_gradient_norms(model.double(), *padded_batch(), "all_lora")
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=0)
+
+
+def test_any_linear_layer_is_exact_with_bias_and_in_gram_form() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["qwen2"]))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    input_ids, mask, labels = padded_batch()
+    length = input_ids.shape[1]
+    gram_is_cheaper = {length * (a.in_features + a.out_features) < a.weight.numel() for a in layers.values()}
+    assert gram_is_cheaper == {True, False}  # both forms are used
+    expected = one_at_a_time(model, weights_of(layers))
+    norms = layer_gradient_norms(model, layers, input_ids, mask, labels)
+    for name in layers:
+        bias = expected.get(f"{name}.bias", torch.zeros(len(labels)))
+        assert_same(norms[name], torch.hypot(expected[f"{name}.weight"], bias), name)
+
+
+def test_adapters_with_a_bias_count_it() -> None:
+    model = tiny_model(lora_bias=True)
+    weights = weights_of(lora_layers(model, "last_v_b"))
+    assert len(weights) == 2
+    expected = torch.stack(list(one_at_a_time(model, weights).values())).square().sum(0).sqrt()
+    assert_same(per_sample_gradient_norms(model, *padded_batch(), "last_v_b"), expected)
+
+
+def test_adapters_injected_without_a_peft_wrapper_are_found() -> None:
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"]))
+    inject_adapter_in_model(LoraConfig(r=3, target_modules=["q_proj", "v_proj"]), model)
+    (expected,) = one_at_a_time(model, weights_of(lora_layers(model, "last_v_b"))).values()
+    assert_same(per_sample_gradient_norms(model, *padded_batch(), "last_v_b"), expected)
+
+
+@pytest.mark.parametrize("gradient", ["last_v_b", "all_lora"])
+def test_padding_and_its_mask_change_nothing(gradient: str) -> None:
+    model = tiny_model(trained=True)
+    input_ids, mask, labels = padded_batch()
+    norms = per_sample_gradient_norms(model, input_ids, None, labels, gradient)
+    masked = per_sample_gradient_norms(model, input_ids, mask, labels, gradient)
+    torch.testing.assert_close(norms, masked, rtol=1e-5, atol=0)
+    wider = nn.functional.pad(input_ids, (0, 9), value=5), None, nn.functional.pad(labels, (0, 9), value=-100)
+    torch.testing.assert_close(norms, per_sample_gradient_norms(model, *wider, gradient), rtol=1e-5, atol=0)
+
+
+def test_last_v_b_keeps_no_graph_before_the_last_value_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(trained=True)
+    first, last = model.get_decoder().layers
+    in_graph: dict[str, bool] = {}
+    first.register_forward_hook(lambda _, args, output: in_graph.update(first=output.requires_grad))
+    last.self_attn.q_proj.register_forward_hook(lambda _, args, output: in_graph.update(q=output.requires_grad))
+    last.self_attn.v_proj.register_forward_hook(lambda _, args, output: in_graph.update(v=output.requires_grad))
+    backward = torch.autograd.grad
+    passes = []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args: passes.append(1) or backward(*args))
+    per_sample_gradient_norms(model, *padded_batch(), "last_v_b")
+    assert in_graph == {"first": False, "q": False, "v": True}
+    assert len(passes) == 1
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_model(trained=True, lora_dropout=0.5).train()
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    norms = per_sample_gradient_norms(model, *padded_batch(), "all_lora")
+    assert_same(norms, per_sample_gradient_norms(model, *padded_batch(), "all_lora"))  # no dropout
+    assert model.training and trainable == [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all(p.grad is None for p in model.parameters())
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_what_cannot_be_exact_is_refused_by_name() -> None:
+    shape = {k: v for k, v in SHAPE.items() if k != "head_dim"}
+    cohere = AutoModelForCausalLM.from_config(CohereConfig(**shape))
+    adapted = get_peft_model(cohere, LoraConfig(target_modules=["v_proj"]))
+    twice = tiny_model()
+    twice.get_decoder().layers[0].mlp = twice.get_decoder().layers[1].mlp
+    shared = tiny_model()
+    one, other = (layer.self_attn.q_proj.lora_A["default"] for layer in shared.get_decoder().layers)
+    one.weight = other.weight
+    merged = tiny_model()
+    merged.merge_adapter()
+    bidirectional = tiny_model("gemma3_text")
+    bidirectional.config.use_bidirectional_attention = True
+    for model, gradient, sentence in [
+        (adapted, "last_v_b", "CohereForCausalLM .*model type 'cohere'"),
+        (twice, "all_lora", "LlamaForCausalLM uses a layer twice"),
+        (shared, "all_lora", "shares one weight"),
+        (merged, "all_lora", "merged or inactive"),
+        (bidirectional, "last_v_b", "Gemma3ForCausalLM .*causal"),
+        (tiny_model(use_dora=True), "all_lora", "lora_magnitude_vector"),
+        (tiny_model(target_modules=["q_proj"]), "last_v_b", "no such LoRA layer"),
+        (tiny_model(), "all", "gradient='all' is unknown"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            per_sample_gradient_norms(model, *padded_batch(), gradient)

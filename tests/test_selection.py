@@ -1,0 +1,185 @@
+"""Budgets, draws and regions: what every selection method rests on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from staff.errors import UserError
+from staff.regions import equal_width_edges, regions_left, serving_order, share_out, shares_of_ratio, stratify
+from staff.selection import Coreset, Draws, budget_for, check_scores
+
+IDS = [f"sample {i}" for i in range(1000)]
+
+
+# ---------------------------------------------------------------- the budget
+
+
+@pytest.mark.parametrize(
+    ("rate", "pool", "kept"),
+    [(0.9, 1000, 100), (0.8, 10, 2), (0.7, 10, 3), (0.29, 100, 71), (0, 7, 7), (0.0, 7, 7), (0.2, 12460, 9968)],
+)
+def test_budget_is_exact_where_floating_point_is_not(rate: float, pool: int, kept: int):
+    assert budget_for(rate, pool) == kept
+
+
+@given(st.integers(0, 999), st.integers(1, 10**6))
+def test_budget_is_the_floor_of_the_decimal_that_was_typed(thousandths: int, pool: int):
+    kept = (1000 - thousandths) * pool // 1000
+    if kept:
+        assert budget_for(thousandths / 1000, pool) == kept
+    else:
+        with pytest.raises(UserError, match=f"leaves none of the {pool} samples"):
+            budget_for(thousandths / 1000, pool)
+
+
+@pytest.mark.parametrize("rate", [1, 1.0, -0.1, 90, float("nan"), float("inf"), "0.9", True, None])
+def test_pruning_rate_outside_its_range_is_refused_with_its_value(rate):
+    with pytest.raises(UserError, match=r"pruning_rate=.*\[0, 1\)"):
+        budget_for(rate, 1000)
+
+
+# ---------------------------------------------------------------- draws
+
+
+def test_a_draw_depends_on_seed_purpose_and_id_and_on_nothing_else():
+    draws = Draws(3, IDS)
+    first = draws.priorities("pick").copy()
+    draws.choose("verification", np.arange(10), 3)  # what was drawn before changes nothing
+    assert (Draws(3, IDS).priorities("pick") == first).all()
+    assert (Draws(3, IDS[::-1]).priorities("pick")[::-1] == first).all()
+    assert (Draws(3, [*IDS, "another"]).priorities("pick")[:-1] == first).all()
+    assert (Draws(4, IDS).priorities("pick") != first).all()
+    assert (draws.priorities("fill") != first).all()
+
+
+def test_draws_are_the_same_in_another_process():
+    code = "from staff.selection import Draws; print(Draws(0, ['a', 'b']).priorities('pick').tolist())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == str(Draws(0, ["a", "b"]).priorities("pick").tolist())
+
+
+def test_every_sample_is_drawn_equally_often_and_independently_of_its_neighbour():
+    chosen = np.zeros((2000, 20), dtype=bool)
+    for seed in range(len(chosen)):
+        chosen[seed, Draws(seed, IDS[:20]).choose("pick", np.arange(20), 5)] = True
+    assert (chosen.sum(1) == 5).all()
+    # 2,000 draws at probability 1/4: a standard deviation of 19.4; within four of them.
+    assert np.abs(chosen.sum(0) - 500).max() < 78
+    assert np.abs(np.corrcoef(chosen.T)[~np.eye(20, dtype=bool)] + 1 / 19).max() < 0.1
+
+
+def test_two_purposes_draw_independently():
+    a, b = Draws(0, IDS).priorities("pick"), Draws(0, IDS).priorities("verification")
+    assert abs(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1]) < 0.1
+
+
+def test_choosing_more_than_there_are_gives_all():
+    assert sorted(Draws(0, IDS).choose("pick", np.array([4, 2]), 9)) == [2, 4]
+    assert len(Draws(0, IDS).choose("pick", np.array([], dtype=np.int64), 9)) == 0
+
+
+def test_highest_first_breaks_ties_by_draw_and_only_ties():
+    scores = np.repeat([1.0, 3.0, 2.0], 20)
+    orders = [Draws(seed, IDS[:60]).highest_first(scores) for seed in range(3)]
+    for order in orders:
+        assert (scores[order] == np.repeat([3.0, 2.0, 1.0], 20)).all()
+    assert not (orders[0] == orders[1]).all()
+    assert sorted(orders[0][:20]) == list(range(20, 40))
+
+
+def test_the_highest_are_dropped_by_exact_count():
+    scores = np.arange(1000.0)
+    assert (Draws(0, IDS).all_but_highest(scores, 0.29) == np.arange(710)).all()
+    assert (Draws(0, IDS).all_but_highest(scores, 0) == np.arange(1000)).all()
+
+
+# ---------------------------------------------------------------- regions
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6), st.integers(1, 200))
+def test_regions_cover_the_range_and_the_highest_score_lies_in_the_last(low: float, width: float, k: int):
+    high = low + width
+    edges = equal_width_edges(low, high, k)
+    assert len(edges) == k and (np.diff(edges) >= 0).all() and edges[-1] == high
+    region_of = stratify(np.array([low, (low + high) / 2, high]), edges)
+    assert region_of.min() >= 0 and (np.diff(region_of) >= 0).all()
+    if width > max(1e-3 * high, 1e-300):
+        assert region_of[0] == 0 and region_of[-1] == k - 1
+
+
+def test_a_score_on_an_edge_goes_below_for_staff_and_above_for_ccs():
+    edges = equal_width_edges(0, 4, 4)
+    assert stratify(np.array([0, 1, 1.5, 4]), edges).tolist() == [0, 0, 1, 3]
+    assert stratify(np.array([0, 1, 1.5, 4]), edges, upper_closed=False).tolist() == [0, 1, 1, -1]
+
+
+def test_regions_are_served_smallest_first_and_equal_ones_by_score():
+    region_of = np.array([3, 3, 3, 0, 0, 5, 5, 9, -1])
+    regions, members = serving_order(region_of, np.arange(100, 109))
+    assert regions.tolist() == [9, 0, 5, 3]
+    assert [m.tolist() for m in members] == [[107], [103, 104], [105, 106], [100, 101, 102]]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30).map(sorted), st.data())
+def test_equal_shares_smallest_first_spend_the_whole_budget(sizes: list[int], data: st.DataObject):
+    budget = data.draw(st.integers(1, sum(sizes)))
+    budgets = share_out(budget, sizes, np.ones(len(sizes)), regions_left(len(sizes)))
+    assert budgets.sum() == budget and (budgets <= sizes).all()
+    unfilled = budgets[budgets < sizes]
+    assert not len(unfilled) or np.ptp(unfilled) <= 1
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.floats(0, 1e6)), min_size=1, max_size=30), st.integers(1, 2000))
+def test_shares_of_ratios_never_exceed_a_region_or_the_budget(regions: list[tuple[int, float]], budget: int):
+    sizes, ratios = (np.array(column) for column in zip(*regions))
+    budgets = share_out(budget, sizes, *shares_of_ratio(ratios))
+    assert (budgets >= 0).all() and (budgets <= sizes).all() and budgets.sum() <= budget
+
+
+def test_the_last_region_takes_what_is_left_whatever_its_ratio():
+    for ratios in (np.array([5.0, 1.0, 0.01]), np.array([5.0, 1.0, 0.0]), np.array([np.nan, 1.0, np.nan])):
+        assert share_out(100, [1, 10, 200], *shares_of_ratio(ratios)).sum() == 100
+
+
+# ---------------------------------------------------------------- what goes in and what comes out
+
+
+@pytest.mark.parametrize(("value", "said"), [(np.nan, "nan"), (np.inf, "inf"), (-1.0, "-1.0")])
+def test_a_bad_score_is_refused_by_the_name_of_its_sample(value: float, said: str):
+    scores = np.ones(1000)
+    scores[[17, 400]] = value
+    with pytest.raises(UserError, match=rf"effort of sample 'sample 17' is {said} \(2 such in all\)"):
+        check_scores(scores, IDS, "effort", minimum=0)
+
+
+def test_scores_of_the_wrong_number_are_refused():
+    with pytest.raises(UserError, match="1000 samples"):
+        check_scores(np.ones(999), IDS, "effort")
+
+
+def test_a_coreset_is_sorted_and_survives_saving(tmp_path):
+    scores = np.array([0.5, np.nan, 2.0])
+    saved = Coreset(np.array([2, 0]), pd.DataFrame({"region": [1]}), {"effort": scores}, 1, ("a note",))
+    saved.save(tmp_path, IDS[:3])
+    loaded = Coreset.load(tmp_path)
+    assert loaded.indices.tolist() == [0, 2]
+    pd.testing.assert_frame_equal(loaded.diagnostics, saved.diagnostics)
+    np.testing.assert_array_equal(loaded.scores["effort"], scores)
+    assert (loaded.filled, loaded.notes) == (1, ("a note",))
+
+
+def test_selection_needs_no_model_library():
+    code = (
+        "import sys, staff, staff.selection, staff.regions, staff.speculative, staff.artifacts, staff.errors, "
+        "baselines.full, baselines.random, baselines.el2n, baselines.grand, baselines.ccs, baselines.d2;"
+        "print(*{'torch', 'transformers', 'trl', 'wandb', 'hydra'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []

@@ -1,0 +1,308 @@
+"""STAFF against the vectors of the authors' code, and as a selection method on any input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baselines.ccs import CCS
+from staff.errors import UserError
+from staff.pool import ArrayPool
+from staff.selection import Coreset, Draws
+from staff.speculative import Staff
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "staff": {},
+    "staff_paper": {"budget_rule": "ratio", "gradient": "all_lora"},
+    "staff_official": {
+        "pick": "highest",
+        "leftover": "uniform",
+        "normalise": True,
+        "drop_hardest": 0.1,
+        "verify_small_regions": False,
+        "edge_dtype": "float32",
+    },
+}
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("staff_*.npz"))
+
+
+def pool_of(small: np.ndarray, target: np.ndarray, ids: list[str] | None = None) -> ArrayPool:
+    ids = ids or [f"sample {i}" for i in range(len(small))]
+    return ArrayPool(ids, {("effort", "small"): small, ("effort", "target"): target})
+
+
+def select(method: Staff, pool: ArrayPool, budget: int, seed: int = 0) -> Coreset:
+    return method.select(pool, budget, Draws(seed, pool.ids))
+
+
+# ---------------------------------------------------------------- the authors' code
+
+
+class Recorded(Draws):
+    """Draws that fall as they did for the authors' code: the samples to verify, and those of the fill."""
+
+    def __init__(self, ids: list[str], **recorded: np.ndarray):
+        super().__init__(0, ids)
+        self.recorded = recorded
+
+    def choose(self, purpose: str, candidates: np.ndarray, count: int) -> np.ndarray:
+        chosen = np.intersect1d(candidates, self.recorded[purpose])
+        assert len(chosen) == count
+        return chosen
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_agrees_with_the_authors_code(path: Path):
+    golden = np.load(path, allow_pickle=False)
+    pool = pool_of(golden["overall"], golden["target"])
+    fill = golden["coreset"][golden["n_before_fill"] :]
+    draws = Recorded(pool.ids, verification=golden["verify_idx"], fill=fill)
+    # The recorded scores are min-max normalised already.
+    method = Staff(**PRESETS["staff_official"] | {"normalise": False})
+
+    regions, members = method.regions(golden["overall"], draws.all_but_highest(golden["overall"], 0.1))
+    region_of = np.full(len(pool.ids), -1)
+    for region, positions in zip(regions, members):
+        region_of[positions] = region
+    np.testing.assert_array_equal(region_of, golden["region_of"])
+
+    coreset = method.select(pool, len(golden["coreset"]), draws)
+    assert coreset.indices.tolist() == sorted(golden["coreset"])
+    assert coreset.filled == len(fill)
+    table = coreset.diagnostics
+    assert table["region"].tolist() == golden["order_region"].tolist()
+    assert table["size"].tolist() == golden["order_sizes"].tolist()
+    assert table["verified"].tolist() == golden["verify_count"].tolist()
+    assert table["budget"].tolist() == golden["budgets"].tolist()
+    np.testing.assert_allclose(table["ratio"], golden["V"], rtol=1e-6)
+
+
+def test_all_vectors_are_there():
+    assert len(GOLDEN) == 12
+
+
+# ---------------------------------------------------------------- any input
+
+magnitudes = st.sampled_from([1e-6, 1.0, 1e6])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    """Scores of both models and a budget: smooth and heavy-tailed distributions, ties, constants, outliers."""
+    n = draw(st.integers(1, 80))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+
+    def scores() -> np.ndarray:
+        kind = draw(st.sampled_from(["uniform", "lognormal", "bimodal", "ties", "constant", "zeros", "outliers"]))
+        values = {
+            "uniform": rng.random(n),
+            "lognormal": rng.lognormal(0, 2, n),
+            "bimodal": np.where(rng.random(n) < 0.3, 1, 8) + 0.1 * rng.random(n),
+            "ties": rng.integers(0, 4, n).astype(float),
+            "constant": np.full(n, 2.5),
+            "zeros": np.zeros(n),
+            "outliers": rng.random(n) + 1e9 * (rng.random(n) < 0.05),
+        }[kind]
+        return values * draw(magnitudes)
+
+    return {
+        "small": scores(),
+        "target": scores(),
+        "budget": draw(st.integers(1, n)),
+        "num_regions": draw(st.sampled_from([1, 2, 3, 10, 50, 200])),
+        "verification_budget": draw(st.sampled_from([0, 1, 3, 10])),
+        "seed": draw(st.integers(0, 9)),
+    }
+
+
+def method_of(preset: str, case: dict[str, Any]) -> Staff:
+    fields = {name: case[name] for name in ("num_regions", "verification_budget")}
+    return Staff(**PRESETS[preset] | fields)
+
+
+def eligible_count(preset: str, n: int) -> int:
+    return n - n // 10 if preset == "staff_official" else n
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@settings(deadline=None, max_examples=150)
+@given(case=cases())
+def test_exactly_m_distinct_samples_are_selected_whatever_the_scores(preset: str, case: dict[str, Any]):
+    n = len(case["small"])
+    budget = min(case["budget"], eligible_count(preset, n))
+    pool = pool_of(case["small"], case["target"])
+    coreset = select(method_of(preset, case), pool, budget, case["seed"])
+
+    assert coreset.indices.dtype == np.int64 and len(coreset.indices) == budget
+    assert (np.diff(coreset.indices) > 0).all() and coreset.indices[0] >= 0 and coreset.indices[-1] < n
+    table = coreset.diagnostics
+    assert (table["budget"] <= table["size"]).all() and (table["size"] > 0).all()
+    assert (table["picked"] <= table["size"]).all() and (np.diff(table["size"]) >= 0).all()
+    assert 0 <= coreset.filled <= budget
+    if preset == "staff":
+        assert coreset.filled == 0
+    if preset != "staff_official":
+        assert (table["picked"] == table["budget"]).all() and table["budget"].sum() == budget
+        assert np.isfinite(coreset.scores["verified"]).sum() == table["verified"].sum()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@settings(deadline=None, max_examples=60)
+@given(case=cases(), shuffle=st.integers(0, 99))
+def test_same_seed_selects_the_same_samples_in_whatever_order_the_pool_comes(
+    preset: str, case: dict[str, Any], shuffle: int
+):
+    n = len(case["small"])
+    budget = min(case["budget"], eligible_count(preset, n))
+    method, pool = method_of(preset, case), pool_of(case["small"], case["target"])
+    chosen = [pool.ids[i] for i in select(method, pool, budget, case["seed"]).indices]
+    assert chosen == [pool.ids[i] for i in select(method, pool, budget, case["seed"]).indices]
+
+    order = np.random.default_rng(shuffle).permutation(n)
+    shuffled = pool_of(case["small"][order], case["target"][order], [pool.ids[i] for i in order])
+    again = select(method, shuffled, budget, case["seed"])
+    assert {shuffled.ids[i] for i in again.indices} == set(chosen)
+
+
+def test_another_seed_selects_other_samples():
+    rng = np.random.default_rng(0)
+    pool = pool_of(rng.random(200), rng.random(200))
+    assert set(select(Staff(), pool, 40, 0).indices) != set(select(Staff(), pool, 40, 1).indices)
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=cases())
+def test_official_never_selects_its_dropped_tenth_and_refuses_a_budget_above_the_rest(case: dict[str, Any]):
+    pool = pool_of(case["small"], case["target"])
+    method, n = method_of("staff_official", case), len(case["small"])
+    eligible = eligible_count("staff_official", n)
+    coreset = select(method, pool, eligible, case["seed"])
+    dropped = np.setdiff1d(np.arange(n), coreset.indices)
+    assert len(dropped) == n // 10
+    if len(dropped):
+        assert case["small"][dropped].min() >= case["small"][coreset.indices].max()
+        with pytest.raises(UserError, match=f"{n} samples cannot be met: {eligible} are eligible"):
+            select(method, pool, n, case["seed"])
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=cases())
+def test_without_verification_the_target_is_not_asked_and_the_budgets_are_those_of_ccs(case: dict[str, Any]):
+    pool = ArrayPool([f"{i}" for i in range(len(case["small"]))], {("effort", "small"): case["small"]})
+    table = select(Staff(case["num_regions"], verification_budget=0), pool, case["budget"]).diagnostics
+    left = case["budget"]
+    for served, (size, budget) in enumerate(zip(table["size"], table["budget"])):
+        assert budget == min(size, left // (len(table) - served))
+        left -= budget
+
+
+def test_without_verification_staff_is_ccs_on_the_same_scores():
+    scores = np.random.default_rng(0).lognormal(size=500)
+    pool = ArrayPool([f"{i}" for i in range(500)], {("effort", "small"): scores, ("el2n", "target_tuned"): scores})
+    staff = select(Staff(verification_budget=0), pool, 100)
+    ccs = CCS().select(pool, 100, Draws(0, pool.ids))
+    assert abs(len(staff.diagnostics) - len(ccs.diagnostics)) <= 2  # 1.0001 max, and edges closed below
+    assert len(np.intersect1d(staff.indices, ccs.indices)) > 90
+
+
+# ---------------------------------------------------------------- the method itself
+
+
+def test_a_region_where_the_target_finds_more_effort_than_the_small_model_gets_more():
+    small = np.concatenate([np.linspace(0, 1, 100), np.linspace(9, 10, 100)])
+    for favoured in (0, 1):
+        target = small * np.where((small > 5) == favoured, 3, 1)
+        table = select(Staff(num_regions=2), pool_of(small, target), 80).diagnostics
+        assert dict(zip(table["region"], table["budget"]))[favoured] == 60
+
+
+def test_the_papers_formula_depends_on_the_scale_of_the_targets_gradients_and_the_default_does_not():
+    rng = np.random.default_rng(0)
+    small, target = rng.lognormal(size=300), rng.lognormal(size=300)
+
+    def budgets(rule: str, scale: float) -> list[int]:
+        method = Staff(num_regions=20, budget_rule=rule)
+        return select(method, pool_of(small, scale * target), 60).diagnostics["budget"].tolist()
+
+    assert budgets("share", 1) == budgets("share", 0.125) == budgets("share", 8)
+    assert budgets("ratio", 1) != budgets("ratio", 8)
+
+
+def test_the_target_scores_nothing_but_the_verified_samples():
+    small = np.random.default_rng(0).random(500)
+    asked: list[np.ndarray] = []
+
+    class Counting(ArrayPool):
+        def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray:
+            if model == "target":
+                assert indices is not None
+                asked.append(indices)
+            return super().scores(signal, model, indices, **options)
+
+    pool = Counting([f"{i}" for i in range(500)], {("effort", "small"): small, ("effort", "target"): small})
+    coreset = select(Staff(num_regions=10, verification_budget=3), pool, 50)
+    assert len(asked) == 1 and len(asked[0]) == coreset.diagnostics["verified"].sum() == 30
+    assert np.isfinite(coreset.scores["verified"]).sum() == 30
+
+
+def test_the_highest_scored_of_a_region_come_first_where_that_is_asked_for():
+    small = np.arange(100.0)
+    coreset = select(Staff(num_regions=2, pick="highest"), pool_of(small, small), 20)
+    assert coreset.indices.tolist() == [*range(40, 50), *range(90, 100)]
+
+
+@pytest.mark.parametrize(("value", "said"), [(np.nan, "nan"), (-0.5, "-0.5"), (np.inf, "inf")])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_score_that_is_negative_or_not_finite_is_refused_by_name(preset: str, value: float, said: str):
+    good, bad = np.linspace(1, 2, 20), np.linspace(1, 2, 20)
+    bad[7] = value
+    method = Staff(**PRESETS[preset] | {"num_regions": 1, "verification_budget": 19})
+    with pytest.raises(UserError, match=f"speculative score of sample 'sample 7' is {said}"):
+        select(method, pool_of(bad, good), 5)
+    everywhere = np.full(20, value)
+    with pytest.raises(UserError, match=f"target's score of sample 'sample [0-9]+' is {said}"):
+        select(method, pool_of(good, everywhere), 5)
+
+
+def test_undefined_ratios_count_as_one_and_are_noted():
+    zeros, ones = np.zeros(50), np.ones(50)
+    undefined = select(Staff(), pool_of(zeros, ones), 10)
+    assert undefined.diagnostics["ratio"].tolist() == [1.0] and "zero sum" in undefined.notes[0]
+    all_zero = select(Staff(num_regions=5), pool_of(np.linspace(1, 2, 50), zeros), 10)
+    assert set(all_zero.diagnostics["ratio"]) == {1.0} and "all verification ratios are zero" in all_zero.notes[0]
+    constant = select(Staff(**PRESETS["staff_official"]), pool_of(ones, ones), 10)
+    assert constant.diagnostics["ratio"].tolist() == [1.0]
+    assert sum("constant" in note for note in constant.notes) == 2
+    assert select(Staff(), pool_of(ones, ones), 10).notes == ()
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"num_regions": 0},
+        {"num_regions": 2.5},
+        {"verification_budget": -1},
+        {"drop_hardest": 1.0},
+        {"budget_rule": "fair"},
+        {"pick": "lowest"},
+        {"leftover": "none"},
+        {"gradient": "all"},
+        {"edge_dtype": "float16"},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_a_hyper_parameter_out_of_range_is_refused_with_field_and_value(field: dict[str, Any]):
+    name, value = next(iter(field.items()))
+    with pytest.raises(UserError, match=f"method.{name}={value!r}"):
+        Staff(**field)
+
+
+@pytest.mark.parametrize("budget", [0, -1, 21])
+def test_a_budget_that_cannot_be_met_is_refused(budget: int):
+    with pytest.raises(UserError, match=f"a budget of {budget} samples cannot be met: 20 are eligible"):
+        select(Staff(), pool_of(np.ones(20), np.ones(20)), budget)
