@@ -18,6 +18,7 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from experiments import sweep
 from staff import tracking
 from staff.artifacts import STAGE_VERSIONS, Artifact, Charges, Store
 from staff.cost import Cost
@@ -59,7 +60,7 @@ class Run:
         check_metrics(self.task.metrics, self.test)
         if fixed is None:
             budget_for(self.pruning_rate, len(self.train))  # refuse a bad rate before anything is loaded
-        self.store = Store(cfg.store_dir, workers=_workers(cfg))
+        self.store = Store(cfg.store_dir, workers=sweep.workers())
         self.started = datetime.now(UTC)
 
     @cached_property
@@ -67,7 +68,6 @@ class Run:
         """The resolved configuration; a method with a pruning rate of its own shows that one."""
         config = OmegaConf.to_container(self.cfg, resolve=True)
         assert isinstance(config, dict)
-        config.pop("hydra", None)
         return {**{str(k): v for k, v in config.items()}, "pruning_rate": self.pruning_rate}
 
     @cached_property
@@ -249,11 +249,6 @@ class Run:
             scores=coreset.scores,
             coreset_csv=self.folder / "coreset.csv",
         )
-
-
-def _workers(cfg: DictConfig) -> int:
-    jobs = OmegaConf.select(cfg, "hydra.launcher.n_jobs", default=1)
-    return jobs if isinstance(jobs, int) and jobs > 0 else 1
 
 
 def _cost(artifact: Artifact | None) -> dict[str, Any] | None:

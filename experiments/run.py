@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -46,7 +47,10 @@ def _job(cfg: DictConfig) -> None:
     job = HydraConfig.get()
     choices: Any = OmegaConf.to_container(job.runtime.choices)
     if job.mode is None or job.mode.name != "MULTIRUN":
-        print(sweep.table([run(cfg, choices)]))
+        try:
+            print(sweep.table([run(cfg, choices)]))
+        except Exception as error:
+            _leave(error)
         return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a sweep cannot run under torchrun: start one configuration at a time, without -m.")
@@ -60,18 +64,31 @@ def _job(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry point of the console script: errors in one sentence, and an honest exit status."""
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us instead of being printed
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach us instead of being printed
+    _quiet()
     try:
         _job()
     except KeyboardInterrupt:
-        sys.exit("interrupted: what is finished is kept, and the same command goes on from there")
+        sys.exit("staff: interrupted; what is finished is kept, and the same command goes on from there.")
     except Exception as error:
-        sentence = sweep.sentence_of(error)
-        if wants_traceback or sentence is None:
-            traceback.print_exc()
-        sys.exit(f"staff: {sentence or error!r}")
+        _leave(error)
     sys.exit(sweep.exit_status())
+
+
+def _leave(error: Exception) -> NoReturn:
+    sentence = sweep.sentence_of(error)
+    if sentence is None:
+        traceback.print_exception(error)
+    sys.exit(f"staff: {sentence or repr(error)}")
+
+
+def _quiet() -> None:
+    """Leave the terminal to what a run has to say. Environment and filters also reach the workers of a sweep."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from staff.errors import UserError
 
-FOLDER, TOTAL = "STAFF_SWEEP_FOLDER", "STAFF_SWEEP_TOTAL"
+FOLDER, TOTAL, WORKERS = "STAFF_SWEEP_FOLDER", "STAFF_SWEEP_TOTAL", "STAFF_SWEEP_WORKERS"
 log = logging.getLogger("staff")
 _failed = 0
 
@@ -32,6 +34,8 @@ class Sweep(Callback):
         folder = Path(config.results_dir).absolute() / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir(parents=True)
         os.environ[FOLDER], os.environ[TOTAL] = str(folder), str(_count_jobs(config))
+        jobs = config.hydra.launcher.get("n_jobs", 1)
+        os.environ[WORKERS] = str(jobs if jobs > 0 else os.cpu_count())
         log.info("a sweep of %s jobs", os.environ[TOTAL])
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -44,6 +48,11 @@ class Sweep(Callback):
             print(f"failed: {job['job']}: {job['failure']} (traceback: {job['traceback']})")
         if _failed:
             print(f"{_failed} of {os.environ[TOTAL]} jobs failed; the same command runs what is missing.")
+
+
+def workers() -> int:
+    """How many jobs of the sweep run at the same time on this machine; seconds depend on it."""
+    return int(os.environ.get(WORKERS, "1"))
 
 
 def exit_status() -> int:
@@ -70,18 +79,21 @@ def report_job(number: int, job: str, result: Path | Exception) -> None:
 
 
 def sentence_of(error: BaseException | None) -> str | None:
-    """The sentence meant for the user, wherever in the chain of causes it was said."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    hydra_says = None
+    """The sentence meant for the user, wherever in the chain of causes it was said; None for a defect."""
+    said = None
     while error is not None:
         if isinstance(error, UserError):
             return str(error)
-        if isinstance(error, HydraException | OmegaConfBaseException):
-            hydra_says = str(error)
+        if isinstance(error, MissingConfigException) and error.options:
+            group, _, option = str(error.missing_cfg_file).rpartition("/")
+            return f"{group}={option} is unknown: choose {', '.join(error.options)}."
+        if isinstance(error, ConfigKeyError | ConfigAttributeError) and isinstance(error.parent_node, DictConfig):
+            settings = ", ".join(sorted(str(key) for key in error.parent_node if key != "_target_"))
+            return f"{error.full_key} is no setting: choose from {settings}."
+        if isinstance(error, HydraException | OmegaConfBaseException) and said is None:
+            said = " ".join(str(error).split())
         error = error.__cause__ or error.__context__
-    return hydra_says
+    return said
 
 
 def table(folders: list[Path]) -> str:

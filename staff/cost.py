@@ -96,7 +96,7 @@ class Meter:
         self._seconds += time.perf_counter() - self._started
         peak = sum(_cuda().max_memory_allocated(gpu) for gpu in gpus) if gpus else _peak_resident_bytes()
         self._peak_memory_bytes = max(self._peak_memory_bytes, peak)
-        self._device = _cuda().get_device_name(gpus[0]) if gpus else _processor()
+        self._device = _cuda().get_device_name(gpus[0]) if gpus else processor_name()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -140,7 +140,7 @@ def _peak_resident_bytes() -> int:
 
 
 @cache
-def _processor() -> str:
+def processor_name() -> str:
     with suppress(OSError):
         if name := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return name[1].strip()

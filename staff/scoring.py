@@ -112,10 +112,8 @@ def _halved_budget(batch: TokenizedSamples, longest: int) -> int:
             f"smaller model or precision."
         )
     budget = len(batch) * longest // 2
-    log.warning(
-        "out of memory with %d samples of up to %d tokens: going on with %d tokens a batch",
-        len(batch), longest, budget,
-    )  # fmt: skip
+    said = "out of memory with %d samples of up to %d tokens: going on with %d tokens a batch"
+    log.warning(said, len(batch), longest, budget)
     return budget
 
 
@@ -186,7 +184,9 @@ def _mean_squared_errors(logits: Tensor, targets: Tensor) -> Tensor:
 def _flops(model: Any, batch: TokenizedSamples, signal: str, gradient: str) -> float:
     """FLOPs of one batch without its padding, counted as `staff.cost` does; two for each multiply-add.
 
-    A backward pass through frozen linear layers costs what their forward pass cost, through attention twice that.
+    A backward pass through frozen linear layers costs what their forward pass cost, through attention twice that;
+    "last_v_b" wants of attention only the gradient of the values, half of it. What a fused kernel computes besides
+    is not counted.
     """
     config = model.config.get_text_config()
     tokens, labels = int(batch.lengths.sum()), int(batch.answer_lengths.sum())
@@ -202,5 +202,5 @@ def _flops(model: Any, batch: TokenizedSamples, signal: str, gradient: str) -> f
         return forward + adapters
     if gradient == "last_v_b":
         head = 2 * config.hidden_size * config.vocab_size
-        return forward + adapters + labels * (after_attention + head) + 2 * attention
+        return forward + adapters + labels * (after_attention + head) + attention // 2
     return 2 * forward + 3 * adapters + config.num_hidden_layers * attention

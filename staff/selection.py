@@ -119,7 +119,13 @@ class Draws:
 
     def all_but_highest(self, scores: np.ndarray, fraction: float) -> np.ndarray:
         """The positions, ascending, that are left without the floor(fraction N) highest scored."""
-        return np.sort(self.highest_first(scores)[int(Fraction(str(fraction)) * len(scores)) :])
+        dropped = len(scores) - left_after_dropping(fraction, len(scores))
+        return np.sort(self.highest_first(scores)[dropped:])
+
+
+def left_after_dropping(fraction: float, pool_size: int) -> int:
+    """N - floor(fraction N), in exact arithmetic."""
+    return pool_size - int(Fraction(str(fraction)) * pool_size)
 
 
 def budget_for(pruning_rate: float, pool_size: int) -> int:

@@ -36,7 +36,16 @@ import numpy as np
 import pandas as pd
 
 from staff.regions import equal_width_edges, regions_left, serving_order, share_out, shares_of_ratio, stratify
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
+from staff.selection import (
+    Coreset,
+    Draws,
+    ScorePool,
+    check_budget,
+    check_choice,
+    check_range,
+    check_scores,
+    left_after_dropping,
+)
 
 
 @dataclass(frozen=True)
@@ -89,9 +98,9 @@ class Staff:
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Score, stratify, verify, share out, pick. A negative or infinite score is refused by its sample."""
+        check_budget(budget, left_after_dropping(self.drop_hardest, len(pool.ids)))
         speculative = self._scores(pool, "small")
         eligible = rng.all_but_highest(speculative, self.drop_hardest)
-        check_budget(budget, len(eligible))
         regions, members = self.regions(speculative, eligible)
         probes = self.probes(members, rng)
         verified = self._scores(pool, "target", probes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import netrc
 import os
 import platform
 import subprocess
@@ -14,7 +13,6 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -28,7 +26,6 @@ PACKAGES = (
     "torch",
     "transformers",
     "peft",
-    "trl",
     "datasets",
     "accelerate",
     "hydra-core",
@@ -71,7 +68,7 @@ def environment(root: Path) -> dict[str, Any]:
 
     Imports nothing: GPUs are named only where torch is already loaded.
     """
-    from staff.cost import _processor
+    from staff.cost import processor_name
 
     top = _git(root, "rev-parse", "--show-toplevel")
     ours = top is not None and Path(top).resolve() == root.resolve()  # not of a project that we are installed in
@@ -84,7 +81,7 @@ def environment(root: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "cpu": _processor(),
+        "cpu": processor_name(),
         "cpu_count": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus] if torch else [],
     }
@@ -173,6 +170,8 @@ def log_to_wandb(
 
 def _start(mode: Any, **identity: Any) -> Any:
     """A W&B run, offline where online does not answer."""
+    # W&B's reports of its own errors keep a process up to half a minute at its end where no server answers.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     settings = wandb.Settings(
@@ -189,12 +188,13 @@ def _start(mode: Any, **identity: Any) -> Any:
         x_save_requirements=False,
     )
     wandb.setup(settings)  # without it, logging in speaks before the settings of the run are read
-    if mode == "auto":
-        mode = "online" if _logged_in(wandb.setup().settings) else "offline"
     start = {"settings": settings, "resume": "allow", "reinit": "create_new", **identity}
     if mode != "offline":
         try:
-            return wandb.init(mode=mode, **start)
+            if mode != "auto":
+                return wandb.init(mode=mode, **start)
+            if _logged_in():
+                return wandb.init(mode="online", **start)
         except Exception as error:
             log.warning("Weights & Biases: %s; logging offline, upload later with `wandb sync`", _sentence(error))
             wandb.teardown()  # the failed run holds its id until its service ends
@@ -209,14 +209,13 @@ def _finish(run: Any) -> None:
         log.warning("Weights & Biases did not finish: %s", _sentence(error))
 
 
-def _logged_in(settings: Any) -> bool:
-    """Whether W&B would find a key without asking: the environment, ~/.netrc, or its settings file."""
-    if settings.api_key or any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
-        return True
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(settings.base_url).netloc) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+def _logged_in() -> bool:
+    """Whether W&B finds credentials without asking: in the environment, ~/.netrc or its settings file."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    host = wandb.setup().settings.base_url
+    return wbauth.authenticate_session(host=host, source="staff", prompt=False, update_session=False) is not None
 
 
 def _media(
@@ -228,8 +227,9 @@ def _media(
     finite = {name: values[np.isfinite(values)].tolist() for name, values in scores.items()}
     media: dict[str, Any] = {f"scores/{name}": wandb.Histogram(v) for name, v in finite.items() if v}
     if coreset_csv is not None:
-        # An id such as 007 or NA is text.
-        media["coreset"] = wandb.Table(dataframe=pd.read_csv(coreset_csv, converters={"id": str}))
+        # An id such as 007 or NA is text; a score that was not computed is an empty field.
+        coreset = pd.read_csv(coreset_csv, dtype={"id": str}, keep_default_na=False, na_values=[""])
+        media["coreset"] = wandb.Table(dataframe=coreset)
     if predictions is not None:
         media["predictions"] = wandb.Table(dataframe=predictions)
     return media

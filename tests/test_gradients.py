@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -52,6 +53,15 @@ CONFIGS = {
     ),
 }
 LENGTHS = [(5, 3), (9, 4), (12, 1), (4, 6), (2, 2)]  # prompt and answer tokens of the batch's samples
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small matrices gain nothing by threads, and wait long for them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny_model(architecture: str = "llama", *, trained: bool = False, **lora: Any) -> Any:

@@ -1,0 +1,67 @@
+"""CCS, coverage-centric coreset selection (Zheng et al., ICLR 2023).
+
+The hardest samples are dropped, the rest is stratified by score, and the budget is shared out equally over the
+strata, smallest first, so that what a small stratum cannot take goes to larger ones. Samples are drawn uniformly
+inside a stratum. STAFF is this with unequal shares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from baselines.el2n import VARIANTS, el2n_scores
+from staff.regions import equal_width_edges, regions_left, serving_order, share_out, stratify
+from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, left_after_dropping
+
+
+@dataclass(frozen=True)
+class CCS:
+    """Coverage-centric selection by EL2N on the target fine-tuned on the whole pool.
+
+    Attributes:
+        num_strata: strata of equal score width (the paper: 50).
+        beta: fraction of highest-scored samples dropped beforehand; the paper searches it for every pruning rate,
+            the STAFF authors' code has 0.
+        variant: of EL2N, see `baselines.el2n.el2n_scores`.
+    """
+
+    num_strata: int = 50
+    beta: float = 0.0
+    variant: str = "standard"
+
+    def __post_init__(self) -> None:
+        check_range(self, "num_strata", 1, whole=True)
+        check_range(self, "beta", 0, 0.99)
+        check_choice(self, "variant", VARIANTS)
+
+    def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
+        """Raises UserError for a score that is not finite, by the sample's id, and for a budget above the number
+        of samples that beta leaves."""
+        check_budget(budget, left_after_dropping(self.beta, len(pool.ids)))
+        scores = el2n_scores(pool, self.variant)
+        eligible = rng.all_but_highest(scores, self.beta)
+        strata, members = self.strata(scores, eligible)
+        sizes = np.array([len(m) for m in members])
+        budgets = share_out(budget, sizes, np.ones(len(sizes)), regions_left(len(sizes)))
+        picked = [rng.choose("pick", m, count) for m, count in zip(members, budgets)]
+        diagnostics = pd.DataFrame(
+            {
+                "stratum": strata,
+                "low": [scores[m].min() for m in members],
+                "high": [scores[m].max() for m in members],
+                "size": sizes,
+                "budget": budgets,
+            }
+        )
+        return Coreset(np.concatenate(picked), diagnostics, {"el2n": scores})
+
+    def strata(self, scores: np.ndarray, eligible: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Strata that are not empty in serving order, and each one's members (positions in the pool)."""
+        low, high = scores[eligible].min(), scores[eligible].max()
+        # 1.0001 max for a positive maximum; for any other, too, the highest score must lie below the last edge.
+        high += max(1e-4 * abs(high), np.finfo(np.float64).tiny)
+        edges = equal_width_edges(low, high, self.num_strata)
+        return serving_order(stratify(scores[eligible], edges, upper_closed=False), eligible)

@@ -1,0 +1,44 @@
+"""EL2N: the samples that the fine-tuned target still gets most wrong (Paul et al., NeurIPS 2021, "Deep Learning on
+a Data Diet"), carried over to language models: the mean over the answer tokens of
+
+    || softmax(logits) - onehot(token) ||_2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_scores
+
+VARIANTS = ("standard", "official")
+
+
+def el2n_scores(pool: ScorePool, variant: str) -> np.ndarray:
+    """EL2N of every sample on the target fine-tuned on the whole pool, shape (N,), float64.
+
+    `variant`: "standard", or "official", what the STAFF authors' code computes in its place: the root mean square
+    of raw logits minus one-hot, without the shift by one token.
+    """
+    return check_scores(pool.scores("el2n", "target_tuned", variant=variant), pool.ids, "EL2N score")
+
+
+@dataclass(frozen=True)
+class EL2N:
+    """Highest EL2N first.
+
+    Attributes:
+        variant: see `el2n_scores`.
+    """
+
+    variant: str = "standard"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "variant", VARIANTS)
+
+    def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
+        """Raises UserError for a score that is not finite, by the sample's id."""
+        check_budget(budget, len(pool.ids))
+        scores = el2n_scores(pool, self.variant)
+        return Coreset(rng.highest_first(scores)[:budget], scores={"el2n": scores})

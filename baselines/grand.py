@@ -1,0 +1,35 @@
+"""GraNd: the samples that move the fine-tuned target most (Paul et al., NeurIPS 2021, "Deep Learning on a Data
+Diet"): the norm of the gradient of the sample's own loss. For a language model under LoRA, the loss is the mean
+cross-entropy of the answer tokens, and the gradient that of the adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_scores
+
+
+@dataclass(frozen=True)
+class GraNd:
+    """Highest gradient norm on the target fine-tuned on the whole pool first.
+
+    Attributes:
+        gradient: "all_lora": all LoRA parameters; "last_v_b": last block's v_proj lora_B alone.
+        fresh_adapter: None: fine-tuning's own LoRA; otherwise {rank, alpha, targets} of a fresh one put in its
+            place, as in `staff.speculative.Staff` (with last_v_b what the STAFF authors' code calls GraNd).
+    """
+
+    gradient: str = "all_lora"
+    fresh_adapter: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self, "gradient", ("all_lora", "last_v_b"))
+
+    def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
+        """Raises UserError for a score that is negative or not finite, by the sample's id."""
+        check_budget(budget, len(pool.ids))
+        options = {"gradient": self.gradient, "fresh_adapter": self.fresh_adapter}
+        scores = check_scores(pool.scores("effort", "target_tuned", **options), pool.ids, "GraNd score", minimum=0)
+        return Coreset(rng.highest_first(scores)[:budget], scores={"grand": scores})

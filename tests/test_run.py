@@ -1,0 +1,163 @@
+"""The main job: what is computed, what is read, what is charged, and what is said when it cannot be."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, SMALL
+
+from staff.errors import UserError
+from staff.models import ModelSpec
+
+
+def computed(record: dict) -> dict[str, bool]:
+    """By what was done, whether this run did it."""
+    return {
+        stage["label"].split(" on ")[0].split(" of ")[0]: stage["computed"]
+        for stage in record["overhead"]["stages"]
+    }
+
+
+def test_staff_from_scores_to_metrics_and_the_same_charge_for_whoever_reads(run, tmp_path: Path):
+    first = run("method=staff")
+    assert first["counts"] == {
+        "pool": 24, "dropped_too_long": 0, "budget": 6, "selected": 6, "trained": 6, "test": 4
+    }  # fmt: skip
+    assert set(first["metrics"]) == {"rougeL", "rouge1", "rouge2", "output_tokens"}
+    assert set(computed(first).values()) == {True}
+    assert first["overhead"]["seconds"] == pytest.approx(sum(s["seconds"] for s in first["overhead"]["stages"]))
+    assert first["overhead"]["flops"] > 0 and first["overhead"]["str_basis"] == "estimated from FLOPs"
+    coreset = pd.read_csv(first["folder"] / "coreset.csv")
+    assert list(coreset.columns) == ["id", "speculative", "verified"] and len(coreset) == 6
+    assert len(pd.read_parquet(first["folder"] / "predictions.parquet")) == 4
+
+    again = run("method=staff", "store_dir=" + str(tmp_path / "results/artifacts"), results=tmp_path / "elsewhere")
+    assert set(computed(again).values()) == {False}
+    for part in ("metrics", "counts", "coreset"):
+        assert again[part] == first[part]
+    assert again["overhead"]["seconds"] == first["overhead"]["seconds"]
+
+    fewer = run("method=staff", "method.verification_budget=1")
+    assert computed(fewer)["fine-tune small"] is False, "the small model does not depend on verification"
+    assert computed(fewer)["select by Staff"] is True
+
+    tuned_otherwise = run("method=staff", "finetune_seed=7")
+    assert set(computed(tuned_otherwise).values()) == {False}, "selection has a seed of its own"
+    assert tuned_otherwise["finetuning"]["fingerprint"] != first["finetuning"]["fingerprint"]
+
+
+def test_the_whole_pool_gives_the_measure_for_the_overhead_of_the_others(run):
+    full, raw, chosen = run("method=full"), run("method=raw"), run("method=random")
+    assert (full["run"]["pruning_rate"], full["coreset"]["size"]) == (0, 24)
+    assert (raw["run"]["pruning_rate"], raw["coreset"]["size"], raw["finetuning"]) == (1, 0, None)
+    assert full["overhead"]["str_basis"] == chosen["overhead"]["str_basis"] == "measured"
+    assert chosen["overhead"]["full_finetuning_seconds"] == full["finetuning"]["seconds"]
+    assert chosen["overhead"]["flops"] == 0
+    assert raw["metrics"] != full["metrics"]
+
+
+def test_scorer_and_trainer_see_the_same_token_ids_and_labels(run, monkeypatch):
+    from transformers import Trainer
+
+    import staff.scoring
+
+    trained, scored = set(), set()
+
+    def rows(ids: torch.Tensor, labels: torch.Tensor) -> set[tuple]:
+        lengths = [int((row != -100).nonzero().max()) + 1 for row in labels]
+        return {(tuple(i[:n].tolist()), tuple(y[:n].tolist())) for i, y, n in zip(ids, labels, lengths)}
+
+    compute_loss, norms = Trainer.compute_loss, staff.scoring.per_sample_gradient_norms
+
+    def spy_on_trainer(self, model, inputs, *args, **kwargs):
+        trained.update(rows(inputs["input_ids"], inputs["labels"]))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    def spy_on_scorer(model, input_ids, mask, labels, gradient):
+        scored.update(rows(input_ids, labels))
+        return norms(model, input_ids, mask, labels, gradient)
+
+    monkeypatch.setattr(Trainer, "compute_loss", spy_on_trainer)
+    monkeypatch.setattr(staff.scoring, "per_sample_gradient_norms", spy_on_scorer)
+    run("method=staff", "task.train_limit=8", "method.verification_budget=1")
+    assert len(trained) == 8 and scored == trained
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("pruning_rate=1.0", r"pruning_rate=1.0 is outside \[0, 1\)"),
+        ("pruning_rate=-0.1", r"pruning_rate=-0.1 is outside \[0, 1\)"),
+        ("pruning_rate=0.99", "leaves none of the 24 samples"),
+        ("task.metrics=[rouge7]", "'rouge7', which is unknown: choose from rouge1"),
+        ("task.data_dir=/nowhere", "task.data_dir must be a folder that holds train.jsonl"),
+        ("task.answer='{sumary}'", "line 1: no field 'sumary'"),
+        ("finetune.max_length=60", "finetune.max_length=60 would cut the answer of"),
+        ("finetune.learning_rate=fast", "finetune.learning_rate='fast' must be a positive number"),
+        ("finetune.batch_size=0", "finetune.batch_size=0 must be a whole number"),
+        ("method.num_regions=0", "method.num_regions=0 must be a whole number of at least 1"),
+        ("method.pick=lowest", "method.pick='lowest' is unknown: choose random or highest"),
+        ("seed=one", "seed='one' must be a whole number"),
+        ("family.target.path=/nowhere", "family path=/nowhere is not a folder"),
+        ("method=staff_official method.drop_hardest=0.9", "a budget of 6 samples cannot be met: 3 are eligible"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_a_model_loads(run, monkeypatch, override: str, sentence: str):
+    def load(self):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(ModelSpec, "load", load)
+    from hydra.errors import InstantiationException
+
+    with pytest.raises((UserError, InstantiationException), match=sentence):
+        run(*override.split())
+
+
+def test_samples_that_do_not_fit_are_dropped_only_when_asked_and_counted(run):
+    record = run("method=raw", "finetune.max_length=200", "task.too_long=drop")
+    assert record["counts"]["dropped_too_long"] > 0
+    assert record["counts"]["pool"] + record["counts"]["dropped_too_long"] == 24
+
+
+def staff(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "experiments.run", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("method=staf", "method=staf is unknown: choose ccs"),
+        ("metod=staff", "metod is no setting: choose from evaluation, family"),
+        ("method.num_region=3", "method.num_region is no setting: choose from budget_rule"),
+        ("pruning_rate=most", "pruning_rate='most' is not a number"),
+    ],
+)
+def test_a_mistyped_group_option_setting_or_value_ends_with_the_choices(
+    argument: str, sentence: str, tmp_path: Path
+):
+    ended = staff(argument, f"results_dir={tmp_path}")
+    assert ended.returncode != 0
+    assert ended.stderr.startswith(f"staff: {sentence}") and ended.stderr.count("\n") == 1
+
+
+def test_help_lists_groups_and_options_without_importing_torch():
+    code = "import sys, experiments.run as r; sys.argv[1:] = ['--help']; r._job(); print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "staff_official" in ended.stdout and ended.stdout.strip().endswith("False")
+
+
+def test_a_sweep_goes_on_past_a_failing_job_names_it_and_exits_with_an_error(tmp_path: Path):
+    sweep = ("-m", "method=random,raw", "pruning_rate=0.5,2", "tracking=none", f"results_dir={tmp_path}")
+    ended = staff(*SMALL[:-1], *sweep)
+    assert ended.returncode == 1
+    assert "pruning_rate=2 is outside [0, 1)" in ended.stdout and "1 of 4 jobs failed" in ended.stdout
+    records = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*/metrics.json")]
+    assert sorted(record["run"]["method"] for record in records) == ["random", "raw"]
+    (traceback,) = tmp_path.glob("sweeps/*/*.traceback.txt")
+    assert "UserError" in traceback.read_text()

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2
+
+from staff.errors import UserError
+from staff.tracking import check_mode, environment, log_to_wandb, write_record
+
+RECORD = {
+    "run": {"method": "staff", "pruning_rate": 0.9, "seed": 0, "counts": {"pool": 4, "coreset": 2}},
+    "config": {
+        "seed": 0,
+        "method": {"num_regions": 50, "drop_hardest": None},
+        "task": {"metrics": ["rougeL", "bleu"]},
+    },
+    "metrics": {"rougeL": 21.5, "bleu": 3.25},
+    "overhead": {"finetune": {"seconds": 12.5, "computed": True}, "scores": {"seconds": 3.0, "computed": False}},
+    "coreset": {"fingerprint": "c0ffee", "filled": 0, "notes": ["none"]},
+    "provenance": {"git_commit": None, "cpu_count": 2},
+}
+KEY = "0" * 40
+SCORES = np.array([0.1, 0.5, np.nan, 2.0, 0.5])
+
+
+@pytest.fixture(autouse=True)
+def a_user_who_is_not_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    wandb.teardown()  # W&B reads its environment once a session
+    yield
+    wandb.teardown()
+
+
+def log_run(folder: Path, record: dict[str, Any] = RECORD, run_id: str = "0123abcd", **more: Any) -> None:
+    arguments = {
+        "project": "staff",
+        "entity": None,
+        "mode": "auto",
+        "group": "table1",
+        "job_type": "staff",
+        "name": "staff-0.9-0",
+        "config": record["config"],
+    }
+    folder.mkdir(exist_ok=True)
+    log_to_wandb(record, folder=folder, run_id=run_id, **{**arguments, **more})
+
+
+def read_offline_run(folder: Path) -> dict[str, Any]:
+    """What the only .wandb file under `folder` holds: a LevelDB log (blocks of 32 KiB, records cut at their borders
+    into pieces with a header of checksum, length and type) of protocol buffers."""
+    wandb.teardown()  # waits until the service has written all
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, at, message = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    run: dict[str, Any] = {"config": {}, "summary": {}, "history": {}, "folder": path.parent}
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # no header fits into the rest of a block
+            at += 32768 - at % 32768
+            continue
+        checksum, length, kind = struct.unpack_from("<IHB", data, at)
+        piece = data[at + 7 : at + 7 + length]
+        assert checksum == zlib.crc32(bytes([kind]) + piece)
+        message, at = message + piece, at + 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            _take_in(wandb_internal_pb2.Record.FromString(message), run)
+            message = b""
+    return run
+
+
+def _take_in(record: Any, run: dict[str, Any]) -> None:
+    if record.HasField("run"):
+        run |= {name: getattr(record.run, name) for name in ("run_id", "run_group", "job_type", "display_name")}
+        run["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    for name, items in (("summary", record.summary.update), ("history", record.history.item)):
+        for item in items:
+            *folders, leaf = item.nested_key or [item.key]
+            branch = run[name]
+            for key in folders:
+                branch = branch.setdefault(key, {})
+            branch[leaf] = json.loads(item.value_json)
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("staff")]
+
+
+def test_an_offline_run_read_back_from_its_file_equals_metrics_json(tmp_path):
+    written = json.loads(write_record(tmp_path, RECORD).read_text())
+    coreset = pd.DataFrame({"id": ["007", "NA"], "effort": [0.5, 2.0], "verified": [np.nan, 1.5]})
+    coreset.to_csv(tmp_path / "coreset.csv", index=False)
+    predictions = pd.DataFrame({"id": ["t1"], "prediction": ["Grüße, \n a line"], "rougeL": [33.0]})
+    log_run(tmp_path, scores={"effort": SCORES}, coreset_csv=tmp_path / "coreset.csv", predictions=predictions)
+
+    run = read_offline_run(tmp_path)
+    assert {key: value for key, value in run["config"].items() if key != "_wandb"} == written["config"]
+    assert {key: run["summary"][key] for key in written if key != "config"} == {
+        key: value for key, value in written.items() if key != "config"
+    }
+    assert (run["run_id"], run["run_group"], run["job_type"]) == ("0123abcd", "table1", "staff")
+    assert run["display_name"] == "staff-0.9-0"
+    histogram = run["history"]["scores/effort"]
+    assert histogram["_type"] == "histogram" and sum(histogram["values"]) == np.isfinite(SCORES).sum()
+    tables = {
+        name: json.loads((run["folder"] / "files" / run["history"][name]["path"]).read_text())
+        for name in ("coreset", "predictions")
+    }
+    assert tables["coreset"]["columns"] == ["id", "effort", "verified"]
+    assert [row[:2] for row in tables["coreset"]["data"]] == [["007", 0.5], ["NA", 2.0]]
+    assert tables["predictions"]["data"] == predictions.to_numpy().tolist()
+
+
+def test_two_runs_of_one_process_do_not_mix(tmp_path):
+    other = {**RECORD, "config": {"seed": 1}, "metrics": {"chrf": 40.0}}
+    log_run(tmp_path / "a", scores={"effort": SCORES})
+    log_run(tmp_path / "b", other, run_id="ffff")
+    first, second = read_offline_run(tmp_path / "a"), read_offline_run(tmp_path / "b")
+    assert (first["run_id"], second["run_id"]) == ("0123abcd", "ffff")
+    assert first["summary"]["metrics"] == RECORD["metrics"] and second["summary"]["metrics"] == {"chrf": 40.0}
+    assert "method" in first["config"] and "method" not in second["config"]
+    assert "scores/effort" in first["history"] and "scores/effort" not in second["history"]
+    assert wandb.run is None
+
+
+def test_a_large_coreset_is_logged_whole(tmp_path):
+    pd.DataFrame({"id": [f"s{i}" for i in range(10_411)], "effort": 1.0}).to_csv(tmp_path / "c.csv", index=False)
+    log_run(tmp_path, coreset_csv=tmp_path / "c.csv")
+    assert read_offline_run(tmp_path)["history"]["coreset"]["nrows"] == 10_411
+
+
+def test_an_unreachable_server_leaves_an_offline_run_and_one_line(tmp_path, monkeypatch, caplog, capfd):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    started = time.monotonic()
+    log_run(tmp_path)  # mode auto: the user is logged in
+    assert time.monotonic() - started < 15
+    assert read_offline_run(tmp_path)["summary"]["metrics"] == RECORD["metrics"]
+    assert len(messages(caplog)) == 1 and "logging offline" in messages(caplog)[0]
+    out, err = capfd.readouterr()
+    assert "wandb:" not in out + err
+
+
+def test_a_folder_where_nothing_can_be_written_never_fails_a_run(tmp_path, caplog):
+    (tmp_path / "wandb").write_text("a file where W&B wants a folder")
+    log_run(tmp_path)
+    assert len(messages(caplog)) == 1 and "Weights & Biases" in messages(caplog)[0]
+    log_run(tmp_path / "next", run_id="next")
+    assert read_offline_run(tmp_path / "next")["run_id"] == "next"
+
+
+def test_what_cannot_be_logged_never_fails_a_run_and_does_not_leave_it_open(tmp_path, caplog):
+    log_run(tmp_path, coreset_csv=tmp_path / "missing.csv")
+    assert len(messages(caplog)) == 1 and "FileNotFoundError" in messages(caplog)[0]
+    assert wandb.run is None and read_offline_run(tmp_path)["run_id"] == "0123abcd"
+
+
+@pytest.mark.parametrize(
+    ("environment_variable", "settings_line", "netrc", "chosen"),
+    [
+        ({}, "", "", "offline"),
+        ({"WANDB_API_KEY": KEY}, "", "", "online"),
+        ({}, "", "machine api.wandb.ai login u password " + KEY, "online"),
+        ({}, "", "machine elsewhere.org login u password " + KEY, "offline"),
+        ({}, "base_url = https://wandb.example.org", "machine wandb.example.org login u password " + KEY, "online"),
+        ({}, "base_url = https://wandb.example.org", "machine api.wandb.ai login u password " + KEY, "offline"),
+        ({"WANDB_API_KEY": "mistyped"}, "", "", "offline"),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "", "", "offline"),
+        ({"WANDB_MODE": "disabled"}, "", "", None),
+    ],
+)
+def test_auto_goes_online_only_for_a_user_who_is_logged_in(
+    tmp_path, monkeypatch, environment_variable, settings_line, netrc, chosen
+):
+    for name, value in environment_variable.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "netrc").write_text(netrc)
+    (tmp_path / "netrc").chmod(0o600)
+    (tmp_path / "wandb-config").mkdir()
+    (tmp_path / "wandb-config" / "settings").write_text(f"[default]\n{settings_line}\n")
+    modes, init = [], wandb.init
+
+    def note_the_mode(**arguments: Any) -> Any:
+        modes.append(arguments["mode"])
+        return init(**{**arguments, "mode": "disabled"})
+
+    monkeypatch.setattr(wandb, "init", note_the_mode)
+    log_run(tmp_path / "run")
+    assert modes == ([] if chosen is None else [chosen])
+
+
+def test_disabled_writes_nothing(tmp_path):
+    log_run(tmp_path, mode="disabled")
+    assert not list(tmp_path.glob("wandb*"))
+
+
+def test_a_mistyped_mode_is_refused_with_the_choices():
+    with pytest.raises(UserError, match=r"tracking\.mode='of'.*auto, online, offline, disabled"):
+        check_mode("of")
+    check_mode("auto")
+
+
+def test_a_record_is_strict_json_and_replaces_the_last_one_whole(tmp_path):
+    write_record(tmp_path, {"metrics": {"rougeL": 1.0}})
+    record = {
+        "metrics": {"rougeL": np.float64("nan"), "bleu": float("inf"), "n": np.int64(3), "name": "Grüße"},
+        "scores": np.array([1.0, np.nan]),
+        "run": {"folder": tmp_path, "seeds": (0, 1), 5: True},
+    }
+    path = write_record(tmp_path, record)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "metrics": {"rougeL": None, "bleu": None, "n": 3, "name": "Grüße"},
+        "scores": [1.0, None],
+        "run": {"folder": str(tmp_path), "seeds": [0, 1], "5": True},
+    }
+    with pytest.raises(TypeError):
+        write_record(tmp_path, {"model": object()})
+    assert json.loads(path.read_text())["metrics"]["n"] == 3
+    assert [file.name for file in tmp_path.iterdir() if "metrics" in file.name] == ["metrics.json"]
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+
+def test_the_environment_names_the_commit_and_whether_it_was_changed(tmp_path):
+    git(tmp_path, "init")
+    (tmp_path / "code.py").write_text("1")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    clean = environment(tmp_path)
+    assert len(clean["git_commit"]) == 40 and clean["git_dirty"] is False
+    (tmp_path / "code.py").write_text("2")
+    assert environment(tmp_path)["git_dirty"] is True
+    (tmp_path / "package").mkdir()
+    inside = environment(tmp_path / "package")  # installed into somebody else's project
+    assert inside["git_commit"] is None and inside["git_dirty"] is None
+    assert clean["versions"]["numpy"] == np.__version__
+    assert json.loads(json.dumps(clean)) == clean
+
+
+def test_the_environment_is_read_without_importing_what_it_names():
+    code = (
+        "import sys; from pathlib import Path; from staff.tracking import environment;"
+        "assert environment(Path('/'))['versions']['torch'];"
+        "assert not {'torch', 'transformers', 'wandb', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
