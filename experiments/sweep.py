@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
@@ -33,14 +33,16 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.results_dir).absolute() / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir(parents=True)
-        os.environ[FOLDER], os.environ[TOTAL] = str(folder), str(_count_jobs(config))
+        expected = _expected_jobs(config)
+        (folder / "jobs.json").write_text(json.dumps(expected))
+        os.environ[FOLDER], os.environ[TOTAL] = str(folder), str(len(expected))
         jobs = config.hydra.launcher.get("n_jobs", 1)
         os.environ[WORKERS] = str(jobs if jobs > 0 else os.cpu_count())
         log.info("a sweep of %s jobs", os.environ[TOTAL])
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         global _failed
-        jobs = [json.loads(file.read_text()) for file in sorted(Path(os.environ[FOLDER]).glob("*.json"))]
+        jobs = [json.loads(file.read_text()) for file in sorted(Path(os.environ[FOLDER]).glob("[0-9]*.json"))]
         failures = [job for job in jobs if "failure" in job]
         _failed = max(len(failures), int(os.environ[TOTAL]) - len(jobs) + len(failures))
         print(table([Path(job["folder"]) for job in jobs if "folder" in job]))
@@ -75,7 +77,7 @@ def report_job(number: int, job: str, result: Path | Exception) -> None:
     draft = sweep / f"{number:05d}.draft"
     draft.write_text(json.dumps(word))
     draft.rename(sweep / f"{number:05d}.json")
-    log.info("%d of %s jobs done", len(list(sweep.glob("*.json"))), os.environ[TOTAL])
+    log.info("%d of %s jobs done", len(list(sweep.glob("[0-9]*.json"))), os.environ[TOTAL])
 
 
 def sentence_of(error: BaseException | None) -> str | None:
@@ -103,12 +105,9 @@ def table(folders: list[Path]) -> str:
     return overview(list(dict.fromkeys(folders)))
 
 
-def _count_jobs(config: DictConfig) -> int:
-    params = dict(config.hydra.sweeper.get("params") or {})
-    overrides = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
-    choices = {
-        override.key_or_group: len(list(override.sweep_iterator()))
-        for override in OverridesParser.create().parse_overrides(overrides)
-        if override.is_sweep_override()
-    }
-    return math.prod(choices.values())
+def _expected_jobs(config: DictConfig) -> list[str]:
+    """The overrides of every job, as Hydra's own sweeper will make them."""
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    overrides = OverridesParser.create().parse_overrides(params + list(config.hydra.overrides.task))
+    (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    return [" ".join(job) for job in jobs]

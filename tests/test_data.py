@@ -56,11 +56,11 @@ def test_a_bad_line_is_refused_with_file_line_and_field(tmp_path: Path, bad: obj
 
 
 def test_a_missing_file_an_empty_file_and_a_bad_template_are_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="train.jsonl is not there: task.data_dir must be a folder"):
+    with pytest.raises(UserError, match=r"train.jsonl is not there: task.data_dir must be a folder"):
         replace(TASK, data_dir=str(tmp_path)).load("train")
     with pytest.raises(UserError, match="the train split is empty"):
         task_of(tmp_path).load("train")
-    with pytest.raises(UserError, match="task.prompt='{question' is not a template"):
+    with pytest.raises(UserError, match=r"task.prompt='{question' is not a template"):
         task_of(tmp_path, GOOD, prompt="{question").load("train")
 
 

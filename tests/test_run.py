@@ -147,14 +147,17 @@ def test_a_mistyped_group_option_setting_or_value_ends_with_the_choices(
 
 
 def test_help_lists_groups_and_options_without_importing_torch():
-    code = "import sys, experiments.run as r; sys.argv[1:] = ['--help']; r._job(); print('torch' in sys.modules)"
+    code = (
+        "import atexit, sys, experiments.run as r; sys.argv[1:] = ['--help'];"
+        "atexit.register(lambda: print('torch' in sys.modules)); r._job()"
+    )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "staff_official" in ended.stdout and ended.stdout.strip().endswith("False")
 
 
 def test_a_sweep_goes_on_past_a_failing_job_names_it_and_exits_with_an_error(tmp_path: Path):
-    sweep = ("-m", "method=random,raw", "pruning_rate=0.5,2", "tracking=none", f"results_dir={tmp_path}")
-    ended = staff(*SMALL[:-1], *sweep)
+    sweep = ("method=random,raw", "pruning_rate=0.5,2", "tracking=none", f"results_dir={tmp_path}")
+    ended = staff("-m", *SMALL[:-1], *sweep)
     assert ended.returncode == 1
     assert "pruning_rate=2 is outside [0, 1)" in ended.stdout and "1 of 4 jobs failed" in ended.stdout
     records = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*/metrics.json")]

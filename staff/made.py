@@ -1,0 +1,95 @@
+"""Models that are made before anything is computed with them: read from a GGUF file, or cut out of the target.
+
+Each is made once and kept as an artefact of the stage "model". Nobody is charged for it: converting a format and
+copying blocks belong to obtaining a model, as a download does, not to selecting samples. So they are made outside
+every other stage, where no artefact has them among its inputs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from staff.artifacts import Store
+from staff.cost import Meter
+from staff.errors import UserError
+from staff.models import Family, ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+def materialise(family: Family, store: Store) -> Family:
+    """The family with every model in a folder that transformers loads in seconds.
+
+    Raises:
+        UserError: a GGUF file that cannot be read, or blocks that the target does not have.
+    """
+    target, small = _converted(family.target, store), family.small
+    if small.from_target is None or small.from_target.keep_layers is None:
+        return replace(family, target=target, small=_converted(small, store))
+    return replace(family, target=target, small=_depth_pruned(small, target, store))
+
+
+def _converted(spec: ModelSpec, store: Store) -> ModelSpec:
+    """A GGUF file as a folder of its own: parsing one takes transformers the better part of a minute."""
+    file = spec.local
+    if file is None or file.is_dir():
+        return spec
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{file.name} needs the package gguf to be read: pip install gguf.")
+
+    def make(folder: Path, cost: Meter) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        log.info("reading %s, which takes a while and is done once", file)
+        model = spec.from_pretrained(
+            AutoModelForCausalLM,
+            dtype=getattr(torch, spec.dtype),
+            quantization_config=GgufConfig(dequantize=True),  # else it may stay packed, and cannot be saved
+        )
+        model.save_pretrained(folder)
+        spec.tokenizer().save_pretrained(folder)
+
+    key = {"gguf": spec.source(), "dtype": spec.dtype}
+    return replace(spec, made=store.get("model", key, make, label=f"convert {file.name}"))
+
+
+def _depth_pruned(small: ModelSpec, target: ModelSpec, store: Store) -> ModelSpec:
+    assert small.from_target is not None
+    depth = target.config().num_hidden_layers
+    kept = small.from_target.indices(depth)
+    name = f"{target.name}, {len(kept)} of {depth} blocks"
+
+    def make(folder: Path, cost: Meter) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model = target.from_pretrained(AutoModelForCausalLM, dtype="auto")
+        keep_blocks(model, kept)
+        model.save_pretrained(folder)
+        target.tokenizer().save_pretrained(folder)
+
+    made = store.get("model", {"target": target.source(), "keep_layers": kept}, make, label=f"cut out {name}")
+    return replace(small, path=name, revision=None, made=made)
+
+
+def keep_blocks(model: Any, kept: Sequence[int]) -> None:
+    """Leave a causal language model only the blocks at these increasing indices; all other weights stay.
+
+    Depth pruning without a healing of its own (Kim et al., Shortened LLaMA, 2024): fine-tuning follows anyway.
+    """
+    from torch.nn import ModuleList
+
+    config, depth = model.config, model.config.num_hidden_layers
+    blocks = next(m for m in model.modules() if isinstance(m, ModuleList) and len(m) == depth)
+    remaining = [blocks[index] for index in kept]
+    del blocks[:]
+    blocks.extend(remaining)
+    config.num_hidden_layers = len(kept)
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == depth:  # such as layer_types
+            setattr(config, name, [value[index] for index in kept])
