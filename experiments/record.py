@@ -25,7 +25,7 @@ from staff.cost import Cost
 from staff.data import Sample, Task, TokenizedSamples, fitting, tokenize
 from staff.errors import UserError
 from staff.evaluate import check_metrics, evaluated, measure, read_predictions
-from staff.finetune import FinetuneSettings, finetune_key, finetuned
+from staff.finetune import FinetuneSettings, epoch_flops, finetune_key, finetuned
 from staff.made import materialise
 from staff.models import Family
 from staff.pool import Pool
@@ -65,6 +65,8 @@ class Run:
         self.store = Store(cfg.store_dir, workers=sweep.workers())
         self.family = materialise(family, self.store)
         self.started = datetime.now(UTC)
+        if self.overlap:
+            log.warning("%d of %d test prompts are also in the pool", self.overlap, len(self.test))
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -90,6 +92,12 @@ class Run:
             "models": {"target": self.family.target.identity(), "small": self.family.small.identity()},
             "stage_versions": STAGE_VERSIONS,
         }
+
+    @cached_property
+    def overlap(self) -> int:
+        """Test samples whose prompt is also in the pool: they measure memory, not learning."""
+        prompts = {sample.prompt for sample in self.train}
+        return sum(sample.prompt in prompts for sample in self.test)
 
     @property
     def name(self) -> str:
@@ -198,6 +206,7 @@ class Run:
                 "selected": len(coreset.indices),
                 "trained": len(coreset.indices) if tuned else 0,
                 "test": len(self.test),
+                "test_prompts_in_pool": self.overlap,
             },
             "config": self.config,
             "identity": self.identity,
@@ -235,8 +244,6 @@ class Run:
     def _full_seconds(self, tuned: Artifact | None) -> tuple[float | None, str | None]:
         """Seconds to fine-tune the target on the whole pool: measured, or estimated from the FLOPs of the
         coreset's fine-tuning and its speed."""
-        from staff.cost import training_flops
-
         settings, samples = self.settings, self.pool.for_target
         key = finetune_key(self.family.target, samples, settings, settings.epochs, self.cfg.finetune_seed)
         full = self.store.find("finetune", key)
@@ -246,7 +253,7 @@ class Run:
             return None, None
         trained = json.loads((tuned.path / "training.json").read_text())["trainable_parameters"]
         adapter = trained if settings.kind == "lora" else None
-        flops = training_flops(self.family.target.config(), samples.lengths, adapter_parameters=adapter)
+        flops = epoch_flops(self.family.target, samples, adapter)
         return tuned.cost.seconds * flops * settings.epochs / tuned.cost.flops, "estimated from FLOPs"
 
     def _mirror(self, record: dict[str, Any], coreset: Coreset) -> None:

@@ -111,7 +111,7 @@ def finetune(
     """Fine-tune and write the result to `folder`. The trainer is given the very tokens the scorer sees."""
     import torch
     from datasets import Dataset
-    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback
 
     model = spec.load()
     model = fresh_lora(model, settings.lora, seed) if settings.kind == "lora" else model.float()
@@ -122,7 +122,7 @@ def finetune(
             "length": samples.lengths.tolist(),
         }
     )
-    trainer = Trainer(
+    trainer = _trainer_class(model)(
         model=model,
         args=_arguments(settings, epochs, seed, len(samples), folder),
         train_dataset=rows,
@@ -138,7 +138,7 @@ def finetune(
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapter = trained if settings.kind == "lora" else None
-    flops = training_flops(spec.config(), samples.lengths, adapter_parameters=adapter)
+    flops = epoch_flops(spec, samples, adapter)
     tokens = int(samples.lengths.sum()) * epochs
     cost.add(flops=flops * epochs, tokens_forward=tokens, tokens_backward=tokens)
     model.save_pretrained(folder)
@@ -147,6 +147,40 @@ def finetune(
     del trainer, model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def epoch_flops(spec: ModelSpec, samples: TokenizedSamples, adapter_parameters: int | None) -> float:
+    """FLOPs of one epoch: logits where there are labels, the last block in full (it is run at fewer positions)."""
+    return training_flops(
+        spec.config(), samples.lengths, samples.answer_lengths, adapter_parameters=adapter_parameters
+    )
+
+
+def _trainer_class(model: Any) -> Any:
+    """transformers' Trainer, with what follows the last attention run only where there are labels.
+
+    The loss is the same. What is saved is the logits of the prompt, which for a long prompt and a large vocabulary
+    are most of the memory and, for a small model, much of the time.
+    """
+    from transformers import Trainer
+
+    from staff.gradients import ARCHITECTURES, Positions, last_block_at, token_losses
+
+    if model.config.model_type not in ARCHITECTURES:
+        return Trainer
+
+    class AnswerTrainer(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None
+        ):
+            positions = Positions.of_predictions(inputs["labels"])
+            with last_block_at(self.accelerator.unwrap_model(model), positions):
+                # No attention mask: padding is on the right, where a causal model does not look from a label.
+                logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[0]
+            total = token_losses(logits, positions.targets).sum()
+            return total / (len(positions.targets) if num_items_in_batch is None else num_items_in_batch)
+
+    return AnswerTrainer
 
 
 def _arguments(settings: FinetuneSettings, epochs: int, seed: int, samples: int, folder: Path) -> Any:
@@ -170,6 +204,7 @@ def _arguments(settings: FinetuneSettings, epochs: int, seed: int, samples: int,
         data_seed=seed,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=max(1, steps // 50),
+        logging_nan_inf_filter=False,  # a loss that is not finite must show
         save_strategy="no",
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),

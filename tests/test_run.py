@@ -26,8 +26,14 @@ def computed(record: dict) -> dict[str, bool]:
 def test_staff_from_scores_to_metrics_and_the_same_charge_for_whoever_reads(run, tmp_path: Path):
     first = run("method=staff")
     assert first["counts"] == {
-        "pool": 24, "dropped_too_long": 0, "budget": 6, "selected": 6, "trained": 6, "test": 4
-    }  # fmt: skip
+        "pool": 24,
+        "dropped_too_long": 0,
+        "budget": 6,
+        "selected": 6,
+        "trained": 6,
+        "test": 4,
+        "test_prompts_in_pool": 0,
+    }
     assert set(first["metrics"]) == {"rougeL", "rouge1", "rouge2", "output_tokens"}
     assert set(computed(first).values()) == {True}
     assert first["overhead"]["seconds"] == pytest.approx(sum(s["seconds"] for s in first["overhead"]["stages"]))

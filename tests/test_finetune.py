@@ -1,0 +1,98 @@
+"""Fine-tuning: the loss on the answer tokens, the same whatever is left out to save work."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import staff.gradients
+from staff.cost import Meter
+from staff.data import Sample, TokenizedSamples, tokenize
+from staff.errors import UserError
+from staff.finetune import FinetuneSettings, finetune
+from staff.models import LoraSpec, ModelSpec
+
+SPEC = ModelSpec("pkg://staff/assets/tiny/small")
+SETTINGS = FinetuneSettings(
+    kind="lora",
+    lora=LoraSpec(8, 16),
+    learning_rate=1e-3,
+    batch_size=4,
+    device_batch_size=4,
+    epochs=1,
+    small_epochs=1,
+    scheduler="cosine",
+    warmup_ratio=0.1,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    max_length=512,
+    precision="float32",
+    length_grouped=False,
+)
+
+
+@pytest.fixture(scope="module")
+def samples() -> TokenizedSamples:
+    rows = [Sample(str(i), f"Say {i} twice:" + " please" * i, f" {i} and {i}" * (1 + i % 3), ()) for i in range(12)]
+    return tokenize(rows, SPEC.tokenizer())
+
+
+def tuned(samples: TokenizedSamples, folder: Path, settings: FinetuneSettings = SETTINGS, seed: int = 0) -> dict:
+    folder.mkdir()
+    with Meter() as meter:
+        finetune(SPEC, samples, settings, 2, seed, folder, meter)
+    assert meter.cost.tokens_backward == 2 * samples.lengths.sum() and meter.cost.flops > 0
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def far(first: dict, second: dict) -> float:
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def test_leaving_out_positions_without_labels_changes_nothing_but_the_work(samples, tmp_path, monkeypatch):
+    sparing = tuned(samples, tmp_path / "sparing")
+    monkeypatch.setattr(staff.gradients, "ARCHITECTURES", ())
+    ordinary = tuned(samples, tmp_path / "ordinary")
+    assert far(sparing, ordinary) < 1e-5
+    assert max(float(weight.abs().max()) for name, weight in sparing.items() if "lora_B" in name) > 1e-3
+
+
+def test_dividing_a_batch_over_memory_changes_nothing(samples, tmp_path):
+    whole = tuned(samples, tmp_path / "whole")
+    divided = tuned(samples, tmp_path / "divided", replace(SETTINGS, device_batch_size=1))
+    assert far(whole, divided) < 1e-5
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(samples, tmp_path):
+    first, again = tuned(samples, tmp_path / "first"), tuned(samples, tmp_path / "again")
+    other = tuned(samples, tmp_path / "other", seed=1)
+    assert far(first, again) == 0 and far(first, other) > 1e-3
+
+
+def test_all_weights_can_be_tuned_and_loaded_again(samples, tmp_path):
+    from staff.models import load_tuned
+
+    tmp_path.joinpath("full").mkdir()
+    with Meter() as meter:
+        finetune(SPEC, samples, replace(SETTINGS, kind="full"), 1, 0, tmp_path / "full", meter)
+    before, after = SPEC.load().state_dict(), load_tuned(SPEC, tmp_path / "full", "full").state_dict()
+    assert far(before, after) > 1e-4
+    log = json.loads((tmp_path / "full/training.json").read_text())
+    assert log["trainable_parameters"] == SPEC.load().num_parameters()
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_the_learning_rate(samples, tmp_path):
+    with pytest.raises(UserError, match=r"lower finetune.learning_rate=1e\+30"):
+        tuned(samples, tmp_path / "wild", replace(SETTINGS, learning_rate=1e30, max_grad_norm=0.0))
+
+
+def test_the_callers_random_state_is_left_alone_by_a_fresh_adapter():
+    from staff.models import fresh_lora
+
+    before = torch.random.get_rng_state()
+    one, two = (fresh_lora(SPEC.load(), LoraSpec(4, 8), seed).state_dict() for seed in (0, 0))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert far(one, two) == 0
