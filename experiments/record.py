@@ -189,7 +189,7 @@ class Run:
                 "started": self.started.isoformat(timespec="seconds"),
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             },
-            "metrics": {**metrics, "output_tokens": float(answers["tokens"].mean())},
+            "metrics": {**metrics, "output_tokens": sum(answers["tokens"]) / len(answers)},
             "overhead": self._overhead(chosen, tuned),
             "finetuning": _cost(tuned),
             "evaluation": _cost(answered),

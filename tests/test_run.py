@@ -64,7 +64,7 @@ def test_the_whole_pool_gives_the_measure_for_the_overhead_of_the_others(run):
     assert full["overhead"]["str_basis"] == chosen["overhead"]["str_basis"] == "measured"
     assert chosen["overhead"]["full_finetuning_seconds"] == full["finetuning"]["seconds"]
     assert chosen["overhead"]["flops"] == 0
-    assert raw["metrics"] != full["metrics"]
+    assert raw["evaluation"]["fingerprint"] != full["evaluation"]["fingerprint"]
 
 
 def test_scorer_and_trainer_see_the_same_token_ids_and_labels(run, monkeypatch):
@@ -78,17 +78,17 @@ def test_scorer_and_trainer_see_the_same_token_ids_and_labels(run, monkeypatch):
         lengths = [int((row != -100).nonzero().max()) + 1 for row in labels]
         return {(tuple(i[:n].tolist()), tuple(y[:n].tolist())) for i, y, n in zip(ids, labels, lengths)}
 
-    compute_loss, norms = Trainer.compute_loss, staff.scoring.per_sample_gradient_norms
+    training_step, norms = Trainer.training_step, staff.scoring.per_sample_gradient_norms
 
     def spy_on_trainer(self, model, inputs, *args, **kwargs):
         trained.update(rows(inputs["input_ids"], inputs["labels"]))
-        return compute_loss(self, model, inputs, *args, **kwargs)
+        return training_step(self, model, inputs, *args, **kwargs)
 
     def spy_on_scorer(model, input_ids, mask, labels, gradient):
         scored.update(rows(input_ids, labels))
         return norms(model, input_ids, mask, labels, gradient)
 
-    monkeypatch.setattr(Trainer, "compute_loss", spy_on_trainer)
+    monkeypatch.setattr(Trainer, "training_step", spy_on_trainer)
     monkeypatch.setattr(staff.scoring, "per_sample_gradient_norms", spy_on_scorer)
     run("method=staff", "task.train_limit=8", "method.verification_budget=1")
     assert len(trained) == 8 and scored == trained

@@ -79,7 +79,7 @@ def test_the_same_command_again_does_nothing_and_says_so(undisturbed: Path):
 
 def test_a_sweep_killed_at_several_moments_ends_with_the_same_records(undisturbed: Path, tmp_path: Path):
     for artefacts in (2, 8):
-        sweep = start(tmp_path, *GRID, *PARALLEL)
+        sweep = start(tmp_path, *GRID)
         deadline = time.monotonic() + 120
         while len(list(tmp_path.glob("artifacts/*/*/manifest.json"))) < artefacts and time.monotonic() < deadline:
             assert sweep.poll() is None, sweep.communicate()
