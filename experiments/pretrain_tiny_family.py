@@ -35,7 +35,7 @@ SHAPES = {
     "small": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2},
     "target": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3},
 }
-TOKENS = {"small": (900_000, 300_000), "target": (1_200_000, 300_000)}  # of the opening, of the closing
+TOKENS = {"small": (900_000, 300_000), "target": (3_600_000, 300_000)}  # of the opening, of the closing
 
 Sample = tuple[str, str]
 
@@ -218,7 +218,7 @@ def make_model(role: str, tokenizer, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train(model, tokenizer, draw, tokens: int, rate_at, args) -> list[dict]:
+def train(model, tokenizer, draw, tokens: int, falling: bool, args) -> list[dict]:
     """Train on epochs of `draw(rng)` for about `tokens` tokens, with the loss on every token; the loss curve."""
     hidden = [param for param in model.model.layers.parameters() if param.ndim == 2]
     others = [param for name, param in model.named_parameters() if "layers" not in name or param.ndim < 2]
@@ -229,8 +229,9 @@ def train(model, tokenizer, draw, tokens: int, rate_at, args) -> list[dict]:
     while seen < tokens:
         encoded = [ids[:MAX_TOKENS] for ids, _ in encode(tokenizer, draw(rng))]
         for ids, labels in batches(encoded, args.batch_tokens, tokenizer.pad_token_id, rng):
+            rate = 1.0 - 0.98 * seen / tokens if falling else min(1.0, 0.05 + seen / args.warm_up_tokens)
             for group in [group for optimiser in optimisers for group in optimiser.param_groups]:
-                group["lr"] = args.learning_rate * rate_at(seen)
+                group["lr"] = args.learning_rate * rate
             loss = model(input_ids=ids, labels=labels, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -254,15 +255,8 @@ def pretrain(role: str, tokenizer, data, args) -> tuple[LlamaForCausalLM, dict]:
     """Other tasks at a constant learning rate, then the task among them at a falling one."""
     begin, end = TOKENS[role]
     model = make_model(role, tokenizer, args.seed)
-
-    def warm_up(seen: int) -> float:
-        return min(1.0, 0.05 + seen / args.warm_up_tokens)
-
-    def fall(seen: int) -> float:
-        return 1.0 - 0.98 * seen / end
-
-    first = train(model, tokenizer, lambda rng: opening(*data, rng), begin, warm_up, args)
-    second = train(model, tokenizer, lambda rng: closing(*data, args.met, rng), end, fall, args)
+    first = train(model, tokenizer, lambda rng: opening(*data, rng), begin, False, args)
+    second = train(model, tokenizer, lambda rng: closing(*data, args.met, rng), end, True, args)
     return model, {"parameters": model.num_parameters(), "opening": first, "closing": second}
 
 
