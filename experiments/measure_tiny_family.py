@@ -208,7 +208,7 @@ def measure(args) -> str:
     lines += ["|---|---|---|"]
     for name in (raw, tuned):
         for label, correlate in (
-            ("", lambda x, y: spearmanr(x, y).statistic),
+            ("", lambda x, y: spearmanr(x, y)[0]),
             (", given the answer's length", lambda x, y: partial_spearman(x, y, answer_lengths)),
         ):
             values = [correlate(effort[small][kind], effort[name][kind]) for kind in ("last", "all")]

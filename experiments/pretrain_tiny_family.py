@@ -15,6 +15,7 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,7 +32,7 @@ MAX_TOKENS = 512
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 SPEAKER = r" ?#Person\d+#"
 PIECES = SPEAKER + r"|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}#]+| ?#|\s+(?!\S)|\s+"
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2},
     "target": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3},
 }
@@ -251,7 +252,7 @@ def train(model, tokenizer, draw, tokens: int, falling: bool, args) -> list[dict
     return curve
 
 
-def pretrain(role: str, tokenizer, data, args) -> tuple[LlamaForCausalLM, dict]:
+def pretrain(role: str, tokenizer, data: tuple[list[dict], list[dict]], args) -> tuple[LlamaForCausalLM, dict]:
     """Other tasks at a constant learning rate, then the task among them at a falling one."""
     begin, end = TOKENS[role]
     model = make_model(role, tokenizer, args.seed)
