@@ -171,3 +171,16 @@ def test_a_sweep_goes_on_past_a_failing_job_names_it_and_exits_with_an_error(tmp
     assert json.loads(record.read_text())["run"]["pruning_rate"] == 0.5
     (traceback,) = tmp_path.glob("sweeps/*/*.traceback.txt")
     assert "UserError" in traceback.read_text()
+
+
+def test_every_method_runs_end_to_end_on_what_the_others_left(run):
+    methods = sorted(file.stem for file in (ROOT / "conf/method").glob("*.yaml"))
+    records = {method: run(f"method={method}", "task.train_limit=16", "task.test_limit=2") for method in methods}
+    sizes = {method: record["coreset"]["size"] for method, record in records.items()}
+    assert sizes == dict.fromkeys(methods, 4) | {"full": 16, "raw": 0}
+    assert records["staff_official"]["overhead"]["flops"] > records["staff"]["overhead"]["flops"]
+
+
+def test_full_fine_tuning_is_scored_through_a_fresh_adapter(run):
+    record = run("method=staff", "finetune=full", "task.train_limit=16", "task.test_limit=2")
+    assert record["coreset"]["size"] == 4 and record["overhead"]["flops"] > 0
