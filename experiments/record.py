@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,7 +30,7 @@ from staff.finetune import FinetuneSettings, epoch_flops, finetune_key, finetune
 from staff.made import materialise
 from staff.models import Family
 from staff.pool import Pool
-from staff.selection import Coreset, SelectionMethod, budget_for
+from staff.selection import Coreset, SelectionMethod, budget_for, source_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 log = logging.getLogger("staff")
@@ -90,6 +91,7 @@ class Run:
         return {
             "data": {"train": _digest(self.train), "test": _digest(self.test)},
             "models": {"target": self.family.target.identity(), "small": self.family.small.identity()},
+            "method": source_digest(self.method),
             "stage_versions": STAGE_VERSIONS,
         }
 
@@ -132,6 +134,11 @@ class Run:
         fixed = {0.0: len(self.pool.ids), 1.0: 0}
         own = getattr(self.method, "pruning_rate", None)
         return budget_for(self.pruning_rate, len(self.pool.ids)) if own is None else fixed[own]
+
+    def locked(self) -> FileLock:
+        """Keeps two workers of a sweep from carrying out the same run side by side."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder.parent / f".{self.name}.lock")
 
     @contextmanager
     def failure_noted(self) -> Iterator[None]:
@@ -251,10 +258,11 @@ class Run:
             return full.cost.seconds, "measured"
         if tuned is None:
             return None, None
-        trained = json.loads((tuned.path / "training.json").read_text())["trainable_parameters"]
-        adapter = trained if settings.kind == "lora" else None
+        training = json.loads((tuned.path / "training.json").read_text())
+        adapter = training["trainable_parameters"] if settings.kind == "lora" else None
         flops = epoch_flops(self.family.target, samples, adapter)
-        return tuned.cost.seconds * flops * settings.epochs / tuned.cost.flops, "estimated from FLOPs"
+        longer = flops * settings.epochs / tuned.cost.flops
+        return tuned.cost.seconds + training["seconds"] * (longer - 1), "estimated from FLOPs"
 
     def _mirror(self, record: dict[str, Any], coreset: Coreset) -> None:
         tracking.log_to_wandb(

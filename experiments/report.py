@@ -67,13 +67,13 @@ def summary(table: pd.DataFrame) -> str:
     for name in [c for c in differ if c.startswith("setting.method.")]:
         if all(_values(runs, name) == 1 for _, runs in table.groupby("method")):
             differ.remove(name)
-    keys = ["experiment", "family", "task", "method", "pruning_rate", *differ]
+    keys = ["family", "task", "method", "pruning_rate", *differ]
     keys = [key for key in keys if key in ("method", "pruning_rate") or _values(table, key) > 1]
     metrics = list(table["metric"].unique())
     numbers = [*metrics, "overhead_seconds", "overhead_str"]
     grouped = table.groupby(keys, dropna=False)[numbers].agg(["mean", "std"])
     grouped.columns = [" ".join(column) for column in grouped.columns]
-    grouped.insert(0, "seeds", table.groupby(keys, dropna=False)["finetune_seed"].nunique())
+    grouped.insert(0, "seeds", table.groupby(keys, dropna=False).size())
     said = f"runs are told apart by {', '.join(str(key).removeprefix('setting.') for key in keys)}"
     return f"{grouped.round(3).reset_index().to_string(index=False)}\n\n{said}; averaged over seeds alone."
 
@@ -88,8 +88,9 @@ def unfinished(results: Path) -> tuple[list[str], list[str]]:
     expected: dict[str, None] = {}
     failed: dict[str, str] = {}
     done: set[str] = set()
-    for sweep in sorted(results.glob("sweeps/*/")):
-        expected |= dict.fromkeys(json.loads((sweep / "jobs.json").read_text()))
+    for jobs in sorted(results.glob("sweeps/*/jobs.json")):
+        sweep = jobs.parent
+        expected |= dict.fromkeys(json.loads(jobs.read_text()))
         for file in sorted(sweep.glob("[0-9]*.json")):
             word = json.loads(file.read_text())
             if "failure" in word:
@@ -121,7 +122,10 @@ def main() -> None:
         for job in jobs:
             print(f"{kind}: {job}")
     if (failures or missing) and not arguments.allow_missing:
-        sys.exit(f"{len(failures)} failed, {len(missing)} missing: the sweep's command again runs them.")
+        sys.exit(
+            f"{len(failures)} failed, {len(missing)} missing: the sweep's command again runs them "
+            "(to forget a sweep, delete its folder under sweeps/)."
+        )
 
 
 if __name__ == "__main__":

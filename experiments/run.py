@@ -31,10 +31,10 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     from experiments.record import Run
 
     this = Run(cfg, choices)
-    if this.recorded:
-        log.info("%s: recorded already", this.name)
-        return this.folder
-    with this.failure_noted():
+    with this.locked(), this.failure_noted():
+        if this.recorded:
+            log.info("%s: recorded already", this.name)
+            return this.folder
         log.info("%s: a coreset of %d from %d samples", this.name, this.budget, len(this.pool.ids))
         chosen, coreset = this.select()
         tuned = this.finetune(coreset)
@@ -44,6 +44,10 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
 def _job(cfg: DictConfig) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "several processes for one run are not supported: start it without torchrun, as `staff ...`."
+        )
     job = HydraConfig.get()
     choices: Any = OmegaConf.to_container(job.runtime.choices)
     if job.mode is None or job.mode.name != "MULTIRUN":
@@ -52,8 +56,6 @@ def _job(cfg: DictConfig) -> None:
         except Exception as error:
             _leave(error)
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("a sweep cannot run under torchrun: start one configuration at a time, without -m.")
     result: Path | Exception
     try:
         result = run(cfg, choices)
@@ -71,6 +73,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("staff: interrupted; what is finished is kept, and the same command goes on from there.")
     except Exception as error:
+        sweep.end()
         _leave(error)
     sys.exit(sweep.exit_status())
 

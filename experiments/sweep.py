@@ -10,6 +10,7 @@ import logging
 import os
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,38 @@ class Sweep(Callback):
         folder = Path(config.results_dir).absolute() / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir(parents=True)
         expected = _expected_jobs(config)
-        (folder / "jobs.json").write_text(json.dumps(expected))
+        (folder / "jobs.draft").write_text(json.dumps(expected))
         os.environ[FOLDER], os.environ[TOTAL] = str(folder), str(len(expected))
-        jobs = config.hydra.launcher.get("n_jobs", 1)
-        os.environ[WORKERS] = str(jobs if jobs > 0 else os.cpu_count())
+        basic = "basic" in config.hydra.launcher._target_
+        jobs = config.hydra.launcher.get("n_jobs", 1 if basic else 0)
+        os.environ[WORKERS] = str(os.cpu_count() if jobs < 0 else jobs)
         log.info("a sweep of %s jobs", os.environ[TOTAL])
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        global _failed
-        jobs = [json.loads(file.read_text()) for file in sorted(Path(os.environ[FOLDER]).glob("[0-9]*.json"))]
-        failures = [job for job in jobs if "failure" in job]
-        _failed = max(len(failures), int(os.environ[TOTAL]) - len(jobs) + len(failures))
-        print(table([Path(job["folder"]) for job in jobs if "folder" in job]))
-        for job in failures:
-            print(f"failed: {job['job']}: {job['failure']} (traceback: {job['traceback']})")
-        if _failed:
-            print(f"{_failed} of {os.environ[TOTAL]} jobs failed; the same command runs what is missing.")
+        end()
 
 
-def workers() -> int:
-    """How many jobs of the sweep run at the same time on this machine; seconds depend on it."""
-    return int(os.environ.get(WORKERS, "1"))
+def end() -> None:
+    """The table of a sweep and what failed, once; also where the launcher itself broke down."""
+    global _failed
+    if FOLDER not in os.environ:
+        return
+    folder, total = Path(os.environ.pop(FOLDER)), int(os.environ[TOTAL])
+    jobs = [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9]*.json"))]
+    if not jobs:
+        return
+    failures = [job for job in jobs if "failure" in job]
+    _failed = total - len(jobs) + len(failures)
+    print(table([Path(job["folder"]) for job in jobs if "folder" in job]))
+    for job in failures:
+        print(f"failed: {job['job']}: {job['failure']} (traceback: {job['traceback']})")
+    if _failed:
+        print(f"{_failed} of {total} jobs failed; the same command runs what is missing.")
+
+
+def workers() -> int | None:
+    """How many jobs of the sweep run at the same time on this machine; None where the launcher does not say."""
+    return int(os.environ.get(WORKERS, "1")) or None
 
 
 def exit_status() -> int:
@@ -65,6 +77,8 @@ def exit_status() -> int:
 def report_job(number: int, job: str, result: Path | Exception) -> None:
     """Leave word of a finished job: the folder of its record, or what made it fail."""
     sweep = Path(os.environ[FOLDER])
+    with suppress(FileNotFoundError):  # another job was first; a sweep whose jobs never ran expects none
+        (sweep / "jobs.draft").rename(sweep / "jobs.json")
     word: dict[str, Any] = {"job": job}
     if isinstance(result, Exception):
         file = sweep / f"{number:05d}.traceback.txt"

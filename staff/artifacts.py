@@ -39,15 +39,9 @@ STAGE_VERSIONS = {"finetune": 1, "scores": 1, "coreset": 1, "evaluation": 1, "mo
 """Part of every fingerprint: raised when a stage's code computes something else than before."""
 
 STAGE_SOURCES: dict[str, tuple[str, ...]] = {
-    "finetune": ("staff/finetune.py", "staff/models.py", "staff/data.py"),
-    "scores": ("staff/scoring.py", "staff/gradients.py", "staff/models.py", "staff/data.py"),
-    "coreset": (
-        "staff/pool.py",
-        "staff/speculative.py",
-        "staff/regions.py",
-        "staff/selection.py",
-        "baselines/*.py",
-    ),
+    "finetune": ("staff/finetune.py", "staff/gradients.py", "staff/models.py", "staff/data.py"),
+    "scores": ("staff/pool.py", "staff/scoring.py", "staff/gradients.py", "staff/models.py", "staff/data.py"),
+    "coreset": ("staff/pool.py", "staff/regions.py", "staff/selection.py"),
     "evaluation": ("staff/evaluate.py", "staff/models.py", "staff/data.py"),
     "model": ("staff/models.py", "staff/made.py"),
 }
@@ -111,10 +105,11 @@ class Store:
 
     Args:
         root: the folder, made on first need.
-        workers: how many processes work at the same time on this machine, which seconds depend on: recorded.
+        workers: how many processes work at the same time on this machine, which seconds depend on;
+            recorded. None: unknown.
     """
 
-    def __init__(self, root: Path | str, workers: int = 1) -> None:
+    def __init__(self, root: Path | str, workers: int | None = 1) -> None:
         self.root = Path(root).absolute()
         self.workers = workers
         self.computed: set[str] = set()

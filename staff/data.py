@@ -61,7 +61,7 @@ class Task:
             raise UserError(f"task.too_long={self.too_long!r} is unknown: choose 'refuse' or 'drop'.")
         for name in ("max_new_tokens", "train_limit", "test_limit"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if (value is not None or name == "max_new_tokens") and (not isinstance(value, int) or value < 1):
                 raise UserError(f"task.{name}={value!r} must be a whole number of at least 1.")
         if self.data_dir is None and self.hub is None:
             raise UserError(

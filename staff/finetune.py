@@ -16,6 +16,7 @@ from staff.data import TokenizedSamples
 from staff.errors import UserError
 from staff.models import PRECISIONS, LoraSpec, ModelSpec, fresh_lora, plain
 
+SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 log = logging.getLogger(__name__)
 
 
@@ -61,6 +62,12 @@ class FinetuneSettings:
                 raise UserError(f"finetune.{name}={value!r} must be a whole number of at least 1.")
         if not isinstance(self.learning_rate, int | float) or self.learning_rate <= 0:
             raise UserError(f"finetune.learning_rate={self.learning_rate!r} must be a positive number.")
+        for name, high in (("warmup_ratio", 1.0), ("weight_decay", float("inf")), ("max_grad_norm", float("inf"))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
+                raise UserError(f"finetune.{name}={value!r} must be a number of at least 0 and at most {high:g}.")
+        if self.scheduler not in SCHEDULERS:
+            raise UserError(f"finetune.scheduler={self.scheduler!r}: choose {', '.join(SCHEDULERS)}.")
         if self.batch_size % self.device_batch_size:
             raise UserError(
                 f"finetune.device_batch_size={self.device_batch_size} must divide finetune.batch_size="
@@ -142,7 +149,13 @@ def finetune(
     tokens = int(samples.lengths.sum()) * epochs
     cost.add(flops=flops * epochs, tokens_forward=tokens, tokens_backward=tokens)
     model.save_pretrained(folder)
-    history = {"trainable_parameters": trained, "loss": result.training_loss, "log": trainer.state.log_history}
+    seconds = result.metrics["train_runtime"]  # of the steps alone, without loading and saving
+    history = {
+        "seconds": seconds,
+        "trainable_parameters": trained,
+        "loss": result.training_loss,
+        "log": trainer.state.log_history,
+    }
     (folder / "training.json").write_text(json.dumps(history, indent=1))
     del trainer, model
     if torch.cuda.is_available():

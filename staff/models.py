@@ -132,6 +132,7 @@ class ModelSpec:
         from transformers import AutoTokenizer
 
         tokenizer = self._from_pretrained(AutoTokenizer)
+        tokenizer.padding_side = "right"  # training relies on it; generation pads on the left by itself
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -178,7 +179,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Family:
-    """A target LLM and a small model of the same family; `small` may be left out where no method asks for it."""
+    """A target LLM and a small model of the same family; every run names both."""
 
     name: str
     target: ModelSpec
@@ -193,6 +194,14 @@ class LoraSpec:
     alpha: int
     dropout: float = 0.0
     targets: str | Sequence[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise UserError(f"LoRA rank={self.rank!r} must be a whole number of at least 1.")
+        for name in ("alpha", "dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise UserError(f"LoRA {name}={value!r} must be a number of at least 0.")
 
 
 def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:

@@ -17,7 +17,7 @@ from staff.data import TokenizedSamples
 from staff.errors import UserError
 from staff.finetune import FinetuneSettings, finetune_key, finetuned
 from staff.models import Family, LoraSpec, ModelSpec, fresh_lora, load_tuned, plain, replace_lora
-from staff.selection import Coreset, Draws, SelectionMethod
+from staff.selection import Coreset, Draws, SelectionMethod, source_digest
 
 ROLES = ("small", "target", "target_tuned")
 
@@ -116,7 +116,11 @@ class Pool:
     def select(self, method: SelectionMethod, budget: int) -> tuple[Artifact, Coreset]:
         """The method's coreset and the artefact it lies in, whose charges are the selection overhead."""
         key = {
-            "method": [f"{type(method).__module__}.{type(method).__qualname__}", plain(method)],
+            "method": [
+                f"{type(method).__module__}.{type(method).__qualname__}",
+                plain(method),
+                source_digest(method),
+            ],
             "budget": budget,
             "seed": self.seed,
             "samples": [self.for_small.fingerprint, self.for_target.fingerprint],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -144,6 +146,11 @@ def budget_for(pruning_rate: float, pool_size: int) -> int:
             f"pruning_rate={pruning_rate} leaves none of the {pool_size} samples: lower it or enlarge the pool."
         )
     return budget
+
+
+def source_digest(method: SelectionMethod) -> str:
+    """Of the file that defines the method: a mended method does not read what its earlier form selected."""
+    return hashlib.sha256(inspect.getsource(sys.modules[type(method).__module__]).encode()).hexdigest()
 
 
 def check_scores(scores: np.ndarray, ids: Sequence[str], name: str, minimum: float = -np.inf) -> np.ndarray:

@@ -15,10 +15,11 @@ The paper's formulas and the authors' released code differ, so one class has thr
 - `staff_official`, as the released code computes: scores min-max normalised, the hardest tenth dropped, regions of
   b_v or fewer not verified, budgets by the share of V, the highest scored of a region first.
 - `staff`, the default: the paper's reading in all but two fields. Raw V depends on the scale of the two models'
-  gradients (a target with gradients five times smaller would leave most of the budget unspent, one with larger ones
-  would spend it all on the first regions), so V is scaled at every step to average one over the regions left, which
-  is CCS where all V are equal. And the gradient is that of the last block's v_proj lora_B, with which the published
-  numbers were computed and which costs no more than a forward pass.
+  gradients (a target with gradients five times smaller would leave most of the budget unspent, one with larger
+  ones would spend it all on the first regions), so V is scaled at every step to average one over the regions left,
+  which is CCS where all V are equal (but for a sample here and there, by rounding). And the gradient is that of the
+  last block's v_proj lora_B, with which the published numbers were computed and which costs no more than a forward
+  pass.
 
 The last region served, which is the largest, takes what is left up to its size, whatever its ratio. Where the
 released code computes the size of the coreset as int(N x kept fraction), `staff.selection.budget_for` gives the
@@ -35,6 +36,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from staff.errors import UserError
 from staff.regions import equal_width_edges, regions_left, serving_order, share_out, shares_of_ratio, stratify
 from staff.selection import (
     Coreset,
@@ -90,6 +92,8 @@ class Staff:
         check_range(self, "num_regions", 1, whole=True)
         check_range(self, "verification_budget", 0, whole=True)
         check_range(self, "drop_hardest", 0, 0.99)
+        if self.fresh_adapter is not None and set(self.fresh_adapter) != {"rank", "alpha", "targets"}:
+            raise UserError(f"method.fresh_adapter={self.fresh_adapter} must have rank, alpha and targets.")
         check_choice(self, "budget_rule", ("share", "ratio"))
         check_choice(self, "pick", ("random", "highest"))
         check_choice(self, "leftover", ("repeat", "uniform"))

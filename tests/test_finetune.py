@@ -1,6 +1,7 @@
 """Fine-tuning: the loss on the answer tokens, the same whatever is left out to save work."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,10 +41,16 @@ def samples() -> TokenizedSamples:
     return tokenize(rows, SPEC.tokenizer())
 
 
-def tuned(samples: TokenizedSamples, folder: Path, settings: FinetuneSettings = SETTINGS, seed: int = 0) -> dict:
+def tuned(
+    samples: TokenizedSamples,
+    folder: Path,
+    settings: FinetuneSettings = SETTINGS,
+    seed: int = 0,
+    spec: ModelSpec = SPEC,
+) -> dict:
     folder.mkdir()
     with Meter() as meter:
-        finetune(SPEC, samples, settings, 2, seed, folder, meter)
+        finetune(spec, samples, settings, 2, seed, folder, meter)
     assert meter.cost.tokens_backward == 2 * samples.lengths.sum() and meter.cost.flops > 0
     return load_file(folder / "adapter_model.safetensors")
 
@@ -58,6 +65,16 @@ def test_leaving_out_positions_without_labels_changes_nothing_but_the_work(sampl
     ordinary = tuned(samples, tmp_path / "ordinary")
     assert far(sparing, ordinary) < 1e-5
     assert max(float(weight.abs().max()) for name, weight in sparing.items() if "lora_B" in name) > 1e-3
+
+
+def test_a_tokenizer_that_pads_on_the_left_changes_nothing(samples, tmp_path):
+    padded_left = tmp_path / "model"
+    shutil.copytree(SPEC.local, padded_left)
+    settings = json.loads((padded_left / "tokenizer_config.json").read_text())
+    (padded_left / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left"}))
+    usual = tuned(samples, tmp_path / "usual")
+    other = tuned(samples, tmp_path / "other", spec=ModelSpec(str(padded_left)))
+    assert far(usual, other) == 0
 
 
 def test_dividing_a_batch_over_memory_changes_nothing(samples, tmp_path):

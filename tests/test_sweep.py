@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,21 +49,28 @@ def records(results: Path) -> dict[str, dict]:
     return kept
 
 
+def computed(log: str) -> Counter:
+    """How often each artefact was computed, by what a sweep says of itself."""
+    return Counter(re.findall(r"\((\w+ [0-9a-f]{8})\): computed in", log))
+
+
 def stages(results: Path) -> Counter:
-    """How often each stage was carried out, by its label."""
+    """The artefacts there are, by label."""
     return Counter(json.loads(file.read_text())["label"] for file in results.glob("artifacts/*/*/manifest.json"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     results = tmp_path_factory.mktemp("undisturbed")
-    finish(start(results, *GRID))
+    (results / "log.txt").write_text(finish(start(results, *GRID)))
     return results
 
 
 def test_a_grid_carries_out_every_stage_once(undisturbed: Path):
     assert len(records(undisturbed)) == 5, "full ignores the pruning rate"
+    carried_out = computed((undisturbed / "log.txt").read_text())
     done = stages(undisturbed)
+    assert carried_out.total() == done.total() and set(carried_out.values()) == {1}
     assert done["fine-tune small on 16 samples"] == 1
     assert done["fine-tune target on 16 samples"] == 1, "for the scores of CCS, and as the full fine-tuning"
     assert done["effort of 16 samples, small model"] == 1
@@ -89,7 +97,8 @@ def test_a_sweep_killed_at_several_moments_ends_with_the_same_records(undisturbe
     said = finish(start(tmp_path, *GRID, *PARALLEL))
     assert "failed" not in said
     assert records(tmp_path) == records(undisturbed)
-    assert stages(tmp_path) == stages(undisturbed), "two workers compute what both need once"
+    assert stages(tmp_path) == stages(undisturbed)
+    assert set(computed(said).values()) == {1}, "two workers compute what both need once"
 
 
 def test_the_report_averages_over_seeds_alone_and_tells_what_is_missing(undisturbed: Path, tmp_path: Path):

@@ -47,7 +47,8 @@ def test_each_task_has_the_published_learning_rate_and_the_tiny_family_its_own(r
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             return compose("config", overrides=list(overrides)).finetune.learning_rate
 
-    published = "~finetune/family@finetune"
+    published = "family=smollm2"
     assert rate("task=dialogsum", published) == 1e-4 and rate("task=wmt19_kk_en", published) == 2e-4
     assert rate("task=wmt19_kk_en") == rate("task=dialogsum") != 1e-4, "the tiny family's own"
+    assert rate("finetune=full") == 2e-5, "nor does the family's LoRA rate reach full fine-tuning"
     assert rate("finetune.learning_rate=0.5") == 0.5
