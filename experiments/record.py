@@ -23,7 +23,7 @@ from experiments import sweep
 from staff import tracking
 from staff.artifacts import STAGE_VERSIONS, Artifact, Charges, Store
 from staff.cost import Cost
-from staff.data import Sample, Task, TokenizedSamples, fitting, tokenize
+from staff.data import Sample, Task, TokenizedSamples, answerable, fitting, tokenize
 from staff.errors import UserError
 from staff.evaluate import check_metrics, evaluated, measure, read_predictions
 from staff.finetune import FinetuneSettings, epoch_flops, finetune_key, finetuned
@@ -121,7 +121,9 @@ class Run:
         small = [tokenize(self.train, self.family.small.tokenizer()), tokenize(self.train, target)]
         keep = fitting(small, self.settings.max_length, self.task.too_long)
         test = tokenize(self.test, target)
-        return small[0].take(keep), small[1].take(keep), test
+        window = getattr(self.family.target.config().get_text_config(), "max_position_embeddings", None)
+        asked = answerable(test, self.task.max_new_tokens, window, self.task.too_long)
+        return small[0].take(keep), small[1].take(keep), test.take(asked)
 
     @cached_property
     def pool(self) -> Pool:
@@ -178,8 +180,9 @@ class Run:
         """Write predictions.parquet, coreset.csv, regions.csv and, last, metrics.json; then mirror it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         answers = read_predictions(answered)
-        references = [sample.references for sample in self.test]
-        metrics, per_sample = measure(self.task.metrics, answers["prediction"].tolist(), references)
+        references = {sample.id: sample.references for sample in self.test}
+        asked = [references[id] for id in answers["id"]]
+        metrics, per_sample = measure(self.task.metrics, answers["prediction"].tolist(), asked)
         answers.join(per_sample).to_parquet(self.folder / "predictions.parquet")
         table = pd.DataFrame({"id": self.pool.ids, **coreset.scores}).iloc[coreset.indices]
         table.to_csv(self.folder / "coreset.csv", index=False)
@@ -212,7 +215,8 @@ class Run:
                 "budget": self.budget,
                 "selected": len(coreset.indices),
                 "trained": len(coreset.indices) if tuned else 0,
-                "test": len(self.test),
+                "test": len(answers),
+                "test_dropped_too_long": len(self.test) - len(answers),
                 "test_prompts_in_pool": self.overlap,
             },
             "config": self.config,

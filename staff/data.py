@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -32,8 +35,8 @@ class Sample:
 class Task:
     """Where a task's samples come from and how they read.
 
-    Templates are `str.format` templates over the fields of a row, `{translation[kk]}` reaches into a nested
-    one. The prompt and the answer are tokenised apart, so white space between them belongs to the answer.
+    Templates name fields of a row in braces, `{translation[kk]}` reaches into a nested one, `{{` is a brace. The
+    prompt and the answer are tokenised apart, so white space between them belongs to the answer.
     """
 
     name: str
@@ -63,6 +66,14 @@ class Task:
             value = getattr(self, name)
             if (value is not None or name == "max_new_tokens") and (not isinstance(value, int) or value < 1):
                 raise UserError(f"task.{name}={value!r} must be a whole number of at least 1.")
+        for setting, texts in (
+            ("prompt", [self.prompt]),
+            ("answer", [self.answer]),
+            ("references", self.references),
+        ):
+            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+                kind = "a list of fields" if setting == "references" else "a template"
+                raise UserError(f"task.{setting}={getattr(self, setting)!r} must be {kind}.")
         if self.data_dir is None and self.hub is None:
             raise UserError(
                 f"task {self.name!r} names no data: set task.data_dir=FOLDER (with {self.train_file} and "
@@ -73,18 +84,26 @@ class Task:
         """The samples of `split` ("train": the pool, "test": the evaluation), in file order.
 
         Raises:
-            UserError: a missing file or field, an empty answer, an id that comes twice; with file and line.
+            UserError: a missing file or field, text that is empty, an id that comes twice; with file and line.
         """
         limit = self.train_limit if split == "train" else self.test_limit
-        rows = self._rows(split)
-        samples: list[Sample] = []
-        for where, row in rows:
-            if limit is not None and len(samples) >= limit:
-                break
-            samples.append(self._sample(row, where, split))
+        samples: dict[str, Sample] = {}
+        copies = Counter[str]()
+        for where, row in islice(self._rows(split), limit):
+            sample = self._sample(row, where, split)
+            if sample.id in samples:
+                if self.id_field:
+                    raise UserError(
+                        f"{where}: the id {_short(sample.id)!r} comes twice (task.id_field={self.id_field}); "
+                        "ids must be unique."
+                    )
+                # Without ids of their own, copies of one text are told apart by their count.
+                copies[sample.id] += 1
+                sample = replace(sample, id=f"{sample.id}-{copies[sample.id] + 1}")
+            samples[sample.id] = sample
         if not samples:
             raise UserError(f"task {self.name!r}: the {split} split is empty; check task.data_dir.")
-        return _with_unique_ids(samples, self.id_field)
+        return list(samples.values())
 
     def _rows(self, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
         if self.data_dir is not None:
@@ -111,15 +130,16 @@ class Task:
         prompt = _render(self.prompt, row, where, "task.prompt")
         references: tuple[str, ...] = ()
         if split == "test" and self.references:
-            references = tuple(_text(row, name, where, "task.references") for name in self.references)
+            references = tuple(_text(row, [name], where, "task.references") for name in self.references)
             answer = references[0]
         else:
             answer = _render(self.answer, row, where, "task.answer")
             references = (answer.strip(),)
-        if not answer.strip():
-            raise UserError(f"{where}: the answer is empty; remove the line or fill its field ({self.answer!r}).")
-        id = str(_lookup(row, self.id_field, where, "task.id_field")) if self.id_field else ""
-        return Sample(id or _content_id(prompt, answer), prompt, answer, references)
+        for name, text, template in (("prompt", prompt, self.prompt), ("answer", answer, self.answer)):
+            if not text.strip():
+                raise UserError(f"{where}: the {name} is empty; remove the line or fill its field ({template!r}).")
+        id = _id(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
+        return Sample(id, prompt, answer, references)
 
 
 def read_json_lines(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
@@ -132,66 +152,90 @@ def read_json_lines(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
                 continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise UserError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8.") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON ({error.msg}); each line must be one JSON object.") from None
+            except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
+                said = "nested too deep" if isinstance(error, RecursionError) else str(error)
+                said = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else said
+                raise UserError(f"{where}: not JSON ({said}); each line must be one JSON object.") from None
             if not isinstance(row, dict):
                 raise UserError(f"{where}: a {type(row).__name__}, not an object; each line must be {{...}}.")
             yield where, row
 
 
-def _lookup(row: Mapping[str, Any], name: str, where: str, setting: str) -> Any:
-    if name not in row:
-        raise UserError(f"{where}: no field {name!r} (wanted by {setting}); it has {', '.join(sorted(row))}.")
-    return row[name]
-
-
-def _text(row: Mapping[str, Any], name: str, where: str, setting: str) -> str:
-    value = _lookup(row, name, where, setting)
-    if not isinstance(value, str):
-        raise UserError(f"{where}: field {name!r} is {type(value).__name__}, not text (wanted by {setting}).")
+def _lookup(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str) -> Any:
+    """The value at `path`, a field and the keys below it."""
+    value: Any = row
+    for depth, name in enumerate(path):
+        if not isinstance(value, Mapping) or name not in value:
+            has = ", ".join(sorted(map(str, row))) or "none"
+            raise UserError(
+                f"{where}: no field {_spelt(path[: depth + 1])} (wanted by {setting}); it has {_short(has)}."
+            )
+        value = value[name]
     return value
 
 
+def _text(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str) -> str:
+    value = _lookup(row, path, where, setting)
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise UserError(f"{where}: field {_spelt(path)} is {kind}, not text (wanted by {setting}).")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell what no text may hold
+        raise UserError(
+            f"{where}: field {_spelt(path)} has half a surrogate pair (character {error.start + 1}); mend the text."
+        ) from None
+    return value
+
+
+def _id(row: Mapping[str, Any], field: str, where: str) -> str:
+    value = _lookup(row, [field], where, "task.id_field")
+    if type(value) is int:
+        return str(value)
+    if value == "" or not isinstance(value, str):
+        kind = type(value).__name__ if value != "" else "empty"
+        raise UserError(f"{where}: field {field!r} is {kind}, no id (wanted by task.id_field).")
+    return _text(row, [field], where, "task.id_field")
+
+
 def _render(template: str, row: Mapping[str, Any], where: str, setting: str) -> str:
+    parts = _parsed(template, setting)
+    return "".join(text + (_text(row, path, where, setting) if path else "") for text, path in parts)
+
+
+@cache
+def _parsed(template: str, setting: str) -> list[tuple[str, list[str]]]:
+    """The template as pieces of text, each with the path of the field that follows it, if one does.
+
+    Nothing but fields is understood: what else `str.format` offers would reach into Python's objects.
+    """
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
         raise UserError(f"{setting}={template!r} is not a template ({error}); write fields as {{field}}.") from None
-    for _, name, _, _ in parts:
-        if name is None:
-            continue
-        root = name.split("[")[0].split(".")[0]
-        value = _lookup(row, root, where, setting)
-        if "[" in name:
-            key = name.split("[")[1].rstrip("]")
-            if not isinstance(value, Mapping) or not isinstance(value.get(key), str):
-                raise UserError(f"{where}: field {root!r} has no text {key!r} (wanted by {setting}).")
-        else:
-            _text(row, root, where, setting)
-    return template.format(**row)
+    parsed = []
+    for text, name, form, conversion in parts:
+        if name is not None and (form or conversion or not re.fullmatch(r"[^.\[\]]+(\[[^\[\]]+\])*", name)):
+            spelt = f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
+            raise UserError(f"{setting}={template!r}: {spelt!r} names no field; write {{field}} or {{field[key]}}.")
+        parsed.append((text, [part.rstrip("]") for part in name.split("[")] if name else []))
+    return parsed
+
+
+def _spelt(path: Sequence[str]) -> str:
+    """A path as a template has it, quoted."""
+    return repr(_short(path[0] + "".join(f"[{key}]" for key in path[1:])))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _content_id(prompt: str, answer: str) -> str:
     return hashlib.blake2b(f"{prompt}\0{answer}".encode(), digest_size=8).hexdigest()
-
-
-def _with_unique_ids(samples: list[Sample], id_field: str | None) -> list[Sample]:
-    seen: dict[str, int] = {}
-    unique = []
-    for sample in samples:
-        count = seen[sample.id] = seen.get(sample.id, 0) + 1
-        if count > 1 and id_field:
-            raise UserError(f"task.id_field={id_field}: the id {sample.id!r} comes twice; ids must be unique.")
-        # Without ids of their own, copies of one text are told apart by their count.
-        unique.append(sample if count == 1 else Sample(f"{sample.id}-{count}", *_rest(sample)))
-    return unique
-
-
-def _rest(sample: Sample) -> tuple[str, str, tuple[str, ...]]:
-    return sample.prompt, sample.answer, sample.references
 
 
 @dataclass(frozen=True)
@@ -244,10 +288,14 @@ class TokenizedSamples:
 def tokenize(samples: Sequence[Sample], tokenizer: Any) -> TokenizedSamples:
     """Tokenise prompt and answer apart and join them, so that no token spans their border."""
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no end token; set its eos_token.")
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no end token, without which no answer ends; set "
+            "eos_token in its tokenizer_config.json."
+        )
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    prompts = tokenizer([s.prompt for s in samples], add_special_tokens=False)["input_ids"]
-    answers = tokenizer([s.answer for s in samples], add_special_tokens=False)["input_ids"]
+    options = {"add_special_tokens": False, "verbose": False}  # what is too long is told in our own words
+    prompts = tokenizer([s.prompt for s in samples], **options)["input_ids"]
+    answers = tokenizer([s.answer for s in samples], **options)["input_ids"]
     rows = [begin + p + a + [tokenizer.eos_token_id] for p, a in zip(prompts, answers, strict=True)]
     return TokenizedSamples([s.id for s in samples], rows, [len(begin) + len(p) for p in prompts])
 
@@ -268,4 +316,24 @@ def fitting(tokenized: Sequence[TokenizedSamples], max_length: int, too_long: st
         )
     if not len(keep):
         raise UserError(f"finetune.max_length={max_length} leaves no sample: raise it.")
+    return keep
+
+
+def answerable(test: TokenizedSamples, max_new_tokens: int, window: int | None, too_long: str) -> np.ndarray:
+    """Positions of the test samples whose prompt leaves room for an answer in the model's `window` of tokens (None:
+    without limit). The others are refused by name, or dropped."""
+    needed = np.array(test.prompt_lengths) + max_new_tokens
+    over = np.flatnonzero(needed > (window or np.inf))
+    if len(over) and too_long == "refuse":
+        worst = over[np.argmax(needed[over])]
+        raise UserError(
+            f"the target reads {window} tokens, too few for the prompt of {len(over)} test sample(s) and "
+            f"task.max_new_tokens={max_new_tokens}, the longest being {test.ids[worst]!r} with "
+            f"{test.prompt_lengths[worst]} tokens: take it out, or set task.too_long=drop."
+        )
+    keep = np.setdiff1d(np.arange(len(test)), over)
+    if not len(keep):
+        raise UserError(
+            f"no prompt of the test split fits the {window} tokens that the target reads: shorten them."
+        )
     return keep

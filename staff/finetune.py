@@ -129,7 +129,7 @@ def finetune(
             "length": samples.lengths.tolist(),
         }
     )
-    trainer = _trainer_class(model)(
+    trainer = _trainer_class(model, samples, settings)(
         model=model,
         args=_arguments(settings, epochs, seed, len(samples), folder),
         train_dataset=rows,
@@ -169,12 +169,13 @@ def epoch_flops(spec: ModelSpec, samples: TokenizedSamples, adapter_parameters: 
     )
 
 
-def _trainer_class(model: Any) -> Any:
+def _trainer_class(model: Any, samples: TokenizedSamples, settings: FinetuneSettings) -> Any:
     """transformers' Trainer, with what follows the last attention run only where there are labels.
 
     The loss is the same. What is saved is the logits of the prompt, which for a long prompt and a large vocabulary
     are most of the memory and, for a small model, much of the time.
     """
+    import torch
     from transformers import Trainer
 
     from staff.gradients import ARCHITECTURES, Positions, last_block_at, token_losses
@@ -190,10 +191,23 @@ def _trainer_class(model: Any) -> Any:
             with last_block_at(self.accelerator.unwrap_model(model), positions):
                 # No attention mask: padding is on the right, where a causal model does not look from a label.
                 logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[0]
-            total = token_losses(logits, positions.targets).sum()
+            losses = token_losses(logits, positions.targets)
+            total = losses.sum()
+            if not torch.isfinite(total):
+                first = int((~torch.isfinite(positions.mean(losses))).nonzero()[0])
+                name = _id_of(inputs["input_ids"][first].tolist(), samples)
+                raise UserError(
+                    f"the loss of sample {name!r} is not finite in step {self.state.global_step + 1}: take it out, "
+                    f"or, where others fail as well, lower finetune.learning_rate={settings.learning_rate}."
+                )
             return total / (len(positions.targets) if num_items_in_batch is None else num_items_in_batch)
 
     return AnswerTrainer
+
+
+def _id_of(padded: list[int], samples: TokenizedSamples) -> str:
+    """The id of the sample that a row of a batch holds; rows of a trainer's batch have no names."""
+    return next(id for id, row in zip(samples.ids, samples.input_ids) if padded[: len(row)] == row)
 
 
 def _arguments(settings: FinetuneSettings, epochs: int, seed: int, samples: int, folder: Path) -> Any:

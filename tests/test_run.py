@@ -32,6 +32,7 @@ def test_staff_from_scores_to_metrics_and_the_same_charge_for_whoever_reads(run,
         "selected": 6,
         "trained": 6,
         "test": 4,
+        "test_dropped_too_long": 0,
         "test_prompts_in_pool": 0,
     }
     assert set(first["metrics"]) == {"rougeL", "rouge1", "rouge2", "output_tokens"}
