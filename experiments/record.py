@@ -82,15 +82,18 @@ class Run:
         content = {k: v for k, v in self.config.items() if k not in NOT_IN_FINGERPRINT}
         content["family"] = None
         content["task"] = {k: v for k, v in content["task"].items() if k != "data_dir"}
-        content["identity"] = self.identity
+        # Samples are known by their content: the commit they came from says nothing more, and not to those offline.
+        data = {split: self.identity["data"][split] for split in ("train", "test")}
+        content["identity"] = {**self.identity, "data": data}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Data and models by their content, and the versions of the stages' code."""
         return {
-            "data": {"train": _digest(self.train), "test": _digest(self.test)},
+            "data": {"train": _digest(self.train), "test": _digest(self.test), "source": self.task.source()},
             "models": {"target": self.family.target.identity(), "small": self.family.small.identity()},
+            "prompt_format": self.family.prompt_format,
             "method": source_digest(self.method),
             "stage_versions": STAGE_VERSIONS,
         }
@@ -117,10 +120,10 @@ class Run:
     @cached_property
     def tokenized(self) -> tuple[TokenizedSamples, TokenizedSamples, TokenizedSamples]:
         """Training samples for the small model and for the target, test samples for the target."""
-        target = self.family.target.tokenizer()
-        small = [tokenize(self.train, self.family.small.tokenizer()), tokenize(self.train, target)]
+        target, form = self.family.target.tokenizer(), self.family.prompt_format
+        small = [tokenize(self.train, self.family.small.tokenizer(), form), tokenize(self.train, target, form)]
         keep = fitting(small, self.settings.max_length, self.task.too_long)
-        test = tokenize(self.test, target)
+        test = tokenize(self.test, target, form)
         window = getattr(self.family.target.config().get_text_config(), "max_position_embeddings", None)
         asked = answerable(test, self.task.max_new_tokens, window, self.task.too_long)
         return small[0].take(keep), small[1].take(keep), test.take(asked)

