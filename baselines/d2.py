@@ -19,7 +19,7 @@ from math import isqrt
 import numpy as np
 import pandas as pd
 
-from baselines.el2n import VARIANTS, el2n_scores
+from baselines.el2n import VARIANTS
 from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
 
 BLOCK_ROWS = 256  # samples whose neighbours are searched at once: 100 MB of distances at N = 100,000
@@ -51,8 +51,9 @@ class D2:
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for an EL2N score or an embedding that is not finite, by the sample's id."""
         check_budget(budget, len(pool.ids))
-        el2n = el2n_scores(pool, self.variant)
-        features = np.asarray(pool.scores("embedding", "target_tuned"), dtype=np.float32)
+        signals = pool.signals(("el2n", "embedding"), "target_tuned", variant=self.variant)
+        el2n = check_scores(signals["el2n"], pool.ids, "EL2N score")
+        features = np.asarray(signals["embedding"], dtype=np.float32)
         norms = check_scores(np.linalg.norm(features, axis=1), pool.ids, "the norm of the embedding")
         # In an order drawn by id, ties of distance and of value, and rounding too, fall alike in every order of
         # the pool.

@@ -16,7 +16,8 @@ class GraNd:
     """Highest gradient norm on the target fine-tuned on the whole pool first.
 
     Attributes:
-        gradient: "all_lora": all LoRA parameters; "last_v_b": last block's v_proj lora_B alone.
+        gradient: "all_lora": all LoRA parameters; "last_v_b": last block's v_proj lora_B alone;
+            "all_linear": all weights of linear layers, adapters merged into them.
         fresh_adapter: None: fine-tuning's own LoRA; otherwise {rank, alpha, targets} of a fresh one put in its
             place, as in `staff.speculative.Staff` (with last_v_b what the STAFF authors' code calls GraNd).
     """
@@ -25,7 +26,7 @@ class GraNd:
     fresh_adapter: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_choice(self, "gradient", ("all_lora", "last_v_b"))
+        check_choice(self, "gradient", ("all_lora", "last_v_b", "all_linear"))
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a score that is negative or not finite, by the sample's id."""

@@ -29,7 +29,7 @@ from staff.evaluate import check_metrics, evaluated, measure, read_predictions
 from staff.finetune import FinetuneSettings, epoch_flops, finetune_key, finetuned
 from staff.made import materialise
 from staff.models import Family
-from staff.pool import Pool
+from staff.pool import Pool, ScoringSettings
 from staff.selection import Coreset, SelectionMethod, budget_for, source_digest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +51,7 @@ class Run:
         self.cfg, self.choices = cfg, choices
         self.method: SelectionMethod = instantiate(cfg.method, _convert_="all")
         self.settings: FinetuneSettings = instantiate(cfg.finetune, _convert_="all")
+        self.scoring: ScoringSettings = instantiate(cfg.scoring)
         family: Family = instantiate(cfg.family, _convert_="all")
         self.task: Task = instantiate(cfg.task, _convert_="all")
         tracking.check_mode(cfg.tracking.mode)
@@ -95,6 +96,7 @@ class Run:
             "models": {"target": self.family.target.identity(), "small": self.family.small.identity()},
             "prompt_format": self.family.prompt_format,
             "method": source_digest(self.method),
+            "scoring_dtype": self.scoring.dtype,
             "stage_versions": STAGE_VERSIONS,
         }
 
@@ -131,8 +133,8 @@ class Run:
     @cached_property
     def pool(self) -> Pool:
         for_small, for_target, _ = self.tokenized
-        seed, batch_tokens = self.cfg.selection_seed, self.cfg.scoring.batch_tokens
-        return Pool(for_small, for_target, self.family, self.settings, self.store, seed, batch_tokens)
+        seed = self.cfg.selection_seed
+        return Pool(for_small, for_target, self.family, self.settings, self.store, seed, self.scoring)
 
     @property
     def budget(self) -> int:
@@ -165,8 +167,8 @@ class Run:
         if not len(coreset.indices):
             return None
         samples = self.pool.for_target.take(coreset.indices)
-        settings, seed = self.settings, self.cfg.finetune_seed
-        return finetuned(self.store, self.family.target, samples, settings, settings.epochs, seed)
+        epochs = self.settings.coreset_epochs(len(samples), len(self.pool.ids))
+        return finetuned(self.store, self.family.target, samples, self.settings, epochs, self.cfg.finetune_seed)
 
     def evaluate(self, tuned: Artifact | None) -> Artifact:
         return evaluated(

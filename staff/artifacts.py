@@ -39,7 +39,14 @@ STAGE_VERSIONS = {"finetune": 1, "scores": 1, "coreset": 1, "evaluation": 1, "mo
 """Part of every fingerprint: raised when a stage's code computes something else than before."""
 
 STAGE_SOURCES: dict[str, tuple[str, ...]] = {
-    "finetune": ("staff/finetune.py", "staff/gradients.py", "staff/models.py", "staff/data.py"),
+    "finetune": (
+        "staff/finetune.py",
+        "staff/online.py",
+        "staff/trainer.py",
+        "staff/gradients.py",
+        "staff/models.py",
+        "staff/data.py",
+    ),
     "scores": ("staff/pool.py", "staff/scoring.py", "staff/gradients.py", "staff/models.py", "staff/data.py"),
     "coreset": ("staff/pool.py", "staff/regions.py", "staff/selection.py"),
     "evaluation": ("staff/evaluate.py", "staff/models.py", "staff/data.py"),

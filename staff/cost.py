@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -209,3 +211,50 @@ def _matrix_products(
     linear = 2 * (config.num_hidden_layers * block * sum(lengths) + head)
     attention = 4 * config.num_hidden_layers * heads * head_dim * sum(length**2 for length in lengths)
     return linear, attention
+
+
+def scoring_flops(model: Any, lengths: np.ndarray, answer_lengths: np.ndarray, asked: Any) -> float:
+    """FLOPs of scoring samples, padding apart: a forward pass, and for "effort" a backward pass.
+
+    A backward pass through frozen linear layers costs what their forward pass cost, through attention twice that;
+    "last_v_b" wants of attention only the gradient of the values, half of it. What a fused kernel computes besides
+    is not counted.
+
+    Args:
+        model: its shapes count; it may lie on the meta device.
+        lengths, answer_lengths: tokens of every sample and of its answer, shape (N,).
+        asked: `staff.scoring.Asked`.
+    """
+    config = model.config.get_text_config()
+    tokens, labels = int(lengths.sum()), int(answer_lengths.sum())
+    at = labels + (len(lengths) if asked.at_both else 0)
+    attention_width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    attention = 4 * attention_width * int(np.square(lengths).sum())
+    after_attention = 2 * config.hidden_size * (attention_width + 3 * config.intermediate_size)
+    adapters = 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    head_positions = 0 if tuple(asked.signals) == ("embedding",) else at
+    forward = forward_flops(config, lengths, head_positions) - after_attention * (tokens - at)
+    if "effort" not in asked.signals:
+        return forward + adapters
+    if asked.gradient == "last_v_b":
+        head = 2 * config.hidden_size * config.vocab_size
+        return forward + adapters + labels * (after_attention + head) + attention // 2
+    backward = forward + 2 * adapters + config.num_hidden_layers * attention
+    if asked.gradient == "all_linear":
+        backward += _contraction_flops(model, lengths, answer_lengths)
+    return forward + adapters + backward
+
+
+def _contraction_flops(model: Any, lengths: np.ndarray, answer_lengths: np.ndarray) -> float:
+    """Of activations with output gradients, for all linear layers; the head sees the answer tokens alone."""
+    from staff.gradients import gradient_layers, gram_is_cheaper
+
+    total = 0.0
+    for layer in gradient_layers(model, "all_linear").values():
+        wide, tall = layer.in_features, layer.out_features
+        seen = (answer_lengths if layer is model.get_output_embeddings() else lengths).astype(float)
+        gram = gram_is_cheaper(int(seen.max()), wide, tall)
+        total += 2 * float((np.square(seen) * (wide + tall) if gram else seen * wide * tall).sum())
+    return total

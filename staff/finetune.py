@@ -17,6 +17,8 @@ from staff.errors import UserError
 from staff.models import PRECISIONS, LoraSpec, ModelSpec, fresh_lora, plain
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+MATCHES = ("epochs", "steps")
+ONLINE_SCORES = "online.safetensors"
 log = logging.getLogger(__name__)
 
 
@@ -30,6 +32,8 @@ class FinetuneSettings:
         device_batch_size: samples in memory at once; gradients are accumulated up to `batch_size`.
         epochs: passes over the coreset, for the target.
         small_epochs: T, passes over the whole pool, for the small model.
+        match: what fine-tuning on a coreset has in common with fine-tuning on the whole pool: the "epochs", or the
+            optimiser "steps", for which it passes over the coreset more often.
         warmup_ratio: fraction of the steps in which the learning rate rises.
         max_length: cut-off in tokens; a sample that does not fit is refused or dropped (task.too_long).
         precision: "float32", or "bfloat16" for autocast.
@@ -43,6 +47,7 @@ class FinetuneSettings:
     device_batch_size: int
     epochs: int
     small_epochs: int
+    match: str
     scheduler: str
     warmup_ratio: float
     weight_decay: float
@@ -66,6 +71,8 @@ class FinetuneSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
                 raise UserError(f"finetune.{name}={value!r} must be a number of at least 0 and at most {high:g}.")
+        if self.match not in MATCHES:
+            raise UserError(f"finetune.match={self.match!r} is unknown: choose {' or '.join(MATCHES)}.")
         if self.scheduler not in SCHEDULERS:
             raise UserError(f"finetune.scheduler={self.scheduler!r}: choose {', '.join(SCHEDULERS)}.")
         if self.batch_size % self.device_batch_size:
@@ -76,49 +83,79 @@ class FinetuneSettings:
 
     def key(self) -> dict[str, Any]:
         """The fields that determine the result. How a batch is divided over memory changes nothing but rounding,
-        and which number of epochs counts depends on the model."""
-        return {k: v for k, v in plain(self).items() if k not in ("device_batch_size", "epochs", "small_epochs")}
+        and which number of epochs counts depends on the model and on `match`."""
+        apart = ("device_batch_size", "epochs", "small_epochs", "match")
+        return {k: v for k, v in plain(self).items() if k not in apart}
+
+    def steps(self, samples: int) -> int:
+        """Optimiser steps of one epoch."""
+        return math.ceil(samples / self.batch_size)
+
+    def coreset_epochs(self, coreset: int, pool: int) -> float:
+        """Epochs over a coreset of that many samples, whole or not."""
+        if self.match == "epochs":
+            return self.epochs
+        return self.epochs * self.steps(pool) / self.steps(coreset)
 
 
 def finetune_key(
-    spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSettings, epochs: int, seed: int
+    spec: ModelSpec,
+    samples: TokenizedSamples,
+    settings: FinetuneSettings,
+    epochs: float,
+    seed: int,
+    online: str | None = None,
 ) -> dict[str, Any]:
-    """What determines a fine-tuned model."""
-    return {
+    """What determines a fine-tuned model, and whether scores are taken on the way."""
+    key = {
         "model": spec.identity(),
         "samples": samples.fingerprint,
         "settings": settings.key(),
         "epochs": epochs,
         "seed": seed,
     }
+    return {**key, "online": online} if online else key
 
 
 def finetuned(
-    store: Store, spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSettings, epochs: int, seed: int
+    store: Store,
+    spec: ModelSpec,
+    samples: TokenizedSamples,
+    settings: FinetuneSettings,
+    epochs: float,
+    seed: int,
+    online: str | None = None,
 ) -> Artifact:
-    """The fine-tuned model as an artefact: a LoRA adapter (or all weights), and the log of its training."""
+    """The fine-tuned model as an artefact: a LoRA adapter (or all weights), and the log of its training; with
+    `online`, a kind of gradient, also every sample's effort in the last epoch (`staff.online`)."""
 
-    label = f"fine-tune {spec.name} on {len(samples)} samples"
+    label = f"fine-tune {spec.name} on {len(samples)} samples" + (", scoring online" if online else "")
 
     def make(folder: Path, cost: Meter) -> None:
-        finetune(spec, samples, settings, epochs, seed, folder, cost)
+        finetune(spec, samples, settings, epochs, seed, folder, cost, online)
 
-    return store.get("finetune", finetune_key(spec, samples, settings, epochs, seed), make, label=label)
+    return store.get("finetune", finetune_key(spec, samples, settings, epochs, seed, online), make, label=label)
 
 
 def finetune(
     spec: ModelSpec,
     samples: TokenizedSamples,
     settings: FinetuneSettings,
-    epochs: int,
+    epochs: float,
     seed: int,
     folder: Path,
     cost: Meter,
+    online: str | None = None,
 ) -> None:
     """Fine-tune and write the result to `folder`. The trainer is given the very tokens the scorer sees."""
+    if online and settings.kind != "lora":
+        raise UserError(f"scores online are gradients of adapters: they need finetune=lora, not {settings.kind}.")
     import torch
     from datasets import Dataset
-    from transformers import DataCollatorForSeq2Seq, PrinterCallback
+    from transformers import PrinterCallback
+
+    from staff.online import OnlineEfforts
+    from staff.trainer import trainer_for
 
     model = spec.load()
     model = fresh_lora(model, settings.lora, seed) if settings.kind == "lora" else model.float()
@@ -127,13 +164,17 @@ def finetune(
             "input_ids": samples.input_ids,
             "labels": [samples.labels(i) for i in range(len(samples))],
             "length": samples.lengths.tolist(),
+            "row": list(range(len(samples))),
         }
     )
-    trainer = _trainer_class(model, samples, settings)(
-        model=model,
+    efforts = OnlineEfforts(model, online, len(samples)) if online else None
+    trainer = trainer_for(
+        model,
+        spec.tokenizer(),
+        samples.ids,
+        efforts,
         args=_arguments(settings, epochs, seed, len(samples), folder),
         train_dataset=rows,
-        data_collator=DataCollatorForSeq2Seq(spec.tokenizer()),
         callbacks=[_progress(spec.name, len(samples))],
     )
     trainer.remove_callback(PrinterCallback)
@@ -146,9 +187,11 @@ def finetune(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapter = trained if settings.kind == "lora" else None
     flops = epoch_flops(spec, samples, adapter)
-    tokens = int(samples.lengths.sum()) * epochs
+    tokens = round(int(samples.lengths.sum()) * epochs)
     cost.add(flops=flops * epochs, tokens_forward=tokens, tokens_backward=tokens)
     model.save_pretrained(folder)
+    if efforts is not None:
+        efforts.save(folder / ONLINE_SCORES)
     seconds = result.metrics["train_runtime"]  # of the steps alone, without loading and saving
     history = {
         "seconds": seconds,
@@ -169,52 +212,11 @@ def epoch_flops(spec: ModelSpec, samples: TokenizedSamples, adapter_parameters: 
     )
 
 
-def _trainer_class(model: Any, samples: TokenizedSamples, settings: FinetuneSettings) -> Any:
-    """transformers' Trainer, with what follows the last attention run only where there are labels.
-
-    The loss is the same. What is saved is the logits of the prompt, which for a long prompt and a large vocabulary
-    are most of the memory and, for a small model, much of the time.
-    """
-    import torch
-    from transformers import Trainer
-
-    from staff.gradients import ARCHITECTURES, Positions, last_block_at, token_losses
-
-    if model.config.model_type not in ARCHITECTURES:
-        return Trainer
-
-    class AnswerTrainer(Trainer):
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None
-        ):
-            positions = Positions.of_predictions(inputs["labels"])
-            with last_block_at(self.accelerator.unwrap_model(model), positions):
-                # No attention mask: padding is on the right, where a causal model does not look from a label.
-                logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[0]
-            losses = token_losses(logits, positions.targets)
-            total = losses.sum()
-            if not torch.isfinite(total):
-                first = int((~torch.isfinite(positions.mean(losses))).nonzero()[0])
-                name = _id_of(inputs["input_ids"][first].tolist(), samples)
-                raise UserError(
-                    f"the loss of sample {name!r} is not finite in step {self.state.global_step + 1}: take it out, "
-                    f"or, where others fail as well, lower finetune.learning_rate={settings.learning_rate}."
-                )
-            return total / (len(positions.targets) if num_items_in_batch is None else num_items_in_batch)
-
-    return AnswerTrainer
-
-
-def _id_of(padded: list[int], samples: TokenizedSamples) -> str:
-    """The id of the sample that a row of a batch holds; rows of a trainer's batch have no names."""
-    return next(id for id, row in zip(samples.ids, samples.input_ids) if padded[: len(row)] == row)
-
-
-def _arguments(settings: FinetuneSettings, epochs: int, seed: int, samples: int, folder: Path) -> Any:
+def _arguments(settings: FinetuneSettings, epochs: float, seed: int, samples: int, folder: Path) -> Any:
     import torch
     from transformers import TrainingArguments
 
-    steps = math.ceil(samples / settings.batch_size) * epochs
+    steps = math.ceil(settings.steps(samples) * epochs)
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -232,6 +234,7 @@ def _arguments(settings: FinetuneSettings, epochs: int, seed: int, samples: int,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=max(1, steps // 50),
         logging_nan_inf_filter=False,  # a loss that is not finite must show
+        remove_unused_columns=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),

@@ -12,7 +12,7 @@ the output projection and MLP of that block, the final norm and the head run at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,17 +27,19 @@ IGNORED = -100
 
 # Decoders whose block feeds `input_layernorm` to the attention alone, and whose attention is causal and ends
 # in `o_proj`; everything else in them works on one position at a time. Checked layer by layer in the tests.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma", "gemma2", "gemma3_text")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+
+GRADIENTS = ("last_v_b", "all_lora", "all_linear")
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The L labelled positions of a padded batch (B, T), sample after sample.
+    """L positions of a padded batch (B, T), sample after sample.
 
     Attributes:
-        index: (L,) positions in the flattened batch.
-        targets: (L,) the label of each.
-        counts: (B,) labelled positions of each sample.
+        index: (L,) positions in the flattened batch, increasing.
+        targets: (L,) the label that belongs to each.
+        counts: (B,) positions of each sample.
     """
 
     index: Tensor
@@ -55,6 +57,19 @@ class Positions:
         """Where the labelled tokens are predicted: one position earlier."""
         return cls.of_answers(F.pad(labels[:, 1:], (0, 1), value=IGNORED))
 
+    @classmethod
+    def of_both(cls, labels: Tensor) -> Positions:
+        """Where the labelled tokens stand or are predicted."""
+        labelled = labels != IGNORED
+        both = labelled | F.pad(labelled[:, 1:], (0, 1))
+        return cls(both.flatten().nonzero()[:, 0], labels[both], both.sum(1))
+
+    def out_of(self, others: Positions, values: Tensor) -> Tensor:
+        """What belongs to these positions of values (S, ...) at `others`, which include them: (L, ...)."""
+        if len(self.index) == len(others.index):
+            return values
+        return values.index_select(0, torch.searchsorted(others.index, self.index))
+
     def gather(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (1, L, D)."""
         return hidden.flatten(0, 1).index_select(0, self.index)[None]
@@ -66,45 +81,67 @@ class Positions:
         spread[filled] = gathered[0]
         return spread
 
+    def by_sample(self, hidden: Tensor) -> Tensor:
+        """`spread` where a layer ran at these positions alone; the whole batch (B, T, D) stays as it is."""
+        return self.spread(hidden) if len(hidden) < len(self.counts) else hidden
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each sample's positions: (L, ...) -> (B, ...), NaN for a sample without any."""
         return torch.segment_reduce(values, "mean", lengths=self.counts, axis=0)
 
 
+Observer = Callable[[Tensor], None]
+"""Told the logits (S, V) of the pass that norms are taken from."""
+
+
 def per_sample_gradient_norms(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, gradient: str
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    gradient: str,
+    at: Positions | None = None,
+    observe: Observer | None = None,
 ) -> Tensor:
     """L2 norm of the gradient of each sample's own mean answer cross-entropy: (B,), float32 or wider.
 
     Args:
-        model: a causal LM of `ARCHITECTURES` with LoRA adapters (peft), wrapped in a PeftModel or not.
+        model: a causal LM of `ARCHITECTURES`, wrapped in a PeftModel or not.
         input_ids: (B, T), padded to the right.
         attention_mask: (B, T), or None: a causal mask already hides padding to the right from every label.
         labels: (B, T), -100 where there is none, unshifted.
-        gradient: "last_v_b", the last block's v_proj lora_B; "all_lora", all LoRA parameters.
+        gradient: "last_v_b", the last block's v_proj lora_B; "all_lora", all LoRA parameters; "all_linear", all
+            weights and biases of the linear layers of a model without adapters. Where the head shares its weight
+            with the embedding, that is one weight with both gradients.
+        at: positions at which logits are wanted; by default where the labelled tokens are predicted.
+        observe: is told the logits at these positions.
 
     Raises:
-        UserError: a model for which this would not be exact, or without the adapters asked for.
+        UserError: a model for which this would not be exact, or without the layers asked for.
     """
-    layers = lora_layers(model, gradient)
-    norms = layer_gradient_norms(model, layers, input_ids, attention_mask, labels)
+    layers = gradient_layers(model, gradient)
+    norms = layer_gradient_norms(model, layers, input_ids, attention_mask, labels, at, observe)
     return torch.stack(list(norms.values())).square().sum(0).sqrt()
 
 
 def layer_gradient_norms(
-    model: nn.Module,
+    model: Any,
     layers: Mapping[str, nn.Linear],
     input_ids: Tensor,
     attention_mask: Tensor | None,
     labels: Tensor,
+    at: Positions | None = None,
+    observe: Observer | None = None,
 ) -> dict[str, Tensor]:
     """As `per_sample_gradient_norms`, but of each of these linear layers (weight and bias) by name: (B,)."""
-    weights = [layer.weight for layer in layers.values()]
-    if len({id(weight) for weight in weights}) < len(weights):
+    if len({id(layer.weight) for layer in layers.values()}) < len(layers):
         raise UserError(
             f"{_name(model)} shares one weight between layers: exact per-sample norms are not possible."
         )
-    positions = Positions.of_predictions(labels)
+    predictions = Positions.of_predictions(labels)
+    at = at or predictions
+    embedding = model.get_input_embeddings()
+    tied = next((layer for layer in layers.values() if layer.weight is embedding.weight), None)
     inputs: dict[nn.Module, Tensor] = {}
     outputs: dict[nn.Module, Tensor] = {}
 
@@ -119,46 +156,81 @@ def layer_gradient_norms(
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(scoring_mode(model))
-        stack.enter_context(last_block_at(model, positions))
-        for layer in layers.values():
+        stack.enter_context(last_block_at(model, at))
+        for layer in (*layers.values(), *([embedding] if tied is not None else [])):
             stack.enter_context(layer.register_forward_hook(keep))
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[0]
         if unused := [name for name, layer in layers.items() if layer not in outputs]:
             raise UserError(
                 f"{_name(model)} does not use {unused[0]} (a merged or inactive adapter?): activate it."
             )
-        loss = positions.mean(token_losses(logits, positions.targets)).sum()
-        gradients = torch.autograd.grad(loss, list(outputs.values()))
+        if observe is not None:
+            observe(logits.detach())
+        loss = predictions.mean(token_losses(predictions.out_of(at, logits), predictions.targets)).sum()
+        gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
 
-    def norms(layer: nn.Linear, x: Tensor, g: Tensor) -> Tensor:
-        if x.shape[0] < len(labels):
-            x, g = positions.spread(x), positions.spread(g)
-        return _weight_gradient_norms(x, g, bias=layer.bias is not None)
+    def norms(layer: nn.Linear) -> Tensor:
+        x, g = at.by_sample(inputs[layer]), at.by_sample(gradients[layer])
+        own = weight_gradient_norms(x, g, bias=layer.bias is not None)
+        return own if layer is not tied else _tied_norms(own, x, g, input_ids, _embedded(embedding, gradients))
 
-    by_layer = dict(zip(outputs, gradients, strict=True))
-    return {name: norms(layer, inputs[layer], by_layer[layer]) for name, layer in layers.items()}
+    return {name: norms(layer) for name, layer in layers.items()}
 
 
-def _weight_gradient_norms(x: Tensor, g: Tensor, bias: bool) -> Tensor:
+def weight_gradient_norms(x: Tensor, g: Tensor, bias: bool) -> Tensor:
     """Norm over t of sum g_t x_t^T, from x (B, T, in) and g (B, T, out), and of sum g_t for a bias: (B,)."""
-    x, g = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (x, g))
+    x, g = _wide(x), _wide(g)
     (length, wide), tall = x.shape[1:], g.shape[2]
-    if length * (wide + tall) < wide * tall:  # two Gram matrices are cheaper than the gradient itself
+    if gram_is_cheaper(length, wide, tall):
         squared = ((x @ x.mT) * (g @ g.mT)).sum((1, 2)).clamp_min(0)
     else:
         squared = (g.mT @ x).square().sum((1, 2))
     return (squared + g.sum(1).square().sum(1) if bias else squared).sqrt()
 
 
+def gram_is_cheaper(length: int, wide: int, tall: int) -> bool:
+    """Whether two Gram matrices (length x length) cost less than the gradient (tall x wide) itself."""
+    return length * (wide + tall) < wide * tall
+
+
+def _tied_norms(own: Tensor, x: Tensor, g: Tensor, input_ids: Tensor, e: Tensor) -> Tensor:
+    """Norm of the gradient of a weight that is head and embedding: (B,).
+
+    The embedding's gradient adds e_t (B, T, D) to the row of token t; its products with itself and with the
+    head's gradient, sum over l of g_l x_l^T, need neither of the two as a matrix.
+    """
+    x, g = _wide(x), _wide(g)
+    same_token = input_ids[:, :, None] == input_ids[:, None, :]
+    embedding = ((e @ e.mT) * same_token).sum((1, 2))
+    tokens = input_ids[:, None, :].expand(-1, g.shape[1], -1)
+    cross = ((x @ e.mT) * g.gather(2, tokens)).sum((1, 2))
+    return (own.square() + 2 * cross + embedding).clamp_min(0).sqrt()
+
+
+def _embedded(embedding: Any, gradients: Mapping[nn.Module, Tensor]) -> Tensor:
+    """What each position adds to its token's row of the embedding's gradient (Gemma 3 scales its rows)."""
+    return _wide(gradients[embedding]) * getattr(embedding, "embed_scale", 1.0)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each token, in float32 or wider: (L, V), (L,) -> (L,)."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+    return F.cross_entropy(_wide(logits), targets, reduction="none")
 
 
-def lora_layers(model: nn.Module, gradient: str) -> dict[str, nn.Linear]:
-    """The linear layers that hold the LoRA parameters which `gradient` means, by name."""
+def gradient_layers(model: Any, gradient: str) -> dict[str, nn.Linear]:
+    """The linear layers that hold the parameters which `gradient` means, by name."""
+    if gradient not in GRADIENTS:
+        raise UserError(f"gradient={gradient!r} is unknown: choose {', '.join(GRADIENTS)}.")
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = {name: layer for name, layer in linear.items() if ".lora_A." in name or ".lora_B." in name}
+    if gradient == "all_linear":
+        if any(".lora_" in name for name, _ in model.named_parameters()):
+            raise UserError("gradient=all_linear is for a model without adapters: merge them first.")
+        return linear
     covered = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
     for name, parameter in model.named_parameters():
         if ".lora_" in name and id(parameter) not in covered:
@@ -168,13 +240,27 @@ def lora_layers(model: nn.Module, gradient: str) -> dict[str, nn.Linear]:
     if gradient == "last_v_b":
         inside = set(last_block(model).self_attn.v_proj.modules())
         layers = {name: layer for name, layer in layers.items() if layer in inside and ".lora_B." in name}
-    elif gradient != "all_lora":
-        raise UserError(f"gradient={gradient!r} is unknown: choose 'last_v_b' or 'all_lora'.")
     if not layers:
         raise UserError(
             f"gradient={gradient}: {_name(model)} has no such LoRA layer; add it to the LoRA target modules."
         )
     return layers
+
+
+def gradient_parameters(model: Any, gradient: str) -> list[nn.Parameter]:
+    """The parameters that `gradient` means, of a model of any architecture."""
+    named = dict(model.named_parameters())
+    if gradient == "all_linear":
+        return [p for layer in gradient_layers(model, gradient).values() for p in layer.parameters()]
+    names = [name for name in named if ".lora_" in name]
+    if gradient == "last_v_b":
+        values = [name for name in names if ".v_proj.lora_B." in name]
+        names = [name for name in values if name.rpartition(".")[0] == values[-1].rpartition(".")[0]]
+    if not names:
+        raise UserError(
+            f"gradient={gradient}: {_name(model)} has no such LoRA layer; add it to the LoRA target modules."
+        )
+    return [named[name] for name in names]
 
 
 @contextmanager
@@ -217,8 +303,9 @@ def last_block(model: Any) -> Any:
     config = model.config
     if config.model_type not in ARCHITECTURES or getattr(config, "use_bidirectional_attention", False):
         raise UserError(
-            f"{_name(model)} (model type {config.model_type!r}) cannot be scored exactly: its model type must be "
-            f"one of {', '.join(ARCHITECTURES)}, with causal attention."
+            f"{_name(model)} (model type {config.model_type!r}) cannot be scored exactly in batches: its model "
+            f"type must be one of {', '.join(ARCHITECTURES)}, with causal attention; or ask for plain autograd on "
+            f"single samples, which is slower, by scoring.one_at_a_time=true."
         )
     return model.get_decoder().layers[: config.num_hidden_layers][-1]
 

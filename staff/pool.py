@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,32 @@ from staff.artifacts import STAGE_VERSIONS, Artifact, Store
 from staff.cost import Meter
 from staff.data import TokenizedSamples
 from staff.errors import UserError
-from staff.finetune import FinetuneSettings, finetune_key, finetuned
-from staff.models import Family, LoraSpec, ModelSpec, fresh_lora, load_tuned, plain, replace_lora
+from staff.finetune import ONLINE_SCORES, FinetuneSettings, finetune_key, finetuned
+from staff.models import PRECISIONS, Family, LoraSpec, ModelSpec, fresh_lora, load_tuned, plain, replace_lora
 from staff.selection import Coreset, Draws, SelectionMethod, source_digest
 
 ROLES = ("small", "target", "target_tuned")
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How samples are scored.
+
+    Attributes:
+        batch_tokens: padded tokens of one batch; halved by itself where memory runs out.
+        dtype: precision of the model while it scores; None: its family's.
+        one_at_a_time: plain autograd on single samples, for an architecture that `staff.gradients` does not know.
+    """
+
+    batch_tokens: int = 8192
+    dtype: str | None = None
+    one_at_a_time: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.batch_tokens) is not int or self.batch_tokens < 1:
+            raise UserError(f"scoring.batch_tokens={self.batch_tokens!r} must be a whole number of at least 1.")
+        if self.dtype not in (None, *PRECISIONS):
+            raise UserError(f"scoring.dtype={self.dtype!r} is unknown: choose null, {' or '.join(PRECISIONS)}.")
 
 
 class ArrayPool:
@@ -44,6 +65,11 @@ class ArrayPool:
         values = self._scores[signal, model]
         return values if indices is None else values[indices]
 
+    def signals(
+        self, signals: Sequence[str], model: str, indices: np.ndarray | None = None, **options: Any
+    ) -> dict[str, np.ndarray]:
+        return {signal: self.scores(signal, model, indices, **options) for signal in signals}
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -56,7 +82,6 @@ class Pool:
         for_small: the samples as the small model's tokenizer reads them.
         for_target: the same samples in the same order, as the target's tokenizer does.
         seed: the selection seed; it reaches fine-tuning for scores and fresh adapters.
-        batch_tokens: padded tokens of one scoring batch.
     """
 
     for_small: TokenizedSamples
@@ -65,7 +90,7 @@ class Pool:
     settings: FinetuneSettings
     store: Store
     seed: int
-    batch_tokens: int
+    scoring: ScoringSettings = ScoringSettings()
 
     @property
     def ids(self) -> Sequence[str]:
@@ -75,43 +100,79 @@ class Pool:
         """`signal` of the samples `indices` (all by default), in their order, from the model of role `model`.
 
         Args:
-            signal: as in `staff.scoring.score_samples`, which also takes `gradient` and `variant` of `options`.
-            options: `fresh_adapter`, {rank, alpha, targets}: score with a new adapter in place of fine-tuning's.
+            signal: "effort", "el2n", "loss" or "embedding", as in `staff.scoring.Asked`.
+            options: `gradient` and `variant` as there; `fresh_adapter`, {rank, alpha, targets}: differentiate by a
+                new adapter in place of fine-tuning's; `online`: efforts out of the role's fine-tuning.
         """
+        return self.signals((signal,), model, indices, **options)[signal]
+
+    def signals(
+        self, signals: Sequence[str], model: str, indices: np.ndarray | None = None, **options: Any
+    ) -> dict[str, np.ndarray]:
+        """As `scores`, several signals out of one pass over the samples, and charged as one."""
         from safetensors.numpy import load_file
 
         if model not in ROLES:
             raise UserError(f"the model role {model!r} is unknown: choose one of {', '.join(ROLES)}.")
-        spec, samples = self._spec(model), self._samples(model)
+        if options.pop("online", False):
+            return self._online(signals, model, indices, **options)
+        spec, samples = self._scoring_spec(model), self._samples(model)
         if indices is not None:
             samples = samples.take(indices)
         fresh = options.pop("fresh_adapter", None)
         adapter = LoraSpec(**fresh) if fresh else None
+        if adapter and options.get("gradient") == "all_linear":
+            raise UserError(
+                "gradient=all_linear differentiates by the model's own weights: leave out fresh_adapter."
+            )
+        how = {"gradient": "last_v_b", "variant": "standard", **options}
+        # What a signal does not depend on is no part of its name.
+        gradient = how["gradient"] if "effort" in signals else None
         key = {
-            "signal": signal,
-            "options": options,
+            "signals": sorted(signals),
+            "gradient": gradient,
+            "variant": how["variant"] if "el2n" in signals else None,
             "model": spec.identity(),
             "tuned": self._tuned_key(model),
-            "fresh_adapter": self._fresh_key(model, adapter) if signal == "effort" else None,
+            "fresh_adapter": self._fresh_key(model, adapter) if gradient not in (None, "all_linear") else None,
             "samples": samples.fingerprint,
         }
-
-        label = f"{signal} of {len(samples)} samples, {model} model"
 
         def make(folder: Path, cost: Meter) -> None:
             from safetensors.numpy import save_file
 
-            from staff.scoring import score_samples
+            from staff.scoring import Asked, score_samples
 
-            loaded = self._load(model, adapter, adapted=signal == "effort")
-            pad = spec.tokenizer().pad_token_id
+            asked = Asked(tuple(signals), **how)
             values = score_samples(
-                loaded, samples, signal, **options, batch_tokens=self.batch_tokens, pad_token_id=pad, meter=cost
+                self._load(model, adapter, gradient),
+                samples,
+                asked,
+                batch_tokens=self.scoring.batch_tokens,
+                pad_token_id=spec.tokenizer().pad_token_id,
+                one_at_a_time=self.scoring.one_at_a_time,
+                meter=cost,
             )
-            save_file({"scores": values}, folder / "scores.safetensors")
+            save_file(values, folder / "scores.safetensors")
             (folder / "ids.json").write_text(json.dumps(samples.ids))
 
-        return load_file(self.store.get("scores", key, make, label=label).path / "scores.safetensors")["scores"]
+        label = f"{', '.join(signals)} of {len(samples)} samples, {model} model"
+        return load_file(self.store.get("scores", key, make, label=label).path / "scores.safetensors")
+
+    def _online(
+        self,
+        signals: Sequence[str],
+        model: str,
+        indices: np.ndarray | None,
+        gradient: str = "last_v_b",
+        fresh_adapter: Any = None,
+    ) -> dict[str, np.ndarray]:
+        from safetensors.numpy import load_file
+
+        if model == "target" or tuple(signals) != ("effort",) or fresh_adapter is not None:
+            raise UserError("scores online are efforts of a fine-tuned model, by its own adapter.")
+        scores = load_file(self.tuned(model, online=gradient).path / ONLINE_SCORES)["effort"]
+        return {"effort": scores if indices is None else scores[indices]}
 
     def select(self, method: SelectionMethod, budget: int) -> tuple[Artifact, Coreset]:
         """The method's coreset and the artefact it lies in, whose charges are the selection overhead."""
@@ -126,6 +187,7 @@ class Pool:
             "samples": [self.for_small.fingerprint, self.for_target.fingerprint],
             "models": [self.family.small.identity(), self.family.target.identity()],
             "settings": {**self.settings.key(), "epochs": [self._epochs(role) for role in ROLES]},
+            "scoring_dtype": self.scoring.dtype,
             "versions": [STAGE_VERSIONS[stage] for stage in ("finetune", "scores")],
         }
 
@@ -138,22 +200,22 @@ class Pool:
         artifact = self.store.get("coreset", key, make, label=f"select by {type(method).__name__}")
         return artifact, Coreset.load(artifact.path)
 
-    def tuned(self, model: str) -> Artifact:
-        """The role's fine-tuning on the whole pool."""
-        return finetuned(
-            self.store, self._spec(model), self._samples(model), self.settings, self._epochs(model), self.seed
-        )
+    def tuned(self, model: str, online: str | None = None) -> Artifact:
+        """The role's fine-tuning on the whole pool; `online`: with efforts by this kind of gradient."""
+        spec, samples, epochs = self._spec(model), self._samples(model), self._epochs(model)
+        return finetuned(self.store, spec, samples, self.settings, epochs, self.seed, online)
 
-    def _load(self, model: str, adapter: LoraSpec | None, adapted: bool) -> Any:
-        """The role's model; `adapted`: with LoRA parameters to differentiate by."""
-        spec = self._spec(model)
-        if model == "target":
-            loaded = spec.load()
-            return fresh_lora(loaded, adapter or self.settings.lora, self._adapter_seed) if adapted else loaded
-        loaded = load_tuned(spec, self.tuned(model).path, self.settings.kind)
-        if not adapted or (adapter is None and self.settings.kind == "lora"):
+    def _load(self, model: str, adapter: LoraSpec | None, gradient: str | None) -> Any:
+        """The role's model, ready to be differentiated as `gradient` says."""
+        spec = self._scoring_spec(model)
+        tuned = None if model == "target" else self.tuned(model)
+        loaded = load_tuned(spec, tuned.path, self.settings.kind) if tuned else spec.load()
+        own = tuned is not None and self.settings.kind == "lora"
+        if gradient == "all_linear":
+            return loaded.merge_and_unload() if own else loaded
+        if gradient is None or (own and adapter is None):
             return loaded
-        if self.settings.kind == "lora" and adapter is not None:
+        if own and adapter is not None:
             return replace_lora(loaded, adapter, self._adapter_seed)
         return fresh_lora(loaded, adapter or self.settings.lora, self._adapter_seed)
 
@@ -171,6 +233,10 @@ class Pool:
     @property
     def _adapter_seed(self) -> int:
         return int(np.random.default_rng([self.seed, zlib.crc32(b"fresh adapter")]).integers(2**31))
+
+    def _scoring_spec(self, model: str) -> ModelSpec:
+        spec = self._spec(model)
+        return replace(spec, dtype=self.scoring.dtype or spec.dtype)
 
     def _spec(self, model: str) -> ModelSpec:
         return self.family.small if model == "small" else self.family.target

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,12 +14,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from staff.cost import Meter, forward_flops
+from staff.cost import Meter, scoring_flops
 from staff.data import TokenizedSamples
 from staff.errors import UserError
 from staff.gradients import (
+    GRADIENTS,
     IGNORED,
     Positions,
+    gradient_parameters,
     last_block_at,
     per_sample_gradient_norms,
     scoring_mode,
@@ -30,70 +35,111 @@ EL2N_VARIANTS = ("standard", "official")
 EL2N_CHUNK = 256  # label positions whose probabilities are held at once
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What one pass over the samples is to give.
+
+    Attributes:
+        signals: "effort", the gradient norm of the sample's own mean answer cross-entropy (STAFF, GraNd); "el2n";
+            "loss", that mean cross-entropy; "embedding", the mean over the answer tokens of the hidden state after
+            the final norm. All come from one forward pass, and "effort" from the backward pass through it.
+        gradient: what "effort" differentiates by, see `staff.gradients.per_sample_gradient_norms`.
+        variant: of "el2n", see `el2n_scores`.
+    """
+
+    signals: Sequence[str]
+    gradient: str = "last_v_b"
+    variant: str = "standard"
+
+    def __post_init__(self) -> None:
+        for signal in self.signals:
+            if signal not in SIGNALS:
+                raise UserError(f"signal={signal!r} is unknown: choose one of {', '.join(SIGNALS)}.")
+        if self.gradient not in GRADIENTS:
+            raise UserError(f"gradient={self.gradient!r} is unknown: choose {', '.join(GRADIENTS)}.")
+        if self.variant not in EL2N_VARIANTS:
+            raise UserError(f"variant={self.variant!r} is unknown: choose one of {', '.join(EL2N_VARIANTS)}.")
+
+    def at_answers(self, signal: str) -> bool:
+        """Whether the signal is read where the answer tokens stand, not where they are predicted."""
+        return signal == "embedding" or (signal == "el2n" and self.variant == "official")
+
+    @property
+    def at_both(self) -> bool:
+        """Whether some signals are read where the answer tokens stand and some where they are predicted."""
+        return len({self.at_answers(signal) for signal in self.signals}) == 2
+
+    def positions(self, labels: Tensor) -> Positions:
+        """Where the last block has to run: (B, T) labels, -100 where there is none."""
+        if self.at_both:
+            return Positions.of_both(labels)
+        return (
+            Positions.of_answers(labels) if self.at_answers(self.signals[0]) else Positions.of_predictions(labels)
+        )
+
+
 def score_samples(
     model: Any,
     samples: TokenizedSamples,
-    signal: str,
+    asked: Asked,
     *,
-    gradient: str = "last_v_b",
-    variant: str = "standard",
     batch_tokens: int,
     pad_token_id: int,
+    one_at_a_time: bool = False,
     meter: Meter | None = None,
-) -> np.ndarray:
-    """One signal of `model` for every sample, in the samples' order; the model is left as it was.
+) -> dict[str, np.ndarray]:
+    """Signals of `model` for every sample, in the samples' order; the model is left as it was.
 
     Args:
-        signal: "effort", the gradient norm of the sample's own mean answer cross-entropy (STAFF, GraNd);
-            "el2n"; "loss", that mean cross-entropy; "embedding", the mean over the answer tokens of the hidden
-            state after the final norm.
-        gradient: what "effort" differentiates by, see `staff.gradients.per_sample_gradient_norms`.
-        variant: of "el2n", see `el2n_scores`.
         batch_tokens: padded tokens of a batch; a longer sample goes alone. Halved when memory runs out.
+        one_at_a_time: plain autograd on single samples: slow, and exact for every architecture.
         meter: is told FLOPs and tokens (without padding).
 
     Returns:
-        (N,) float64, or (N, hidden) float32 for "embedding".
+        By signal: (N,) float64, or (N, hidden) float32 for "embedding".
 
     Raises:
-        UserError: an unknown signal or variant, a model that cannot be scored exactly, a sample that does not
-            fit in memory alone or whose score is not finite (by its id).
+        UserError: a model that cannot be scored exactly, a sample that does not fit in memory alone or whose score
+            is not finite (by its id).
     """
-    if signal not in SIGNALS:
-        raise UserError(f"signal={signal!r} is unknown: choose one of {', '.join(SIGNALS)}.")
-    if variant not in EL2N_VARIANTS:
-        raise UserError(f"variant={variant!r} is unknown: choose one of {', '.join(EL2N_VARIANTS)}.")
-    shape, dtype = (len(samples),), np.float64
-    if signal == "embedding":
-        shape, dtype = (len(samples), model.config.hidden_size), np.float32
-    scores = np.empty(shape, dtype)
+    scores = {
+        signal: np.empty((len(samples), model.config.get_text_config().hidden_size), np.float32)
+        if signal == "embedding"
+        else np.empty(len(samples))
+        for signal in asked.signals
+    }
     # Longest first: if memory runs out it does so at once.
     order = np.argsort(-samples.lengths, kind="stable")
-    start, budget = 0, batch_tokens
-    with scoring_mode(model), tqdm(total=len(samples), desc=signal, unit="sample", disable=None) as bar:
+    start, budget = 0, 1 if one_at_a_time else batch_tokens
+    how = _score_alone if one_at_a_time else _score_batch
+    with (
+        scoring_mode(model),
+        tqdm(total=len(samples), desc=", ".join(asked.signals), unit="sample", disable=None) as bar,
+    ):
         while start < len(order):
             longest = int(samples.lengths[order[start]])
             rows = order[start : start + max(1, budget // longest)]
             batch = samples.take(rows)
-            values = _score_unless_out_of_memory(model, batch, signal, gradient, variant, pad_token_id)
+            values = _unless_out_of_memory(how, model, batch, asked, pad_token_id)
             if values is None:
                 budget = _halved_budget(batch, longest)
                 continue
-            scores[rows] = values
-            if not np.isfinite(scores[rows]).all():
-                _refuse(scores[rows], batch, signal)
+            for signal, value in values.items():
+                scores[signal][rows] = value
+                if not np.isfinite(value).all():
+                    _refuse(value, batch, signal)
             if meter is not None:
                 tokens = int(batch.lengths.sum())
-                backward = tokens if signal == "effort" else 0
-                meter.add(_flops(model, batch, signal, gradient), tokens, backward)
+                flops = scoring_flops(model, batch.lengths, batch.answer_lengths, asked)
+                meter.add(flops, tokens, tokens if "effort" in asked.signals else 0)
             start += len(rows)
             bar.update(len(rows))
     return scores
 
 
-def _score_unless_out_of_memory(model: Any, batch: TokenizedSamples, *how: Any) -> np.ndarray | None:
+def _unless_out_of_memory(how: Any, *what: Any) -> dict[str, np.ndarray] | None:
     try:
-        return _score_batch(model, batch, *how).cpu().numpy()
+        return {signal: value.cpu().numpy() for signal, value in how(*what).items()}
     except (RuntimeError, MemoryError) as error:
         # torch names it differently: OutOfMemoryError on a GPU, a plain RuntimeError of its allocator on a CPU.
         exhausted = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
@@ -125,26 +171,80 @@ def _refuse(scores: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
     )
 
 
-def _score_batch(
-    model: Any, batch: TokenizedSamples, signal: str, gradient: str, variant: str, pad_token_id: int
-) -> Tensor:
+def _score_batch(model: Any, batch: TokenizedSamples, asked: Asked, pad_token_id: int) -> dict[str, Tensor]:
+    input_ids, labels = _padded(batch, pad_token_id, model.device)
+    at, values, hidden = asked.positions(labels), {}, []
+
+    def observe(logits: Tensor) -> None:
+        values.update(_from_logits(logits, labels, at, asked))
+
+    # No attention mask: padding to the right lies after every label, where a causal model does not look.
+    with _hidden_states(model, hidden):
+        if "effort" in asked.signals:
+            norms = per_sample_gradient_norms(model, input_ids, None, labels, asked.gradient, at, observe)
+            values["effort"] = norms
+        else:
+            with torch.no_grad(), last_block_at(model, at):
+                if tuple(asked.signals) == ("embedding",):
+                    model.get_decoder()(input_ids=input_ids, use_cache=False)
+                else:
+                    observe(model(input_ids=input_ids, use_cache=False).logits[0])
+    if "embedding" in asked.signals:
+        answers = Positions.of_answers(labels)
+        values["embedding"] = answers.mean(answers.out_of(at, hidden[0][0].detach()).float())
+    return values
+
+
+def _score_alone(model: Any, sample: TokenizedSamples, asked: Asked, pad_token_id: int) -> dict[str, Tensor]:
+    """The same of one sample by the model's own forward and backward pass."""
+    input_ids, labels = _padded(sample, pad_token_id, model.device)
+    at, hidden = asked.positions(labels), []
+    weights = gradient_parameters(model, asked.gradient) if "effort" in asked.signals else []
+    for weight in weights:
+        weight.requires_grad_()
+    with _hidden_states(model, hidden), torch.set_grad_enabled(bool(weights)):
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        values = _from_logits(at.gather(logits.detach())[0], labels, at, asked)
+        if weights:
+            predictions = Positions.of_predictions(labels)
+            losses = token_losses(predictions.gather(logits)[0], predictions.targets)
+            gradients = torch.autograd.grad(losses.mean(), weights)
+            values["effort"] = torch.stack([g.float().square().sum() for g in gradients]).sum().sqrt()[None]
+    for weight in weights:
+        weight.requires_grad_(False)
+    if "embedding" in asked.signals:
+        answers = Positions.of_answers(labels)
+        values["embedding"] = answers.mean(answers.gather(hidden[0].detach())[0].float())
+    return values
+
+
+def _padded(batch: TokenizedSamples, pad_token_id: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, (B, T) each, padded to the right."""
     rows = [torch.tensor(row) for row in batch.input_ids]
     labels = [torch.tensor(batch.labels(i)) for i in range(len(batch))]
-    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id).to(model.device)
-    labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(model.device)
-    # No attention mask: padding to the right lies after every label, where a causal model does not look.
-    if signal == "effort":
-        return per_sample_gradient_norms(model, input_ids, None, labels, gradient)
-    at_answers = signal == "embedding" or (signal == "el2n" and variant == "official")
-    positions = Positions.of_answers(labels) if at_answers else Positions.of_predictions(labels)
-    with torch.no_grad(), last_block_at(model, positions):
-        if signal == "embedding":
-            hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[0]
-            return positions.mean(hidden.float())
-        logits = model(input_ids=input_ids, use_cache=False).logits[0]
-        if signal == "el2n":
-            return el2n_scores(logits, positions, variant)
-        return positions.mean(token_losses(logits, positions.targets))
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    return input_ids.to(device), pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
+
+
+@contextmanager
+def _hidden_states(model: Any, into: list[Tensor]) -> Iterator[None]:
+    """Put what the decoder gives, after its final norm, into the list."""
+    decoder = model.get_decoder()
+    with decoder.register_forward_hook(lambda _, args, output: into.append(output.last_hidden_state)):
+        yield
+
+
+def _from_logits(logits: Tensor, labels: Tensor, at: Positions, asked: Asked) -> dict[str, Tensor]:
+    """The signals that logits (S, V) at the positions `at` tell, by name: (B,) each."""
+    values = {}
+    for signal in set(asked.signals) & {"el2n", "loss"}:
+        wanted = Positions.of_answers(labels) if asked.at_answers(signal) else Positions.of_predictions(labels)
+        those = wanted.out_of(at, logits)
+        if signal == "loss":
+            values[signal] = wanted.mean(token_losses(those, wanted.targets))
+        else:
+            values[signal] = el2n_scores(those, wanted, asked.variant)
+    return values
 
 
 def el2n_scores(logits: Tensor, positions: Positions, variant: str = "standard") -> Tensor:
@@ -179,28 +279,3 @@ def _error_norms(logits: Tensor, targets: Tensor) -> Tensor:
 def _mean_squared_errors(logits: Tensor, targets: Tensor) -> Tensor:
     label = logits.gather(-1, targets[:, None])[:, 0]
     return (logits.square().sum(-1) - label.square() + (label - 1).square()) / logits.shape[-1]
-
-
-def _flops(model: Any, batch: TokenizedSamples, signal: str, gradient: str) -> float:
-    """FLOPs of one batch without its padding, counted as `staff.cost` does; two for each multiply-add.
-
-    A backward pass through frozen linear layers costs what their forward pass cost, through attention twice that;
-    "last_v_b" wants of attention only the gradient of the values, half of it. What a fused kernel computes besides
-    is not counted.
-    """
-    config = model.config.get_text_config()
-    tokens, labels = int(batch.lengths.sum()), int(batch.answer_lengths.sum())
-    attention_width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    attention = 4 * attention_width * int(np.square(batch.lengths).sum())
-    after_attention = 2 * config.hidden_size * (attention_width + 3 * config.intermediate_size)
-    adapters = 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
-    head_positions = 0 if signal == "embedding" else labels
-    forward = forward_flops(config, batch.lengths, head_positions) - after_attention * (tokens - labels)
-    if signal != "effort":
-        return forward + adapters
-    if gradient == "last_v_b":
-        head = 2 * config.hidden_size * config.vocab_size
-        return forward + adapters + labels * (after_attention + head) + attention // 2
-    return 2 * forward + 3 * adapters + config.num_hidden_layers * attention

@@ -27,6 +27,10 @@ class ScorePool(Protocol):
 
     def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray: ...
 
+    def signals(
+        self, signals: Sequence[str], model: str, indices: np.ndarray | None = None, **options: Any
+    ) -> dict[str, np.ndarray]: ...
+
 
 class SelectionMethod(Protocol):
     """Chooses `budget` of the pool's samples. Implementations are frozen dataclasses whose fields are the

@@ -63,7 +63,10 @@ class Staff:
         pick: "random": uniform inside a region; "highest": highest score first (released code).
         leftover: where regions did not use up the budget; "repeat": the pass is repeated over regions not yet
             full; "uniform": a uniform draw from all eligible samples (released code).
-        gradient: "last_v_b": last block's v_proj lora_B (released code); "all_lora": all LoRA parameters (paper).
+        gradient: "last_v_b": last block's v_proj lora_B (released code); "all_lora": all LoRA parameters (paper);
+            "all_linear": all weights of linear layers, adapters merged into them.
+        scores: "pass": the small model scores after its fine-tuning (the paper); "online": its scores are taken
+            from the backward passes of its last epoch (`staff.online`).
         fresh_adapter: None: scores are taken with fine-tuning's own LoRA (tuned on the small model, fresh on the
             raw target); otherwise {rank, alpha, targets} of a fresh one put in its place on both (released code:
             rank 81, alpha 16, q_proj and v_proj, which undoes the small model's tuning there).
@@ -82,6 +85,7 @@ class Staff:
     pick: str = "random"
     leftover: str = "repeat"
     gradient: str = "last_v_b"
+    scores: str = "pass"
     fresh_adapter: dict[str, Any] | None = None
     normalise: bool = False
     drop_hardest: float = 0.0
@@ -97,7 +101,10 @@ class Staff:
         check_choice(self, "budget_rule", ("share", "ratio"))
         check_choice(self, "pick", ("random", "highest"))
         check_choice(self, "leftover", ("repeat", "uniform"))
-        check_choice(self, "gradient", ("last_v_b", "all_lora"))
+        check_choice(self, "gradient", ("last_v_b", "all_lora", "all_linear"))
+        check_choice(self, "scores", ("pass", "online"))
+        if self.scores == "online" and (self.gradient == "all_linear" or self.fresh_adapter is not None):
+            raise UserError("method.scores=online is by fine-tuning's own LoRA: change gradient or fresh_adapter.")
         check_choice(self, "edge_dtype", ("float64", "float32"))
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
@@ -137,7 +144,9 @@ class Staff:
 
     def _scores(self, pool: ScorePool, model: str, probes: Sequence[np.ndarray] | None = None) -> np.ndarray:
         """Effort of every sample, or of the probes alone (NaN elsewhere), shape (N,)."""
-        options = {"gradient": self.gradient, "fresh_adapter": self.fresh_adapter}
+        options: dict[str, Any] = {"gradient": self.gradient, "fresh_adapter": self.fresh_adapter}
+        if model == "small" and self.scores == "online":
+            options["online"] = True
         name = "speculative score" if model == "small" else "target's score"
         ids = pool.ids
         if probes is None or self.normalise:

@@ -202,7 +202,7 @@ def test_a_pad_token_that_is_the_end_token_or_none_changes_no_score_and_no_weigh
         spec = model_with(tmp_path / name, **change)
         samples = tokenize([Sample(str(i), "Say " * (1 + i), f" {i}", ()) for i in range(6)], spec.tokenizer())
         store = Store(tmp_path / f"store {name}")
-        pool = Pool(samples, samples, Family("t", spec, spec), SETTINGS, store, 0, 64)
+        pool = Pool(samples, samples, Family("t", spec, spec), SETTINGS, store, 0)
         tuned = finetuned(store, spec, samples, SETTINGS, 1, 0)
         found.append((pool.scores("effort", "target"), (tuned.path / "adapter_model.safetensors").read_bytes()))
         assert all(row[-1] == 1 for row in samples.input_ids), "every answer ends"
@@ -247,13 +247,13 @@ def test_a_loss_that_is_not_finite_names_its_sample_in_training(poisoned, tmp_pa
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_score_that_is_not_finite_names_its_sample(poisoned, value: str, signal: str):
     from staff.models import LoraSpec, fresh_lora
-    from staff.scoring import score_samples
+    from staff.scoring import Asked, score_samples
 
     spec = poisoned[value]
     rows = [Sample(f"s{i}", "Say it:", " " + "#" * (i == 3) + "ab" * i, ()) for i in range(8)]
     model = fresh_lora(spec.load(), LoraSpec(2, 4), 0)
     with pytest.raises(UserError, match=f"sample 's3': its {signal} score is not finite; take it out"):
-        score_samples(model, tokenize(rows, spec.tokenizer()), signal, batch_tokens=64, pad_token_id=2)
+        score_samples(model, tokenize(rows, spec.tokenizer()), Asked((signal,)), batch_tokens=64, pad_token_id=2)
 
 
 @pytest.mark.parametrize("rows", [[GOOD], [GOOD] * 6], ids=["one sample", "all equal"])

@@ -5,16 +5,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
-import staff.gradients
+import staff.trainer
 from staff.cost import Meter
 from staff.data import Sample, TokenizedSamples, tokenize
 from staff.errors import UserError
 from staff.finetune import FinetuneSettings, finetune
-from staff.models import LoraSpec, ModelSpec
+from staff.models import LoraSpec, ModelSpec, load_tuned
+from staff.scoring import Asked, score_samples
 
 SPEC = ModelSpec("pkg://staff/assets/tiny/small")
 SETTINGS = FinetuneSettings(
@@ -25,6 +28,7 @@ SETTINGS = FinetuneSettings(
     device_batch_size=4,
     epochs=1,
     small_epochs=1,
+    match="epochs",
     scheduler="cosine",
     warmup_ratio=0.1,
     weight_decay=0.0,
@@ -55,13 +59,49 @@ def tuned(
     return load_file(folder / "adapter_model.safetensors")
 
 
+def online(samples: TokenizedSamples, folder: Path, settings: FinetuneSettings, gradient: str) -> np.ndarray:
+    folder.mkdir()
+    finetune(SPEC, samples, settings, 1, 0, folder, Meter(), gradient)
+    return load_numpy(folder / "online.safetensors")["effort"]
+
+
+@pytest.mark.parametrize("gradient", ["last_v_b", "all_lora"])
+def test_online_scores_are_the_efforts_of_the_weights_that_backpropagate(samples, tmp_path, gradient):
+    still = replace(SETTINGS, learning_rate=1e-12)  # weights that stay where they are
+    scores = online(samples, tmp_path / "whole", still, gradient)
+    model = load_tuned(SPEC, tmp_path / "whole", "lora")
+    asked = Asked(("effort",), gradient=gradient)
+    exact = score_samples(model, samples, asked, batch_tokens=1000, pad_token_id=0)["effort"]
+    np.testing.assert_allclose(scores, exact, rtol=1e-4)
+    divided = online(samples, tmp_path / "divided", replace(still, device_batch_size=1), gradient)
+    np.testing.assert_allclose(divided, exact, rtol=1e-4)
+
+
+def test_taking_scores_online_leaves_the_weights_alone(samples, tmp_path):
+    plain = tuned(samples, tmp_path / "plain")
+    (tmp_path / "online").mkdir()
+    finetune(SPEC, samples, SETTINGS, 2, 0, tmp_path / "online", Meter(), "last_v_b")
+    assert far(plain, load_file(tmp_path / "online" / "adapter_model.safetensors")) == 0
+
+
+def test_equal_steps_pass_over_a_coreset_as_often_as_makes_up_for_its_size(samples, tmp_path):
+    settings = replace(SETTINGS, match="steps", epochs=2)
+    assert settings.coreset_epochs(5, 12) == 3 and replace(settings, match="epochs").coreset_epochs(5, 12) == 2
+    tuned(samples, tmp_path / "whole")
+    few = samples.take(range(5))
+    (tmp_path / "few").mkdir()
+    finetune(SPEC, few, settings, settings.coreset_epochs(5, 12), 0, tmp_path / "few", Meter())
+    logs = [json.loads((tmp_path / f / "training.json").read_text())["log"] for f in ("whole", "few")]
+    assert logs[0][-1]["step"] == logs[1][-1]["step"] == 6
+
+
 def far(first: dict, second: dict) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
 def test_leaving_out_positions_without_labels_changes_nothing_but_the_work(samples, tmp_path, monkeypatch):
     sparing = tuned(samples, tmp_path / "sparing")
-    monkeypatch.setattr(staff.gradients, "ARCHITECTURES", ())
+    monkeypatch.setattr(staff.trainer, "ARCHITECTURES", ())
     ordinary = tuned(samples, tmp_path / "ordinary")
     assert far(sparing, ordinary) < 1e-5
     assert max(float(weight.abs().max()) for name, weight in sparing.items() if "lora_B" in name) > 1e-3
@@ -90,8 +130,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(samples, t
 
 
 def test_all_weights_can_be_tuned_and_loaded_again(samples, tmp_path):
-    from staff.models import load_tuned
-
     tmp_path.joinpath("full").mkdir()
     with Meter() as meter:
         finetune(SPEC, samples, replace(SETTINGS, kind="full"), 1, 0, tmp_path / "full", meter)

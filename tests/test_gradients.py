@@ -15,9 +15,10 @@ from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.qwen2 import Qwen2Config
+from transformers.models.qwen3 import Qwen3Config
 
 from staff.errors import UserError
-from staff.gradients import ARCHITECTURES, layer_gradient_norms, lora_layers, per_sample_gradient_norms
+from staff.gradients import ARCHITECTURES, gradient_layers, layer_gradient_norms, per_sample_gradient_norms
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -35,6 +36,7 @@ CONFIGS = {
     "llama": LlamaConfig(**SHAPE),
     "mistral": MistralConfig(**SHAPE, sliding_window=4),
     "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE),
     "gemma": GemmaConfig(**SHAPE),
     "gemma2": Gemma2Config(
         **SHAPE,
@@ -117,7 +119,7 @@ def test_every_architecture_named_is_tested() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_norms_equal_one_sample_at_a_time_autograd_layer_by_layer(architecture: str, trained: bool) -> None:
     model = tiny_model(architecture, trained=trained)
-    layers = lora_layers(model, "all_lora")
+    layers = gradient_layers(model, "all_lora")
     assert len(layers) == 2 * 7 * 2  # A and B of seven projections in two blocks
     expected = one_at_a_time(model, weights_of(layers))
     norms = layer_gradient_norms(model, layers, *padded_batch())
@@ -154,9 +156,28 @@ def test_any_linear_layer_is_exact_with_bias_and_in_gram_form() -> None:
         assert_same(norms[name], torch.hypot(expected[f"{name}.weight"], bias), name)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_norms_over_all_linear_layers_equal_autograd_layer_by_layer(architecture: str, tied: bool) -> None:
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS[architecture])
+    config.tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_config(config)
+    layers = gradient_layers(model, "all_linear")
+    assert len(layers) == 2 * 7 + 1  # seven projections in two blocks, and the head
+    assert tied == (layers["lm_head"].weight is model.get_input_embeddings().weight)
+    expected = one_at_a_time(model, weights_of(layers))
+    norms = layer_gradient_norms(model, layers, *padded_batch())
+    for name in layers:
+        bias = expected.get(f"{name}.bias", torch.zeros(len(LENGTHS)))
+        assert_same(norms[name], torch.hypot(expected[f"{name}.weight"], bias), name)
+    total = torch.stack(list(expected.values())).square().sum(0).sqrt()
+    assert_same(per_sample_gradient_norms(model, *padded_batch(), "all_linear"), total)
+
+
 def test_adapters_with_a_bias_count_it() -> None:
     model = tiny_model(lora_bias=True)
-    weights = weights_of(lora_layers(model, "last_v_b"))
+    weights = weights_of(gradient_layers(model, "last_v_b"))
     assert len(weights) == 2
     expected = torch.stack(list(one_at_a_time(model, weights).values())).square().sum(0).sqrt()
     assert_same(per_sample_gradient_norms(model, *padded_batch(), "last_v_b"), expected)
@@ -166,7 +187,7 @@ def test_adapters_injected_without_a_peft_wrapper_are_found() -> None:
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"]))
     inject_adapter_in_model(LoraConfig(r=3, target_modules=["q_proj", "v_proj"]), model)
-    (expected,) = one_at_a_time(model, weights_of(lora_layers(model, "last_v_b"))).values()
+    (expected,) = one_at_a_time(model, weights_of(gradient_layers(model, "last_v_b"))).values()
     assert_same(per_sample_gradient_norms(model, *padded_batch(), "last_v_b"), expected)
 
 
@@ -229,6 +250,7 @@ def test_what_cannot_be_exact_is_refused_by_name() -> None:
         (tiny_model(use_dora=True), "all_lora", "lora_magnitude_vector"),
         (tiny_model(target_modules=["q_proj"]), "last_v_b", "no such LoRA layer"),
         (tiny_model(), "all", "gradient='all' is unknown"),
+        (tiny_model(), "all_linear", "without adapters: merge them"),
     ]:
         with pytest.raises(UserError, match=sentence):
             per_sample_gradient_norms(model, *padded_batch(), gradient)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -85,14 +86,56 @@ def test_scorer_and_trainer_see_the_same_token_ids_and_labels(run, monkeypatch):
         trained.update(rows(inputs["input_ids"], inputs["labels"]))
         return training_step(self, model, inputs, *args, **kwargs)
 
-    def spy_on_scorer(model, input_ids, mask, labels, gradient):
+    def spy_on_scorer(model, input_ids, mask, labels, *rest):
         scored.update(rows(input_ids, labels))
-        return norms(model, input_ids, mask, labels, gradient)
+        return norms(model, input_ids, mask, labels, *rest)
 
     monkeypatch.setattr(Trainer, "training_step", spy_on_trainer)
     monkeypatch.setattr(staff.scoring, "per_sample_gradient_norms", spy_on_scorer)
     run("method=staff", "task.train_limit=8", "method.verification_budget=1")
     assert len(trained) == 8 and scored == trained
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"store_dir={tmp_path_factory.mktemp('shared')}"
+
+
+def stages(record: dict) -> list[str]:
+    return sorted(stage["stage"] for stage in record["overhead"]["stages"])
+
+
+def scores(record: dict) -> pd.DataFrame:
+    folder = Path(record["config"]["store_dir"]) / "coreset" / record["coreset"]["fingerprint"][:32]
+    return pd.read_parquet(folder / "samples.parquet")
+
+
+def test_scores_online_spare_the_small_models_scoring_pass(run, shared):
+    passed, online = run("method=staff", shared), run("method=staff", "method.scores=online", shared)
+    assert stages(passed) == ["coreset", "finetune", "scores", "scores"]  # of the small model and of the target
+    assert stages(online) == ["coreset", "finetune", "scores"]
+    ours = scores(online).speculative
+    assert np.isfinite(ours).all() and ours.corr(scores(passed).speculative, method="spearman") > 0.8
+
+
+def test_several_signals_of_one_model_are_charged_one_pass(run, shared):
+    assert stages(run("method=d2", shared)) == ["coreset", "finetune", "scores"]
+
+
+def test_all_linear_layers_can_be_scored_by_and_outweigh_one_of_them(run, shared):
+    one, every = run("method=staff", shared), run("method=staff", "method.gradient=all_linear", shared)
+    assert (scores(every).speculative > scores(one).speculative).all()
+    assert every["metrics"].keys() == one["metrics"].keys()
+
+
+def test_a_precision_for_scoring_alone_makes_other_scores_of_the_same_fine_tuning(run, shared):
+    wide, narrow = run("method=staff", shared), run("method=staff", "scoring.dtype=bfloat16", shared)
+    tuned = [
+        {s["fingerprint"] for s in r["overhead"]["stages"] if s["stage"] == "finetune"} for r in (wide, narrow)
+    ]
+    assert tuned[0] == tuned[1] and wide["run"]["fingerprint"] != narrow["run"]["fingerprint"]
+    ours, theirs = scores(wide).speculative, scores(narrow).speculative
+    assert ours.corr(theirs, method="spearman") > 0.99 and not ours.equals(theirs)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +157,12 @@ def test_scorer_and_trainer_see_the_same_token_ids_and_labels(run, monkeypatch):
         ("method.fresh_adapter={rank:8}", "must have rank, alpha and targets"),
         ("method.num_regions=0", "method.num_regions=0 must be a whole number of at least 1"),
         ("method.pick=lowest", "method.pick='lowest' is unknown: choose random or highest"),
+        ("method.scores=later", "method.scores='later' is unknown: choose pass or online"),
+        ("method=staff_official method.scores=online", "method.scores=online is by fine-tuning's own LoRA"),
+        ("finetune=full method.scores=online", "scores online are gradients of adapters"),
+        ("finetune.match=tokens", "finetune.match='tokens' is unknown: choose epochs or steps"),
+        ("scoring.batch_tokens=0", "scoring.batch_tokens=0 must be a whole number"),
+        ("scoring.dtype=int8", "scoring.dtype='int8' is unknown: choose null, float32 or bfloat16"),
         ("seed=one", "seed='one' must be a whole number"),
         ("family.target.path=/nowhere", "family path=/nowhere is not a folder"),
         ("method=staff_official method.drop_hardest=0.9", "a budget of 6 samples cannot be met: 3 are eligible"),

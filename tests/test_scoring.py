@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CohereConfig
 from transformers.models.llama import LlamaConfig
 
 from staff import scoring
@@ -21,7 +21,7 @@ from staff.cost import Meter
 from staff.data import TokenizedSamples
 from staff.errors import UserError
 from staff.gradients import Positions
-from staff.scoring import el2n_scores, score_samples
+from staff.scoring import Asked, el2n_scores, score_samples
 
 GOLDEN = Path(__file__).parent / "golden" / "el2n_a.npz"
 TINY = Path(scoring.__file__).parent / "assets" / "tiny" / "small"
@@ -73,8 +73,11 @@ def random_samples(n: int = 17) -> TokenizedSamples:
     return TokenizedSamples([f"s{i}" for i in range(n)], rows, prompts.tolist())
 
 
-def score(model: Any, samples: TokenizedSamples, signal: str, batch_tokens: int = 64, **how: Any) -> np.ndarray:
-    return score_samples(model, samples, signal, batch_tokens=batch_tokens, pad_token_id=0, **how)
+def score(
+    model: Any, samples: TokenizedSamples, signal: str, batch_tokens: int = 64, meter: Any = None, **how: Any
+) -> np.ndarray:
+    asked = Asked((signal,), **how)
+    return score_samples(model, samples, asked, batch_tokens=batch_tokens, pad_token_id=0, meter=meter)[signal]
 
 
 def one_at_a_time(model: Any, samples: TokenizedSamples, signal: str, **how: Any) -> np.ndarray:
@@ -122,15 +125,57 @@ def test_batched_scores_equal_one_sample_at_a_time(model: Any, signal: str, how:
     np.testing.assert_allclose(score(model, samples, signal, **how), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["standard", "official"])
+@pytest.mark.parametrize("gradient", ["last_v_b", "all_lora"])
+def test_several_signals_come_from_one_pass(model: Any, gradient: str, variant: str) -> None:
+    samples, signals = random_samples(), ("loss", "embedding", "effort", "el2n")
+    apart = {s: score(model, samples, s, gradient=gradient, variant=variant) for s in signals}
+    shapes = batch_shapes(model)
+    for asked in (signals, signals[:2], ("el2n", "embedding")):
+        how = Asked(asked, gradient=gradient, variant=variant)
+        together = score_samples(model, samples, how, batch_tokens=10_000, pad_token_id=0)
+        assert set(together) == set(asked) and len(shapes) == 1
+        shapes.clear()
+        for signal, values in together.items():
+            np.testing.assert_allclose(values, apart[signal], rtol=1e-5, atol=1e-5)
+
+
+def alone(model: Any, samples: TokenizedSamples, signal: str, **how: Any) -> np.ndarray:
+    asked = Asked((signal,), **how)
+    return score_samples(model, samples, asked, batch_tokens=9, pad_token_id=0, one_at_a_time=True)[signal]
+
+
+@pytest.mark.parametrize(("signal", "how"), SIGNALS)
+def test_one_at_a_time_gives_the_same_scores(model: Any, signal: str, how: dict[str, Any]) -> None:
+    samples = random_samples(5)
+    expected = score(model, samples, signal, **how)
+    np.testing.assert_allclose(alone(model, samples, signal, **how), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_architecture_unknown_to_the_batched_pass_is_scored_only_when_that_is_asked_for() -> None:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    cohere = AutoModelForCausalLM.from_config(CohereConfig(**shape, num_attention_heads=4))
+    model = get_peft_model(cohere, LoraConfig(target_modules=["v_proj"]))
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    samples = random_samples(4)
+    for signal in ("effort", "el2n", "embedding"):
+        with pytest.raises(UserError, match=r"scoring\.one_at_a_time=true"):
+            score(model, samples, signal)
+        expected = one_at_a_time(model, samples, signal, gradient="last_v_b")
+        np.testing.assert_allclose(alone(model, samples, signal), expected, rtol=1e-4, atol=1e-6)
+    assert trainable == [name for name, p in model.named_parameters() if p.requires_grad]
+
+
 @pytest.mark.parametrize(("signal", "how"), SIGNALS)
 def test_scores_do_not_depend_on_batch_size_padding_or_order(model: Any, signal: str, how: dict[str, Any]) -> None:
     samples = random_samples()
-    alone = score(model, samples, signal, batch_tokens=1, **how)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5 * float(np.abs(alone).max()) if signal == "embedding" else 0}
-    np.testing.assert_allclose(score(model, samples, signal, **how), alone, **tolerance)
-    np.testing.assert_allclose(score(model, samples, signal, batch_tokens=10_000, **how), alone, **tolerance)
+    single = score(model, samples, signal, batch_tokens=1, **how)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5 * float(np.abs(single).max()) if signal == "embedding" else 0}
+    np.testing.assert_allclose(score(model, samples, signal, **how), single, **tolerance)
+    np.testing.assert_allclose(score(model, samples, signal, batch_tokens=10_000, **how), single, **tolerance)
     shuffled = np.random.default_rng(1).permutation(len(samples))
-    np.testing.assert_allclose(score(model, samples.take(shuffled), signal, **how), alone[shuffled], **tolerance)
+    np.testing.assert_allclose(score(model, samples.take(shuffled), signal, **how), single[shuffled], **tolerance)
 
 
 def test_scores_have_the_promised_shapes_and_types() -> None:

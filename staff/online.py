@@ -1,0 +1,67 @@
+"""Effort scores out of fine-tuning's own backward passes, so that the small model needs no scoring pass.
+
+The trainer's loss is the mean over all answer tokens of a step, so what it backpropagates into a layer's output is
+n_i / n of the gradient of sample i's own mean loss (n_i of the step's n answer tokens). Scaled back, the norm of
+the sample's gradient follows as in `staff.gradients`. The weights move while scores are taken, once a sample: that,
+and dropout where there is any, is what tells online scores from those of a pass with the final weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from staff.gradients import Positions, gradient_layers, weight_gradient_norms
+
+
+class OnlineEfforts:
+    """Collects the effort of every sample that a training step backpropagates.
+
+    Args:
+        model: with LoRA adapters, of an architecture that `staff.gradients` knows.
+        gradient: "last_v_b" or "all_lora".
+        samples: N.
+    """
+
+    def __init__(self, model: Any, gradient: str, samples: int) -> None:
+        self._layers = gradient_layers(model, gradient)
+        self._squared = torch.full((samples,), torch.nan, dtype=torch.float64)
+
+    def save(self, file: Path) -> None:
+        """Write "effort", (N,) float64, of each sample when it was last seen; NaN where it never was."""
+        save_file({"effort": self._squared.sqrt()}, file)
+
+    @contextmanager
+    def watching(self, rows: Tensor, positions: Positions, tokens: Tensor | int) -> Iterator[None]:
+        """Take the scores of the forward pass inside, once its loss is backpropagated.
+
+        Args:
+            rows: (B,) which samples the batch holds.
+            positions: where the last block runs.
+            tokens: n, the answer tokens that the loss is averaged over.
+        """
+        rows = rows.cpu()
+        scale = tokens / positions.counts
+        self._squared[rows] = 0.0
+
+        def watch(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].detach()
+
+            def add(g: Tensor) -> None:
+                with torch.no_grad():
+                    g, wide = positions.by_sample(g), positions.by_sample(x)
+                    norms = weight_gradient_norms(wide, g, bias=layer.bias is not None)
+                    self._squared[rows] += (norms * scale).double().square().cpu()
+
+            output.register_hook(add)
+
+        with ExitStack() as stack:
+            for layer in self._layers.values():
+                stack.enter_context(layer.register_forward_hook(watch))
+            yield
