@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from filelock import FileLock
 from hydra.utils import instantiate
@@ -182,17 +183,16 @@ class Run:
         )
 
     def record(self, chosen: Artifact, coreset: Coreset, tuned: Artifact | None, answered: Artifact) -> Path:
-        """Write predictions.parquet, coreset.csv, regions.csv and, last, metrics.json; then mirror it."""
+        """Write what the run is told by into its folder and, last, metrics.json; then mirror it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         answers = read_predictions(answered)
         references = {sample.id: sample.references for sample in self.test}
         asked = [references[id] for id in answers["id"]]
         metrics, per_sample = measure(self.task.metrics, answers["prediction"].tolist(), asked)
+        answers = answers.assign(references=asked)
         answers.join(per_sample).to_parquet(self.folder / "predictions.parquet")
-        table = pd.DataFrame({"id": self.pool.ids, **coreset.scores}).iloc[coreset.indices]
-        table.to_csv(self.folder / "coreset.csv", index=False)
-        if len(coreset.diagnostics):
-            coreset.diagnostics.to_csv(self.folder / "regions.csv", index=False)
+        self._write_samples(coreset)
+        self._training(chosen, tuned).to_csv(self.folder / "training.csv", index=False)
         record = {
             "run": {
                 "name": self.name,
@@ -229,19 +229,44 @@ class Run:
             "provenance": {**tracking.environment(ROOT), "concurrent_workers": self.store.workers},
         }
         tracking.write_record(self.folder, record)
-        self._mirror(record, coreset)
+        tracking.log_to_wandb(self.folder, self.cfg.tracking.mode)
         return self.folder
+
+    def _write_samples(self, coreset: Coreset) -> None:
+        """samples.parquet: every sample of the pool, whether it was selected, the length of its answer and its
+        scores; coreset.csv: those selected; regions.csv: what the method tells of its regions."""
+        selected = np.isin(np.arange(len(self.pool.ids)), coreset.indices)
+        ids, lengths = self.pool.ids, self.pool.for_target.answer_lengths
+        table = pd.DataFrame({"id": ids, "selected": selected, "answer_tokens": lengths, **coreset.scores})
+        table.to_parquet(self.folder / "samples.parquet")
+        chosen = table[selected].drop(columns=["selected", "answer_tokens"])
+        chosen.to_csv(self.folder / "coreset.csv", index=False)
+        if len(coreset.diagnostics):
+            coreset.diagnostics.to_csv(self.folder / "regions.csv", index=False)
+
+    def _training(self, chosen: Artifact, tuned: Artifact | None) -> pd.DataFrame:
+        """The curves of every fine-tuning that the run rests on: the target's, and those that selection read."""
+        charges = {**chosen.charged(), **({} if tuned is None else tuned.charged())}
+        trainings = {f: charge.label for f, charge in charges.items() if charge.stage == "finetune"}
+        curves = []
+        for fingerprint, label in trainings.items():
+            history = json.loads((self.store.root / "finetune" / fingerprint[:32] / "training.json").read_text())
+            steps = [entry for entry in history["log"] if "loss" in entry]
+            curves.append(pd.DataFrame(steps, columns=["step", "epoch", "loss", "learning_rate", "grad_norm"]))
+            curves[-1].insert(0, "training", label)
+        return pd.concat(curves) if curves else pd.DataFrame(columns=["training", "step", "loss"])
 
     def _overhead(self, chosen: Artifact, tuned: Artifact | None) -> dict[str, Any]:
         """What selection cost, every stage it read included; STR, its share of fine-tuning on everything."""
         charges = chosen.charged()
         total = sum((charge.cost for charge in charges.values()), Cost.zero())
-        seconds, basis = self._full_seconds(tuned)
+        seconds, flops, basis = self._full_finetuning(tuned)
         return {
             **total.to_dict(),
             "str": total.seconds / seconds if seconds else None,
             "str_basis": basis,
             "full_finetuning_seconds": seconds,
+            "full_finetuning_flops": flops,
             "stages": self._stages(charges),
         }
 
@@ -257,35 +282,21 @@ class Run:
             for fingerprint, charge in charges.items()
         ]
 
-    def _full_seconds(self, tuned: Artifact | None) -> tuple[float | None, str | None]:
-        """Seconds to fine-tune the target on the whole pool: measured, or estimated from the FLOPs of the
-        coreset's fine-tuning and its speed."""
+    def _full_finetuning(self, tuned: Artifact | None) -> tuple[float | None, float | None, str | None]:
+        """Seconds and FLOPs to fine-tune the target on the whole pool; the seconds measured, or estimated from the
+        FLOPs of the coreset's fine-tuning and its speed."""
         settings, samples = self.settings, self.pool.for_target
         key = finetune_key(self.family.target, samples, settings, settings.epochs, self.cfg.finetune_seed)
         full = self.store.find("finetune", key)
         if full is not None:
-            return full.cost.seconds, "measured"
+            return full.cost.seconds, full.cost.flops, "measured"
         if tuned is None:
-            return None, None
+            return None, None, None
         training = json.loads((tuned.path / "training.json").read_text())
         adapter = training["trainable_parameters"] if settings.kind == "lora" else None
-        flops = epoch_flops(self.family.target, samples, adapter)
-        longer = flops * settings.epochs / tuned.cost.flops
-        return tuned.cost.seconds + training["seconds"] * (longer - 1), "estimated from FLOPs"
-
-    def _mirror(self, record: dict[str, Any], coreset: Coreset) -> None:
-        tracking.log_to_wandb(
-            record,
-            folder=self.folder,
-            **self.config["tracking"],
-            group=self.choices.get("experiment") or "single",
-            job_type=self.choices.get("method") or "custom",
-            run_id=self.fingerprint[:16],
-            name=self.name,
-            config=self.config,
-            scores=coreset.scores,
-            coreset_csv=self.folder / "coreset.csv",
-        )
+        flops = epoch_flops(self.family.target, samples, adapter) * settings.epochs
+        longer = flops / tuned.cost.flops
+        return tuned.cost.seconds + training["seconds"] * (longer - 1), flops, "estimated from FLOPs"
 
 
 def _cost(artifact: Artifact | None) -> dict[str, Any] | None:

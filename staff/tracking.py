@@ -108,60 +108,49 @@ def check_mode(mode: str) -> None:
         raise UserError(f"tracking.mode={mode!r} is unknown: choose from {', '.join(MODES)}.")
 
 
-def log_to_wandb(
-    record: Mapping[str, Any],
-    *,
-    folder: Path,
-    project: str,
-    entity: str | None,
-    mode: str,
-    group: str,
-    job_type: str,
-    run_id: str,
-    name: str,
-    config: Mapping[str, Any],
-    scores: Mapping[str, np.ndarray] | None = None,
-    coreset_csv: Path | None = None,
-    predictions: pd.DataFrame | None = None,
-) -> None:
-    """Mirror a record to W&B; whatever goes wrong there is one line of warning, never the end of a run.
+def log_to_wandb(folder: Path, mode: str) -> bool:
+    """Mirror the record in `folder` to W&B, now or whenever there is a network; True if it is there, or in a file
+    that `wandb sync` uploads. Whatever goes wrong there is one line of warning, never the end of a run.
 
-    The run's summary is the record without its configuration, nested as it is; every score vector becomes a
-    histogram `scores/NAME` (finite values), coreset.csv and the predictions become tables.
+    The page's summary is metrics.json without the configuration, nested as it is. Of the other files, where there
+    are any, every score of samples.parquet becomes a histogram `scores/NAME` (finite values), training.csv curves
+    `LABEL/loss` over `LABEL/step`, coreset.csv, predictions.parquet and the stages of the overhead tables.
+
+    Its group is the experiment, its job type the method, its id from the run's fingerprint, so that a repeated run
+    resumes its own page.
 
     Args:
-        folder: W&B's files go to `folder`/wandb.
+        folder: of one run; W&B's files go to `folder`/wandb.
         mode: "auto" follows WANDB_MODE, and without it goes online where the user is logged in and offline
             elsewhere. A server that does not answer within 10 s (WANDB_INIT_TIMEOUT) leaves an offline run, to
             be uploaded with `wandb sync`.
-        group, job_type: the experiment and the method.
-        run_id: from the run's fingerprint, so that a repeated run resumes its own page.
-        config: the resolved configuration, plain dictionaries and lists.
-        scores: name to values, shape (pool size,).
-        coreset_csv: selected samples and their scores, with a column `id`.
-        predictions: a row per test sample.
     """
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "auto")
     if mode == "disabled":
-        return
+        return False
+    record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    config, about = record["config"], record["run"]
     run = None
     try:
         run = _start(
             mode,
             dir=folder,
-            project=project,
-            entity=entity,
-            group=group,
-            job_type=job_type,
-            id=run_id,
-            name=name,
-            config=_plain(config),
+            project=config["tracking"].get("project"),
+            entity=config["tracking"].get("entity"),
+            group=about["experiment"] or "single",
+            job_type=about["method"] or "custom",
+            id=about["fingerprint"][:16],
+            name=about["name"],
+            config=config,
         )
-        run.log(_media(scores or {}, coreset_csv, predictions))
-        run.summary.update(_plain({key: value for key, value in record.items() if key != "config"}))
+        _log_training(run, folder / "training.csv")
+        run.log(_media(folder, record["overhead"]))
+        run.summary.update({key: value for key, value in record.items() if key != "config"})
+        return True
     except Exception as error:
         log.warning("Weights & Biases: %s; the record is in %s all the same", _sentence(error), folder)
+        return False
     finally:
         # The runs of a sweep share a process: an unfinished one would take in the next one's values.
         if run is not None:
@@ -218,20 +207,35 @@ def _logged_in() -> bool:
     return wbauth.authenticate_session(host=host, source="staff", prompt=False, update_session=False) is not None
 
 
-def _media(
-    scores: Mapping[str, np.ndarray], coreset_csv: Path | None, predictions: pd.DataFrame | None
-) -> dict[str, Any]:
+def _log_training(run: Any, file: Path) -> None:
+    """Every training's loss and learning rate, over its own steps."""
+    if not file.is_file():
+        return
+    for label, curve in pd.read_csv(file).groupby("training", sort=False):
+        run.define_metric(f"{label}/*", step_metric=f"{label}/step")
+        for point in curve.drop(columns="training").to_dict("records"):
+            run.log({f"{label}/{name}": value for name, value in point.items()})
+
+
+def _media(folder: Path, overhead: Mapping[str, Any]) -> dict[str, Any]:
+    """Histograms and tables of what lies in a run's folder."""
     import wandb
 
     wandb.Table.MAX_ROWS = wandb.Table.MAX_ARTIFACT_ROWS  # type: ignore # rows beyond 10,000 are dropped otherwise
-    finite = {name: values[np.isfinite(values)].tolist() for name, values in scores.items()}
-    media: dict[str, Any] = {f"scores/{name}": wandb.Histogram(v) for name, v in finite.items() if v}
-    if coreset_csv is not None:
+    media: dict[str, Any] = {}
+    if (folder / "samples.parquet").is_file():
+        scores = pd.read_parquet(folder / "samples.parquet").drop(columns=["id", "selected"])
+        finite = {name: values[np.isfinite(values)].tolist() for name, values in scores.items()}
+        media |= {f"scores/{name}": wandb.Histogram(v) for name, v in finite.items() if v}
+    if (folder / "coreset.csv").is_file():
         # An id such as 007 or NA is text; a score that was not computed is an empty field.
-        coreset = pd.read_csv(coreset_csv, dtype={"id": str}, keep_default_na=False, na_values=[""])
+        coreset = pd.read_csv(folder / "coreset.csv", dtype={"id": str}, keep_default_na=False, na_values=[""])
         media["coreset"] = wandb.Table(dataframe=coreset)
-    if predictions is not None:
+    if (folder / "predictions.parquet").is_file():
+        predictions = pd.read_parquet(folder / "predictions.parquet").drop(columns="references", errors="ignore")
         media["predictions"] = wandb.Table(dataframe=predictions)
+    if overhead["stages"]:
+        media["overhead_stages"] = wandb.Table(dataframe=pd.DataFrame(overhead["stages"]))
     return media
 
 

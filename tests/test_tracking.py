@@ -21,14 +21,28 @@ from staff.errors import UserError
 from staff.tracking import check_mode, environment, log_to_wandb, write_record
 
 RECORD = {
-    "run": {"method": "staff", "pruning_rate": 0.9, "seed": 0, "counts": {"pool": 4, "coreset": 2}},
+    "run": {
+        "name": "staff-0.9-0",
+        "fingerprint": "0123abcd" * 8,
+        "experiment": "table1",
+        "method": "staff",
+        "pruning_rate": 0.9,
+        "counts": {"pool": 4, "coreset": 2},
+    },
     "config": {
         "seed": 0,
+        "tracking": {"mode": "auto", "project": "staff", "entity": None},
         "method": {"num_regions": 50, "drop_hardest": None},
         "task": {"metrics": ["rougeL", "bleu"]},
     },
     "metrics": {"rougeL": 21.5, "bleu": 3.25},
-    "overhead": {"finetune": {"seconds": 12.5, "computed": True}, "scores": {"seconds": 3.0, "computed": False}},
+    "overhead": {
+        "seconds": 15.5,
+        "stages": [
+            {"stage": "finetune", "label": "fine-tune small on 4 samples", "seconds": 12.5, "computed": True},
+            {"stage": "scores", "label": "effort of 4 samples", "seconds": 3.0, "computed": False},
+        ],
+    },
     "coreset": {"fingerprint": "c0ffee", "filled": 0, "notes": ["none"]},
     "provenance": {"git_commit": None, "cpu_count": 2},
 }
@@ -47,18 +61,16 @@ def a_user_who_is_not_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     wandb.teardown()
 
 
-def log_run(folder: Path, record: dict[str, Any] = RECORD, run_id: str = "0123abcd", **more: Any) -> None:
-    arguments = {
-        "project": "staff",
-        "entity": None,
-        "mode": "auto",
-        "group": "table1",
-        "job_type": "staff",
-        "name": "staff-0.9-0",
-        "config": record["config"],
-    }
-    folder.mkdir(exist_ok=True)
-    log_to_wandb(record, folder=folder, run_id=run_id, **{**arguments, **more})
+def log_run(folder: Path, record: dict[str, Any] = RECORD, mode: str = "auto") -> bool:
+    """Log a run's folder that holds `record`, and a score of every sample of the pool."""
+    write_record(folder, record)
+    scores = {"id": [f"s{i}" for i in range(5)], "selected": False, "effort": SCORES}
+    pd.DataFrame(scores).to_parquet(folder / "samples.parquet")
+    return log_to_wandb(folder, mode)
+
+
+def another_run(fingerprint: str, **changes: Any) -> dict[str, Any]:
+    return {**RECORD, "run": {**RECORD["run"], "fingerprint": fingerprint * 16}, **changes}
 
 
 def read_offline_run(folder: Path) -> dict[str, Any]:
@@ -68,7 +80,8 @@ def read_offline_run(folder: Path) -> dict[str, Any]:
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     data, at, message = path.read_bytes(), 7, b""
     assert data[:4] == b":W&B"
-    run: dict[str, Any] = {"config": {}, "summary": {}, "history": {}, "folder": path.parent}
+    run: dict[str, Any] = {"config": {}, "summary": {}, "history": {}, "curves": {}, "metrics": {}}
+    run["folder"] = path.parent
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # no header fits into the rest of a block
             at += 32768 - at % 32768
@@ -87,6 +100,11 @@ def _take_in(record: Any, run: dict[str, Any]) -> None:
     if record.HasField("run"):
         run |= {name: getattr(record.run, name) for name in ("run_id", "run_group", "job_type", "display_name")}
         run["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    if record.HasField("metric"):
+        run["metrics"][record.metric.name or record.metric.glob_name] = record.metric.step_metric
+    for item in record.history.item:
+        name = "/".join(item.nested_key) if item.nested_key else item.key
+        run["curves"].setdefault(name, []).append(json.loads(item.value_json))
     for name, items in (("summary", record.summary.update), ("history", record.history.item)):
         for item in items:
             *folders, leaf = item.nested_key or [item.key]
@@ -101,45 +119,67 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_an_offline_run_read_back_from_its_file_equals_metrics_json(tmp_path):
-    written = json.loads(write_record(tmp_path, RECORD).read_text())
     coreset = pd.DataFrame({"id": ["007", "NA"], "effort": [0.5, 2.0], "verified": [np.nan, 1.5]})
     coreset.to_csv(tmp_path / "coreset.csv", index=False)
     predictions = pd.DataFrame({"id": ["t1"], "prediction": ["Grüße, \n a line"], "rougeL": [33.0]})
-    log_run(tmp_path, scores={"effort": SCORES}, coreset_csv=tmp_path / "coreset.csv", predictions=predictions)
+    predictions.assign(references=[["Grüße", "a line"]]).to_parquet(tmp_path / "predictions.parquet")
+    assert log_run(tmp_path)
 
+    written = json.loads((tmp_path / "metrics.json").read_text())
     run = read_offline_run(tmp_path)
     assert {key: value for key, value in run["config"].items() if key != "_wandb"} == written["config"]
-    assert {key: run["summary"][key] for key in written if key != "config"} == {
-        key: value for key, value in written.items() if key != "config"
+    assert {key: run["summary"][key] for key in written if key not in ("config", "overhead")} == {
+        key: value for key, value in written.items() if key not in ("config", "overhead")
     }
-    assert (run["run_id"], run["run_group"], run["job_type"]) == ("0123abcd", "table1", "staff")
+    assert run["summary"]["overhead"]["seconds"] == 15.5
+    assert (run["run_id"], run["run_group"], run["job_type"]) == ("0123abcd0123abcd", "table1", "staff")
     assert run["display_name"] == "staff-0.9-0"
     histogram = run["history"]["scores/effort"]
     assert histogram["_type"] == "histogram" and sum(histogram["values"]) == np.isfinite(SCORES).sum()
     tables = {
         name: json.loads((run["folder"] / "files" / run["history"][name]["path"]).read_text())
-        for name in ("coreset", "predictions")
+        for name in ("coreset", "predictions", "overhead_stages")
     }
     assert tables["coreset"]["columns"] == ["id", "effort", "verified"]
     assert [row[:2] for row in tables["coreset"]["data"]] == [["007", 0.5], ["NA", 2.0]]
     assert tables["predictions"]["data"] == predictions.to_numpy().tolist()
+    assert [row[1:3] for row in tables["overhead_stages"]["data"]] == [
+        ["fine-tune small on 4 samples", 12.5],
+        ["effort of 4 samples", 3.0],
+    ]
+
+
+def test_every_training_has_a_curve_over_its_own_steps(tmp_path):
+    curves = [("fine-tune small", 1, 3.5), ("fine-tune small", 2, 3.0), ("fine-tune target", 1, 2.5)]
+    pd.DataFrame(curves, columns=["training", "step", "loss"]).to_csv(tmp_path / "training.csv", index=False)
+    log_run(tmp_path)
+    run = read_offline_run(tmp_path)
+    assert run["curves"]["fine-tune small/loss"] == [3.5, 3.0]
+    assert run["curves"]["fine-tune target/loss"] == [2.5]
+    assert run["metrics"] == {
+        "fine-tune small/*": "fine-tune small/step",
+        "fine-tune target/*": "fine-tune target/step",
+    }
 
 
 def test_two_runs_of_one_process_do_not_mix(tmp_path):
-    other = {**RECORD, "config": {"seed": 1}, "metrics": {"chrf": 40.0}}
-    log_run(tmp_path / "a", scores={"effort": SCORES})
-    log_run(tmp_path / "b", other, run_id="ffff")
+    other = another_run("ffff", config={**RECORD["config"], "method": None}, metrics={"chrf": 40.0})
+    log_run(tmp_path / "a")
+    write_record(tmp_path / "b", other)
+    log_to_wandb(tmp_path / "b", "auto")
     first, second = read_offline_run(tmp_path / "a"), read_offline_run(tmp_path / "b")
-    assert (first["run_id"], second["run_id"]) == ("0123abcd", "ffff")
+    assert (first["run_id"], second["run_id"]) == ("0123abcd0123abcd", "f" * 16)
     assert first["summary"]["metrics"] == RECORD["metrics"] and second["summary"]["metrics"] == {"chrf": 40.0}
-    assert "method" in first["config"] and "method" not in second["config"]
+    assert first["config"]["method"] and not second["config"]["method"]
     assert "scores/effort" in first["history"] and "scores/effort" not in second["history"]
     assert wandb.run is None
 
 
 def test_a_large_coreset_is_logged_whole(tmp_path):
-    pd.DataFrame({"id": [f"s{i}" for i in range(10_411)], "effort": 1.0}).to_csv(tmp_path / "c.csv", index=False)
-    log_run(tmp_path, coreset_csv=tmp_path / "c.csv")
+    pd.DataFrame({"id": [f"s{i}" for i in range(10_411)], "effort": 1.0}).to_csv(
+        tmp_path / "coreset.csv", index=False
+    )
+    log_run(tmp_path)
     assert read_offline_run(tmp_path)["history"]["coreset"]["nrows"] == 10_411
 
 
@@ -158,16 +198,17 @@ def test_an_unreachable_server_leaves_an_offline_run_and_one_line(tmp_path, monk
 
 def test_a_folder_where_nothing_can_be_written_never_fails_a_run(tmp_path, caplog):
     (tmp_path / "wandb").write_text("a file where W&B wants a folder")
-    log_run(tmp_path)
+    assert not log_run(tmp_path)
     assert len(messages(caplog)) == 1 and "Weights & Biases" in messages(caplog)[0]
-    log_run(tmp_path / "next", run_id="next")
-    assert read_offline_run(tmp_path / "next")["run_id"] == "next"
+    assert log_run(tmp_path / "next", another_run("abcd"))
+    assert read_offline_run(tmp_path / "next")["run_id"] == "abcd" * 4
 
 
 def test_what_cannot_be_logged_never_fails_a_run_and_does_not_leave_it_open(tmp_path, caplog):
-    log_run(tmp_path, coreset_csv=tmp_path / "missing.csv")
-    assert len(messages(caplog)) == 1 and "FileNotFoundError" in messages(caplog)[0]
-    assert wandb.run is None and read_offline_run(tmp_path)["run_id"] == "0123abcd"
+    (tmp_path / "coreset.csv").write_text("")
+    assert not log_run(tmp_path)
+    assert len(messages(caplog)) == 1 and "EmptyDataError" in messages(caplog)[0]
+    assert wandb.run is None and read_offline_run(tmp_path)["run_id"] == "0123abcd0123abcd"
 
 
 @pytest.mark.parametrize(
