@@ -3,35 +3,34 @@
     root/<stage>/<fingerprint>/   the files of an artefact (safetensors, parquet, JSON) and its manifest.json
     root/tmp/                     what is being written
     root/locks/                   one lock file an artefact
+    root/attempts/                what was begun and not finished (`staff.attempts`)
 
 An artefact is written to a temporary folder, its manifest last, and published by one rename while its lock is held.
 So a folder with a manifest is whole, and a process that dies leaves nothing that is read. The manifest tells what
-the artefact and everything it was made from cost; whoever reads it is charged the same as whoever made it.
+the artefact and everything it was made from cost; whoever reads it is charged the same as whoever made it. It also
+holds a checksum of every file, which a process compares when it first reads the artefact.
 """
 
 import errno
-import hashlib
-import importlib.metadata
-import json
 import logging
 import os
-import platform
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from staff.cost import Cost, Meter
+from staff.attempts import attempt
+from staff.cost import Meter
 from staff.errors import UserError
+from staff.manifest import Artifact, Charges, check_contents, check_sizes, digest, read_manifest, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -54,45 +53,10 @@ STAGE_SOURCES: dict[str, tuple[str, ...]] = {
 }
 """The files (or globs) whose change demands a new version of the stage; tests/test_stage_sources.py insists."""
 
-
-class Charge(NamedTuple):
-    """What one artefact is charged at, and what it is to a reader."""
-
-    stage: str
-    label: str
-    cost: Cost
-
-
-Charges = dict[str, Charge]
-"""By fingerprint, one entry a distinct artefact."""
-
 _STORAGE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE),
 }
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A published folder, and what it is charged at."""
-
-    path: Path
-    """The folder with the files; nobody changes it any more."""
-    stage: str
-    label: str
-    """What it is, in words; no part of the fingerprint."""
-    fingerprint: str
-    """64 hexadecimal digits; the folder is named by the first 32."""
-    cost: Cost
-    """Of making this one, without what it read."""
-    inputs: Charges
-    """What it was made from, transitively."""
-    computed: bool
-    """True where this call made it, False where it was read."""
-
-    def charged(self) -> Charges:
-        """Itself and everything it was made from; merge such dictionaries and every artefact counts once."""
-        return {**self.inputs, self.fingerprint: Charge(self.stage, self.label, self.cost)}
 
 
 @dataclass(frozen=True)
@@ -121,10 +85,11 @@ class Store:
         self.workers = workers
         self.computed: set[str] = set()
         """Fingerprints of the artefacts that were made through this object rather than read."""
+        self._cleaned = False
 
     @staticmethod
-    def fingerprint(stage: str, key: dict[str, Any]) -> str:
-        """SHA-256 over the canonical JSON of stage, version of its code and key; touches no file.
+    def fingerprint(stage: str, key: dict[str, Any], version: int | None = None) -> str:
+        """SHA-256 over the canonical JSON of stage, version of its code (the present one) and key; touches no file.
 
         The key names everything that determines the result, the fingerprints of what it reads included (so that
         a new version of an earlier stage is a new version of this one). It holds only what JSON holds.
@@ -133,10 +98,7 @@ class Store:
             TypeError: for anything else in the key (a tuple, a path, a NumPy number, NaN), naming its place.
         """
         _refuse_non_json(key, f"{stage} key")
-        canonical = json.dumps(
-            {"stage": stage, "version": STAGE_VERSIONS[stage], "key": key}, sort_keys=True, separators=(",", ":")
-        )
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return digest({"stage": stage, "version": version or STAGE_VERSIONS[stage], "key": key})
 
     def get(
         self, stage: str, key: dict[str, Any], make: Callable[[Path, Meter], None], *, label: str = ""
@@ -157,6 +119,8 @@ class Store:
         if any(frame.fingerprint == fingerprint for frame in frames):
             raise RuntimeError(f"making {name} asks for itself")
         with frames[-1].meter.paused() if frames else nullcontext(), self._storage_errors():
+            if not self._cleaned:
+                self.remove_dead_drafts()
             artifact = self._read(stage, fingerprint)
             if artifact is None:
                 with self._lock(fingerprint, name):
@@ -170,84 +134,93 @@ class Store:
         return artifact
 
     def find(self, stage: str, key: dict[str, Any]) -> Artifact | None:
-        """The artefact if it is published; never makes it, waits for it, or makes it anybody's input."""
+        """The artefact if it is published; never makes it, waits for it, or makes it anybody's input. For what it
+        cost: its files are not compared with their checksums."""
         with self._storage_errors():
-            return self._read(stage, self.fingerprint(stage, key))
+            return self._read(stage, self.fingerprint(stage, key), contents=False)
 
-    def _read(self, stage: str, fingerprint: str, computed: bool = False) -> Artifact | None:
+    def _read(self, stage: str, fingerprint: str, *, contents: bool = True) -> Artifact | None:
         folder = self.root / stage / fingerprint[:32]
         if not (folder / "manifest.json").exists():
             return None
-        mend = f"delete the folder {folder} and it is made again"
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
-            cost = Cost.from_dict(manifest["cost"])
-            label = manifest["label"]
-            inputs = {
-                read: Charge(entry["stage"], entry["label"], Cost.from_dict(entry["cost"]))
-                for read, entry in manifest["inputs"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / 'manifest.json'} is damaged ({error!r}); {mend}") from error
-        for name, size in sizes.items():
-            file = folder / name
-            if not file.is_file():
-                raise UserError(f"{file} is missing from its artefact; {mend}")
-            if (found := file.stat().st_size) != size:
-                raise UserError(f"{file} has {found} bytes where its manifest says {size}; {mend}")
-        return Artifact(folder, stage, label, fingerprint, cost, inputs, computed)
+        manifest, artifact = read_manifest(folder)
+        check_sizes(folder, manifest)
+        if contents:
+            _check_contents_once(folder, (folder / "manifest.json").stat().st_mtime_ns)
+        return artifact
+
+    def remove_dead_drafts(self) -> None:
+        """Remove what processes that are no more were writing: the temporary folders whose lock nobody holds."""
+        self._cleaned = True
+        for draft in (self.root / "tmp").glob("*-*"):
+            lock = FileLock(self.root / "locks" / f"{draft.name[:32]}.lock", timeout=0)
+            with suppress(OSError, Timeout), lock:  # alive, or a store that is only read
+                shutil.rmtree(draft)
+
+    def remove(self, artifact: Path) -> None:
+        """Take a published folder out of the store; from one moment to the next it is not there."""
+        with self._lock(artifact.name, str(artifact)):
+            draft = self.root / "tmp" / f"{artifact.name}-{uuid.uuid4().hex}"
+            draft.parent.mkdir(exist_ok=True)
+            os.rename(artifact, draft)
+            shutil.rmtree(draft)
+
+    def at_work(self) -> list[Path]:
+        """The locks that some process holds."""
+        held = []
+        for file in (self.root / "locks").glob("*.lock"):
+            try:
+                with FileLock(file, timeout=0):
+                    pass
+            except Timeout:
+                held.append(file)
+        return held
 
     def _make(
         self, stage: str, label: str, fingerprint: str, key: dict[str, Any], make: Callable[[Path, Meter], None]
     ) -> Artifact:
+        self._mention_older(stage, label, key)
         prefix = f"{fingerprint[:32]}-"
         for dead in (self.root / "tmp").glob(f"{prefix}*"):  # we hold the lock, so whoever wrote there is gone
             shutil.rmtree(dead, ignore_errors=True)
         draft = self.root / "tmp" / f"{prefix}{uuid.uuid4().hex}"
         draft.mkdir(parents=True)
+        folder = self.root / stage / fingerprint[:32]
         frame = _Frame(fingerprint)
         outer = _frames.set((*_frames.get(), frame))
         try:
-            with frame.meter:
-                make(draft, frame.meter)
-            self._write_manifest(draft, stage, label, key, frame)
-            folder = self.root / stage / fingerprint[:32]
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            if folder.exists():  # without a manifest, or it would have been read
-                shutil.rmtree(folder)
-            os.rename(draft, folder)
+            with attempt(self.attempts(fingerprint), frame.meter) as lost:
+                with frame.meter:
+                    make(draft, frame.meter)
+                facts = {
+                    "stage": stage,
+                    "version": STAGE_VERSIONS[stage],
+                    "fingerprint": fingerprint,
+                    "label": label,
+                    "key": key,
+                    "lost_attempts": lost,
+                    "workers": self.workers,
+                }
+                write_manifest(draft, facts, frame.meter.cost, frame.inputs)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                if folder.exists():  # without a manifest, or it would have been read
+                    shutil.rmtree(folder)
+                os.rename(draft, folder)
         finally:
             _frames.reset(outer)
             shutil.rmtree(draft, ignore_errors=True)
-        artifact = self._read(stage, fingerprint, computed=True)
-        assert artifact is not None
-        return artifact
+        return replace(read_manifest(folder)[1], computed=True)
 
-    def _write_manifest(self, draft: Path, stage: str, label: str, key: dict[str, Any], frame: _Frame) -> None:
-        manifest = {
-            "stage": stage,
-            "label": label,
-            "version": STAGE_VERSIONS[stage],
-            "fingerprint": frame.fingerprint,
-            "key": key,
-            "files": {
-                file.relative_to(draft).as_posix(): {"size": file.stat().st_size, "sha256": _seal(file)}
-                for file in sorted(draft.rglob("*"))
-                if file.is_file()
-            },
-            "cost": frame.meter.cost.to_dict(),
-            "inputs": {
-                read: {"stage": charge.stage, "label": charge.label, "cost": charge.cost.to_dict()}
-                for read, charge in frame.inputs.items()
-            },
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": library_versions(),
-            "workers": self.workers,
-        }
-        with (draft / "manifest.json").open("x", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-        _seal(draft / "manifest.json")
+    def attempts(self, fingerprint: str) -> Path:
+        """The file that tells of attempts at an artefact which led to nothing."""
+        return self.root / "attempts" / f"{fingerprint[:32]}.json"
+
+    def _mention_older(self, stage: str, label: str, key: dict[str, Any]) -> None:
+        for version in range(1, STAGE_VERSIONS[stage]):
+            folder = self.root / stage / self.fingerprint(stage, key, version)[:32]
+            if folder.exists():
+                said = "%s: version %d of this stage made it in %s, which is not read any more: it is made anew"
+                log.info(said, label or stage, version, folder)
 
     @contextmanager
     def _lock(self, fingerprint: str, name: str) -> Iterator[None]:
@@ -281,6 +254,12 @@ class Store:
             ) from error
 
 
+@cache
+def _check_contents_once(folder: Path, made: int) -> None:
+    """Once a process for what was published at the time `made`: it takes about as long as loading."""
+    check_contents(folder, read_manifest(folder)[0])
+
+
 def _error_number(error: Exception) -> int | None:
     """The errno of an OSError, or of the same failure as safetensors' Rust code words it."""
     if isinstance(error, OSError):
@@ -302,20 +281,3 @@ def _refuse_non_json(value: Any, place: str) -> None:
         raise TypeError(f"{place} is {value!r}, a {type(value).__name__}: a key holds only what JSON holds")
     elif type(value) is float and not float("-inf") < value < float("inf"):
         raise TypeError(f"{place} is {value!r}, which JSON cannot hold")
-
-
-def _seal(file: Path) -> str:
-    """Bring a file to the disk, so that no power cut publishes an empty one, and return its SHA-256."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@cache
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that numbers depend on, without importing them."""
-    versions = {"python": platform.python_version()}
-    for name in ("numpy", "torch", "transformers", "peft", "safetensors", "pyarrow"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions

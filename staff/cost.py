@@ -70,6 +70,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._seconds = 0.0
+        self._started: float | None = None
         self._flops = 0.0
         self._tokens_forward = 0
         self._tokens_backward = 0
@@ -95,10 +96,16 @@ class Meter:
         gpus = _gpus_in_use()
         for gpu in gpus:
             _cuda().synchronize(gpu)
-        self._seconds += time.perf_counter() - self._started
+        self._seconds, self._started = self.seconds, None
         peak = sum(_cuda().max_memory_allocated(gpu) for gpu in gpus) if gpus else _peak_resident_bytes()
         self._peak_memory_bytes = max(self._peak_memory_bytes, peak)
         self._device = _cuda().get_device_name(gpus[0]) if gpus else processor_name()
+
+    @property
+    def seconds(self) -> float:
+        """Measured so far; to be read at any time, from any thread."""
+        started = self._started
+        return self._seconds + (0.0 if started is None else time.perf_counter() - started)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,7 +1,9 @@
 """The store when things go wrong: processes killed, several at once, damage, full disks."""
 
+import json
 import logging
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from staff import artifacts, attempts
 from staff.artifacts import Store
 from staff.errors import UserError
 
@@ -116,7 +119,115 @@ print(artefact.computed, artefact.cost.seconds, (artefact.path / "scores.json").
     assert answers[0][1] == answers[1][1]
 
 
+EIGHT = """
+def make(folder, meter):
+    with side.with_name(f"made {name}").open("a") as file:
+        file.write("made\\n")
+    if os.environ.get("DIES") == "yes":
+        side.touch()
+        time.sleep(60)
+    (folder / "scores.json").write_text(name * 1000)
+while not side.with_name("go").exists():
+    time.sleep(0.001)
+for name in (["same", "ab", "cd"] if "BACKWARDS" not in os.environ else ["cd", "ab", "same"]):
+    artefact = store.get("scores", {"name": name}, make)
+    assert (artefact.path / "scores.json").read_text() == name * 1000
+"""
+
+
+def test_eight_processes_on_one_store_compute_each_artefact_once_and_a_dying_holder_frees_its_waiters(
+    store, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DIES", "yes")
+    holder = run(EIGHT, store.root, tmp_path / "held")
+    (tmp_path / "go").touch()
+    wait_for(tmp_path / "held")
+    monkeypatch.setenv("DIES", "no")
+    others = [run(EIGHT, store.root, tmp_path / "x") for _ in range(4)]
+    monkeypatch.setenv("BACKWARDS", "yes")
+    others += [run(EIGHT, store.root, tmp_path / "x") for _ in range(3)]
+    wait_for(tmp_path / "made cd")
+    holder.kill()
+    holder.communicate()
+    for process in others:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert (tmp_path / "made same").read_text() == "made\n" * 2, "by the one that died, and by one other"
+    assert (tmp_path / "made ab").read_text() == (tmp_path / "made cd").read_text() == "made\n"
+    assert not list((store.root / "tmp").iterdir())
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next_run_whatever_that_makes(store, tmp_path):
+    with run(KILLED_WHILE_WRITING, store.root, tmp_path / "started") as process:
+        wait_for(tmp_path / "started")
+        living = run(KILLED_WHILE_WRITING.replace('"seed": 0', '"seed": 1'), store.root, tmp_path / "living")
+        wait_for(tmp_path / "living")
+        process.kill()
+    assert len(list((store.root / "tmp").iterdir())) == 2
+    store.get("scores", {"seed": 2}, write_scores)
+    (left,) = (store.root / "tmp").iterdir()
+    assert (left / "scores.json").read_text() == "[1", "what a living process writes is left alone"
+    living.kill()
+    living.communicate()
+
+
+def test_attempts_that_led_to_nothing_are_recorded_apart_from_the_cost(store, tmp_path):
+    script = "from staff import attempts\nattempts.BEAT = 0.1\n" + KILLED_WHILE_WRITING
+    with run(script, store.root, tmp_path / "started") as process:
+        wait_for(tmp_path / "started")
+        (file,) = (store.root / "attempts").glob("*.json")
+        while attempts.lost(file)[0]["seconds"] < 0.5:
+            time.sleep(0.01)
+        process.kill()
+
+    def fail(folder, meter):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        store.get("scores", KEY, fail)
+    artefact = store.get("scores", KEY, write_scores)
+    killed, failed = json.loads((artefact.path / "manifest.json").read_text())["lost_attempts"]
+    assert killed["seconds"] >= 0.5 and "error" not in killed
+    assert failed["error"] == "ZeroDivisionError" and failed["seconds"] < 0.5
+    assert artefact.cost.seconds < 0.5 and not list((store.root / "attempts").iterdir())
+
+
 # Damage and disks
+
+
+def flip_a_bit(file: Path, at: bytes = b"1") -> None:
+    content = file.read_bytes()
+    position = content.index(at) + len(at) - 1
+    file.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+
+
+def test_checksums_are_compared_once_a_process_and_again_for_what_is_made_anew(store):
+    artefact = store.get("scores", KEY, write_scores)
+    store.get("scores", KEY, never)
+    flip_a_bit(artefact.path / "scores.json")
+    store.get("scores", KEY, never)
+    script = """
+try:
+    store.get("scores", {"seed": 0}, None)
+except ValueError as error:
+    print(error)
+"""
+    assert "is not what was written" in run(script, store.root, "").communicate()[0]
+    shutil.rmtree(artefact.path)
+    flip_a_bit(store.get("scores", KEY, write_scores).path / "scores.json")
+    with pytest.raises(UserError, match="is not what was written"):
+        store.get("scores", KEY, never)
+
+
+def test_what_an_older_version_of_a_stage_made_is_not_read_and_a_sentence_says_so(store, monkeypatch, caplog):
+    old = store.get("scores", KEY, write_scores)
+    monkeypatch.setitem(artifacts.STAGE_VERSIONS, "scores", 2)
+    caplog.set_level(logging.INFO, "staff.artifacts")
+    new = store.get("scores", KEY, write_scores, label="effort")
+    assert new.computed and new.path != old.path
+    assert caplog.messages[0].startswith(
+        f"effort: version 1 of this stage made it in {old.path}, which is not read"
+    )
 
 
 def test_a_folder_without_a_manifest_is_not_read(store):
@@ -132,6 +243,8 @@ def test_a_folder_without_a_manifest_is_not_read(store):
     [
         (lambda folder: (folder / "scores.json").write_text("[1,"), "scores.json has 3 bytes where .* says 6"),
         (lambda folder: (folder / "scores.json").unlink(), "scores.json is missing"),
+        (lambda folder: flip_a_bit(folder / "scores.json"), "scores.json is not what was written"),
+        (lambda folder: flip_a_bit(folder / "manifest.json", b'"seconds": 0.0'), "manifest.json is damaged"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is damaged"),
     ],

@@ -1,0 +1,173 @@
+"""What lies in a store of artefacts: `python -m experiments.store list`, `verify` and `prune`.
+
+list     every artefact: size, age, what it cost, what attempts that led to nothing took, how many records need it.
+verify   compares every file with its checksum.
+prune    removes what no record needs, what is damaged, and what an older version of a stage made. It says what it
+         would remove; with --yes it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+
+from staff.artifacts import STAGE_VERSIONS, Store
+from staff.attempts import lost
+from staff.errors import UserError
+from staff.manifest import check_contents, check_sizes, read_manifest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artefact, as far as its manifest can be read."""
+
+    folder: Path
+    stage: str
+    label: str = ""
+    fingerprint: str = ""
+    size: int = 0  # bytes
+    age: float = 0.0  # days
+    seconds: float = 0.0
+    lost: float = 0.0  # seconds of attempts that led to nothing
+    older: bool = False
+    damage: str = ""
+
+
+def entries(store: Path, *, contents: bool = False) -> list[Entry]:
+    """Every artefact in the store, by stage and age; `contents`: its files compared with their checksums."""
+    manifests = [file for stage in STAGE_VERSIONS for file in store.glob(f"{stage}/*/manifest.json")]
+    found = [_entry(file.parent, contents) for file in manifests]
+    return sorted(found, key=lambda entry: (entry.stage, -entry.age))
+
+
+def _entry(folder: Path, contents: bool) -> Entry:
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    try:
+        manifest, artifact = read_manifest(folder)
+    except UserError as error:
+        return Entry(folder, folder.parent.name, size=size, damage=str(error))
+    try:
+        check_sizes(folder, manifest)
+        if contents:
+            check_contents(folder, manifest)
+        damage = ""
+    except UserError as error:
+        damage = str(error)
+    return Entry(
+        folder,
+        artifact.stage,
+        artifact.label,
+        artifact.fingerprint,
+        size,
+        (datetime.now(UTC) - datetime.fromisoformat(manifest["created"])).total_seconds() / 86400,
+        artifact.cost.seconds,
+        sum(attempt["seconds"] for attempt in manifest.get("lost_attempts", [])),
+        manifest["version"] < STAGE_VERSIONS[artifact.stage],
+        damage,
+    )
+
+
+def needed(results: Sequence[Path]) -> Counter[str]:
+    """By fingerprint, how many records under these folders rest on the artefact."""
+    records = [file for folder in results for file in folder.glob("runs/*/metrics.json")]
+    if not records:
+        where = ", ".join(f"{folder}/runs" for folder in results)
+        raise UserError(f"{where} holds no record, so nothing says what is needed: name the folders by --results.")
+    return Counter(name for file in records for name in set(re.findall(r'"([0-9a-f]{64})"', file.read_text())))
+
+
+def show(store: Path, results: Sequence[Path]) -> None:
+    found = entries(store)
+    try:
+        records = needed(results)
+    except UserError:
+        records = Counter[str]()
+    rows = [
+        {
+            "stage": entry.stage,
+            "artefact": entry.label or entry.folder.name,
+            "fingerprint": entry.fingerprint[:8],
+            "MB": f"{entry.size / 1e6:.1f}",
+            "days old": f"{entry.age:.1f}",
+            "cost (s)": f"{entry.seconds:.1f}",
+            "lost (s)": f"{entry.lost:.1f}" if entry.lost else "-",
+            "records": records[entry.fingerprint],
+            "": "damaged" if entry.damage else "older version" if entry.older else "",
+        }
+        for entry in found
+    ]
+    if rows:
+        print(pd.DataFrame(rows).to_string(index=False))
+    print(f"{_sum(found)}; they cost {sum(entry.seconds for entry in found):.1f} s")
+    for file in sorted(store.glob("attempts/*.json")):
+        attempts = lost(file)
+        seconds = sum(attempt["seconds"] for attempt in attempts)
+        print(f"not finished: {file.stem[:8]}, {len(attempts)} attempt(s), {seconds:.1f} s")
+
+
+def verify(store: Path) -> None:
+    found = entries(store, contents=True)
+    damaged = [entry for entry in found if entry.damage]
+    for entry in damaged:
+        print(f"damaged: {entry.damage}")
+    print(f"{len(found) - len(damaged)} of {len(found)} artefacts are what was written")
+    if damaged:
+        sys.exit(1)
+
+
+def prune(store: Path, results: Sequence[Path], really: bool) -> None:
+    records = needed(results)
+    doomed: list[Entry] = []
+    for entry in entries(store, contents=True):
+        why = "damaged" if entry.damage else "older version" if entry.older else "no record needs it"
+        if entry.damage or entry.older or not records[entry.fingerprint]:
+            doomed.append(entry)
+            what = f"{entry.folder}, {entry.size / 1e6:.1f} MB, {entry.seconds:.1f} s"
+            print(f"{why}: {entry.label or entry.stage} ({what})")
+    if not really:
+        print(f"{_sum(doomed)} to remove; nothing is removed without --yes")
+        return
+    shared = Store(store)
+    shared.remove_dead_drafts()
+    if held := shared.at_work():
+        raise UserError(f"a process is at work in {store} ({held[0].name}); prune when it is done.")
+    for entry in doomed:
+        shared.remove(entry.folder)
+    print(f"{_sum(doomed)} removed")
+
+
+def _sum(found: Sequence[Entry]) -> str:
+    return f"{len(found)} artefacts, {sum(entry.size for entry in found) / 1e6:.1f} MB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("list", "verify", "prune"))
+    parser.add_argument("--results", type=Path, nargs="+", default=[Path("results")], help="whose records count")
+    parser.add_argument("--store", type=Path, help="folder of the artefacts; by default artifacts/ in the results")
+    parser.add_argument("--yes", action="store_true", help="prune: remove what is listed")
+    arguments = parser.parse_args()
+    store = arguments.store or arguments.results[0] / "artifacts"
+    if not store.is_dir():
+        sys.exit(f"staff: {store} is not there: name the folder of the artefacts by --store.")
+    try:
+        if arguments.command == "list":
+            show(store, arguments.results)
+        elif arguments.command == "verify":
+            verify(store)
+        else:
+            prune(store, arguments.results, arguments.yes)
+    except UserError as error:
+        sys.exit(f"staff: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What lies in an artefact's folder beside its files: a manifest of what it is, what it cost, and its checksums."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from staff.cost import Cost
+from staff.errors import UserError
+
+
+class Charge(NamedTuple):
+    """What one artefact is charged at, and what it is to a reader."""
+
+    stage: str
+    label: str
+    cost: Cost
+
+
+Charges = dict[str, Charge]
+"""By fingerprint, one entry a distinct artefact."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published folder, and what it is charged at."""
+
+    path: Path
+    """The folder with the files; nobody changes it any more."""
+    stage: str
+    label: str
+    """What it is, in words; no part of the fingerprint."""
+    fingerprint: str
+    """64 hexadecimal digits; the folder is named by the first 32."""
+    cost: Cost
+    """Of making this one, without what it read."""
+    inputs: Charges
+    """What it was made from, transitively."""
+    computed: bool
+    """True where this call made it, False where it was read."""
+
+    def charged(self) -> Charges:
+        """Itself and everything it was made from; merge such dictionaries and every artefact counts once."""
+        return {**self.inputs, self.fingerprint: Charge(self.stage, self.label, self.cost)}
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], cost: Cost, inputs: Charges) -> None:
+    """Seal the files in `folder`: all of them reach the disk, the manifest last.
+
+    Args:
+        facts: what the manifest says besides: stage, version, fingerprint, label, key.
+    """
+    manifest = {
+        **facts,
+        "files": {
+            file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _seal(file)}
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        },
+        "cost": cost.to_dict(),
+        "inputs": {
+            read: {"stage": charge.stage, "label": charge.label, "cost": charge.cost.to_dict()}
+            for read, charge in inputs.items()
+        },
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": library_versions(),
+    }
+    with (folder / "manifest.json").open("x", encoding="utf-8") as file:
+        json.dump({**manifest, "checksum": digest(manifest)}, file, indent=1)
+    _seal(folder / "manifest.json")
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, Any], Artifact]:
+    """The manifest of a published artefact as JSON has it, and what it says.
+
+    Raises:
+        UserError: it is not what was written.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        checksum = manifest.pop("checksum", None)  # the first ones had none
+        if checksum is not None and checksum != digest(manifest):
+            raise ValueError("its checksum is another")
+        inputs = {
+            read: Charge(entry["stage"], entry["label"], Cost.from_dict(entry["cost"]))
+            for read, entry in manifest["inputs"].items()
+        }
+        cost = Cost.from_dict(manifest["cost"])
+        stage, label, fingerprint = (manifest[name] for name in ("stage", "label", "fingerprint"))
+        _ = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / 'manifest.json'} is damaged ({error!r}); {_mend(folder)}") from error
+    return manifest, Artifact(folder, stage, label, fingerprint, cost, inputs, computed=False)
+
+
+def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse an artefact with a file that is missing, cut off or too long."""
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing from its artefact; {_mend(folder)}")
+        if (found := file.stat().st_size) != entry["size"]:
+            raise UserError(f"{file} has {found} bytes where its manifest says {entry['size']}; {_mend(folder)}")
+
+
+def check_contents(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse an artefact with a file whose content has changed. Takes about as long as loading it: 1.1 times,
+    measured on a gigabyte of safetensors."""
+    for name, entry in manifest["files"].items():
+        if _sha256(folder / name) != entry["sha256"]:
+            raise UserError(f"{folder / name} is not what was written (its checksum is another); {_mend(folder)}")
+
+
+def _mend(folder: Path) -> str:
+    return f"delete the folder {folder} and it is made again"
+
+
+def digest(content: dict[str, Any]) -> str:
+    """SHA-256 over canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _seal(file: Path) -> str:
+    """Bring a file to the disk, so that no power cut publishes an empty one, and return its SHA-256."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return _sha256(file)
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that numbers depend on, without importing them."""
+    versions = {"python": platform.python_version()}
+    for name in ("numpy", "torch", "transformers", "peft", "safetensors", "pyarrow"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
