@@ -244,7 +244,7 @@ def test_a_folder_without_a_manifest_is_not_read(store):
         (lambda folder: (folder / "scores.json").write_text("[1,"), "scores.json has 3 bytes where .* says 6"),
         (lambda folder: (folder / "scores.json").unlink(), "scores.json is missing"),
         (lambda folder: flip_a_bit(folder / "scores.json"), "scores.json is not what was written"),
-        (lambda folder: flip_a_bit(folder / "manifest.json", b'"seconds": 0.0'), "manifest.json is damaged"),
+        (lambda folder: flip_a_bit(folder / "manifest.json", b'"tokens_forward": 0'), "manifest.json is damaged"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is damaged"),
     ],
