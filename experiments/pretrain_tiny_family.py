@@ -1,4 +1,5 @@
-"""Pretrain the embedded tiny family: an excerpt of DialogSum, a tokenizer, a small model and a target.
+"""Pretrain the embedded tiny family: an excerpt of DialogSum, a tokenizer, two small models and a target; and a
+model of another family, with another architecture and a tokenizer of its own.
 
     python -m experiments.pretrain_tiny_family --data-dir DATA
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 ASSETS = Path(__file__).parents[1] / "staff" / "assets"
 RESERVED = {"dialogsum": 4_000, "gsm8k": 3_000}
@@ -33,10 +34,17 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 SPEAKER = r" ?#Person\d+#"
 PIECES = SPEAKER + r"|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}#]+| ?#|\s+(?!\S)|\s+"
 SHAPES: dict[str, dict[str, Any]] = {
+    "smaller": {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 2},
     "small": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2},
     "target": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3},
+    "other": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
-TOKENS = {"small": (900_000, 300_000), "target": (3_600_000, 300_000)}  # of the opening, of the closing
+TOKENS = {  # of the opening, of the closing
+    "smaller": (900_000, 300_000),
+    "small": (900_000, 300_000),
+    "target": (3_600_000, 300_000),
+    "other": (900_000, 300_000),
+}
 
 Sample = tuple[str, str]
 
@@ -205,9 +213,10 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def make_model(role: str, tokenizer, seed: int) -> LlamaForCausalLM:
+def make_model(role: str, tokenizer, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    architecture = Qwen2Config if role == "other" else LlamaConfig
+    config = architecture(
         vocab_size=len(tokenizer),
         max_position_embeddings=1024,
         tie_word_embeddings=True,
@@ -216,7 +225,7 @@ def make_model(role: str, tokenizer, seed: int) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
         **SHAPES[role],
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def train(model, tokenizer, draw, tokens: int, falling: bool, args) -> list[dict]:
@@ -252,7 +261,7 @@ def train(model, tokenizer, draw, tokens: int, falling: bool, args) -> list[dict
     return curve
 
 
-def pretrain(role: str, tokenizer, data: tuple[list[dict], list[dict]], args) -> tuple[LlamaForCausalLM, dict]:
+def pretrain(role: str, tokenizer, data: tuple[list[dict], list[dict]], args) -> tuple[PreTrainedModel, dict]:
     """Other tasks at a constant learning rate, then the task among them at a falling one."""
     begin, end = TOKENS[role]
     model = make_model(role, tokenizer, args.seed)
@@ -265,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with dialogsum/ and gsm8k/")
     parser.add_argument("--output-dir", type=Path, default=ASSETS, help="receives dialogsum/ and tiny/")
-    parser.add_argument("--steps", nargs="+", default=["excerpt", "small", "target"], help="what to make")
+    parser.add_argument("--steps", nargs="+", default=["excerpt", *SHAPES], help="what to make")
     parser.add_argument("--met", type=int, default=300, help="dialogues seen in the format of the task")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--warm-up-tokens", type=int, default=150_000)
@@ -285,6 +294,8 @@ def main() -> None:
     log_path = args.output_dir / "tiny" / "training_log.json"
     log = json.loads(log_path.read_text()) if log_path.exists() else {}
     for role in [role for role in SHAPES if role in args.steps]:
+        if role == "other":
+            tokenizer = make_tokenizer(*data, args.vocab_size // 2)
         model, record = pretrain(role, tokenizer, data, args)
         folder = args.output_dir / "tiny" / role
         model.half().save_pretrained(folder)

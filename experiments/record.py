@@ -54,6 +54,7 @@ class Run:
         self.settings: FinetuneSettings = instantiate(cfg.finetune, _convert_="all")
         self.scoring: ScoringSettings = instantiate(cfg.scoring)
         family: Family = instantiate(cfg.family, _convert_="all")
+        selecting: Family | None = instantiate(cfg.get("selection_family"), _convert_="all")
         self.task: Task = instantiate(cfg.task, _convert_="all")
         tracking.check_mode(cfg.tracking.mode)
         for name in ("selection_seed", "finetune_seed"):
@@ -67,6 +68,7 @@ class Run:
             budget_for(self.pruning_rate, len(self.train))  # refuse a bad rate before anything is loaded
         self.store = Store(cfg.store_dir, workers=sweep.workers())
         self.family = materialise(family, self.store)
+        self.selecting = materialise(selecting, self.store) if selecting else self.family
         self.started = datetime.now(UTC)
         if self.overlap:
             log.warning("%d of %d test prompts are also in the pool", self.overlap, len(self.test))
@@ -82,7 +84,7 @@ class Run:
     def fingerprint(self) -> str:
         """Of exactly what determines the run's numbers."""
         content = {k: v for k, v in self.config.items() if k not in NOT_IN_FINGERPRINT}
-        content["family"] = None
+        content["family"] = content["selection_family"] = None
         content["task"] = {k: v for k, v in content["task"].items() if k != "data_dir"}
         # Samples are known by their content: the commit they came from says nothing more, and not to those offline.
         data = {split: self.identity["data"][split] for split in ("train", "test")}
@@ -94,8 +96,8 @@ class Run:
         """Data and models by their content, and the versions of the stages' code."""
         return {
             "data": {"train": _digest(self.train), "test": _digest(self.test), "source": self.task.source()},
-            "models": {"target": self.family.target.identity(), "small": self.family.small.identity()},
-            "prompt_format": self.family.prompt_format,
+            **_models(self.family),
+            **({"selection": _models(self.selecting)} if self.transferred else {}),
             "method": source_digest(self.method),
             "scoring_dtype": self.scoring.dtype,
             "stage_versions": STAGE_VERSIONS,
@@ -107,9 +109,16 @@ class Run:
         prompts = {sample.prompt for sample in self.train}
         return sum(sample.prompt in prompts for sample in self.test)
 
+    @cached_property
+    def transferred(self) -> bool:
+        """Whether the models that select are of another family than the one fine-tuned on their coreset."""
+        return _models(self.selecting) != _models(self.family)
+
     @property
     def name(self) -> str:
         parts = [self.choices.get(group) or "custom" for group in ("family", "task", "method")]
+        if self.transferred:
+            parts[0] = f"{self.choices.get('family@selection_family') or 'custom'}-to-{parts[0]}"
         return f"{'-'.join(parts)}-p{self.pruning_rate:g}-s{self.cfg.finetune_seed}-{self.fingerprint[:8]}"
 
     @property
@@ -121,21 +130,27 @@ class Run:
         return (self.folder / "metrics.json").is_file()
 
     @cached_property
-    def tokenized(self) -> tuple[TokenizedSamples, TokenizedSamples, TokenizedSamples]:
-        """Training samples for the small model and for the target, test samples for the target."""
+    def tokenized(self) -> dict[str, TokenizedSamples]:
+        """The training samples for the small model and for the target; for the target of the family that selects,
+        as a rule the same; and the test samples for the target."""
         target, form = self.family.target.tokenizer(), self.family.prompt_format
-        small = [tokenize(self.train, self.family.small.tokenizer(), form), tokenize(self.train, target, form)]
-        keep = fitting(small, self.settings.max_length, self.task.too_long)
+        train = {"target": tokenize(self.train, target, form)}
+        small, selecting = self.selecting.small.tokenizer(), self.selecting.prompt_format
+        train["small"] = tokenize(self.train, small, selecting)
+        if self.transferred:
+            train["selecting"] = tokenize(self.train, self.selecting.target.tokenizer(), selecting)
+        keep = fitting(list(train.values()), self.settings.max_length, self.task.too_long)
+        train = {role: samples.take(keep) for role, samples in train.items()}
         test = tokenize(self.test, target, form)
         window = getattr(self.family.target.config().get_text_config(), "max_position_embeddings", None)
         asked = answerable(test, self.task.max_new_tokens, window, self.task.too_long)
-        return small[0].take(keep), small[1].take(keep), test.take(asked)
+        return {"selecting": train["target"], **train, "test": test.take(asked)}
 
     @cached_property
     def pool(self) -> Pool:
-        for_small, for_target, _ = self.tokenized
+        for_small, for_target = self.tokenized["small"], self.tokenized["selecting"]
         seed = self.cfg.selection_seed
-        return Pool(for_small, for_target, self.family, self.settings, self.store, seed, self.scoring)
+        return Pool(for_small, for_target, self.selecting, self.settings, self.store, seed, self.scoring)
 
     @property
     def budget(self) -> int:
@@ -167,7 +182,7 @@ class Run:
         """The target fine-tuned on the coreset; the raw target where that is empty."""
         if not len(coreset.indices):
             return None
-        samples = self.pool.for_target.take(coreset.indices)
+        samples = self.tokenized["target"].take(coreset.indices)
         epochs = self.settings.coreset_epochs(len(samples), len(self.pool.ids))
         return finetuned(self.store, self.family.target, samples, self.settings, epochs, self.cfg.finetune_seed)
 
@@ -176,7 +191,7 @@ class Run:
             self.store,
             self.family.target,
             tuned,
-            self.tokenized[2],
+            self.tokenized["test"],
             kind=self.settings.kind,
             max_new_tokens=self.task.max_new_tokens,
             batch_tokens=self.cfg.evaluation.batch_tokens,
@@ -198,6 +213,7 @@ class Run:
                 "name": self.name,
                 "fingerprint": self.fingerprint,
                 **{group: self.choices.get(group) for group in ("experiment", "family", "task", "method")},
+                "selection_family": self.choices.get("family@selection_family") or self.choices.get("family"),
                 "pruning_rate": self.pruning_rate,
                 **{k: self.cfg[k] for k in ("seed", "selection_seed", "finetune_seed")},
                 "metric": self.task.metrics[0],
@@ -285,7 +301,7 @@ class Run:
     def _full_finetuning(self, tuned: Artifact | None) -> tuple[float | None, float | None, str | None]:
         """Seconds and FLOPs to fine-tune the target on the whole pool; the seconds measured, or estimated from the
         FLOPs of the coreset's fine-tuning and its speed."""
-        settings, samples = self.settings, self.pool.for_target
+        settings, samples = self.settings, self.tokenized["target"]
         key = finetune_key(self.family.target, samples, settings, settings.epochs, self.cfg.finetune_seed)
         full = self.store.find("finetune", key)
         if full is not None:
@@ -297,6 +313,14 @@ class Run:
         flops = epoch_flops(self.family.target, samples, adapter) * settings.epochs
         longer = flops / tuned.cost.flops
         return tuned.cost.seconds + training["seconds"] * (longer - 1), flops, "estimated from FLOPs"
+
+
+def _models(family: Family) -> dict[str, Any]:
+    """What a family's answers depend on."""
+    return {
+        "models": {"target": family.target.identity(), "small": family.small.identity()},
+        "prompt_format": family.prompt_format,
+    }
 
 
 def _cost(artifact: Artifact | None) -> dict[str, Any] | None:

@@ -50,13 +50,26 @@ class ArrayPool:
         ids: the samples' ids, unique.
         scores: by signal and model role, such as {("effort", "small"): array of shape (N,)}; embeddings have
             shape (N, dimensions).
+        answer_lengths: of the answers in tokens, shape (N,), for methods that ask for them.
     """
 
-    def __init__(self, ids: Sequence[str], scores: Mapping[tuple[str, str], np.ndarray]):
+    def __init__(
+        self,
+        ids: Sequence[str],
+        scores: Mapping[tuple[str, str], np.ndarray],
+        answer_lengths: np.ndarray | None = None,
+    ):
         if len(set(ids)) != len(ids):
             raise UserError("ids must be unique: give every sample an id of its own.")
         self.ids = list(ids)
         self._scores = dict(scores)
+        self._answer_lengths = answer_lengths
+
+    @property
+    def answer_lengths(self) -> np.ndarray:
+        if self._answer_lengths is None:
+            raise UserError("the pool has no answer lengths: give ArrayPool answer_lengths.")
+        return self._answer_lengths
 
     def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray:
         if (signal, model) not in self._scores:
@@ -95,6 +108,11 @@ class Pool:
     @property
     def ids(self) -> Sequence[str]:
         return self.for_target.ids
+
+    @property
+    def answer_lengths(self) -> np.ndarray:
+        """Tokens of each answer as the target reads it, the end token included, shape (N,)."""
+        return self.for_target.answer_lengths
 
     def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray:
         """`signal` of the samples `indices` (all by default), in their order, from the model of role `model`.

@@ -25,6 +25,9 @@ class ScorePool(Protocol):
     @property
     def ids(self) -> Sequence[str]: ...
 
+    @property
+    def answer_lengths(self) -> np.ndarray: ...
+
     def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray: ...
 
     def signals(
@@ -153,8 +156,12 @@ def budget_for(pruning_rate: float, pool_size: int) -> int:
 
 
 def source_digest(method: SelectionMethod) -> str:
-    """Of the file that defines the method: a mended method does not read what its earlier form selected."""
-    return hashlib.sha256(inspect.getsource(sys.modules[type(method).__module__]).encode()).hexdigest()
+    """Of the file that defines the method: a mended method does not read what its earlier form selected. A method
+    among its fields counts as well, by class and file."""
+    inner = [value for value in vars(method).values() if hasattr(value, "select")]
+    parts = [inspect.getsource(sys.modules[type(method).__module__])]
+    parts += [part for other in inner for part in (type(other).__qualname__, source_digest(other))]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def check_scores(scores: np.ndarray, ids: Sequence[str], name: str, minimum: float = -np.inf) -> np.ndarray:
