@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test format smollm2
+.PHONY: demo test stress format smollm2
 demo: .venv/installed
 	$(BIN)/staff experiment=demo
 
@@ -11,6 +11,10 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/pytest
+
+# What takes minutes to hours: thirty kills, long fuzzing.
+stress: .venv/installed
+	$(BIN)/pytest -s tests/stress
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

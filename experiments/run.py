@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 import warnings
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,12 +57,15 @@ def _job(cfg: DictConfig) -> None:
         except Exception as error:
             _leave(error)
         return
-    result: Path | Exception
-    try:
-        result = run(cfg, choices)
-    except Exception as error:  # one failing job must not stop the others
-        result = error
-    sweep.report_job(job.job.num, " ".join(job.overrides.task), result)
+    with sweep.begin_job(job.job.num) as wanted:
+        if not wanted:
+            return
+        result: Path | Exception
+        try:
+            result = run(cfg, choices)
+        except Exception as error:  # one failing job must not stop the others
+            result = error
+        sweep.report_job(job.job.num, " ".join(job.overrides.task), result)
 
 
 def main() -> None:
@@ -69,13 +73,24 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach us instead of being printed
     _quiet()
     try:
-        _job()
+        while sweep.go_on(_killed()):
+            pass
+        sweep.end()
     except KeyboardInterrupt:
         sys.exit("staff: interrupted; what is finished is kept, and the same command goes on from there.")
     except Exception as error:
         sweep.end()
         _leave(error)
     sys.exit(sweep.exit_status())
+
+
+def _killed() -> BrokenExecutor | None:
+    """Carry out the command; what a launcher says of a worker that was killed."""
+    try:
+        _job()
+    except BrokenExecutor as error:
+        return error
+    return None
 
 
 def _leave(error: Exception) -> NoReturn:

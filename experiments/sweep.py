@@ -10,10 +10,13 @@ import logging
 import os
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
@@ -24,6 +27,10 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from staff.errors import UserError
 
 FOLDER, TOTAL, WORKERS = "STAFF_SWEEP_FOLDER", "STAFF_SWEEP_TOTAL", "STAFF_SWEEP_WORKERS"
+ALONE = "alone"
+_NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory"  # torch's word for it on a processor, a plain RuntimeError
+)
 log = logging.getLogger("staff")
 _failed = 0
 
@@ -32,6 +39,8 @@ class Sweep(Callback):
     """Hydra tells it when a sweep starts and ends."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if FOLDER in os.environ:  # once more, for the jobs that are left
+            return
         folder = Path(config.results_dir).absolute() / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir(parents=True)
         expected = _expected_jobs(config)
@@ -42,12 +51,9 @@ class Sweep(Callback):
         os.environ[WORKERS] = str(os.cpu_count() if jobs < 0 else jobs)
         log.info("a sweep of %s jobs", os.environ[TOTAL])
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        end()
-
 
 def end() -> None:
-    """The table of a sweep and what failed, once; also where the launcher itself broke down."""
+    """The table of a sweep and what failed; also where the launcher itself broke down."""
     global _failed
     if FOLDER not in os.environ:
         return
@@ -74,11 +80,58 @@ def exit_status() -> int:
     return 1 if _failed else 0
 
 
-def report_job(number: int, job: str, result: Path | Exception) -> None:
-    """Leave word of a finished job: the folder of its record, or what made it fail."""
+@contextmanager
+def begin_job(number: int) -> Iterator[bool]:
+    """Around a job's work: whether it is to be done now.
+
+    A worker that is killed takes its fellows with it, and nobody can tell which job was too much. All that were at
+    work are left until the others are done, and then have the machine to themselves, one after the other.
+    """
     sweep = Path(os.environ[FOLDER])
     with suppress(FileNotFoundError):  # another job was first; a sweep whose jobs never ran expects none
         (sweep / "jobs.draft").rename(sweep / "jobs.json")
+    begun, alone = sweep / f"{number:05d}.begun", sweep / ALONE
+    if begun.with_suffix(".json").exists() or (begun.exists() and not alone.exists()):
+        yield False
+    elif alone.exists():
+        with FileLock(alone):
+            begun.write_text(ALONE)
+            yield True
+    else:
+        begun.touch()
+        yield True
+
+
+def go_on(killed: BrokenExecutor | None) -> bool:
+    """Whether the sweep's command is to be carried out once more for jobs that are left, after its workers came to
+    an end or one was `killed`, which is raised where nothing can be gained by that."""
+    if FOLDER not in os.environ:
+        if killed:
+            raise killed
+        return False
+    sweep = Path(os.environ[FOLDER])
+    left = [begun for begun in sorted(sweep.glob("*.begun")) if not begun.with_suffix(".json").exists()]
+    if killed is None:
+        if left:
+            (sweep / ALONE).touch()
+        return bool(left)
+    guilty = [begun for begun in left if begun.read_text() == ALONE]
+    new = [begun for begun in left if not begun.read_text()]
+    if not guilty and not new:
+        raise killed
+    for begun in new:
+        begun.write_text("left for later")
+    log.warning("a worker was killed by the system (out of memory?): %d job(s) left for later", len(new))
+    for begun in guilty:
+        number = int(begun.stem)
+        job = json.loads((sweep / "jobs.json").read_text())[number]
+        report_job(number, job, UserError("the worker was killed by the system (out of memory?); it was alone."))
+    return True
+
+
+def report_job(number: int, job: str, result: Path | Exception) -> None:
+    """Leave word of a finished job: the folder of its record, or what made it fail."""
+    sweep = Path(os.environ[FOLDER])
     word: dict[str, Any] = {"job": job}
     if isinstance(result, Exception):
         file = sweep / f"{number:05d}.traceback.txt"
@@ -100,6 +153,11 @@ def sentence_of(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, UserError):
             return str(error)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
+            return (
+                f"out of memory ({str(error).splitlines()[0][:200] if str(error) else 'no more said'}): lower "
+                "finetune.device_batch_size, scoring.batch_tokens or evaluation.batch_tokens."
+            )
         if isinstance(error, MissingConfigException) and error.options:
             group, _, option = str(error.missing_cfg_file).rpartition("/")
             return f"{group}={option} is unknown: choose {', '.join(error.options)}."

@@ -2,18 +2,24 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+
+from staff.artifacts import Store
+from staff.manifest import check_contents, check_sizes, read_manifest
 
 SHRUNK = (
     "task.train_limit=16",
@@ -39,14 +45,47 @@ def finish(sweep: subprocess.Popen) -> str:
     return out + err
 
 
+# Times and what rests on them, memory, where it ran, and who of several was first.
+DIFFERS = {
+    *("started", "finished", "seconds", "str", "str_basis", "full_finetuning_seconds", "peak_memory_bytes"),
+    *("computed", "provenance", "results_dir", "store_dir"),
+}
+
+
 def records(results: Path) -> dict[str, dict]:
-    """What must be equal however a sweep went: all but times and where they were measured."""
-    kept = {}
-    for file in results.glob("runs/*/metrics.json"):
-        record = json.loads(file.read_text())
-        cost = {k: record["overhead"][k] for k in ("flops", "tokens_forward", "tokens_backward")}
-        kept[file.parent.name] = {k: record[k] for k in ("metrics", "counts", "coreset", "identity")} | cost
-    return kept
+    """What must be equal however a sweep went: all of every record but `DIFFERS`."""
+    return {file.parent.name: lasting(json.loads(file.read_text())) for file in results.glob("runs/*/metrics.json")}
+
+
+def lasting(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: lasting(entry) for name, entry in value.items() if name not in DIFFERS}
+    return [lasting(entry) for entry in value] if isinstance(value, list) else value
+
+
+def kill(sweep: subprocess.Popen, how: signal.Signals, seconds: float, whole: bool) -> bool:
+    """Send `how` after so many seconds, to the sweep with its workers or to it alone; whether it came in time."""
+    with suppress(subprocess.TimeoutExpired):
+        sweep.communicate(timeout=seconds)
+        return False
+    os.killpg(sweep.pid, how) if whole else sweep.send_signal(how)
+    sweep.communicate()
+    return True
+
+
+def check_store(results: Path) -> None:
+    """Nothing in the store is half-written, whatever has just been killed."""
+    for folder in results.glob("artifacts/*/????????????????????????????????"):
+        manifest, _ = read_manifest(folder)
+        check_sizes(folder, manifest)
+        check_contents(folder, manifest)
+
+
+def check_left_behind(results: Path) -> None:
+    """A finished sweep leaves no draft and no lost attempt of those that were killed before it."""
+    for folder in ("tmp", "attempts"):
+        assert not list((results / "artifacts" / folder).glob("*"))
+    assert not Store(results / "artifacts").at_work()
 
 
 def computed(log: str) -> Counter:
@@ -86,19 +125,50 @@ def test_the_same_command_again_does_nothing_and_says_so(undisturbed: Path):
 
 
 def test_a_sweep_killed_at_several_moments_ends_with_the_same_records(undisturbed: Path, tmp_path: Path):
-    for artefacts in (2, 8):
-        sweep = start(tmp_path, *GRID)
+    """Two that are chosen and one at random; tests/stress has thirty."""
+    for artefacts, how, parallel in ((2, signal.SIGKILL, ()), (5, signal.SIGTERM, PARALLEL)):
+        sweep = start(tmp_path, *GRID, *parallel)
         deadline = time.monotonic() + 120
         while len(list(tmp_path.glob("artifacts/*/*/manifest.json"))) < artefacts and time.monotonic() < deadline:
             assert sweep.poll() is None, sweep.communicate()
             time.sleep(0.02)
-        os.killpg(sweep.pid, signal.SIGKILL)
-        sweep.communicate()
+        kill(sweep, how, random.uniform(0, 1), whole=True)
+        check_store(tmp_path)
     said = finish(start(tmp_path, *GRID, *PARALLEL))
     assert "failed" not in said
+    check_left_behind(tmp_path)
     assert records(tmp_path) == records(undisturbed)
     assert stages(tmp_path) == stages(undisturbed)
     assert set(computed(said).values()) == {1}, "two workers compute what both need once"
+
+
+DIES = """
+import os, signal
+from baselines.random import Random
+
+class Dies(Random):
+    def select(self, pool, budget, rng):
+        if os.environ["DIES"] == "yes":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().select(pool, budget, rng)
+"""
+
+
+def test_a_worker_that_the_system_kills_fails_its_job_alone_and_the_same_command_resumes(tmp_path, monkeypatch):
+    (tmp_path / "dies.py").write_text(DIES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("DIES", "yes")
+    jobs = ("method=random", "pruning_rate=0.5", "method._target_=baselines.random.Random,dies.Dies", "seed=0,1")
+    out, err = (sweep := start(tmp_path, *jobs, *PARALLEL)).communicate(timeout=300)
+    assert sweep.returncode == 1 and "2 of 4 jobs failed; the same command runs what is missing" in out
+    said = "method._target_=dies.Dies seed=1: the worker was killed by the system (out of memory?); it was alone."
+    failed = [line for line in out.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 2 and said in failed[1] and "Traceback" not in out + err
+    assert all(Path(line.split("traceback: ")[1].rstrip(")")).is_file() for line in failed)
+    assert len(records(tmp_path)) == 2
+    monkeypatch.setenv("DIES", "no")
+    finish(start(tmp_path, *jobs))
+    assert len(records(tmp_path)) == 4
 
 
 def test_the_report_averages_over_seeds_alone_and_tells_what_is_missing(undisturbed: Path, tmp_path: Path):
