@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.statistics import (
+from experiments.report.statistics import (
     Difference,
     holm,
     paired_difference,

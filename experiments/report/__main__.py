@@ -1,0 +1,98 @@
+"""Records into results: metrics.csv, tables/, figures/ and report.html; means over seeds are printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.report import overhead, performance
+from experiments.report.comparisons import pairs
+from experiments.report.records import collect, contexts, told_apart
+
+PAPER = Path(__file__).resolve().parents[2] / "results" / "paper" / "table1.csv"
+
+
+def write(results: Path, table: pd.DataFrame) -> Path:
+    """Write everything under `results` that the records in `table` give; the page's path."""
+    from experiments.report import figures, page
+
+    table.drop(columns="stages").to_csv(results / "metrics.csv", index=False)
+    paper = pd.read_csv(PAPER)
+    sections = []
+    for context in contexts(table, results / "runs"):
+        found = pairs(context)
+        tables = [*performance.tables(context, found, paper), *overhead.tables(context)]
+        drawn = figures.draw(context, results / "figures")
+        for each in tables:
+            each.write(results / "tables")
+        sections.append(page.Section(context, tables, drawn))
+    return page.write(results / "report.html", sections, table)
+
+
+def summary(table: pd.DataFrame) -> str:
+    """Mean and standard deviation over seeds, never over runs that differ in anything else."""
+    told = told_apart(table)
+    keys = [k for k in told if k in ("method", "pruning_rate") or len({str(v) for v in table[k]}) > 1]
+    for basis, column in (("measured", "STR"), ("estimated from FLOPs", "STR estimated")):
+        table = table.assign(**{column: table["overhead_str"].where(table["overhead_str_basis"] == basis)})
+    numbers = [*table["metric"].unique(), "overhead_seconds", "STR", "STR estimated"]
+    numbers = [name for name in numbers if table[name].notna().any()]
+    grouped = table.groupby(keys, dropna=False)[numbers].agg(["mean", "std"])
+    grouped.columns = [" ".join(column) for column in grouped.columns]
+    grouped.insert(0, "runs", table.groupby(keys, dropna=False).size())
+    text = grouped.astype(object).map(lambda v: "-" if pd.isna(v) else v if isinstance(v, int) else f"{v:.3f}")
+    said = f"runs are told apart by {', '.join(key.removeprefix('setting.') for key in keys)}"
+    return f"{text.reset_index().to_string(index=False)}\n\n{said}; averaged over seeds alone."
+
+
+def unfinished(results: Path) -> tuple[list[str], list[str]]:
+    """Jobs of sweeps and single runs that failed, and jobs of sweeps that were never finished."""
+    expected: dict[str, None] = {}
+    failed: dict[str, str] = {}
+    done: set[str] = set()
+    for jobs in sorted(results.glob("sweeps/*/jobs.json")):
+        sweep = jobs.parent
+        expected |= dict.fromkeys(json.loads(jobs.read_text()))
+        for file in sorted(sweep.glob("[0-9]*.json")):
+            word = json.loads(file.read_text())
+            if "failure" in word:
+                failed[word["job"]] = word["failure"]
+            elif (Path(word["folder"]) / "metrics.json").is_file():
+                done.add(word["job"])
+    failures = [f"{job}: {why}" for job, why in failed.items() if job not in done]
+    alone = [file.parent for file in sorted(results.glob("runs/*/failure.txt"))]
+    failures += [f"{f.name}: see {f / 'failure.txt'}" for f in alone if not (f / "metrics.json").is_file()]
+    return failures, [job for job in expected if job not in done and job not in failed]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/ and sweeps/")
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="a partial look: failed or missing runs are no error"
+    )
+    arguments = parser.parse_args()
+    table = collect(arguments.results)
+    if table.empty:
+        sys.exit(
+            f"{arguments.results}/runs holds no record: run `staff` first, or name another folder by --results."
+        )
+    page = write(arguments.results, table)
+    print(f"{summary(table)}\n\n{len(table)} runs: {arguments.results / 'metrics.csv'}, tables/, figures/, {page}")
+    failures, missing = unfinished(arguments.results)
+    for kind, jobs in (("failed", failures), ("missing", missing)):
+        for job in jobs:
+            print(f"{kind}: {job}")
+    if (failures or missing) and not arguments.allow_missing:
+        sys.exit(
+            f"{len(failures)} failed, {len(missing)} missing: the sweep's command again runs them "
+            "(to forget a sweep, delete its folder under sweeps/)."
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Figures of a report, PNG and SVG, all in the one style of style.mplstyle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from experiments.report.comparisons import mean
+from experiments.report.records import Context
+from experiments.report.tables import metric
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = Path(__file__).with_name("style.mplstyle")
+LEAST = 4  # verified samples of a region, below which its rank correlation says nothing
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure on the disk; `file` is without its suffix."""
+
+    file: Path
+    caption: str
+
+
+def draw(context: Context, folder: Path) -> list[Drawn]:
+    """The figures of a context that its runs have something to say to."""
+    import matplotlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    with matplotlib.rc_context(), matplotlib.rc_context(fname=STYLE):
+        matplotlib.use("agg")
+        for name, make in FIGURES.items():
+            made = make(context)
+            if made is None:
+                continue
+            figure, caption = made
+            file = folder / f"{name}-{context.name}"
+            figure.savefig(file.with_name(f"{file.name}.png"), metadata={"Software": None})
+            figure.set_layout_engine("none")  # it stands
+            figure.savefig(file.with_name(f"{file.name}.svg"), metadata={"Date": None})
+            drawn.append(Drawn(file, caption))
+    return drawn
+
+
+Made = tuple["Figure", str] | None
+
+
+def _figure(rows: int = 1, columns: int = 1, height: float = 2.5, **options: Any) -> tuple[Figure, Any]:
+    """A figure without pyplot, whose state would outlive it, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4, height))
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def _looks(context: Context) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Colour and marker of each selecting method: the same in every figure."""
+    import matplotlib
+
+    colours = cycle(matplotlib.rcParams["axes.prop_cycle"].by_key()["color"])
+    staff = [v for v in context.variants if context.is_staff(v)]
+    for variant, colour, marker in zip([*staff, *context.baselines], colours, cycle("osD^vPX*<>")):
+        yield variant, {"color": colour, "marker": marker, "label": variant}
+
+
+def performance(context: Context) -> Made:
+    """The metric against the pruning rate, with intervals over seeds."""
+    figure, axes = _figure(height=2.9)
+    rates = [rate for rate in context.rates if 0 < rate < 1]
+    looks = list(_looks(context))
+    if not rates or not looks:
+        return None
+    step = min(np.diff(rates), default=0.1) * 0.08
+    for i, (variant, look) in enumerate(looks):
+        points = [(rate, m) for rate in rates if (m := mean(context, variant, rate))]
+        shift = (i - (len(looks) - 1) / 2) * step  # so that intervals do not hide one another
+        x, y = [rate + shift for rate, _ in points], [m.value for _, m in points]
+        axes.errorbar(x, y, yerr=[m.half or 0 for _, m in points], capsize=1.5, elinewidth=0.7, **look)
+    for variant, rate, line in (("full", 0.0, "--"), ("raw target", 1.0, ":")):
+        if found := mean(context, variant, rate):
+            axes.axhline(found.value, color="0.35", linestyle=line, linewidth=1, label=variant)
+    axes.set(xlabel="pruning rate", ylabel=metric(context), xticks=rates)
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    _legend_above(figure, axes)
+    caption = (
+        f"{metric(context)} on {context.title} against the pruning rate: means and 95 % t-intervals over seeds "
+        "(none where one seed ran)."
+    )
+    return figure, caption
+
+
+def pareto(context: Context) -> Made:
+    """The metric against what selection cost, at the rate of most methods; the front joins what nothing beats."""
+    rate, runs = context.shown
+    points = []
+    for variant, look in _looks(context):
+        if variant in runs and (found := mean(context, variant, rate)):
+            seconds = float(context.cells[variant, rate]["overhead_seconds"].mean())
+            points.append((seconds, found, look))
+    if len(points) < 2:
+        return None
+    figure, axes = _figure(height=2.9)
+    for seconds, found, look in points:
+        axes.errorbar(seconds, found.value, yerr=found.half or 0, capsize=1.5, elinewidth=0.7, linestyle="", **look)
+    front, best = [], -np.inf
+    for seconds, found, _ in sorted(points, key=lambda p: (p[0], -p[1].value)):
+        if found.value > best:
+            best = found.value
+            front.append((seconds, best))
+    axes.step(
+        *zip(*front), where="post", color="0.35", linewidth=0.8, linestyle="--", label="Pareto front", zorder=0
+    )
+    axes.set(xscale="log", xlabel="selection overhead (s)", ylabel=metric(context))
+    _legend_above(figure, axes)
+    caption = (
+        f"{metric(context)} against the overhead of selection on {context.title}, pruning rate {rate:g}: means "
+        "over seeds with 95 % t-intervals; the dashed line joins the methods that no other beats in both, by their "
+        "means alone."
+    )
+    return figure, caption
+
+
+def coreset(context: Context) -> Made:
+    """Scores of pool and coreset; each region's size, budget and verified ratio."""
+    found = _staffs_run(context)
+    if found is None:
+        return None
+    variant, rate, samples, regions = found
+    regions = regions.sort_values("low")
+    figure, (top, middle, bottom) = _figure(3, 1, height=4.0, sharex=True)
+    scores, colour = samples["speculative"], "#0072B2"
+    bins = np.linspace(scores.min(), scores.max(), 51).tolist()
+    top.hist(scores, bins=bins, color="0.75", label="pool")
+    top.hist(scores[samples["selected"]], bins=bins, color=colour, label="coreset")
+    top.set(yscale="log", ylabel="samples", ylim=(0.7, None))
+    centre, width = (regions["low"] + regions["high"]) / 2, (scores.max() - scores.min()) / 50 * 0.8
+    middle.bar(centre, regions["size"], width=width, color="0.75", label="size")
+    middle.bar(centre, regions["budget"], width=width, color=colour, label="budget")
+    middle.set(yscale="log", ylabel="samples, by region", ylim=(0.7, None))
+    bottom.axhline(1, color="0.35", linewidth=0.8, linestyle=":")
+    bottom.scatter(centre, regions["ratio"], s=4 + 3 * regions["verified"], color="#D55E00", linewidth=0)
+    bottom.set(ylabel="verified ratio $V_i$", xlabel="speculative score (effort of the small model)")
+    for axes in (top, middle):
+        axes.legend(loc="upper right")
+    caption = (
+        f"A coreset of {variant} on {context.title}, pruning rate {rate:g}: scores of pool and coreset; each "
+        "region's size and budget; its ratio V of target scores to small-model scores (a larger dot: more samples "
+        "verified). Empty regions are left out."
+    )
+    return figure, caption
+
+
+def agreement(context: Context) -> Made:
+    """Scores of the small model against those of the target, and their rank correlation by region."""
+    found = _staffs_run(context)
+    if found is None:
+        return None
+    variant, rate, samples, regions = found
+    both = samples.dropna(subset=["verified"])
+    both = both[(both["speculative"] > 0) & (both["verified"] > 0)]
+    if len(both) < LEAST:
+        return None
+    bounds = regions.sort_values("low")
+    place = np.searchsorted(bounds["low"], both["speculative"], side="right") - 1
+    groups = [(bounds.iloc[i], part) for i, part in both.groupby(place) if len(part) >= LEAST]
+    by_region = [
+        (r["low"], r["high"], len(part), _spearman(part["speculative"], part["verified"])) for r, part in groups
+    ]
+    figure, (left, right) = _figure(2, 1, height=4.0)
+    left.scatter(
+        both["speculative"], both["verified"], s=6, color="#0072B2", alpha=0.6, linewidth=0, rasterized=True
+    )
+    left.set(xscale="log", yscale="log", xlabel="small model's score", ylabel="target's score")
+    overall = _spearman(both["speculative"], both["verified"])
+    left.set_title(f"all {len(both)} verified samples: Spearman {overall:.2f}")
+    right.axhline(0, color="0.35", linewidth=0.8)
+    right.axhline(overall, color="0.35", linewidth=0.8, linestyle="--")
+    for low, high, count, value in by_region:
+        right.plot([low, high], [value, value], color="#D55E00", linewidth=1)
+        right.scatter((low + high) / 2, value, s=2 + 2 * min(count, 20), color="#D55E00", linewidth=0)
+    right.set(ylim=(-1.05, 1.05), xlabel="small model's score", ylabel="Spearman in region")
+    caption = (
+        f"Agreement of the small model's and the target's scores where both are known ({variant}, {context.title}, "
+        f"pruning rate {rate:g}). Below: within each region with {LEAST} or more verified samples (dashed: over "
+        "all); of so few samples single values are mostly chance."
+    )
+    return figure, caption
+
+
+def overlap(context: Context) -> Made:
+    """How much the coresets of all methods share."""
+    rate, runs = context.shown
+    tables = {v: samples for v, folder in runs.items() if (samples := _samples(folder)) is not None}
+    if len(tables) < 2:
+        return None
+    chosen = {v: set(samples.loc[samples["selected"], "id"]) for v, samples in tables.items()}
+    jaccard = np.array([[len(a & b) / len(a | b) for b in chosen.values()] for a in chosen.values()])
+    share = np.mean([samples["selected"].mean() for samples in tables.values()])
+    size = max(2.4, 0.36 * len(chosen) + 1.1)
+    figure, axes = _figure(height=min(size, 5.0))
+    image = axes.imshow(jaccard, vmin=0, vmax=1)
+    axes.grid(False)
+    axes.set_xticks(range(len(chosen)), list(chosen), rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(chosen)), list(chosen))
+    for (i, j), value in np.ndenumerate(jaccard):
+        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="w" if value < 0.5 else "k")
+    figure.colorbar(image, ax=axes, label="Jaccard", shrink=0.8)
+    caption = (
+        f"Overlap of coresets on {context.title}, pruning rate {rate:g}, lowest seed: |A and B| / |A or B|. Two "
+        f"independent random coresets would share {share / (2 - share):.2f}."
+    )
+    return figure, caption
+
+
+def length(context: Context) -> Made:
+    """Each method's score against the length of the answer, pool and coreset."""
+    rate, runs = context.shown
+    panels = []
+    for variant, folder in runs.items():
+        samples = _samples(folder)
+        if samples is None or "answer_tokens" not in samples:
+            continue
+        score = next((c for c in samples if c not in ("id", "selected", "answer_tokens")), None)
+        if score is not None and samples[score].notna().sum() >= LEAST:
+            panels.append((variant, score, samples))
+    if not panels:
+        return None
+    panels = panels[:8]
+    rows = (len(panels) + 1) // 2
+    columns = min(2, len(panels))
+    figure, axes = _figure(rows, columns, height=0.5 + 1.5 * rows, squeeze=False)
+    for place, (variant, score, samples) in zip(axes.flat, panels):
+        rho = _spearman(samples["answer_tokens"], samples[score])
+        for part, colour, size in ((~samples["selected"], "0.7", 3), (samples["selected"], "#0072B2", 5)):
+            shown = samples[part]
+            place.scatter(shown["answer_tokens"], shown[score], s=size, color=colour, linewidth=0, rasterized=True)
+        place.set_title(f"{variant}: Spearman {rho:.2f}", fontsize=7)
+        place.set(ylabel=score)
+    for place in axes.flat[len(panels) :]:
+        place.set_axis_off()
+    figure.supxlabel("answer length (tokens)", fontsize=8)
+    means = [f"{v} {s.loc[s['selected'], 'answer_tokens'].mean():.1f}" for v, _, s in panels]
+    caption = (
+        f"Score against answer length on {context.title}, pruning rate {rate:g}, lowest seed; the coreset in blue. "
+        f"Mean answer length: pool {panels[0][2]['answer_tokens'].mean():.1f} tokens; coresets: {', '.join(means)}."
+    )
+    return figure, caption
+
+
+FIGURES: dict[str, Callable[[Context], Made]] = {
+    "performance": performance,
+    "pareto": pareto,
+    "coreset": coreset,
+    "agreement": agreement,
+    "overlap": overlap,
+    "length": length,
+}
+
+
+def _legend_above(figure: Figure, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels), default=0) > 16 else 4
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, columnspacing=1.0, handlelength=1.6)
+
+
+def _spearman(a: pd.Series, b: pd.Series) -> float:
+    """0 where one of them is constant, of which nothing can be said."""
+    if a.nunique() < 2 or b.nunique() < 2:
+        return 0.0
+    return float(stats.spearmanr(a, b, nan_policy="omit").statistic)
+
+
+def _samples(folder: Path) -> pd.DataFrame | None:
+    file = folder / "samples.parquet"
+    return pd.read_parquet(file) if file.is_file() else None
+
+
+def _staffs_run(context: Context) -> tuple[str, float, pd.DataFrame, pd.DataFrame] | None:
+    """The shown run of STAFF whose scores and regions are known."""
+    rate, runs = context.shown
+    for variant, folder in runs.items():
+        samples, regions = _samples(folder), folder / "regions.csv"
+        if context.is_staff(variant) and samples is not None and regions.is_file() and "verified" in samples:
+            return variant, rate, samples, pd.read_csv(regions)
+    return None

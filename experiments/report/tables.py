@@ -1,0 +1,112 @@
+"""A table of a report, as Markdown and as LaTeX (booktabs), and how its numbers and captions are worded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from experiments.report.comparisons import mean
+from experiments.report.records import Context
+
+NONE = "–"
+LATEX = str.maketrans(
+    {**{c: f"\\{c}" for c in "%_&#${}"}, "~": r"\textasciitilde{}", "^": r"\^{}", "\\": r"\textbackslash{}"}
+)
+SHOWN_AS = {"rougeL": "ROUGE-L", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "bleu": "BLEU", "chrf": "chrF"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; `marks` says which are "bold" or "italic", by row position and column."""
+
+    name: str
+    caption: str
+    cells: pd.DataFrame
+    marks: dict[tuple[int, str], str] = field(default_factory=dict)
+
+    def markdown(self) -> str:
+        signs = {"bold": "**{}**", "italic": "*{}*"}
+        cells = self.cells.map(lambda text: str(text).replace("|", r"\|").replace("*", r"\*"))
+        for (row, column), mark in self.marks.items():
+            cells.loc[row, column] = signs[mark].format(cells.loc[row, column])
+        headed = cells.rename(columns=lambda text: str(text).replace("|", r"\|"))
+        align = ["left" if is_text(cells[c]) else "right" for c in cells]
+        return f"{headed.to_markdown(index=False, disable_numparse=True, colalign=align)}\n\n{self.caption}\n"
+
+    def latex(self) -> str:
+        css = pd.DataFrame("", index=self.cells.index, columns=self.cells.columns)
+        for (row, column), mark in self.marks.items():
+            css.loc[row, column] = {"bold": "font-weight: bold", "italic": "font-style: italic"}[mark]
+        style = self.cells.style.hide(axis="index").apply(lambda _: css, axis=None).format(escape="latex")
+        style = style.format_index(escape="latex", axis=1)
+        align = "".join("l" if is_text(self.cells[c]) else "r" for c in self.cells)
+        caption, label = self.caption.translate(LATEX), f"tab:{self.name}"
+        return style.to_latex(
+            hrules=True, convert_css=True, column_format=align, caption=caption, label=label, position="tb"
+        )
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / f"{self.name}.tex").write_text(self.latex(), encoding="utf-8")
+
+
+def is_text(column: pd.Series) -> bool:
+    """Whether a column holds names rather than numbers."""
+    return not any(str(text)[:1].isdigit() or str(text)[:1] in "+-~" for text in column)
+
+
+def seeds(context: Context) -> str:
+    """What an interval in a cell is, or why there is none, in a sentence."""
+    counts = {m.units for (v, r) in context.cells if (m := mean(context, v, r)) and v != "raw target"}
+    if counts <= {1}:
+        return "One seed: no interval over seeds can be given, and differences know nothing of seeds."
+    many = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    return f"Means over {many} seeds, ± 95 % t-interval (none where one seed ran or all seeds answer the same)."
+
+
+def basis(context: Context) -> str:
+    """What the differences of a corpus metric rest on, as a sentence of a caption."""
+    if context.metric not in ("bleu", "chrf"):
+        return ""
+    return f" Means are corpus {metric(context)}; differences and marks rest on the means of sentence values."
+
+
+def machine(context: Context) -> str:
+    """What seconds do not tell, as a sentence of a caption."""
+    devices = ", ".join(sorted({str(d) for d in context.runs["overhead_device"] if d == d and d}))
+    alone = (context.runs["concurrent_workers"] == 1).all()
+    shared = "" if alone else "; several runs shared the machine, which seconds depend on and FLOPs do not"
+    return f" Measured on {devices or 'an unnamed device'}{shared}."
+
+
+def metric(context: Context) -> str:
+    return SHOWN_AS.get(context.metric, context.metric)
+
+
+def value(context: Context, variant: str, rate: float) -> float | None:
+    """The mean of a cell; None where there is none."""
+    found = mean(context, variant, rate)
+    return None if found is None else found.value
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if value == 0 or not np.isfinite(value):
+        return "0" if value == 0 else NONE
+    digits = max(0, 2 - int(np.floor(np.log10(abs(value)))))
+    return f"{value:.{min(digits, 6)}f}"
+
+
+def average(values: pd.Series, mark: str = "") -> str:
+    """The mean of what is known, as text."""
+    known = values.dropna().astype(float)
+    return NONE if known.empty else mark + number(known.mean())
+
+
+def rate_column(rate: float) -> str:
+    names = {0.0: "p = 0 (everything)", 1.0: "p = 1 (nothing)"}
+    return names.get(rate, f"p = {rate:g}")
