@@ -108,7 +108,7 @@ def check_mode(mode: str) -> None:
         raise UserError(f"tracking.mode={mode!r} is unknown: choose from {', '.join(MODES)}.")
 
 
-def log_to_wandb(folder: Path, mode: str) -> bool:
+def log_to_wandb(folder: Path, mode: str, fall_back: bool = True) -> bool:
     """Mirror the record in `folder` to W&B, now or whenever there is a network; True if it is there, or in a file
     that `wandb sync` uploads. Whatever goes wrong there is one line of warning, never the end of a run.
 
@@ -124,6 +124,7 @@ def log_to_wandb(folder: Path, mode: str) -> bool:
         mode: "auto" follows WANDB_MODE, and without it goes online where the user is logged in and offline
             elsewhere. A server that does not answer within 10 s (WANDB_INIT_TIMEOUT) leaves an offline run, to
             be uploaded with `wandb sync`.
+        fall_back: False leaves no offline run in place of an online one; the answer is False then.
     """
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "auto")
@@ -135,6 +136,7 @@ def log_to_wandb(folder: Path, mode: str) -> bool:
     try:
         run = _start(
             mode,
+            fall_back,
             dir=folder,
             project=config["tracking"].get("project"),
             entity=config["tracking"].get("entity"),
@@ -157,8 +159,8 @@ def log_to_wandb(folder: Path, mode: str) -> bool:
             _finish(run)
 
 
-def _start(mode: Any, **identity: Any) -> Any:
-    """A W&B run, offline where online does not answer."""
+def _start(mode: Any, fall_back: bool, **identity: Any) -> Any:
+    """A W&B run, offline where online does not answer (or that error, without falling back)."""
     # W&B's reports of its own errors keep a process up to half a minute at its end where no server answers.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
@@ -185,6 +187,9 @@ def _start(mode: Any, **identity: Any) -> Any:
             if _logged_in():
                 return wandb.init(mode="online", **start)
         except Exception as error:
+            if not fall_back:
+                wandb.teardown()
+                raise
             log.warning("Weights & Biases: %s; logging offline, upload later with `wandb sync`", _sentence(error))
             wandb.teardown()  # the failed run holds its id until its service ends
             wandb.setup(settings)

@@ -90,7 +90,8 @@ def _compared(
     names = [name for seeds in by_seeds.values() for name in seeds.values()]
     answers = [context.answers(name) for name in names]
     ids = next((a.index for a in answers if len(a) > 1), pd.Index([]))
-    values = {n: a.to_numpy() for n, a in zip(names, answers) if a.index.equals(ids) and not a.hasnans}
+    same = {n: a for n, a in zip(names, answers) if len(a) > 1 and a.index.equals(ids)}
+    values = {n: a.to_numpy() for n, a in same.items() if not a.hasnans}
     if not values:
         return []
     position = {name: i for i, name in enumerate(values)}

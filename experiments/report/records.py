@@ -17,7 +17,7 @@ SEEDS = ["seed", "selection_seed", "finetune_seed"]
 NAMES = ["family", "task", "method", "pruning_rate"]
 # Settings that change no number, are named by a column of their own, or are known better by content (identity).
 UNTOLD = ("tracking", "results_dir", "store_dir", "scoring", "evaluation", "pruning_rate", *SEEDS)
-UNTOLD = (*UNTOLD, "task.data_dir", "data.source", "method._target_")
+UNTOLD = (*UNTOLD, "task.data_dir", "identity.data.source", "method._target_")
 
 
 def collect(results: Path) -> pd.DataFrame:
@@ -44,7 +44,7 @@ def _row(file: Path) -> dict[str, Any]:
         "answers": record["evaluation"]["fingerprint"],
         "selects": record["config"]["method"]["_target_"],
         "test_set": record["identity"]["data"]["test"],
-        **dict(_settings({**record["config"], **record["identity"]})),
+        **dict(_settings({**record["config"], "identity": record["identity"]})),
     }
 
 

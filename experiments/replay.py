@@ -1,0 +1,31 @@
+"""Send recorded runs to Weights & Biases, once there is a network: `python -m experiments.replay [FOLDER ...]`.
+
+A page is found again by the run's fingerprint, so that a second time goes on the same page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from staff.tracking import log_to_wandb
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.replay", description=__doc__)
+    parser.add_argument("folders", type=Path, nargs="*", help="folders of runs; without any, all under --results")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
+    arguments = parser.parse_args()
+    folders = arguments.folders or sorted(arguments.results.glob("runs/*/"))
+    recorded = [folder for folder in folders if (folder / "metrics.json").is_file()]
+    if not recorded:
+        sys.exit(f"no folder with a metrics.json among {len(folders)} under {arguments.results}/runs: name others.")
+    failed = [folder for folder in recorded if not log_to_wandb(folder, "online", fall_back=False)]
+    print(f"{len(recorded) - len(failed)} of {len(recorded)} runs are online")
+    if failed:
+        sys.exit(f"not sent: {', '.join(folder.name for folder in failed)}; the same command tries again.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""The report says what the records say: nothing averaged that differs, no chance marked, all text escaped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from experiments.report import overhead, performance
+from experiments.report.__main__ import summary, write
+from experiments.report.comparisons import mean, pairs
+from experiments.report.records import Context, collect, contexts, told_apart
+from staff.tracking import write_record
+
+PAPER = pd.read_csv(ROOT / "results/paper/table1.csv")
+METHODS = {"raw": "baselines.full.Raw", "full": "baselines.full.Full", "random": "baselines.random.Random"}
+METHODS |= {"ccs": "baselines.ccs.CCS", "staff": "staff.speculative.Staff"}
+RATES = {"raw": (1.0,), "full": (0.0,)}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a real run of STAFF, which all others here are made from."""
+    results = tmp_path_factory.mktemp("real")
+    shrunk = "task.train_limit=24 task.test_limit=6 task.max_new_tokens=4 finetune.epochs=1 finetune.small_epochs=1"
+    command = [sys.executable, "-m", "experiments.run", *shrunk.split(), "method=staff", "pruning_rate=0.5"]
+    options = ["tracking=none", f"results_dir={results}"]
+    subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True)
+    (folder,) = results.glob("runs/*/")
+    return folder
+
+
+def copied(
+    real: Path, results: Path, method: str, rate: float, seeds: tuple[int, int], answers: np.ndarray, **changes: Any
+) -> dict[str, Any]:
+    """Write what a run of `method` would leave, had it scored `answers`; `changes` by dotted name."""
+    record = json.loads((real / "metrics.json").read_text())
+    name = f"{method}-p{rate:g}-s{seeds[0]}-{seeds[1]}-" + "-".join(
+        re.sub(r"\W", "", f"{v}") for v in changes.values()
+    )
+    own = {"selection_seed": seeds[0], "finetune_seed": seeds[1], "pruning_rate": rate}
+    record["run"] |= {"name": name, "method": method, "seed": seeds[0], **own}
+    record["metrics"]["rougeL"] = float(answers.mean())
+    record["evaluation"]["fingerprint"] = str(hash(answers.tobytes()))
+    settings = record["config"]["method"] if method == "staff" else {}
+    record["config"] |= {**own, "method": {**settings, "_target_": METHODS.get(method, "baselines.own.Own")}}
+    record["identity"]["method"] = method
+    for path, value in changes.items():
+        *parents, leaf = path.split("__")
+        place = record
+        for parent in parents:
+            place = place[parent]
+        place[leaf] = value
+    folder = results / "runs" / name
+    write_record(folder, record)
+    table = pd.DataFrame({"id": [f"t{i}" for i in range(len(answers))], "prediction": "an answer"})
+    table.assign(references=[["a reference"]] * len(table), rougeL=answers).to_parquet(
+        folder / "predictions.parquet"
+    )
+    for file in ("samples.parquet", "regions.csv"):
+        (folder / file).write_bytes((real / file).read_bytes())
+    return record
+
+
+def grid(
+    real: Path, results: Path, effects: dict[str, float], seeds: int = 3, rates: tuple[float, ...] = (0.5, 0.9)
+) -> None:
+    """A sweep whose true differences are `effects`, in points."""
+    rng = np.random.default_rng(0)
+    hard = rng.normal(25, 5, size=60)
+    for method, effect in effects.items():
+        for rate in RATES.get(method, rates):
+            for seed in range(seeds):
+                chance = 0 if method == "raw" else rng.normal(0, 1, size=60) + rng.normal(0, 0.1)
+                copied(real, results, method, rate, (seed, seed), hard + effect + chance)
+
+
+def only_context(results: Path) -> Context:
+    (context,) = contexts(collect(results), results / "runs")
+    return context
+
+
+def texts(table: Any) -> list[str]:
+    return [str(text) for text in table.cells.to_numpy().ravel()]
+
+
+def test_a_report_of_real_and_copied_runs_is_whole_and_every_file_can_be_read(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"raw": -5, "full": 0, "random": -2, "ccs": -1, "staff": 3})
+    page = write(tmp_path, collect(tmp_path)).read_text()
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert len(rows) == 3 * (1 + 1 + 2 * 3)
+    names = {file.stem.removesuffix("-tiny-dialogsum") for file in tmp_path.glob("tables/*.md")}
+    assert names == {"performance", "differences", "gains", "paper", "overhead", "stages", "break-even"} | (
+        names & {"savings"}
+    )
+    for tex in tmp_path.glob("tables/*.tex"):
+        assert r"\toprule" in tex.read_text() and r"\caption{" in tex.read_text()
+    for file in [*tmp_path.glob("tables/*"), tmp_path / "report.html"]:
+        words = re.sub(r"base64,[\w+/=]+", "", file.read_text())
+        assert not re.search(r"\b(nan|NaN|None|inf)\b", words), file
+    drawn = {file.stem.removesuffix("-tiny-dialogsum") for file in tmp_path.glob("figures/*.svg")}
+    assert drawn >= {"performance", "pareto", "coreset", "agreement", "overlap", "length"}
+    assert {f.stem for f in tmp_path.glob("figures/*.png")} == {f.stem for f in tmp_path.glob("figures/*.svg")}
+    assert page.count("data:image/svg+xml;base64,") == len(drawn)
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page), "nothing is fetched from elsewhere"
+
+
+def test_a_large_difference_is_marked_and_chance_is_not(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"full": 0, "random": -2, "ccs": -2, "staff": 3})
+    context = only_context(tmp_path)
+    table = performance.performance(context, pairs(context))
+    marked = {(table.cells.loc[row, "method"], column): mark for (row, column), mark in table.marks.items()}
+    assert marked == {("staff", "p = 0.5"): "bold", ("staff", "p = 0.9"): "bold"}, "no second best between equals"
+    assert "Holm" in table.caption and "bootstrap" in table.caption and "3 seeds" in table.caption
+    assert "\\bfseries" in table.latex() and "| **" in table.markdown()
+    by_pair = {(p.rate, p.a, p.b): p.difference.mean for p in pairs(context)}
+    assert by_pair[0.9, "staff", "random"] == pytest.approx(5, abs=0.6)
+    assert by_pair[0.9, "staff", "full"] == pytest.approx(3, abs=0.6)
+
+
+def test_the_pairs_difference_is_the_difference_of_the_means_that_are_shown(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"random": 0, "staff": 1})
+    context = only_context(tmp_path)
+    for pair in pairs(context):
+        a, b = mean(context, pair.a, pair.rate), mean(context, pair.b, pair.rate)
+        assert a and b and pair.difference.mean == pytest.approx(a.value - b.value)
+
+
+def test_one_seed_has_no_interval_and_the_caption_says_so(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"random": 0, "staff": 1}, seeds=1)
+    context = only_context(tmp_path)
+    table = performance.performance(context, pairs(context))
+    assert "One seed" in table.caption and "±" not in "".join(texts(table))
+
+
+def test_a_model_that_nothing_random_touched_has_no_interval(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"raw": 0, "staff": 1})
+    found = mean(only_context(tmp_path), "raw target", 1.0)
+    assert found and found.half is None and found.units == 1
+
+
+def test_runs_that_differ_in_anything_but_the_seed_are_never_averaged(real: Path, tmp_path: Path):
+    low, high = np.full(8, 20.0), np.full(8, 30.0)
+    for seed in range(2):
+        copied(real, tmp_path, "staff", 0.5, (seed, seed), low + seed)
+        copied(real, tmp_path, "staff", 0.5, (seed, seed), high + seed, config__method__num_regions=20)
+        copied(real, tmp_path, "staff", 0.5, (seed, seed), high + 9, config__finetune__learning_rate=0.5)
+    table = collect(tmp_path)
+    assert told_apart(table)[4:] == ["setting.method.num_regions", "setting.finetune.learning_rate"]
+    context = only_context(tmp_path)
+    assert context.variants == [
+        "staff num_regions=20 finetune.learning_rate=0.003",
+        "staff num_regions=50 finetune.learning_rate=0.003",
+        "staff num_regions=50 finetune.learning_rate=0.5",
+    ]
+    assert [mean(context, v, 0.5).value for v in context.variants] == [30.5, 20.5, 39.0]  # type: ignore[union-attr]
+    assert "told apart by method, pruning_rate, method.num_regions" in summary(table)
+
+
+def test_a_setting_that_some_runs_do_not_have_tells_apart_too(real: Path, tmp_path: Path):
+    for seed, value in enumerate((None, 5, None)):
+        copied(real, tmp_path, "staff", 0.5, (seed, seed), np.full(4, 20.0), config__task__train_limit=value)
+    assert sorted(len(runs) for runs in only_context(tmp_path).cells.values()) == [1, 2]
+
+
+def test_two_test_sets_of_one_task_never_share_a_table(real: Path, tmp_path: Path):
+    for digest in ("a" * 64, "b" * 64):
+        copied(real, tmp_path, "staff", 0.5, (0, 0), np.full(4, 20.0), identity__data__test=digest)
+    assert len(contexts(collect(tmp_path), tmp_path / "runs")) == 2
+
+
+def test_runs_without_their_predictions_have_means_but_no_differences(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"random": 0, "staff": 1})
+    for file in tmp_path.glob("runs/*/predictions.parquet"):
+        file.unlink()
+    context = only_context(tmp_path)
+    assert pairs(context) == []
+    assert "±" in "".join(texts(performance.performance(context, [])))
+    assert performance.differences(context, []) is None
+
+
+def test_measured_and_estimated_ratios_are_kept_apart(real: Path, tmp_path: Path):
+    answers = np.full(4, 20.0)
+    for seed, (basis, ratio) in enumerate((("measured", 0.5), ("estimated from FLOPs", 3.0))):
+        changes = {"overhead__str": ratio, "overhead__str_basis": basis}
+        copied(real, tmp_path, "staff", 0.5, (seed, seed), answers, **changes)
+    table = overhead.overhead(only_context(tmp_path))
+    assert table is not None
+    assert table.cells.loc[0, ["STR", "STR, estimated"]].tolist() == ["0.500", "~3.00"]
+    said = summary(collect(tmp_path))
+    assert "1.75" not in said and "0.500" in said and "3.000" in said
+
+
+def test_variance_is_split_where_the_grid_has_both_seeds(real: Path, tmp_path: Path):
+    rng = np.random.default_rng(3)
+    for selection, chance in enumerate(rng.normal(0, 3, size=4)):
+        for finetune in range(3):
+            answers = np.full(5, 20 + chance + rng.normal(0, 0.01))
+            copied(real, tmp_path, "staff", 0.5, (selection, finetune), answers)
+    context = only_context(tmp_path)
+    table = performance.variance(context)
+    assert table is not None and table.cells.loc[0, "grid"] == "4 x 3"
+    assert float(table.cells.loc[0, "selection"]) > 1 and float(table.cells.loc[0, "fine-tuning"]) < 0.1
+    found = mean(context, "staff", 0.5)
+    assert found and found.units == 4, "runs that share a coreset are no independent draws"
+
+
+def test_break_even_counts_the_fine_tunings_after_which_a_selection_has_paid(real: Path, tmp_path: Path):
+    changes = {"overhead__seconds": 10.0, "finetuning__seconds": 2.0, "overhead__full_finetuning_seconds": 6.0}
+    copied(real, tmp_path, "staff", 0.5, (0, 0), np.full(4, 20.0), **changes)
+    table = overhead.break_even(only_context(tmp_path))
+    assert table is not None
+    row = table.cells.iloc[0]
+    assert (row["in"], row["ratio"], row["pays from"]) == ("seconds", "2.00", "3")  # 10 + 3 x 2 < 3 x 6
+
+
+def test_the_papers_differences_stand_beside_ours(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"random": 0, "staff": 1})
+    table = performance.against_paper(only_context(tmp_path), PAPER)
+    assert table is not None and "not comparable" in table.caption
+    row = table.cells[table.cells["pruning rate"] == "0.9"].iloc[0]
+    at = PAPER[(PAPER["task"] == "dialogsum") & (PAPER["pruning_rate"] == 0.9) & (PAPER["target"] == "Gemma-7b")]
+    value = at.set_index("method")["rouge_l"]
+    assert row["Gemma-7b"] == f"{value['staff'] - value['random']:+.1f}"
+
+
+class _Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags |= {tag, *(name for name, _ in attrs)}
+
+
+def test_text_of_samples_and_names_is_escaped(real: Path, tmp_path: Path):
+    evil = "<iframe onload=alert(1)>|*_$x$%&"
+    names = {"run__task": evil, "run__metric": "rougeL"}
+    copied(real, tmp_path, "staff", 0.5, (0, 0), np.full(4, 20.0), **names)
+    (file,) = tmp_path.glob("runs/*/predictions.parquet")
+    table = pd.read_parquet(file)
+    table.assign(prediction=evil, id=[f"{evil}{i}" for i in range(4)]).to_parquet(file)
+    page = write(tmp_path, collect(tmp_path)).read_text()
+    parser = _Tags()
+    parser.feed(page)
+    assert "iframe" not in parser.tags and "onload" not in parser.tags and "&lt;iframe" in page
+    assert all(file.parent.name in ("tables", "figures") for file in tmp_path.glob("[tf]*/**/*.*"))
+    tex = next(tmp_path.glob("tables/performance*.tex")).read_text()
+    assert r"\_\$x\$\%\&" in tex
+
+
+def test_the_same_records_give_the_same_files(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"random": 0, "staff": 1})
+
+    def written() -> Iterator[tuple[str, bytes]]:
+        write(tmp_path, collect(tmp_path))
+        for file in sorted([*tmp_path.glob("tables/*"), *tmp_path.glob("figures/*"), tmp_path / "report.html"]):
+            yield file.name, file.read_bytes()
+
+    first, second = dict(written()), dict(written())
+    assert [name for name in first if first[name] != second.get(name)] == []
+
+
+def test_a_thousand_records_are_reported_in_seconds(real: Path, tmp_path: Path):
+    effects = {"full": 0.0, **{f"own{i}": 0.1 * i for i in range(5)}, "random": 0.0, "staff": 1.0}
+    grid(real, tmp_path, effects, seeds=28, rates=(0.2, 0.5, 0.7, 0.8, 0.9))
+    assert len(list(tmp_path.glob("runs/*"))) == 28 * (1 + 7 * 5)
+    started = time.process_time()
+    write(tmp_path, collect(tmp_path))
+    taken = time.process_time() - started
+    assert taken < 20, f"{taken:.1f} s of processor time"  # 10 on an idle machine
+
+
+def test_a_replay_without_a_server_says_what_was_not_sent(real: Path):
+    import os
+
+    environment = {**os.environ, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    environment |= {"WANDB_INIT_TIMEOUT": "2", "WANDB_MODE": "online"}
+    command = [sys.executable, "-m", "experiments.replay", str(real)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 1 and "0 of 1 runs are online" in done.stdout
+    assert f"not sent: {real.name}" in done.stderr
