@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -51,6 +52,7 @@ def units(runs: pd.DataFrame) -> pd.Series:
     return (selection if selection.nunique() > 1 else finetune).astype(str)
 
 
+@cache
 def mean(context: Context, variant: str, rate: float) -> Mean | None:
     """None where the grid has no such cell."""
     runs = context.cells.get((variant, rate))

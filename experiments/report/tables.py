@@ -56,7 +56,7 @@ class Table:
 
 def is_text(column: pd.Series) -> bool:
     """Whether a column holds names rather than numbers."""
-    return not any(str(text)[:1].isdigit() or str(text)[:1] in "+-~" for text in column)
+    return not any(str(text)[:1].isdigit() or str(text)[:1] in "+-~<" for text in column)
 
 
 def seeds(context: Context) -> str:
@@ -108,5 +108,5 @@ def average(values: pd.Series, mark: str = "") -> str:
 
 
 def rate_column(rate: float) -> str:
-    names = {0.0: "p = 0 (everything)", 1.0: "p = 1 (nothing)"}
+    names = {0.0: "all (p = 0)", 1.0: "none (p = 1)"}
     return names.get(rate, f"p = {rate:g}")
