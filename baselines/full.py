@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -14,7 +13,8 @@ from staff.selection import Coreset, Draws, ScorePool
 class Full:
     """Every sample, whatever the pruning rate."""
 
-    pruning_rate: ClassVar[float] = 0.0
+    def fixed_size(self, pool_size: int) -> int:
+        return pool_size
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         return Coreset(np.arange(len(pool.ids)))
@@ -24,7 +24,8 @@ class Full:
 class Raw:
     """No sample: the target LLM as it is, without fine-tuning."""
 
-    pruning_rate: ClassVar[float] = 1.0
+    def fixed_size(self, pool_size: int) -> int:
+        return 0
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         return Coreset(np.empty(0, dtype=np.int64))

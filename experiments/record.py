@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from staff.finetune import FinetuneSettings, epoch_flops, finetune_key, finetune
 from staff.made import materialise
 from staff.models import Family
 from staff.pool import Pool, ScoringSettings
-from staff.selection import Coreset, SelectionMethod, budget_for, source_digest
+from staff.selection import Coreset, SelectionMethod, budget_of, source_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 log = logging.getLogger("staff")
@@ -60,12 +61,11 @@ class Run:
         for name in ("selection_seed", "finetune_seed"):
             if not isinstance(cfg[name], int) or cfg[name] < 0:
                 raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0.")
-        fixed = getattr(self.method, "pruning_rate", None)
-        self.pruning_rate = cfg.pruning_rate if fixed is None else fixed
         self.train, self.test = self.task.load("train"), self.task.load("test")
         check_metrics(self.task.metrics, self.test)
-        if fixed is None:
-            budget_for(self.pruning_rate, len(self.train))  # refuse a bad rate before anything is loaded
+        kept = budget_of(self.method, cfg.pruning_rate, len(self.train))  # refuses a bad rate
+        fixed = hasattr(self.method, "fixed_size")
+        self.pruning_rate = float(1 - Fraction(kept, len(self.train))) if fixed else cfg.pruning_rate
         self.store = Store(cfg.store_dir, workers=sweep.workers())
         self.family = materialise(family, self.store)
         self.selecting = materialise(selecting, self.store) if selecting else self.family
@@ -75,7 +75,7 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration; a method with a pruning rate of its own shows that one."""
+        """The resolved configuration; a method with a size of its own shows the pruning rate that comes to."""
         config = OmegaConf.to_container(self.cfg, resolve=True)
         assert isinstance(config, dict)
         return {**{str(k): v for k, v in config.items()}, "pruning_rate": self.pruning_rate}
@@ -85,6 +85,7 @@ class Run:
         """Of exactly what determines the run's numbers."""
         content = {k: v for k, v in self.config.items() if k not in NOT_IN_FINGERPRINT}
         content["family"] = content["selection_family"] = None
+        content["method"] = {k: v for k, v in content["method"].items() if k != "path"}
         content["task"] = {k: v for k, v in content["task"].items() if k != "data_dir"}
         # Samples are known by their content: the commit they came from says nothing more, and not to those offline.
         data = {split: self.identity["data"][split] for split in ("train", "test")}
@@ -154,9 +155,7 @@ class Run:
 
     @property
     def budget(self) -> int:
-        fixed = {0.0: len(self.pool.ids), 1.0: 0}
-        own = getattr(self.method, "pruning_rate", None)
-        return budget_for(self.pruning_rate, len(self.pool.ids)) if own is None else fixed[own]
+        return budget_of(self.method, self.cfg.pruning_rate, len(self.pool.ids))
 
     def locked(self) -> FileLock:
         """Keeps two workers of a sweep from carrying out the same run side by side."""

@@ -155,12 +155,20 @@ def budget_for(pruning_rate: float, pool_size: int) -> int:
     return budget
 
 
+def budget_of(method: SelectionMethod, pruning_rate: float, pool_size: int) -> int:
+    """How many samples the method is to select: `budget_for`, unless it has a `fixed_size(pool_size)` of its own
+    whatever the pruning rate (everything, nothing, a list made before)."""
+    fixed = getattr(method, "fixed_size", None)
+    return budget_for(pruning_rate, pool_size) if fixed is None else fixed(pool_size)
+
+
 def source_digest(method: SelectionMethod) -> str:
     """Of the file that defines the method: a mended method does not read what its earlier form selected. A method
-    among its fields counts as well, by class and file."""
+    among its fields counts as well, by class and file, and so does what a method reads, by its `content_digest`."""
     inner = [value for value in vars(method).values() if hasattr(value, "select")]
     parts = [inspect.getsource(sys.modules[type(method).__module__])]
     parts += [part for other in inner for part in (type(other).__qualname__, source_digest(other))]
+    parts.append(getattr(method, "content_digest", ""))
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
