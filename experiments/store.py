@@ -2,14 +2,15 @@
 
 list     every artefact: size, age, what it cost, what attempts that led to nothing took, how many records need it.
 verify   compares every file with its checksum.
-prune    removes what no record needs, what is damaged, and what an older version of a stage made. It says what it
-         would remove; with --yes it does.
+prune    removes what no record needs, what is damaged, what an older version of a stage made, and checkpoints of
+         fine-tunings that were not finished. It says what it would remove; with --yes it does.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -132,6 +133,9 @@ def prune(store: Path, results: Sequence[Path], really: bool) -> None:
             doomed.append(entry)
             what = f"{entry.folder}, {entry.size / 1e6:.1f} MB, {entry.seconds:.1f} s"
             print(f"{why}: {entry.label or entry.stage} ({what})")
+    unfinished = [folder for folder in sorted(store.glob("checkpoints/*")) if any(folder.iterdir())]
+    for folder in unfinished:
+        print(f"not finished: checkpoints of {folder.name[:8]} ({folder})")
     if not really:
         print(f"{_sum(doomed)} to remove; nothing is removed without --yes")
         return
@@ -141,6 +145,8 @@ def prune(store: Path, results: Sequence[Path], really: bool) -> None:
         raise UserError(f"a process is at work in {store} ({held[0].name}); prune when it is done.")
     for entry in doomed:
         shared.remove(entry.folder)
+    for folder in unfinished:
+        shutil.rmtree(folder)
     print(f"{_sum(doomed)} removed")
 
 

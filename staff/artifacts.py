@@ -4,6 +4,7 @@
     root/tmp/                     what is being written
     root/locks/                   one lock file an artefact
     root/attempts/                what was begun and not finished (`staff.attempts`)
+    root/checkpoints/             where a long fine-tuning goes on from if it is killed (`staff.checkpoints`)
 
 An artefact is written to a temporary folder, its manifest last, and published by one rename while its lock is held.
 So a folder with a manifest is whole, and a process that dies leaves nothing that is read. The manifest tells what
@@ -40,6 +41,7 @@ STAGE_VERSIONS = {"finetune": 1, "scores": 1, "coreset": 1, "evaluation": 1, "mo
 STAGE_SOURCES: dict[str, tuple[str, ...]] = {
     "finetune": (
         "staff/finetune.py",
+        "staff/checkpoints.py",
         "staff/online.py",
         "staff/trainer.py",
         "staff/gradients.py",
@@ -206,6 +208,7 @@ class Store:
                 if folder.exists():  # without a manifest, or it would have been read
                     shutil.rmtree(folder)
                 os.rename(draft, folder)
+            shutil.rmtree(self.checkpoints(fingerprint), ignore_errors=True)
         finally:
             _frames.reset(outer)
             shutil.rmtree(draft, ignore_errors=True)
@@ -214,6 +217,10 @@ class Store:
     def attempts(self, fingerprint: str) -> Path:
         """The file that tells of attempts at an artefact which led to nothing."""
         return self.root / "attempts" / f"{fingerprint[:32]}.json"
+
+    def checkpoints(self, fingerprint: str) -> Path:
+        """The folder for checkpoints of an artefact in the making, removed once it is published."""
+        return self.root / "checkpoints" / fingerprint[:32]
 
     def _mention_older(self, stage: str, label: str, key: dict[str, Any]) -> None:
         for version in range(1, STAGE_VERSIONS[stage]):

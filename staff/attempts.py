@@ -1,7 +1,8 @@
 """What making an artefact took before it succeeded, apart from its cost: attempts that were killed or failed.
 
 An attempt writes its start to a file, and every few seconds for how long it has worked. One that is killed leaves
-the file as it was last written, so it counts for up to `BEAT` seconds less than it took.
+the file as it was last written, so it counts for up to `BEAT` seconds less than it took. What a checkpoint keeps of
+it is not lost, and counts for the artefact that is made from there.
 """
 
 import json
@@ -21,7 +22,7 @@ BEAT = 5.0
 
 @contextmanager
 def attempt(file: Path, meter: Meter) -> Iterator[list[dict[str, Any]]]:
-    """Record the block in `file`, its time as `meter` runs; forget it, and those before it, once it succeeds.
+    """Record the block in `file`, what `meter` would lose of it; forget it, and those before it, once it succeeds.
 
     Yields the attempts before it: when each started, seconds, and the error's name where it was not killed.
     """
@@ -30,7 +31,7 @@ def attempt(file: Path, meter: Meter) -> Iterator[list[dict[str, Any]]]:
     done = threading.Event()
 
     def write() -> None:
-        this["seconds"] = meter.seconds
+        this["seconds"] = meter.lost
         draft = file.with_suffix(".draft")
         draft.write_text(json.dumps([*earlier, this]))
         os.replace(draft, file)

@@ -69,7 +69,7 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self._seconds = 0.0
+        self._seconds = self._kept = 0.0
         self._started: float | None = None
         self._flops = 0.0
         self._tokens_forward = 0
@@ -106,6 +106,24 @@ class Meter:
         """Measured so far; to be read at any time, from any thread."""
         started = self._started
         return self._seconds + (0.0 if started is None else time.perf_counter() - started)
+
+    @property
+    def lost(self) -> float:
+        """Seconds that would be lost if the process were killed now: those that no checkpoint stands for."""
+        return self.seconds - self._kept
+
+    def keep(self) -> Cost:
+        """What a checkpoint stands for that is written now."""
+        with self.paused():
+            self._kept = self._seconds
+        return self.cost
+
+    def take_over(self, checkpoint: Cost) -> None:
+        """Count the time that an earlier process had spent on the checkpoint that the block goes on from; its FLOPs
+        and tokens are left to whoever counts those of the whole."""
+        self._seconds += checkpoint.seconds
+        self._kept = checkpoint.seconds
+        self._peak_memory_bytes = max(self._peak_memory_bytes, checkpoint.peak_memory_bytes)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

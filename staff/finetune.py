@@ -130,11 +130,13 @@ def finetuned(
     `online`, a kind of gradient, also every sample's effort in the last epoch (`staff.online`)."""
 
     label = f"fine-tune {spec.name} on {len(samples)} samples" + (", scoring online" if online else "")
+    key = finetune_key(spec, samples, settings, epochs, seed, online)
+    checkpoints = store.checkpoints(store.fingerprint("finetune", key))
 
     def make(folder: Path, cost: Meter) -> None:
-        finetune(spec, samples, settings, epochs, seed, folder, cost, online)
+        finetune(spec, samples, settings, epochs, seed, folder, cost, online, checkpoints)
 
-    return store.get("finetune", finetune_key(spec, samples, settings, epochs, seed, online), make, label=label)
+    return store.get("finetune", key, make, label=label)
 
 
 def finetune(
@@ -146,14 +148,20 @@ def finetune(
     folder: Path,
     cost: Meter,
     online: str | None = None,
+    checkpoints: Path | None = None,
 ) -> None:
-    """Fine-tune and write the result to `folder`. The trainer is given the very tokens the scorer sees."""
+    """Fine-tune and write the result to `folder`. The trainer is given the very tokens the scorer sees.
+
+    A long training leaves checkpoints in the folder `checkpoints` (by default in `folder`), and goes on from the
+    last one that is there.
+    """
     if online and settings.kind != "lora":
         raise UserError(f"scores online are gradients of adapters: they need finetune=lora, not {settings.kind}.")
     import torch
     from datasets import Dataset
     from transformers import PrinterCallback
 
+    from staff.checkpoints import Checkpoints
     from staff.online import OnlineEfforts
     from staff.trainer import trainer_for
 
@@ -168,17 +176,20 @@ def finetune(
         }
     )
     efforts = OnlineEfforts(model, online, len(samples)) if online else None
+    checkpoints = checkpoints or folder
+    saved = Checkpoints(checkpoints, cost, efforts)
     trainer = trainer_for(
         model,
         spec.tokenizer(),
         samples.ids,
         efforts,
-        args=_arguments(settings, epochs, seed, len(samples), folder),
+        args=_arguments(settings, epochs, seed, len(samples), checkpoints),
         train_dataset=rows,
-        callbacks=[_progress(spec.name, len(samples))],
+        callbacks=[_progress(spec.name, len(samples)), saved],
     )
     trainer.remove_callback(PrinterCallback)
-    result = trainer.train()
+    result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
+    seconds = saved.seconds
     if not math.isfinite(result.training_loss):
         raise UserError(
             f"fine-tuning {spec.path} ended with a loss of {result.training_loss}: lower finetune.learning_rate="
@@ -192,7 +203,6 @@ def finetune(
     model.save_pretrained(folder)
     if efforts is not None:
         efforts.save(folder / ONLINE_SCORES)
-    seconds = result.metrics["train_runtime"]  # of the steps alone, without loading and saving
     history = {
         "seconds": seconds,
         "trainable_parameters": trained,
@@ -212,13 +222,13 @@ def epoch_flops(spec: ModelSpec, samples: TokenizedSamples, adapter_parameters: 
     )
 
 
-def _arguments(settings: FinetuneSettings, epochs: float, seed: int, samples: int, folder: Path) -> Any:
+def _arguments(settings: FinetuneSettings, epochs: float, seed: int, samples: int, checkpoints: Path) -> Any:
     import torch
     from transformers import TrainingArguments
 
     steps = math.ceil(settings.steps(samples) * epochs)
     return TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(checkpoints),
         num_train_epochs=epochs,
         per_device_train_batch_size=settings.device_batch_size,
         gradient_accumulation_steps=settings.batch_size // settings.device_batch_size,
@@ -235,7 +245,7 @@ def _arguments(settings: FinetuneSettings, epochs: float, seed: int, samples: in
         logging_steps=max(1, steps // 50),
         logging_nan_inf_filter=False,  # a loss that is not finite must show
         remove_unused_columns=False,
-        save_strategy="no",
+        save_strategy="no",  # `Checkpoints` says when
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=torch.cuda.is_available(),

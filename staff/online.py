@@ -31,11 +31,11 @@ class OnlineEfforts:
 
     def __init__(self, model: Any, gradient: str, samples: int) -> None:
         self._layers = gradient_layers(model, gradient)
-        self._squared = torch.full((samples,), torch.nan, dtype=torch.float64)
+        self.squared = torch.full((samples,), torch.nan, dtype=torch.float64)
 
     def save(self, file: Path) -> None:
         """Write "effort", (N,) float64, of each sample when it was last seen; NaN where it never was."""
-        save_file({"effort": self._squared.sqrt()}, file)
+        save_file({"effort": self.squared.sqrt()}, file)
 
     @contextmanager
     def watching(self, rows: Tensor, positions: Positions, tokens: Tensor | int) -> Iterator[None]:
@@ -48,7 +48,7 @@ class OnlineEfforts:
         """
         rows = rows.cpu()
         scale = tokens / positions.counts
-        self._squared[rows] = 0.0
+        self.squared[rows] = 0.0
 
         def watch(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach()
@@ -57,7 +57,7 @@ class OnlineEfforts:
                 with torch.no_grad():
                     g, wide = positions.by_sample(g), positions.by_sample(x)
                     norms = weight_gradient_norms(wide, g, bias=layer.bias is not None)
-                    self._squared[rows] += (norms * scale).double().square().cpu()
+                    self.squared[rows] += (norms * scale).double().square().cpu()
 
             output.register_hook(add)
 

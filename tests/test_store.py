@@ -85,13 +85,17 @@ def test_verify_names_every_damaged_artefact_and_ends_with_an_error(made, result
 
 
 def test_prune_removes_what_no_record_needs_and_only_after_saying_so(made, results, monkeypatch, capsys):
+    (checkpoints := results / "artifacts/checkpoints/0123456789").mkdir(parents=True)
+    (checkpoints / "checkpoint-1").mkdir()
     assert store("prune", "--results", results, monkeypatch=monkeypatch) is None
     said = capsys.readouterr().out
     assert f"no record needs it: scores forgotten ({made['forgotten'].path}, 0.6 MB" in said
     assert "older version: scores old" in said and "needed (" not in said
     assert "2 artefacts, 1.2 MB to remove; nothing is removed without --yes" in said
+    assert f"not finished: checkpoints of 01234567 ({checkpoints})" in said and checkpoints.exists()
     assert all(artefact.path.exists() for artefact in made.values())
     assert store("prune", "--yes", "--results", results, monkeypatch=monkeypatch) is None
+    assert not checkpoints.exists()
     assert [name for name, artefact in made.items() if artefact.path.exists()] == ["needed"]
     assert not list((results / "artifacts/tmp").iterdir())
 

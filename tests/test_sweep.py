@@ -83,7 +83,7 @@ def check_store(results: Path) -> None:
 
 def check_left_behind(results: Path) -> None:
     """A finished sweep leaves no draft and no lost attempt of those that were killed before it."""
-    for folder in ("tmp", "attempts"):
+    for folder in ("tmp", "attempts", "checkpoints"):
         assert not list((results / "artifacts" / folder).glob("*"))
     assert not Store(results / "artifacts").at_work()
 

@@ -1,0 +1,111 @@
+"""A long fine-tuning goes on where it was killed.
+
+A checkpoint is what transformers' Trainer saves: weights as safetensors; optimiser, schedule and random states as
+torch files, which it reads with `weights_only=True`. Added to these are the random state in which the epoch began,
+from which the order of its samples is drawn, the scores taken online so far, and a manifest, written last, with
+checksums and what the training had cost by then. Checkpoints are due by time, at steps whose loss is logged, so that
+the log goes on as well; short trainings never write one.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from staff.cost import Meter
+from staff.errors import UserError
+from staff.manifest import check_contents, check_sizes, read_manifest, write_manifest
+from staff.online import OnlineEfforts
+
+INTERVAL = 300.0
+"""Seconds from one checkpoint to the next."""
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints(TrainerCallback):
+    """Tells a Trainer when to save, and completes what it saved.
+
+    Args:
+        folder: the Trainer's `output_dir`; what lies there belongs to the same training.
+        cost: of the training; it takes over what the last checkpoint had cost.
+        efforts: scores taken online, which go on from there as well.
+    """
+
+    def __init__(self, folder: Path, cost: Meter, efforts: OnlineEfforts | None) -> None:
+        self._cost, self._efforts = cost, efforts
+        self._before = 0.0
+        self._saved = self._began = time.monotonic()
+        self._epoch_began: torch.Tensor | None = None
+        self.last = _last(folder)
+        if self.last is not None:
+            self._take_over(self.last)
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps, before the last checkpoint and since; without loading and saving the model."""
+        return self._before + time.monotonic() - self._began
+
+    def _take_over(self, checkpoint: Path) -> None:
+        manifest, artifact = read_manifest(checkpoint)
+        log.info("going on after step %d, %.0f s", _step(checkpoint), artifact.cost.seconds)
+        self._cost.take_over(artifact.cost)
+        self._before = manifest["step_seconds"]
+        state = load_file(checkpoint / "state.safetensors")
+        self._epoch_began = state["epoch_began"]
+        if self._efforts is not None:
+            self._efforts.squared = state["efforts"]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = self._began = time.monotonic()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.last is not None and self._epoch_began is not None:  # the epoch in which the training was killed
+            torch.set_rng_state(self._epoch_began)
+            self.last = None
+        self._epoch_began = torch.get_rng_state()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_log and time.monotonic() - self._saved >= INTERVAL:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = False  # the end of an epoch would save the same step again
+        assert self._epoch_began is not None
+        over = float(state.epoch).is_integer()
+        kept = {"epoch_began": torch.get_rng_state() if over else self._epoch_began}
+        if self._efforts is not None:
+            kept["efforts"] = self._efforts.squared
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        save_file(kept, folder / "state.safetensors")
+        (folder / "training_args.bin").unlink()  # a pickle, and nobody reads it
+        facts = {"stage": "checkpoint", "label": folder.name, "fingerprint": "", "step_seconds": self.seconds}
+        write_manifest(folder, facts, self._cost.keep(), {})
+        for other in set(folder.parent.glob("checkpoint-*")) - {folder}:
+            shutil.rmtree(other)
+        self._saved = time.monotonic()
+
+
+def _last(folder: Path) -> Path | None:
+    """The last checkpoint that is whole and as it was written; those that are not are removed."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        try:
+            manifest, _ = read_manifest(checkpoint)
+            check_sizes(checkpoint, manifest)
+            check_contents(checkpoint, manifest)
+            return checkpoint
+        except (UserError, FileNotFoundError) as error:
+            log.warning("%s is not gone on from: %s", checkpoint, error)
+            shutil.rmtree(checkpoint)
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
