@@ -45,10 +45,3 @@ def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return {**json.loads((folder / "metrics.json").read_text()), "folder": folder}
 
     return run
-
-
-def pytest_itemcollected(item: pytest.Function) -> None:
-    """Keep the tests that share a module's fixture in one worker, so that what it costs is paid once."""
-    fixtures = item._fixtureinfo.name2fixturedefs.values()
-    if any(definitions[-1].scope == "module" for definitions in fixtures):
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
