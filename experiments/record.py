@@ -30,7 +30,7 @@ from staff.errors import UserError
 from staff.evaluate import check_metrics, evaluated, measure, read_predictions
 from staff.finetune import FinetuneSettings, epoch_flops, finetune_key, finetuned
 from staff.made import materialise
-from staff.models import Family
+from staff.models import Family, check_quantization
 from staff.pool import Pool, ScoringSettings
 from staff.selection import Coreset, SelectionMethod, budget_of, source_digest
 
@@ -67,8 +67,10 @@ class Run:
         fixed = hasattr(self.method, "fixed_size")
         self.pruning_rate = float(1 - Fraction(kept, len(self.train))) if fixed else cfg.pruning_rate
         self.store = Store(cfg.store_dir, workers=sweep.workers())
-        self.family = materialise(family, self.store)
-        self.selecting = materialise(selecting, self.store) if selecting else self.family
+        self.family = materialise(family, self.store).quantised(self.settings.quantization)
+        self.selecting = self.family
+        if selecting:
+            self.selecting = materialise(selecting, self.store).quantised(self.settings.quantization)
         self.started = datetime.now(UTC)
         if self.overlap:
             log.warning("%d of %d test prompts are also in the pool", self.overlap, len(self.test))
@@ -173,6 +175,11 @@ class Run:
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(traceback.format_exc())
             raise
+
+    def check_machine(self) -> None:
+        """Refuse, before a model loads, what this machine cannot do."""
+        if self.settings.quantization:
+            check_quantization()
 
     def select(self) -> tuple[Artifact, Coreset]:
         return self.pool.select(self.method, self.budget)

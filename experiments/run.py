@@ -36,6 +36,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
         if this.recorded:
             log.info("%s: recorded already", this.name)
             return this.folder
+        this.check_machine()
         log.info("%s: a coreset of %d from %d samples", this.name, this.budget, len(this.pool.ids))
         chosen, coreset = this.select()
         tuned = this.finetune(coreset)

@@ -223,7 +223,7 @@ def evaluated(
 
     def make(folder: Path, cost: Meter) -> None:
         model = load_tuned(spec, tuned.path, kind) if tuned else spec.load()
-        if tuned and kind == "lora":
+        if tuned and kind == "lora" and not spec.quantization:  # merged weights would be rounded to 4 bits again
             model = model.merge_and_unload()
         tokenizer = spec.tokenizer()
         answers = generate(

@@ -14,7 +14,7 @@ from staff.artifacts import Artifact, Store
 from staff.cost import Meter, training_flops
 from staff.data import TokenizedSamples
 from staff.errors import UserError
-from staff.models import PRECISIONS, LoraSpec, ModelSpec, fresh_lora, plain
+from staff.models import PRECISIONS, QUANTIZATIONS, LoraSpec, ModelSpec, fresh_lora, plain
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 MATCHES = ("epochs", "steps")
@@ -38,6 +38,9 @@ class FinetuneSettings:
         max_length: cut-off in tokens; a sample that does not fit is refused or dropped (task.too_long).
         precision: "float32", or "bfloat16" for autocast.
         length_grouped: batches of samples of similar length: less padding, less random batches.
+        quantization: None, or "nf4": the frozen weights under LoRA in 4 bits (QLoRA, see `staff.models`).
+        gradient_checkpointing: blocks are run again in the backward pass instead of remembered: less memory, about
+            a third more time, the same weights.
     """
 
     kind: str
@@ -55,12 +58,21 @@ class FinetuneSettings:
     max_length: int
     precision: str
     length_grouped: bool
+    quantization: str | None = None
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "full"):
             raise UserError(f"finetune.kind={self.kind!r} is unknown: choose lora or full.")
         if self.precision not in PRECISIONS:
             raise UserError(f"finetune.precision={self.precision!r}: choose {' or '.join(PRECISIONS)}.")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise UserError(f"finetune.quantization={self.quantization!r}: choose null or {QUANTIZATIONS[0]}.")
+        if self.quantization and self.kind != "lora":
+            raise UserError(f"finetune.quantization={self.quantization} is for finetune.kind=lora: frozen weights.")
+        for name in ("length_grouped", "gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"finetune.{name}={getattr(self, name)!r} must be true or false.")
         for name in ("batch_size", "device_batch_size", "epochs", "small_epochs", "max_length"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -82,9 +94,9 @@ class FinetuneSettings:
             )
 
     def key(self) -> dict[str, Any]:
-        """The fields that determine the result. How a batch is divided over memory changes nothing but rounding,
-        and which number of epochs counts depends on the model and on `match`."""
-        apart = ("device_batch_size", "epochs", "small_epochs", "match")
+        """The fields that determine the result. How a batch lies in memory changes nothing but rounding, which
+        number of epochs counts depends on the model and on `match`, and a quantised model is another model."""
+        apart = ("device_batch_size", "gradient_checkpointing", "epochs", "small_epochs", "match", "quantization")
         return {k: v for k, v in plain(self).items() if k not in apart}
 
     def steps(self, samples: int) -> int:
@@ -163,7 +175,7 @@ def finetune(
 
     from staff.checkpoints import Checkpoints
     from staff.online import OnlineEfforts
-    from staff.trainer import trainer_for
+    from staff.trainer import checkpoint_blocks, trainer_for
 
     model = spec.load()
     model = fresh_lora(model, settings.lora, seed) if settings.kind == "lora" else model.float()
@@ -178,6 +190,8 @@ def finetune(
     efforts = OnlineEfforts(model, online, len(samples)) if online else None
     checkpoints = checkpoints or folder
     saved = Checkpoints(checkpoints, cost, efforts)
+    if settings.gradient_checkpointing:
+        checkpoint_blocks(model)
     trainer = trainer_for(
         model,
         spec.tokenizer(),

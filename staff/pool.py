@@ -143,6 +143,12 @@ class Pool:
             raise UserError(
                 "gradient=all_linear differentiates by the model's own weights: leave out fresh_adapter."
             )
+        merged = options.get("gradient") == "all_linear" or (adapter and model != "target")
+        if spec.quantization and merged:
+            raise UserError(
+                "adapters cannot be merged into weights of 4 bits, as gradient=all_linear and fresh_adapter ask: "
+                "choose gradient=last_v_b or all_lora without fresh_adapter, or finetune=lora."
+            )
         how = {"gradient": "last_v_b", "variant": "standard", **options}
         # What a signal does not depend on is no part of its name.
         gradient = how["gradient"] if "effort" in signals else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, Trainer
 
 from staff.errors import UserError
-from staff.gradients import ARCHITECTURES, Positions, last_block_at, token_losses
+from staff.gradients import ARCHITECTURES, Positions, last_block, last_block_at, token_losses
 from staff.online import OnlineEfforts
 
 
@@ -61,6 +61,14 @@ def trainer_for(
         return Trainer(model=model, data_collator=_collator(tokenizer, rows=False), **settings)
     collator = _collator(tokenizer, rows=True)
     return AnswerTrainer(model=model, ids=ids, efforts=efforts, data_collator=collator, **settings)
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Gradient checkpointing of every block but the last of those that `last_block_at` knows: its hooks are gone
+    when a block is run again, and its memory is needed before the first of the others is."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if model.config.model_type in ARCHITECTURES:
+        last_block(model).gradient_checkpointing = False
 
 
 def _collator(tokenizer: Any, rows: bool) -> Callable[[list[dict[str, Any]]], Any]:

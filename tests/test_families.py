@@ -1,5 +1,6 @@
 """Real families: every architecture from scores to metrics, chat templates, published settings, the hub."""
 
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,6 +157,40 @@ def test_a_family_of_the_hub_is_half_precision_and_named_when_it_cannot_be_had(f
         sentence = str(refused.value)
         assert repr(spec.path) in sentence and "family.target.path=FOLDER family.small.path=FOLDER" in sentence
         assert ("It is gated" in sentence) == (family in ("gemma", "llama2", "gemma3"))
+
+
+def test_qlora_is_refused_where_it_cannot_be_before_anything_loads(run, monkeypatch):
+    monkeypatch.setattr(ModelSpec, "weights", lambda *args, **options: pytest.fail("a model was loaded"))
+    found, there = importlib.util.find_spec, None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: there if n == "bitsandbytes" else found(n))
+    with pytest.raises(UserError, match=r"needs the package bitsandbytes: pip install 'staff-coresets\[qlora\]'"):
+        run("finetune=qlora")
+    there = True
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="needs a CUDA GPU, and there is none here: choose finetune=lora"):
+        run("finetune=qlora")
+    with pytest.raises(Exception, match=r"finetune\.quantization=nf4 is for finetune\.kind=lora"):
+        run("finetune=full", "finetune.quantization=nf4")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes, of the extra qlora")
+def test_qlora_goes_from_scores_to_metrics_with_4_bit_models_throughout(run, monkeypatch):
+    """On a processor, which bitsandbytes can do as well, if slowly."""
+    import bitsandbytes
+
+    for user in ("staff.models", "experiments.record"):
+        monkeypatch.setattr(f"{user}.check_quantization", lambda: None)
+    loaded, load = [], ModelSpec.load
+    monkeypatch.setattr(ModelSpec, "load", lambda spec: loaded.append(load(spec)) or loaded[-1])
+    record = run("finetune=qlora", "method=staff")
+    assert record["counts"]["selected"] == record["counts"]["trained"] == 6
+    assert record["identity"]["models"]["target"]["quantization"] == "nf4"
+    assert len(loaded) == 5, "to fine-tune and score the small model, to verify, to fine-tune and to answer"
+    for model in loaded:
+        linear = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+        assert len(linear) >= 7 * model.config.num_hidden_layers
+    with pytest.raises(UserError, match="adapters cannot be merged into weights of 4 bits"):
+        run("finetune=qlora", "method=staff_official")
 
 
 def test_the_commit_of_a_data_set_on_the_hub_is_recorded_and_changes_no_fingerprint(run, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import staff.trainer
 from staff.cost import Meter
@@ -121,6 +122,28 @@ def test_dividing_a_batch_over_memory_changes_nothing(samples, tmp_path):
     whole = tuned(samples, tmp_path / "whole")
     divided = tuned(samples, tmp_path / "divided", replace(SETTINGS, device_batch_size=1))
     assert far(whole, divided) < 1e-5
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["sparing", "ordinary"])
+def test_gradient_checkpointing_changes_nothing_but_memory_and_time(samples, tmp_path, monkeypatch, known):
+    remembered = tuned(samples, tmp_path / "remembered")
+    if not known:
+        monkeypatch.setattr(staff.trainer, "ARCHITECTURES", ())
+    ran, forward = [], LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: ran.append(mlp) or forward(mlp, x))
+    again = replace(SETTINGS, gradient_checkpointing=True)
+    weights = tuned(samples, tmp_path / "again", again)
+    steps, blocks = 6, SPEC.config().num_hidden_layers
+    assert len(ran) == steps * (2 * blocks - 1 if known else 2 * blocks), "blocks are run twice, but for the last"
+    assert far(remembered, weights) < (1e-6 if known else 1e-5)
+    assert again.key() == SETTINGS.key()
+
+
+@pytest.mark.parametrize("gradient", ["last_v_b", "all_lora"])
+def test_online_scores_are_the_same_under_gradient_checkpointing(samples, tmp_path, gradient):
+    remembered = online(samples, tmp_path / "remembered", SETTINGS, gradient)
+    again = online(samples, tmp_path / "again", replace(SETTINGS, gradient_checkpointing=True), gradient)
+    np.testing.assert_allclose(again, remembered, rtol=1e-6)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(samples, tmp_path):
