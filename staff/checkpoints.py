@@ -3,8 +3,8 @@
 A checkpoint is what transformers' Trainer saves: weights as safetensors; optimiser, schedule and random states as
 torch files, which it reads with `weights_only=True`. Added to these are the random state in which the epoch began,
 from which the order of its samples is drawn, the scores taken online so far, and a manifest, written last, with
-checksums and what the training had cost by then. Checkpoints are due by time, at steps whose loss is logged, so that
-the log goes on as well; short trainings never write one.
+checksums and what the training had cost by then. Checkpoints are due by time, at steps whose loss is logged, so
+that the log goes on as well; short trainings never write one.
 """
 
 from __future__ import annotations
