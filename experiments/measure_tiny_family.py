@@ -19,9 +19,10 @@ from peft import LoraConfig, get_peft_model
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import rankdata, spearmanr
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from experiments.pretrain_tiny_family import ASSETS, encode, read_jsonl, summary_sample
+from staff.models import ModelSpec
 
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
@@ -160,8 +161,7 @@ def measure(args) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     pad = tokenizer.pad_token_id
     models = {
-        role: AutoModelForCausalLM.from_pretrained(folder / role, dtype=torch.float32).eval()
-        for role in ("small", "target")
+        role: ModelSpec(str(folder / role)).weights(dtype=torch.float32).eval() for role in ("small", "target")
     }
     train = encode(tokenizer, [summary_sample(row) for row in pool])
     probe = encode(tokenizer, [summary_sample({**row, "summary": row.get("summary1", "")}) for row in test])

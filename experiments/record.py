@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -119,10 +120,12 @@ class Run:
 
     @property
     def name(self) -> str:
+        """What the run's folder is called: one name, though an option of a group may be a path."""
         parts = [self.choices.get(group) or "custom" for group in ("family", "task", "method")]
         if self.transferred:
             parts[0] = f"{self.choices.get('family@selection_family') or 'custom'}-to-{parts[0]}"
-        return f"{'-'.join(parts)}-p{self.pruning_rate:g}-s{self.cfg.finetune_seed}-{self.fingerprint[:8]}"
+        what = "-".join(re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in parts)
+        return f"{what}-p{self.pruning_rate:g}-s{self.cfg.finetune_seed}-{self.fingerprint[:8]}"
 
     @property
     def folder(self) -> Path:

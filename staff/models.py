@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from staff.errors import UserError
+from staff.weights import ATTENTIONS, NO_CODE, load_safetensors, reason
 
 if TYPE_CHECKING:
     from staff.artifacts import Artifact
@@ -92,6 +93,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.dtype not in PRECISIONS:
             raise UserError(f"family dtype={self.dtype!r} is unknown: choose {' or '.join(PRECISIONS)}.")
+        if self.attention not in ATTENTIONS:
+            raise UserError(f"family attention={self.attention!r} is unknown: choose {' or '.join(ATTENTIONS)}.")
 
     @property
     def name(self) -> str:
@@ -131,13 +134,13 @@ class ModelSpec:
         """The model's transformers configuration; loads no weights."""
         from transformers import AutoConfig
 
-        return self._from_pretrained(AutoConfig)
+        return self._from_pretrained(AutoConfig.from_pretrained, **NO_CODE)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer. One without a pad token pads with its end token: padding is masked anyway."""
         from transformers import AutoTokenizer
 
-        tokenizer = self._from_pretrained(AutoTokenizer)
+        tokenizer = self._from_pretrained(AutoTokenizer.from_pretrained, **NO_CODE)
         tokenizer.padding_side = "right"  # training relies on it; generation pads on the left by itself
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -157,31 +160,30 @@ class ModelSpec:
         """The model as transformers loads it with these options.
 
         Raises:
-            UserError: it cannot be loaded, cannot be had from the hub, or lacks weights.
+            UserError: it cannot be loaded, cannot be had from the hub, lacks weights, or is not let in
+                (`staff.weights`).
         """
-        from transformers import AutoModelForCausalLM
-
-        model, found = self._from_pretrained(AutoModelForCausalLM, output_loading_info=True, **options)
+        model, found = self._from_pretrained(load_safetensors, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):  # transformers draws them at random and goes on
             raise UserError(f"the model in {self.path} lacks {len(missing)} of its weights, such as {missing[0]}.")
         return model
 
-    def _from_pretrained(self, loader: Any, **options: Any) -> Any:
+    def _from_pretrained(self, load: Callable[..., Any], **options: Any) -> Any:
         where = self.local
         if where is None:
             options["revision"] = self.revision
         elif where.is_file():
             where, options["gguf_file"] = where.parent, where.name
         # A torn GGUF file can end in any error of the parser.
-        expected = (Exception,) if "gguf_file" in options else (OSError, ValueError)
+        expected = (Exception,) if "gguf_file" in options else (OSError, ValueError, ImportError)
         try:
-            return loader.from_pretrained(where or self.path, **options)
+            return load(str(where or self.path), **options)
         except expected as error:
             if where is not None:
-                raise UserError(f"the model in {self.local} cannot be loaded: {_first_line(error)}") from error
+                raise UserError(f"the model in {self.local} cannot be loaded: {reason(error)}") from error
             licence = " It is gated: accept its licence on the hub and log in with a token." if self.gated else ""
             raise UserError(
-                f"the model {self.path!r} cannot be had from the Hugging Face hub ({_first_line(error)}).{licence} "
+                f"the model {self.path!r} cannot be had from the Hugging Face hub ({reason(error)}).{licence} "
                 "Or give a local folder: family.target.path=FOLDER family.small.path=FOLDER."
             ) from error
 
@@ -328,7 +330,3 @@ def _digest(model: Path) -> str:
 def _file_digest(file: Path) -> bytes:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").digest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

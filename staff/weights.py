@@ -1,0 +1,63 @@
+"""What is let in of a model: weights as safetensors or GGUF, never a pickle, and no code.
+
+transformers is told to read safetensors alone and to run no code of a model's own. Yet three things that may lie
+beside the weights make it read others: an index that names them, a configuration that does, and an adapter.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Those that transformers has, or that the user installed; by any other name it fetches code from the hub."""
+
+NO_CODE = {"trust_remote_code": False}
+"""For whatever is loaded. Without it, transformers asks at the terminal."""
+
+_ADAPTER, _CONFIG, _INDEX = "adapter_config.json", "config.json", "model.safetensors.index.json"
+
+
+def load_safetensors(place: str, revision: str | None = None, **options: Any) -> Any:
+    """A causal language model out of a folder, or by its name on the hub, from nothing but safetensors or GGUF.
+
+    Args:
+        options: as `from_pretrained` of transformers takes them.
+
+    Raises:
+        ValueError: something beside the weights names others; with the file, and the mend.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if _find(place, _ADAPTER, revision):
+        raise ValueError(f"it holds an adapter, {_ADAPTER}; merge it into the weights, or take it out")
+    explicit = _content(place, _CONFIG, revision).get("transformers_weights")
+    for name in [explicit or "x.safetensors", *_content(place, _INDEX, revision).get("weight_map", {}).values()]:
+        if not str(name).endswith(".safetensors") or len(Path(name).parts) > 1:
+            raise ValueError(f"it names weights in {name!r}, no safetensors file beside it; save them as such")
+    options = {**options, **NO_CODE, "use_safetensors": True, "revision": revision}
+    return AutoModelForCausalLM.from_pretrained(place, **options)
+
+
+def reason(error: Exception) -> str:
+    """Why a model cannot be loaded, with the mend where something of it was not let in."""
+    if "trust_remote_code" in str(error):
+        return "it wants to run code of its own, which is never done; choose a model that transformers knows"
+    if "no file named model.safetensors" in str(error) or "cannot be loaded with `safetensors`" in str(error):
+        return "it has no weights as safetensors, and a pickle, which may hold code, is never read; save them so"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _content(place: str, name: str, revision: str | None) -> dict[str, Any]:
+    file = _find(place, name, revision)
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+
+
+def _find(place: str, name: str, revision: str | None) -> str | None:
+    """Where a file of the model lies, fetched from the hub if need be; None if there is none, or no network."""
+    from transformers.utils.hub import cached_file
+
+    silent = ("gated_repo", "missing_entries", "connection_errors")
+    how = {f"_raise_exceptions_for_{what}": False for what in silent}
+    return cached_file(place, name, revision=revision, **how)
