@@ -125,10 +125,18 @@ class ModelSpec:
             return {"made": self.made.fingerprint}
         if self.local is not None:
             return {"content": _digest(self.local)}
-        commit = self.revision
-        if commit is None or len(commit) != 40:
-            commit = getattr(self.config(), "_commit_hash", None)
-        return {"hub": self.path, "commit": commit or self.revision}
+        return {"hub": self.path, "commit": self.commit()}
+
+    def commit(self) -> str:
+        """The commit on the hub, or in its local cache, that the revision stands for; the same throughout a process.
+
+        Raises:
+            UserError: neither has the model.
+        """
+        try:
+            return _commit(self.path, self.revision)
+        except (OSError, ValueError) as error:
+            raise self._not_on_hub(error) from error
 
     def config(self) -> Any:
         """The model's transformers configuration; loads no weights."""
@@ -171,7 +179,7 @@ class ModelSpec:
     def _from_pretrained(self, load: Callable[..., Any], **options: Any) -> Any:
         where = self.local
         if where is None:
-            options["revision"] = self.revision
+            options["revision"] = self.commit()
         elif where.is_file():
             where, options["gguf_file"] = where.parent, where.name
         # A torn GGUF file can end in any error of the parser.
@@ -181,11 +189,14 @@ class ModelSpec:
         except expected as error:
             if where is not None:
                 raise UserError(f"the model in {self.local} cannot be loaded: {reason(error)}") from error
-            licence = " It is gated: accept its licence on the hub and log in with a token." if self.gated else ""
-            raise UserError(
-                f"the model {self.path!r} cannot be had from the Hugging Face hub ({reason(error)}).{licence} "
-                "Or give a local folder: family.target.path=FOLDER family.small.path=FOLDER."
-            ) from error
+            raise self._not_on_hub(error) from error
+
+    def _not_on_hub(self, error: Exception) -> UserError:
+        licence = " It is gated: accept its licence on the hub and log in with a token." if self.gated else ""
+        return UserError(
+            f"the model {self.path!r} cannot be had from the Hugging Face hub ({reason(error)}).{licence} "
+            "Or give a local folder: family.target.path=FOLDER family.small.path=FOLDER."
+        )
 
 
 @dataclass(frozen=True)
@@ -313,6 +324,14 @@ def local_path(path: str) -> Path:
         how = HOW_TO_INSTALL.get(package, "install it")
         raise UserError(f"{path}: the package {package!r} is not installed; {how} or give another path.")
     return Path(next(iter(spec.submodule_search_locations))) / rest
+
+
+@cache
+def _commit(name: str, revision: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+
+    file = hf_hub_download(name, "config.json", revision=revision)
+    return Path(file).parent.name  # in the cache: snapshots/COMMIT/config.json
 
 
 @cache

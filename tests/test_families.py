@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +26,8 @@ ARCHITECTURES = [
     ("mistral", "mistral"),
     ("qwen2_5", "qwen2"),
     ("gemma3", "gemma3_text"),
-    ("gemma", "gemma2"),  # by path: any model of an architecture that scoring covers
+    ("qwen2_5", "qwen3"),  # by path: any model of an architecture that scoring covers
+    ("gemma", "gemma2"),
 ]
 CHAT = {  # as the families' own tokenizers have them, shortened to one question and one answer
     "qwen2_5": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -157,6 +160,23 @@ def test_a_family_of_the_hub_is_half_precision_and_named_when_it_cannot_be_had(f
         sentence = str(refused.value)
         assert repr(spec.path) in sentence and "family.target.path=FOLDER family.small.path=FOLDER" in sentence
         assert ("It is gated" in sentence) == (family in ("gemma", "llama2", "gemma3"))
+
+
+def test_the_commit_that_a_models_name_resolves_to_is_recorded_and_tells_models_apart(tmp_path: Path, monkeypatch):
+    """From a cache as the hub's client leaves it: a name, a branch, and the commit it stood at."""
+    commits = {"main": "a" * 40, "v2": "b" * 40}
+    for branch, commit in commits.items():
+        repository = tmp_path / "models--somebody--model"
+        shutil.copytree(TINY.local, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    named = ModelSpec("somebody/model")
+    assert named.source() == {"hub": "somebody/model", "commit": commits["main"]}
+    second = replace(named, revision="v2")
+    assert second.source()["commit"] == commits["v2"]
+    assert replace(named, revision=commits["v2"]).identity() == second.identity() != named.identity()
+    assert named.tokenizer().eos_token == TINY.tokenizer().eos_token
 
 
 def test_qlora_is_refused_where_it_cannot_be_before_anything_loads(run, monkeypatch):
