@@ -99,7 +99,11 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Data and models by their content, and the versions of the stages' code."""
         return {
-            "data": {"train": _digest(self.train), "test": _digest(self.test), "source": self.task.source()},
+            "data": {
+                "train": data_digest(self.train),
+                "test": data_digest(self.test),
+                "source": self.task.source(),
+            },
             **_models(self.family),
             **({"selection": _models(self.selecting)} if self.transferred else {}),
             "method": source_digest(self.method),
@@ -336,5 +340,6 @@ def _cost(artifact: Artifact | None) -> dict[str, Any] | None:
     return None if artifact is None else {"fingerprint": artifact.fingerprint, **artifact.cost.to_dict()}
 
 
-def _digest(samples: Sequence[Sample]) -> str:
+def data_digest(samples: Sequence[Sample]) -> str:
+    """What the samples are, wherever they were read from."""
     return hashlib.sha256(json.dumps([asdict(s) for s in samples]).encode()).hexdigest()
