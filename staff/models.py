@@ -128,7 +128,7 @@ class ModelSpec:
         return {"hub": self.path, "commit": self.commit()}
 
     def commit(self) -> str:
-        """The commit on the hub, or in its local cache, that the revision stands for; the same throughout a process.
+        """The commit on the hub, or in its local cache, that the revision stands for; the same for one process.
 
         Raises:
             UserError: neither has the model.
