@@ -43,7 +43,7 @@ class Sweep(Callback):
             return
         folder = Path(config.results_dir).absolute() / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir(parents=True)
-        expected = _expected_jobs(config)
+        expected = expected_jobs(config)
         (folder / "jobs.draft").write_text(json.dumps(expected))
         os.environ[FOLDER], os.environ[TOTAL] = str(folder), str(len(expected))
         basic = "basic" in config.hydra.launcher._target_
@@ -177,7 +177,7 @@ def table(folders: list[Path]) -> str:
     return overview(list(dict.fromkeys(folders)))
 
 
-def _expected_jobs(config: DictConfig) -> list[str]:
+def expected_jobs(config: DictConfig) -> list[str]:
     """The overrides of every job, as Hydra's own sweeper will make them."""
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     overrides = OverridesParser.create().parse_overrides(params + list(config.hydra.overrides.task))

@@ -65,6 +65,11 @@ class Staff:
             full; "uniform": a uniform draw from all eligible samples (released code).
         gradient: "last_v_b": last block's v_proj lora_B (released code); "all_lora": all LoRA parameters (paper);
             "all_linear": all weights of linear layers, adapters merged into them.
+        signal: what either model is asked for: "effort" (the paper); for the ablation of scoring functions "el2n",
+            "loss" or "perplexity", which `gradient` and `fresh_adapter` say nothing of.
+        speculation: whose scores the regions rest on; "small": the small model's (the paper); for the ablation of
+            speculation "target": the raw target's own, which leave nothing to verify, or "none": random numbers
+            that count as one each in the ratios, so that V_i is the mean of the target's scores.
         scores: "pass": the small model scores after its fine-tuning (the paper); "online": its scores are taken
             from the backward passes of its last epoch (`staff.online`).
         fresh_adapter: None: scores are taken with fine-tuning's own LoRA (tuned on the small model, fresh on the
@@ -85,6 +90,8 @@ class Staff:
     pick: str = "random"
     leftover: str = "repeat"
     gradient: str = "last_v_b"
+    signal: str = "effort"
+    speculation: str = "small"
     scores: str = "pass"
     fresh_adapter: dict[str, Any] | None = None
     normalise: bool = False
@@ -102,23 +109,33 @@ class Staff:
         check_choice(self, "pick", ("random", "highest"))
         check_choice(self, "leftover", ("repeat", "uniform"))
         check_choice(self, "gradient", ("last_v_b", "all_lora", "all_linear"))
+        check_choice(self, "signal", ("effort", "el2n", "loss", "perplexity"))
+        check_choice(self, "speculation", ("small", "target", "none"))
         check_choice(self, "scores", ("pass", "online"))
         if self.scores == "online" and (self.gradient == "all_linear" or self.fresh_adapter is not None):
             raise UserError("method.scores=online is by fine-tuning's own LoRA: change gradient or fresh_adapter.")
+        if self.scores == "online" and (self.signal, self.speculation) != ("effort", "small"):
+            raise UserError(
+                f"method.scores=online gives the small model's effort: leave out signal={self.signal} and "
+                f"speculation={self.speculation}, or set method.scores=pass."
+            )
         check_choice(self, "edge_dtype", ("float64", "float32"))
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Score, stratify, verify, share out, pick. A negative or infinite score is refused by its sample."""
         check_budget(budget, left_after_dropping(self.drop_hardest, len(pool.ids)))
-        speculative = self._scores(pool, "small")
+        if self.speculation == "none":
+            speculative, counted = rng.priorities("regions") / 2.0**64, np.ones(len(pool.ids))
+        else:
+            speculative = counted = self._scores(pool, self.speculation)
         eligible = rng.all_but_highest(speculative, self.drop_hardest)
         regions, members = self.regions(speculative, eligible)
         probes = self.probes(members, rng)
         verified = self._scores(pool, "target", probes)
-        ratios, notes = verification_ratios(speculative, verified, probes)
+        ratios, notes = verification_ratios(counted, verified, probes)
         if self.normalise:
-            models = ("small model", speculative), ("target", verified)
-            notes += tuple(f"the {name}'s scores are constant: taken as 1." for name, s in models if s.min() == 1)
+            named = ("speculative", counted), ("target's", verified)
+            notes += tuple(f"the {name} scores are constant: taken as 1." for name, s in named if s.min() == 1)
         sizes = np.array([len(m) for m in members])
         budgets, filled = self.budgets(sizes, ratios, budget)
         picks = [self.pick_from(m, speculative, b, rng) for m, b in zip(members, budgets)]
@@ -143,21 +160,28 @@ class Staff:
         return Coreset(picked, diagnostics, scores, filled, notes)
 
     def _scores(self, pool: ScorePool, model: str, probes: Sequence[np.ndarray] | None = None) -> np.ndarray:
-        """Effort of every sample, or of the probes alone (NaN elsewhere), shape (N,)."""
-        options: dict[str, Any] = {"gradient": self.gradient, "fresh_adapter": self.fresh_adapter}
-        if model == "small" and self.scores == "online":
-            options["online"] = True
-        name = "speculative score" if model == "small" else "target's score"
+        """The signal of every sample, or of the probes alone (NaN elsewhere), shape (N,)."""
+        name = "target's score" if model == "target" else "speculative score"
         ids = pool.ids
         if probes is None or self.normalise:
-            scores = check_scores(pool.scores("effort", model, **options), ids, name, minimum=0)
+            scores = check_scores(self._ask(pool, model), ids, name, minimum=0)
             return min_max(scores) if self.normalise else scores
         scores = np.full(len(ids), np.nan)
         asked = np.sort(np.concatenate([*probes, np.empty(0, dtype=np.int64)]))
         if len(asked):
-            answer = pool.scores("effort", model, indices=asked, **options)
+            answer = self._ask(pool, model, asked)
             scores[asked] = check_scores(answer, [ids[int(i)] for i in asked], name, minimum=0)
         return scores
+
+    def _ask(self, pool: ScorePool, model: str, indices: np.ndarray | None = None) -> np.ndarray:
+        if self.signal == "perplexity":
+            return np.exp(pool.scores("loss", model, indices))
+        if self.signal != "effort":
+            return pool.scores(self.signal, model, indices)
+        options: dict[str, Any] = {"gradient": self.gradient, "fresh_adapter": self.fresh_adapter}
+        if model == "small" and self.scores == "online":
+            options["online"] = True
+        return pool.scores("effort", model, indices, **options)
 
     def regions(self, speculative: np.ndarray, eligible: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Regions that are not empty in serving order, and each one's members (positions in the pool)."""
@@ -167,8 +191,9 @@ class Staff:
 
     def probes(self, members: list[np.ndarray], rng: Draws) -> list[np.ndarray]:
         """The samples of each region to verify on the target: min(b_v, size) at random."""
-        smallest = 1 if self.verify_small_regions else self.verification_budget + 1
-        wanted = [self.verification_budget if len(m) >= smallest else 0 for m in members]
+        most = 0 if self.speculation == "target" else self.verification_budget
+        smallest = 1 if self.verify_small_regions else most + 1
+        wanted = [most if len(m) >= smallest else 0 for m in members]
         return [rng.choose("verification", m, count) for m, count in zip(members, wanted)]
 
     def budgets(self, sizes: np.ndarray, ratios: np.ndarray, budget: int) -> tuple[np.ndarray, int]:

@@ -5,23 +5,101 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-TINY = "pkg://staff/assets/tiny"
+import pytest
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from experiments.sweep import expected_jobs
+
+ABLATIONS = sorted(file.stem for file in (ROOT / "conf/experiment").glob("ablation_*.yaml"))
+# What each ablation changes, by the names that differ among its composed jobs.
+CHANGED = {
+    "verification": {"method.verification_budget"},
+    "speculation": {"method.speculation"},
+    "scoring_function": {"method.signal"},
+    "small_epochs": {"finetune.small_epochs"},
+    "verification_budget": {"method.verification_budget"},
+    "num_regions": {"method.num_regions"},
+    "region_similarity": {"method.num_regions"},
+    "small_size": {"family.small.path"},
+    "small_model_family": {"family.small.path"},
+    "transfer": {"selection_family.name", "selection_family.target.path", "selection_family.small.path"},
+    "presets": {
+        *("method.budget_rule", "method.gradient", "method.pick", "method.leftover", "method.normalise"),
+        *("method.drop_hardest", "method.verify_small_regions", "method.edge_dtype"),
+        *(f"method.fresh_adapter{part}" for part in ("", ".rank", ".alpha", ".targets")),
+    },
+    "pick": {"method.pick"},
+    "drop_hardest": {"method.drop_hardest"},
+    "equal_steps": {"finetune.match"},
+}
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Values by their dotted name."""
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = (flat(inner, f"{name}.{key}".lstrip(".")) for key, inner in value.items())
+    return {key: inner for part in parts for key, inner in part.items()}
+
+
+@pytest.mark.parametrize("preset", ABLATIONS)
+def test_the_jobs_of_an_ablation_differ_in_the_one_setting_that_its_comment_names(preset: str):
+    ablation = preset.removeprefix("ablation_")
+    preset = f"experiment={preset}"
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=[preset, "pruning_rate=0.9", "seed=0"], return_hydra_config=True)
+        jobs = [compose("config", overrides=job.split()) for job in expected_jobs(cfg)]
+    assert len(jobs) > 1
+    settings = [flat(OmegaConf.to_container(job, resolve=True)) for job in jobs]
+    names = {name for each in settings for name in each}
+    missing = object()
+    differing = {n for n in names if any(each.get(n, missing) != settings[0].get(n, missing) for each in settings)}
+    if ablation == "answer_length":
+        methods = [job.method._target_.rsplit(".", 1)[1] for job in jobs]
+        assert methods == ["Random", "RandomLength", "Staff"]
+        assert {name.split(".")[0] for name in differing} == {"method"}
+        assert jobs[1].method.reference == jobs[2].method
+    else:
+        assert differing == CHANGED[ablation]
+    assert len({str(each) for each in settings}) == len(jobs)
+    for job in jobs:
+        assert callable(instantiate(job.method, _convert_="all").select)
+        instantiate(job.finetune, _convert_="all")
+
+
+def test_random_regions_run_without_a_small_model_and_the_targets_own_scores_without_verification(
+    run: Callable[..., dict[str, Any]],
+):
+    def asked(speculation: str) -> list[str]:
+        record = run("experiment=ablation_speculation", f"method.speculation={speculation}", "method.num_regions=2")
+        return [stage["label"] for stage in record["overhead"]["stages"]]
+
+    assert asked("none")[0] == "effort of 20 samples, target model"
+    assert asked("target")[0] == "effort of 24 samples, target model"
+
+
+@pytest.mark.parametrize("signal", ["el2n", "perplexity"])
+def test_another_scoring_function_scores_with_both_models(run: Callable[..., dict[str, Any]], signal: str):
+    record = run("experiment=ablation_scoring_function", f"method.signal={signal}", "method.verification_budget=1")
+    labels = " / ".join(stage["label"] for stage in record["overhead"]["stages"])
+    signal = "loss" if signal == "perplexity" else signal
+    assert f"{signal} of 24 samples, small model" in labels and "effort" not in labels
+    assert labels.count(f"{signal} of ") == 2 and "target model" in labels
 
 
 # ---------------------------------------------------------------- a coreset of another family
 
 
-OTHER = (
-    "family@selection_family=tiny",
-    f"selection_family.small.path={TINY}/smaller",
-    f"selection_family.target.path={TINY}/small",
-)
+OTHER = ("family@selection_family=tiny_small",)
 
 
 def test_a_coreset_can_be_selected_by_another_family_and_its_record_says_so(run: Callable[..., dict[str, Any]]):
     record = run("method.verification_budget=2", *OTHER)
-    assert record["run"]["name"].startswith("tiny-to-tiny-dialogsum-staff")
-    assert record["run"]["selection_family"] == "tiny"
+    assert record["run"]["name"].startswith("tiny_small-to-tiny-dialogsum-staff")
+    assert record["run"]["selection_family"] == "tiny_small"
     assert record["identity"]["selection"]["models"]["small"] != record["identity"]["models"]["small"]
     asked = [stage["label"] for stage in record["overhead"]["stages"]]
     assert "fine-tune smaller on 24 samples" in asked

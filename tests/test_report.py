@@ -21,7 +21,9 @@ from conftest import ROOT
 from experiments.report import overhead, performance
 from experiments.report.__main__ import summary, write
 from experiments.report.comparisons import mean, pairs
-from experiments.report.records import Context, collect, contexts, told_apart
+from experiments.report.records import Context, collect, contexts
+from experiments.report.settings import told_apart, variants
+from experiments.report.similarity import region_similarity, similarity
 from staff.tracking import write_record
 
 PAPER = pd.read_csv(ROOT / "results/paper/table1.csv")
@@ -88,7 +90,8 @@ def grid(
 
 
 def only_context(results: Path) -> Context:
-    (context,) = contexts(collect(results), results / "runs")
+    context, *ablated = contexts(collect(results), results / "runs")
+    assert "method" not in [other.varied for other in ablated]
     return context
 
 
@@ -102,9 +105,16 @@ def test_a_report_of_real_and_copied_runs_is_whole_and_every_file_can_be_read(re
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     assert len(rows) == 3 * (1 + 1 + 2 * 3)
     names = {file.stem.removesuffix("-tiny-dialogsum") for file in tmp_path.glob("tables/*.md")}
-    assert names == {"performance", "differences", "gains", "paper", "overhead", "stages", "break-even"} | (
-        names & {"savings"}
-    )
+    assert names == {
+        "performance",
+        "differences",
+        "gains",
+        "paper",
+        "overhead",
+        "stages",
+        "break-even",
+        "similarity",
+    } | (names & {"savings"})
     for tex in tmp_path.glob("tables/*.tex"):
         assert r"\toprule" in tex.read_text() and r"\caption{" in tex.read_text()
     for file in [*tmp_path.glob("tables/*"), tmp_path / "report.html"]:
@@ -159,20 +169,101 @@ def test_runs_that_differ_in_anything_but_the_seed_are_never_averaged(real: Path
         copied(real, tmp_path, "staff", 0.5, (seed, seed), high + 9, config__finetune__learning_rate=0.5)
     table = collect(tmp_path)
     assert told_apart(table)[4:] == ["setting.method.num_regions", "setting.finetune.learning_rate"]
-    context = only_context(tmp_path)
-    assert context.variants == [
-        "staff num_regions=20 finetune.learning_rate=0.003",
-        "staff num_regions=50 finetune.learning_rate=0.003",
-        "staff num_regions=50 finetune.learning_rate=0.5",
-    ]
-    assert [mean(context, v, 0.5).value for v in context.variants] == [30.5, 20.5, 39.0]  # type: ignore[union-attr]
+    assert sorted(variants(table)) == 2 * ["staff num_regions=20 finetune.learning_rate=0.003"] + (
+        2 * ["staff num_regions=50 finetune.learning_rate=0.003"]
+        + 2 * ["staff num_regions=50 finetune.learning_rate=0.5"]
+    )
+    centre, *ablated = contexts(table, tmp_path / "runs")
+    means = {(c.varied, v): mean(c, v, 0.5).value for c in (centre, *ablated) for v in c.variants}  # type: ignore[union-attr]
+    assert means == {
+        ("method", "staff"): 20.5,
+        ("num_regions", "20"): 30.5,
+        ("num_regions", "50"): 20.5,
+        ("finetune.learning_rate", "0.003"): 20.5,
+        ("finetune.learning_rate", "0.5"): 39.0,
+    }
     assert "told apart by method, pruning_rate, method.num_regions" in summary(table)
+    write(tmp_path, table)
+    head, _, *rows = (
+        (tmp_path / "tables/performance-tiny-dialogsum-num_regions-of-staff.md").read_text().split("\n")
+    )
+    assert [cell.strip() for cell in head.split("|")[1:-1]] == ["num_regions", "p = 0.5"]
+    assert rows[0].split("|")[1].strip() == "20" and "30.50" in rows[0]
+    drawn = {file.name.split("-")[0] for file in tmp_path.glob("figures/*-num_regions-of-staff.svg")}
+    assert drawn == {"performance", "pareto", "overlap"}
 
 
 def test_a_setting_that_some_runs_do_not_have_tells_apart_too(real: Path, tmp_path: Path):
     for seed, value in enumerate((None, 5, None)):
         copied(real, tmp_path, "staff", 0.5, (seed, seed), np.full(4, 20.0), config__task__train_limit=value)
     assert sorted(len(runs) for runs in only_context(tmp_path).cells.values()) == [1, 2]
+
+
+def test_what_all_ablations_have_in_common_is_the_method_and_each_ablation_has_its_own_table(
+    real: Path, tmp_path: Path
+):
+    def ran(method: str, points: float, **changes: Any) -> None:
+        for seed in range(2):
+            copied(real, tmp_path, method, 0.5, (seed, seed), np.full(8, points) + np.arange(8) * seed, **changes)
+
+    ran("random", 20)
+    ran("staff", 21)
+    for regions in (100, 5):
+        ran("staff", regions / 10, config__method__num_regions=regions)
+        ran("staff", 1, config__method__num_regions=regions, config__method__verification_budget=99)
+    ran("staff", 22, config__method__verification_budget=99)
+    ran("staff", 23, config__family__small__path="pkg://staff/assets/tiny/smaller")
+    ran("staff", 24, config__method__fresh_adapter={"rank": 4, "alpha": 16, "targets": ["v_proj"]})
+    transferred = {"identity__selection": {"models": "other"}, "run__selection_family": "tiny_small"}
+    ran("staff", 25, config__selection_family={"name": "tiny_small"}, **transferred)
+    main, *ablated = contexts(collect(tmp_path), tmp_path / "runs")
+    assert main.variants == ["random", "staff"]
+    assert {c.title.split(": ")[1]: c.variants for c in ablated} == {
+        "num_regions of staff, verification_budget=10": ["5", "50", "100"],
+        "num_regions of staff, verification_budget=99": ["5", "50", "100"],
+        "verification_budget of staff, num_regions=5": ["10", "99"],
+        "verification_budget of staff, num_regions=50": ["10", "99"],
+        "verification_budget of staff, num_regions=100": ["10", "99"],
+        "family.small.path of staff": ["small", "smaller"],
+        "fresh_adapter.rank of staff": ["4", "none"],
+        "selection_family.name of staff": ["tiny", "tiny_small"],
+    }
+
+
+def test_a_grid_of_two_settings_is_compared_as_a_whole(real: Path, tmp_path: Path):
+    for regions in (5, 50):
+        for probes in (1, 10):
+            changes = {"config__method__num_regions": regions, "config__method__verification_budget": probes}
+            copied(real, tmp_path, "staff", 0.5, (0, 0), np.full(4, 20.0), **changes)
+    (context,) = contexts(collect(tmp_path), tmp_path / "runs")
+    assert len(context.variants) == 4
+
+
+def test_regions_are_alike_where_both_models_rank_alike_and_by_chance_where_nothing_is_shared():
+    rng = np.random.default_rng(0)
+    small = rng.random(5000)
+    same = region_similarity(small, 3 * small + 1, 10)
+    assert (same["same region"], same["mean overlap"], same["Spearman"]) == (1, 1, pytest.approx(1))
+    other = region_similarity(small, rng.random(5000), 10)
+    assert other["same region"] == pytest.approx(other["by chance"], abs=0.02) == pytest.approx(0.1, abs=0.02)
+    shifted = region_similarity(np.arange(10.0), np.array([*range(1, 10), 0.0]), 2)
+    assert shifted["same region"] == 0.8 and shifted["mean overlap"] == pytest.approx(4 / 6)
+    assert region_similarity(np.ones(5), small[:5], 3)["Spearman"] != 1
+
+
+def test_region_similarity_is_told_where_the_target_scored_every_sample(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"random": 0, "staff": 1})
+    folders = sorted(tmp_path.glob("runs/staff-p0.9*"))
+    assert len(folders) == 3
+    for folder in folders:
+        samples = pd.read_parquet(folder / "samples.parquet")
+        partly = samples.assign(verified=samples["verified"].where(samples.index > 0))
+        whole = samples.assign(verified=2 * samples["speculative"])
+        (partly if folder == folders[2] else whole).to_parquet(folder / "samples.parquet")
+    table = similarity(only_context(tmp_path))
+    assert table is not None and len(table.cells) == 1
+    row = table.cells.iloc[0]
+    assert (row["regions"], row["seeds"], row["same region"], row["Spearman"]) == ("50", "2", "1.00", "1.00")
 
 
 def test_two_test_sets_of_one_task_never_share_a_table(real: Path, tmp_path: Path):

@@ -28,6 +28,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "edge_dtype": "float32",
     },
 }
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "random regions": {"speculation": "none"},
+    "target's own scores": {"speculation": "target"},
+}
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("staff_*.npz"))
 
 
@@ -122,14 +126,14 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 def method_of(preset: str, case: dict[str, Any]) -> Staff:
     fields = {name: case[name] for name in ("num_regions", "verification_budget")}
-    return Staff(**PRESETS[preset] | fields)
+    return Staff(**(PRESETS | ABLATIONS)[preset] | fields)
 
 
 def eligible_count(preset: str, n: int) -> int:
     return n - n // 10 if preset == "staff_official" else n
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, *ABLATIONS])
 @settings(deadline=None, max_examples=150)
 @given(case=cases())
 def test_exactly_m_distinct_samples_are_selected_whatever_the_scores(preset: str, case: dict[str, Any]):
@@ -151,7 +155,7 @@ def test_exactly_m_distinct_samples_are_selected_whatever_the_scores(preset: str
         assert np.isfinite(coreset.scores["verified"]).sum() == table["verified"].sum()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, *ABLATIONS])
 @settings(deadline=None, max_examples=60)
 @given(case=cases(), shuffle=st.integers(0, 99))
 def test_same_seed_selects_the_same_samples_in_whatever_order_the_pool_comes(
@@ -256,6 +260,62 @@ def test_the_highest_scored_of_a_region_come_first_where_that_is_asked_for():
     assert coreset.indices.tolist() == [*range(40, 50), *range(90, 100)]
 
 
+# ---------------------------------------------------------------- ablations
+
+
+class Asked(ArrayPool):
+    """Remembers who was asked for what, and of how many samples."""
+
+    def __init__(self, scores: dict[tuple[str, str], np.ndarray]):
+        super().__init__([f"{i}" for i in range(len(next(iter(scores.values()))))], scores)
+        self.log: list[tuple[str, str, int]] = []
+
+    def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray:
+        self.log.append((signal, model, len(self.ids) if indices is None else len(indices)))
+        return super().scores(signal, model, indices, **options)
+
+
+def test_random_regions_do_without_the_small_model_and_share_out_by_the_targets_mean_score():
+    target = np.random.default_rng(0).lognormal(size=400)
+    pool = Asked({("effort", "target"): target})
+    coreset = select(Staff(num_regions=8, speculation="none"), pool, 80)
+    assert pool.log == [("effort", "target", 80)]
+    table = coreset.diagnostics
+    probes = np.isfinite(coreset.scores["verified"])
+    region = np.searchsorted(table.sort_values("low")["low"], coreset.scores["speculative"][probes], "right") - 1
+    means = [target[probes][region == i].mean() for i in range(8)]
+    np.testing.assert_allclose(table.sort_values("low")["ratio"], means)
+    assert abs(np.corrcoef(coreset.scores["speculative"], target)[0, 1]) < 0.2
+    other = select(Staff(num_regions=8, speculation="none"), pool, 80, seed=1)
+    assert (other.scores["speculative"] != coreset.scores["speculative"]).all()
+
+
+def test_the_targets_own_scores_are_not_verified_and_select_as_a_small_model_that_scores_the_same():
+    scores = np.random.default_rng(0).lognormal(size=400)
+    pool = Asked({("effort", "target"): scores})
+    own = select(Staff(speculation="target"), pool, 80)
+    assert pool.log == [("effort", "target", 400)]
+    verified = select(Staff(), pool_of(scores, scores, pool.ids), 80)
+    assert own.indices.tolist() == verified.indices.tolist() and (verified.diagnostics["ratio"] == 1).all()
+
+
+@pytest.mark.parametrize("signal", ["el2n", "loss", "perplexity"])
+def test_another_scoring_function_is_asked_of_both_models(signal: str):
+    rng, asked = np.random.default_rng(0), "loss" if signal == "perplexity" else signal
+    small, target = rng.random(300), rng.random(300)
+    pool = Asked({(asked, "small"): small, (asked, "target"): target})
+    coreset = select(Staff(num_regions=5, verification_budget=4, signal=signal), pool, 60)
+    assert pool.log == [(asked, "small", 300), (asked, "target", 20)]
+    expected = np.exp(small) if signal == "perplexity" else small
+    np.testing.assert_array_equal(coreset.scores["speculative"], expected)
+
+
+@pytest.mark.parametrize("field", [{"signal": "loss"}, {"speculation": "target"}, {"gradient": "all_linear"}])
+def test_scores_online_are_the_small_models_effort_and_nothing_else(field: dict[str, Any]):
+    with pytest.raises(UserError, match=r"method.scores=online"):
+        Staff(scores="online", **field)
+
+
 @pytest.mark.parametrize(("value", "said"), [(np.nan, "nan"), (-0.5, "-0.5"), (np.inf, "inf")])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_score_that_is_negative_or_not_finite_is_refused_by_name(preset: str, value: float, said: str):
@@ -292,6 +352,8 @@ def test_undefined_ratios_count_as_one_and_are_noted():
         {"pick": "lowest"},
         {"leftover": "none"},
         {"gradient": "all"},
+        {"signal": "length"},
+        {"speculation": "large"},
         {"edge_dtype": "float16"},
     ],
     ids=lambda field: next(iter(field)),

@@ -11,7 +11,9 @@ import pandas as pd
 
 from experiments.report import overhead, performance
 from experiments.report.comparisons import pairs
-from experiments.report.records import collect, contexts, told_apart
+from experiments.report.records import collect, contexts
+from experiments.report.settings import told_apart
+from experiments.report.similarity import similarity
 
 PAPER = Path(__file__).resolve().parents[2] / "results" / "paper" / "table1.csv"
 
@@ -25,7 +27,8 @@ def write(results: Path, table: pd.DataFrame) -> Path:
     sections = []
     for context in contexts(table, results / "runs"):
         found = pairs(context)
-        tables = [*performance.tables(context, found, paper), *overhead.tables(context)]
+        tables = [*performance.tables(context, found, paper), *overhead.tables(context), similarity(context)]
+        tables = [table.headed(context.varied) for table in tables if table is not None]
         drawn = figures.draw(context, results / "figures")
         for each in tables:
             each.write(results / "tables")

@@ -40,7 +40,7 @@ def draw(context: Context, folder: Path) -> list[Drawn]:
     with matplotlib.rc_context(), matplotlib.rc_context(fname=STYLE):
         matplotlib.use("agg")
         for name, make in FIGURES.items():
-            made = make(context)
+            made = make(context) if context.varied == "method" or name in OF_ABLATIONS else None
             if made is None:
                 continue
             figure, caption = made
@@ -91,7 +91,7 @@ def performance(context: Context) -> Made:
             axes.axhline(found.value, color="0.35", linestyle=line, linewidth=1, label=variant)
     axes.set(xlabel="pruning rate", ylabel=metric(context), xticks=rates)
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    _legend_above(figure, axes)
+    _legend_above(figure, axes, context)
     caption = (
         f"{metric(context)} on {context.title} against the pruning rate: means and 95 % t-intervals over seeds "
         "(none where one seed ran)."
@@ -121,7 +121,7 @@ def pareto(context: Context) -> Made:
         *zip(*front), where="post", color="0.35", linewidth=0.8, linestyle="--", label="Pareto front", zorder=0
     )
     axes.set(xscale="log", xlabel="selection overhead (s)", ylabel=metric(context))
-    _legend_above(figure, axes)
+    _legend_above(figure, axes, context)
     caption = (
         f"{metric(context)} against the overhead of selection on {context.title}, pruning rate {rate:g}: means "
         "over seeds with 95 % t-intervals; the dashed line joins the methods that no other beats in both, by their "
@@ -265,12 +265,15 @@ FIGURES: dict[str, Callable[[Context], Made]] = {
     "overlap": overlap,
     "length": length,
 }
+OF_ABLATIONS = ("performance", "pareto", "overlap")
 
 
-def _legend_above(figure: Figure, axes: Any) -> None:
+def _legend_above(figure: Figure, axes: Any, context: Context) -> None:
     handles, labels = axes.get_legend_handles_labels()
     columns = 2 if max(map(len, labels), default=0) > 16 else 4
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, columnspacing=1.0, handlelength=1.6)
+    title = context.varied if context.varied != "method" else None
+    place = {"loc": "outside upper center", "ncols": columns, "columnspacing": 1.0, "handlelength": 1.6}
+    figure.legend(handles, labels, title=title, **place)
 
 
 def _spearman(a: pd.Series, b: pd.Series) -> float:

@@ -13,7 +13,9 @@ from experiments.report.tables import NONE, Table, average, machine, number
 
 def tables(context: Context) -> list[Table]:
     """Those that the context's runs have something to say to."""
-    made = [overhead(context), stages(context), savings(context), break_even(context)]
+    made = [overhead(context)]
+    if context.varied == "method":
+        made += [stages(context), savings(context), break_even(context)]
     return [table for table in made if table is not None]
 
 

@@ -67,7 +67,7 @@ def _section(section: Section) -> dict[str, Any]:
             {"caption": drawn.caption, "data": base64.b64encode(Path(f"{drawn.file}.svg").read_bytes()).decode()}
             for drawn in section.figures
         ],
-        "answers": _answers(section.context, runs),
+        "answers": _answers(section.context, runs) if section.context.varied == "method" else [],
     }
 
 

@@ -19,8 +19,9 @@ PAPER_TASKS = {"dialogsum_hub": "dialogsum"}
 
 def tables(context: Context, found: list[Pair], paper: pd.DataFrame) -> list[Table]:
     """Those that the context's runs have something to say to."""
-    made = [performance(context, found), differences(context, found), gains(context)]
-    made += [against_paper(context, paper), variance(context)]
+    made = [performance(context, found), differences(context, found)]
+    if context.varied == "method":
+        made += [gains(context), against_paper(context, paper), variance(context)]
     return [table for table in made if table is not None]
 
 
@@ -40,10 +41,10 @@ def performance(context: Context, found: list[Pair]) -> Table:
         last = {rate_column(rate): NONE if size is None else f"{size:.2f}" for rate, size in sizes.items()}
         cells.loc[len(cells)] = {"method": "smallest detectable difference", **last}
     caption = (
-        f"{metric(context)} on {context.title} ({context.runs['test'].max()} test samples), by method and pruning "
-        f"rate. {seeds(context)} {COMPARED}; bold: the best, italic: the second best, each where it is "
-        "significantly better than every method behind it. Smallest detectable difference: found four times in "
-        f"five at the first level of the correction, median over pairs.{basis(context)}"
+        f"{metric(context)} on {context.title} ({context.runs['test'].max()} test samples), by "
+        f"{context.varied} and pruning rate. {seeds(context)} {COMPARED}; bold: the best, italic: the second best, "
+        "each where it is significantly better than all behind it. Smallest detectable difference: found four "
+        f"times in five at the first level of the correction, median over pairs.{basis(context)}"
     )
     return Table(f"performance-{context.name}", caption, cells, marks)
 

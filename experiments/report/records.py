@@ -1,4 +1,4 @@
-"""The records of runs as one table, and what tells the runs apart."""
+"""The records of runs as one table, and its parts that may be compared."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ import numpy as np
 import pandas as pd
 from pyarrow.parquet import read_table
 
-SEEDS = ["seed", "selection_seed", "finetune_seed"]
-NAMES = ["family", "task", "method", "pruning_rate"]
-# Settings that change no number, are named by a column of their own, or are known better by content (identity).
-UNTOLD = ("tracking", "results_dir", "store_dir", "scoring", "evaluation", "pruning_rate", *SEEDS)
-UNTOLD = (*UNTOLD, "task.data_dir", "identity.data.source", "method._target_")
+from experiments.report.settings import SEEDS, ablations, texts, variants
 
 
 def collect(results: Path) -> pd.DataFrame:
@@ -26,7 +22,7 @@ def collect(results: Path) -> pd.DataFrame:
     rows = [_row(file) for file in sorted(results.glob("runs/*/metrics.json"))]
     table = pd.DataFrame(rows)
     settings = [column for column in table.columns if str(column).startswith("setting.")]
-    constant = [column for column in settings if _texts(table, column).nunique() == 1]
+    constant = [column for column in settings if texts(table, column).nunique() == 1]
     return table.drop(columns=constant)
 
 
@@ -44,64 +40,26 @@ def _row(file: Path) -> dict[str, Any]:
         **{name: record["provenance"][name] for name in ("git_commit", "git_dirty", "concurrent_workers")},
         "answers": record["evaluation"]["fingerprint"],
         "selects": record["config"]["method"]["_target_"],
+        "num_regions": record["config"]["method"].get("num_regions"),
         "test_set": record["identity"]["data"]["test"],
-        **dict(_settings({**record["config"], "identity": record["identity"]})),
+        **dict(_settings(_configured(record))),
     }
+
+
+def _configured(record: dict[str, Any]) -> dict[str, Any]:
+    """What was set, and what it came to; the family that selects is told by name where it is the run's own."""
+    config = {**record["config"], "identity": record["identity"]}
+    if "selection" not in record["identity"]:
+        config["selection_family"] = {"name": record["run"]["selection_family"]}
+    return config
 
 
 def _settings(values: dict[str, Any], prefix: str = "setting.") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, dict) and value:
             yield from _settings(value, f"{prefix}{name}.")
-        else:
+        elif value is not None:
             yield f"{prefix}{name}", json.dumps(value) if isinstance(value, list | dict) else value
-
-
-def told_apart(table: pd.DataFrame) -> list[str]:
-    """The columns by which runs differ in anything but their seeds, as few as tell all of them apart.
-
-    Names come first, then settings in the order of the configuration; one that tells apart no runs that those
-    before it had not told apart already (a method's own settings, where its name says it all) is left out.
-    """
-    keys = list(NAMES)
-    groups = pd.concat([_texts(table, name) for name in NAMES], axis=1).agg("|".join, axis=1)
-    for column in (str(c) for c in table.columns if str(c).startswith("setting.")):
-        name = column.removeprefix("setting.")
-        if any(name == untold or name.startswith(f"{untold}.") for untold in UNTOLD):
-            continue
-        finer = groups + "|" + _texts(table, column)
-        if finer.nunique() > groups.nunique():
-            keys.append(column)
-            groups = finer
-    return keys
-
-
-def _texts(table: pd.DataFrame, column: str) -> pd.Series:
-    """A column as text, in which a missing value is one like others."""
-    return pd.Series([str(value) for value in table[column]], index=table.index)
-
-
-def variants(table: pd.DataFrame, keys: list[str]) -> pd.Series:
-    """What each run is called in a table: its method, and the settings in which it differs from others'."""
-    labels = table["method"].fillna("custom").replace({"raw": "raw target"})
-    for key in keys[len(NAMES) :]:
-        name = key.removeprefix("setting.")
-        values = pd.Series([_short(value) for value in table[key]], index=table.index)
-        if name.startswith("method."):  # shown where one method has several
-            several = values.groupby(_texts(table, "method")).transform("nunique") > 1
-            values, name = values.where(several, ""), name.removeprefix("method.")
-        labels = labels + np.where(values == "", "", f" {name}=" + values)
-    return labels
-
-
-def _short(value: Any) -> str:
-    """A value as a label shows it: digests by their first digits, what a run does not have not at all."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = str(value)
-    return text[:8] if len(text) == 64 else text
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +71,7 @@ class Context:
         name: for a file.
         runs: a row per run, with its `variant`.
         folder: where the runs' folders lie.
+        varied: what the variants are: methods, or the values of this setting of one method (an ablation).
     """
 
     title: str
@@ -120,13 +79,14 @@ class Context:
     metric: str
     runs: pd.DataFrame
     folder: Path
+    varied: str = "method"
     _values: dict[str, pd.Series] = field(default_factory=dict)
 
     @cached_property
     def variants(self) -> list[str]:
         """Reference points, baselines, then STAFF."""
         order = {"raw target": 0, "full": 1, "random": 2}
-        rank = {v: (order.get(v, 3), self.is_staff(v), v) for v in self.runs["variant"].unique()}
+        rank = {v: (order.get(v, 3), self.is_staff(v), _natural(v)) for v in self.runs["variant"].unique()}
         return sorted(rank, key=lambda variant: rank[variant])
 
     @cached_property
@@ -174,16 +134,30 @@ class Context:
         return self._values[run]
 
 
+def _natural(text: str) -> list[str | float]:
+    """For sorting: numbers in a text by their value."""
+    parts = re.split(r"(\d+\.?\d*)", text)
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
 def contexts(table: pd.DataFrame, folder: Path) -> list[Context]:
-    """The runs that may be compared with one another, a context each."""
-    table = table.assign(variant=variants(table, told_apart(table)))
+    """The runs that may be compared with one another, a context each; after those by method, the ablations."""
     several = table.groupby(["family", "task"], dropna=False)[["metric", "test_set"]].transform("nunique") > 1
     # Two metrics or test sets of one task never share a table.
-    table["part"] = np.where(several["metric"], " by " + table["metric"], "")
+    table = table.assign(part=np.where(several["metric"], " by " + table["metric"], ""))
     table["part"] += np.where(several["test_set"], " test set " + table["test_set"].str[:8], "")
     found = []
     for (family, task, part), runs in table.groupby(["family", "task", "part"], dropna=False):
         family, task = (str(n) if n == n and n is not None else "custom" for n in (family, task))
-        name = re.sub(r"[^\w.-]+", "-", f"{family}-{task}{part}")
-        found.append(Context(f"{task}{part}, {family} family", name, runs["metric"].iloc[0], runs, folder))
+        metric, title, name = runs["metric"].iloc[0], f"{task}{part}, {family} family", f"{family}-{task}{part}"
+        compared, ablated = ablations(runs)
+        compared = compared.assign(variant=variants(compared))
+        found.append(Context(title, _file_name(name), metric, compared, folder))
+        for each in ablated:
+            own, file = f"{title}: {each.title}", _file_name(f"{name}-{each.title}")
+            found.append(Context(own, file, metric, each.runs, folder, each.setting))
     return found
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,10 @@ class Table:
     caption: str
     cells: pd.DataFrame
     marks: dict[tuple[int, str], str] = field(default_factory=dict)
+
+    def headed(self, varied: str) -> Table:
+        """With `varied` at the head of the column of methods, where the rows are not methods."""
+        return replace(self, cells=self.cells.rename(columns={"method": varied}))
 
     def markdown(self) -> str:
         signs = {"bold": "**{}**", "italic": "*{}*"}
