@@ -166,8 +166,9 @@ def layer_gradient_norms(
             )
         if observe is not None:
             observe(logits.detach())
-        loss = predictions.mean(token_losses(predictions.out_of(at, logits), predictions.targets)).sum()
-        gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
+        wanted = predictions.out_of(at, logits)
+        slope = loss_slopes(wanted.detach(), predictions)
+        gradients = dict(zip(outputs, torch.autograd.grad(wanted, list(outputs.values()), slope), strict=True))
 
     def norms(layer: nn.Linear) -> Tensor:
         x, g = at.by_sample(inputs[layer]), at.by_sample(gradients[layer])
@@ -219,6 +220,17 @@ def _wide(tensor: Tensor) -> Tensor:
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each token, in float32 or wider: (L, V), (L,) -> (L,)."""
     return F.cross_entropy(_wide(logits), targets, reduction="none")
+
+
+def loss_slopes(logits: Tensor, at: Positions) -> Tensor:
+    """Gradient of the sum of the samples' mean cross-entropies with respect to logits at `at`: (L, V), (L, V).
+
+    In closed form, (softmax - onehot) / tokens of the sample: autograd would hold and pass over three such matrices.
+    """
+    slopes = _wide(logits).softmax(-1)
+    slopes.scatter_add_(-1, at.targets[:, None], slopes.new_full((len(slopes), 1), -1.0))
+    slopes /= at.counts.repeat_interleave(at.counts)[:, None]
+    return slopes.to(logits.dtype)
 
 
 def gradient_layers(model: Any, gradient: str) -> dict[str, nn.Linear]:
