@@ -225,7 +225,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 def loss_slopes(logits: Tensor, at: Positions) -> Tensor:
     """Gradient of the sum of the samples' mean cross-entropies with respect to logits at `at`: (L, V), (L, V).
 
-    In closed form, (softmax - onehot) / tokens of the sample: autograd would hold and pass over three such matrices.
+    In closed form, (softmax - onehot) / tokens of the sample: autograd would pass over three such matrices.
     """
     slopes = _wide(logits).softmax(-1)
     slopes.scatter_add_(-1, at.targets[:, None], slopes.new_full((len(slopes), 1), -1.0))
