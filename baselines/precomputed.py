@@ -68,8 +68,9 @@ class Precomputed:
         except Exception as error:  # a torn .pt file can end in any error
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self._setting} cannot be read ({said}); give a whole {file.suffix} file.") from error
-        kinds = {type(entry) for entry in entries} if isinstance(entries, list) else {type(entries)}
-        if kinds not in ({str}, {int}):
+        listed = isinstance(entries, list)
+        kinds = {type(entry) for entry in entries} if listed else {type(entries)}
+        if not listed or kinds not in ({str}, {int}):
             said = ", ".join(sorted(kind.__name__ for kind in kinds)) or "nothing"
             raise UserError(
                 f"{self._setting} holds {said}: it must be a list of ids (text) or positions (numbers)."
