@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from baselines.el2n import VARIANTS
+from staff.progress import progress
 from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
 
 BLOCK_ROWS = 256  # samples whose neighbours are searched at once: 100 MB of distances at N = 100,000
@@ -163,21 +164,23 @@ def _search(
     slack = (dimensions + 16) * np.finfo(dtype).eps * squares[:n].max()
     positions, distances = np.empty((len(rows), k), dtype=np.int64), np.empty((len(rows), k))
     settled = np.empty(len(rows), dtype=bool)
-    for start in range(0, len(rows), BLOCK_ROWS):
-        here = slice(start, start + BLOCK_ROWS)
-        block = rows[here]
-        near = points[block] @ points.T
-        near *= -2
-        near += squares
-        near[np.arange(len(block)), block] = np.inf
-        candidates = smallest(near, count, group)
-        bound = np.take_along_axis(near, candidates, 1).max(1) + squares[block] - slack
-        difference = features[candidates].astype(np.float64) - features[block, None]
-        exact = np.sqrt(np.einsum("bcd,bcd->bc", difference, difference))
-        nearest = np.argsort(exact, axis=1, kind="stable")[:, :k]
-        positions[here] = np.take_along_axis(candidates, nearest, 1)
-        distances[here] = np.take_along_axis(exact, nearest, 1)
-        settled[here] = (count == n - 1) | (distances[here, -1] ** 2 <= bound)
+    with progress(len(rows), "nearest neighbours") as bar:
+        for start in range(0, len(rows), BLOCK_ROWS):
+            here = slice(start, start + BLOCK_ROWS)
+            block = rows[here]
+            near = points[block] @ points.T
+            near *= -2
+            near += squares
+            near[np.arange(len(block)), block] = np.inf
+            candidates = smallest(near, count, group)
+            bound = np.take_along_axis(near, candidates, 1).max(1) + squares[block] - slack
+            difference = features[candidates].astype(np.float64) - features[block, None]
+            exact = np.sqrt(np.einsum("bcd,bcd->bc", difference, difference))
+            nearest = np.argsort(exact, axis=1, kind="stable")[:, :k]
+            positions[here] = np.take_along_axis(candidates, nearest, 1)
+            distances[here] = np.take_along_axis(exact, nearest, 1)
+            settled[here] = (count == n - 1) | (distances[here, -1] ** 2 <= bound)
+            bar.update(len(block))
     return positions, distances, settled
 
 

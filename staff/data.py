@@ -18,6 +18,7 @@ import numpy as np
 
 from staff.errors import UserError
 from staff.models import local_path
+from staff.progress import progress
 
 
 @dataclass(frozen=True)
@@ -314,19 +315,29 @@ def tokenize(samples: Sequence[Sample], tokenizer: Any, prompt_format: str = "pl
             "eos_token in its tokenizer_config.json."
         )
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    options = {"add_special_tokens": False, "verbose": False}  # what is too long is told in our own words
     end, texts = tokenizer.eos_token_id, [(s.prompt, s.answer) for s in samples]
     if prompt_format == "chat":
         begin = []  # the template has it
         *_, after = _turn("question", "answer", tokenizer)
-        closing = tokenizer(after.strip(), **options)["input_ids"]
+        (closing,) = _tokens([after.strip()], tokenizer)
         if closing and closing[0] in tokenizer.all_special_ids:
             end = closing[0]
         texts = [_turn(s.prompt, s.answer, tokenizer)[:2] for s in samples]
-    prompts = tokenizer([prompt for prompt, _ in texts], **options)["input_ids"]
-    answers = tokenizer([answer for _, answer in texts], **options)["input_ids"]
-    rows = [[*begin, *p, *a, end] for p, a in zip(prompts, answers, strict=True)]
-    return TokenizedSamples([s.id for s in samples], rows, [len(begin) + len(p) for p in prompts])
+    rows, prompt_lengths = [], []
+    with progress(len(texts), "tokenise") as bar:
+        # Some at a time: until it is done with a text, a tokenizer keeps far more of it than its tokens.
+        for start in range(0, len(texts), 1000):
+            prompts, answers = zip(*texts[start : start + 1000], strict=True)
+            for p, a in zip(_tokens(prompts, tokenizer), _tokens(answers, tokenizer), strict=True):
+                rows.append([*begin, *p, *a, end])
+                prompt_lengths.append(len(begin) + len(p))
+            bar.update(len(prompts))
+    return TokenizedSamples([s.id for s in samples], rows, prompt_lengths)
+
+
+def _tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of each text alone; what is too long is told in our own words."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _turn(prompt: str, answer: str, tokenizer: Any) -> tuple[str, str, str]:

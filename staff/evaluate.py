@@ -20,6 +20,7 @@ import pandas as pd
 from staff.artifacts import Artifact, Store
 from staff.errors import UserError
 from staff.models import ModelSpec, load_tuned
+from staff.progress import progress
 
 if TYPE_CHECKING:
     from staff.cost import Meter
@@ -163,7 +164,6 @@ def generate(
         The new token ids of every prompt, in the order given, without end and padding tokens.
     """
     import torch
-    from tqdm import tqdm
 
     # Adapters sit inside the base model, whose generation configuration is the one that is read.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -174,7 +174,7 @@ def generate(
     base.generation_config = config
     base.eval()
     try:
-        with torch.inference_mode(), tqdm(total=len(prompts), desc="generate", unit="sample", disable=None) as bar:
+        with torch.inference_mode(), progress(len(prompts), "answers") as bar:
             for batch in _batches([len(p) for p in prompts], max_new_tokens, batch_tokens):
                 width = max(len(prompts[i]) for i in batch)
                 ids = torch.full((len(batch), width), config.pad_token_id, device=base.device)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from staff.cost import Meter, scoring_flops
 from staff.data import TokenizedSamples
@@ -27,6 +26,7 @@ from staff.gradients import (
     scoring_mode,
     token_losses,
 )
+from staff.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -112,10 +112,7 @@ def score_samples(
     order = np.argsort(-samples.lengths, kind="stable")
     start, budget = 0, 1 if one_at_a_time else batch_tokens
     how = _score_alone if one_at_a_time else _score_batch
-    with (
-        scoring_mode(model),
-        tqdm(total=len(samples), desc=", ".join(asked.signals), unit="sample", disable=None) as bar,
-    ):
+    with scoring_mode(model), progress(len(samples), ", ".join(asked.signals)) as bar:
         while start < len(order):
             longest = int(samples.lengths[order[start]])
             rows = order[start : start + max(1, budget // longest)]

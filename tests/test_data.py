@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from staff.data import Task, fitting, tokenize
+from staff.data import Sample, Task, fitting, tokenize
 from staff.errors import UserError
 from staff.models import ModelSpec
 
@@ -97,3 +97,12 @@ def test_labels_cover_the_answer_and_its_end_token_alone(tmp_path: Path):
     assert tokenizer.decode(answer[:-1]) == " two" and answer[-1] == tokenizer.eos_token_id
     assert len(labels) == len(tokens.input_ids[0]) == tokens.lengths[0]
     assert tokens.answer_lengths[0] == len(answer)
+
+
+def test_a_large_pool_is_tokenised_some_at_a_time_and_comes_out_the_same():
+    tokenizer = ModelSpec("pkg://staff/assets/tiny/target").tokenizer()
+    samples = [Sample(f"s{i}", f"Say {i}" + " again" * (i % 3) + ":", f" {i * i}", ()) for i in range(2001)]
+    whole, last = tokenize(samples, tokenizer), tokenize(samples[-1:], tokenizer)
+    assert whole.ids == [sample.id for sample in samples]
+    alone = [tokenize([samples[i]], tokenizer) for i in (0, 999, 1000, 1999)]
+    assert [whole.take([i]) for i in (0, 999, 1000, 1999, 2000)] == [*alone, last]
