@@ -1,1 +1,37 @@
-"""STAFF: coreset selection for task-specific fine-tuning of language models."""
+"""Coreset selection for task-specific fine-tuning; README.md shows the use as a library.
+
+What it offers is imported on first use, so that `import staff` takes no time and torch is loaded only by what needs
+a model.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from staff.dataset import dataset_pool as dataset_pool
+    from staff.dataset import select as select
+    from staff.errors import UserError as UserError
+    from staff.finetune import FinetuneSettings as FinetuneSettings
+    from staff.models import ModelSpec as ModelSpec
+    from staff.pool import ArrayPool as ArrayPool
+    from staff.pool import Pool as Pool
+    from staff.selection import Coreset as Coreset
+    from staff.speculative import Staff as Staff
+
+_HOME = {
+    "ArrayPool": "staff.pool",
+    "Coreset": "staff.selection",
+    "FinetuneSettings": "staff.finetune",
+    "ModelSpec": "staff.models",
+    "Pool": "staff.pool",
+    "Staff": "staff.speculative",
+    "UserError": "staff.errors",
+    "dataset_pool": "staff.dataset",
+    "select": "staff.dataset",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -88,9 +88,13 @@ class Task:
             UserError: a missing file or field, text that is empty, an id that comes twice; with file and line.
         """
         limit = self.train_limit if split == "train" else self.test_limit
+        return self.samples(islice(self._rows(split), limit), split)
+
+    def samples(self, rows: Iterable[tuple[str, Mapping[str, Any]]], split: str = "train") -> list[Sample]:
+        """As `load`, of rows at hand, each with its place for messages."""
         samples: dict[str, Sample] = {}
         copies = Counter[str]()
-        for where, row in islice(self._rows(split), limit):
+        for where, row in rows:
             sample = self._sample(row, where, split)
             if sample.id in samples:
                 if self.id_field:
@@ -372,7 +376,8 @@ def fitting(tokenized: Sequence[TokenizedSamples], max_length: int, too_long: st
         worst = over[np.argmax(longest[over])]
         raise UserError(
             f"finetune.max_length={max_length} would cut the answer of {len(over)} sample(s), the longest being "
-            f"{tokenized[0].ids[worst]!r} with {longest[worst]} tokens: raise it, or set task.too_long=drop."
+            f"{tokenized[0].ids[worst]!r} with {longest[worst]} tokens: raise it, or drop what does not fit "
+            "(task.too_long=drop)."
         )
     if not len(keep):
         raise UserError(f"finetune.max_length={max_length} leaves no sample: raise it.")

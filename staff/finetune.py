@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """How models are fine-tuned; the paper's values stand beside these fields in `conf/finetune/lora.yaml`.
+    """How models are fine-tuned; defaults are the preset `lora`, conf/finetune/lora.yaml says where they are from.
 
     Attributes:
         kind: "lora", or "full" for all weights.
@@ -43,21 +43,21 @@ class FinetuneSettings:
             a third more time, the same weights.
     """
 
-    kind: str
-    lora: LoraSpec
-    learning_rate: float
-    batch_size: int
-    device_batch_size: int
-    epochs: int
-    small_epochs: int
-    match: str
-    scheduler: str
-    warmup_ratio: float
-    weight_decay: float
-    max_grad_norm: float
-    max_length: int
-    precision: str
-    length_grouped: bool
+    kind: str = "lora"
+    lora: LoraSpec = field(default_factory=lambda: LoraSpec(rank=8, alpha=16))
+    learning_rate: float = 1e-4
+    batch_size: int = 8
+    device_batch_size: int = 8
+    epochs: int = 4
+    small_epochs: int = 3
+    match: str = "epochs"
+    scheduler: str = "cosine"
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 1024
+    precision: str = "float32"
+    length_grouped: bool = False
     quantization: str | None = None
     gradient_checkpointing: bool = False
 

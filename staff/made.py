@@ -1,4 +1,5 @@
-"""Models that are made before anything is computed with them: read from a GGUF file, or cut out of the target.
+"""Models that are made before anything is computed with them: read from a GGUF file, cut out of the target, or
+written down from objects at hand.
 
 Each is made once and kept as an artefact of the stage "model". Nobody is charged for it: converting a format and
 copying blocks belong to obtaining a model, as a download does, not to selecting samples. So they are made outside
@@ -7,11 +8,13 @@ every other stage, where no artefact has them among its inputs.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from staff.artifacts import Store
@@ -32,6 +35,39 @@ def materialise(family: Family, store: Store) -> Family:
     if small.from_target is None or small.from_target.keep_layers is None:
         return replace(family, target=target, small=_converted(small, store))
     return replace(family, target=target, small=_depth_pruned(small, target, store))
+
+
+def handed_over(model: Any, tokenizer: Any, store: Store) -> ModelSpec:
+    """A transformers model with its tokenizer, written down once and found again by content; they stay as they are.
+
+    Raises:
+        UserError: a model whose own weights are not all that it is (an adapter), or in no precision that is known.
+    """
+    name = model.config.name_or_path or type(model).__name__
+    if hasattr(model, "peft_config") or getattr(model, "is_quantized", False):
+        raise UserError(f"the model {name} has an adapter or packed weights: merge or unpack it, or give its path.")
+    dtype = str(model.dtype).removeprefix("torch.")
+    spec = ModelSpec(name, dtype=dtype, attention=model.config._attn_implementation)
+    with TemporaryDirectory() as apart:
+        model.config.save_pretrained(apart)
+        tokenizer.save_pretrained(apart)
+        key = {"handed over": ModelSpec(apart).source(), "weights": _weights_digest(model)}
+
+    def make(folder: Path, cost: Meter) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return replace(spec, made=store.get("model", key, make, label=f"write down {spec.name}"))
+
+
+def _weights_digest(model: Any) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weights in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _converted(spec: ModelSpec, store: Store) -> ModelSpec:

@@ -213,6 +213,24 @@ def test_qlora_goes_from_scores_to_metrics_with_4_bit_models_throughout(run, mon
         run("finetune=qlora", "method=staff_official")
 
 
+def test_an_outage_of_the_hub_ends_a_run_in_a_sentence_and_loses_no_finished_stage(run, monkeypatch):
+    load = ModelSpec.load
+
+    def target_is_away(spec: ModelSpec):
+        if "target" in spec.path:
+            raise UserError("the model cannot be had from the Hugging Face hub")
+        return load(spec)
+
+    monkeypatch.setattr(ModelSpec, "load", target_is_away)
+    with pytest.raises(UserError, match="cannot be had"):
+        run("method.num_regions=2", "method.verification_budget=1")
+    monkeypatch.setattr(ModelSpec, "load", load)
+    record = run("method.num_regions=2", "method.verification_budget=1")
+    computed = {stage["label"]: stage["computed"] for stage in record["overhead"]["stages"]}
+    assert not computed["fine-tune small on 24 samples"] and not computed["effort of 24 samples, small model"]
+    assert computed["select by Staff"]
+
+
 def test_the_commit_of_a_data_set_on_the_hub_is_recorded_and_changes_no_fingerprint(run, monkeypatch):
     import datasets
     import huggingface_hub

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, SMALL
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 README = (ROOT / "README.md").read_text()
 
@@ -33,3 +36,50 @@ def test_the_tree_and_the_method_table_are_complete():
     assert told == {file.name for file in (ROOT / "staff").glob("*.py")} - {"__init__.py"}
     for preset in (ROOT / "conf/method").glob("*.yaml"):
         assert f"`{preset.stem}`" in README
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every line of every shell block in a README, with the file it stands in; continued lines as one."""
+    files = [file for file in sorted(ROOT.glob("**/README.md")) if not set(file.parts) & {".venv", "node_modules"}]
+    blocks = [(file, block) for file in files for block in re.findall(r"```sh\n(.*?)```", file.read_text(), re.S)]
+    lines = [(file, line) for file, block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [(str(file.relative_to(ROOT)), line) for file, line in lines if line.strip()]
+
+
+def words(line: str) -> list[str]:
+    """A command as the shell takes it apart, without the variables set for it."""
+    script = f'words() {{ printf "%s\\0" "$@"; }}; words {line}'
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")[
+        :-1
+    ]
+    first = next(i for i, word in enumerate(said) if not re.match(r"[A-Z_]+=", word))
+    return said[first:]
+
+
+def settings(arguments: list[str]) -> list[list[str]]:
+    """Overrides of as many jobs as the longest sweep among the arguments has values, each value named in one."""
+    parsed = OverridesParser.create().parse_overrides([word for word in arguments if not word.startswith("-")])
+    values = [
+        [*o.sweep_string_iterator()] if o.is_sweep_override() else [o.get_value_element_as_str()] for o in parsed
+    ]
+    jobs = range(max(map(len, values), default=0))
+    return [[f"{o.key_or_group}={v[min(job, len(v) - 1)]}" for o, v in zip(parsed, values)] for job in jobs]
+
+
+@pytest.mark.parametrize(("file", "line"), commands())
+def test_every_command_in_a_readme_is_one(file: str, line: str):
+    program, *arguments = words(line)
+    makefile = (ROOT / "Makefile").read_text()
+    if program == "make":
+        assert re.search(rf"^{arguments[0]}:", makefile, re.M)
+    elif program == "staff" or "experiments.run" in arguments:
+        start = arguments.index("experiments.run") + 1 if program != "staff" else 0
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            for overrides in settings(arguments[start:]):
+                compose("config", overrides=overrides, return_hydra_config=True)
+    elif program == "python":
+        module = ROOT / (arguments[1].replace(".", "/"))
+        source = next(f for f in (module.with_suffix(".py"), module / "__main__.py") if f.is_file()).read_text()
+        assert all(f'"{word}"' in source for word in arguments if word.startswith("--"))
+    else:
+        assert program in (".", "pip", "hf", "git"), f"{file}: {program}"

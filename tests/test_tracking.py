@@ -47,6 +47,7 @@ RECORD = {
     "provenance": {"git_commit": None, "cpu_count": 2},
 }
 KEY = "0" * 40
+WHICH_RUN = ("entity", "project", "run_id", "run_group", "job_type", "display_name")
 SCORES = np.array([0.1, 0.5, np.nan, 2.0, 0.5])
 
 
@@ -98,7 +99,7 @@ def read_offline_run(folder: Path) -> dict[str, Any]:
 
 def _take_in(record: Any, run: dict[str, Any]) -> None:
     if record.HasField("run"):
-        run |= {name: getattr(record.run, name) for name in ("run_id", "run_group", "job_type", "display_name")}
+        run |= {name: getattr(record.run, name) for name in WHICH_RUN}
         run["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
     if record.HasField("metric"):
         run["metrics"][record.metric.name or record.metric.glob_name] = record.metric.step_metric
@@ -147,6 +148,13 @@ def test_an_offline_run_read_back_from_its_file_equals_metrics_json(tmp_path):
         ["fine-tune small on 4 samples", 12.5],
         ["effort of 4 samples", 3.0],
     ]
+
+
+def test_entity_and_project_are_those_of_the_configuration(tmp_path):
+    tracking = {"mode": "auto", "project": "coresets", "entity": "team"}
+    log_run(tmp_path, another_run("beef", config={**RECORD["config"], "tracking": tracking}))
+    run = read_offline_run(tmp_path)
+    assert (run["entity"], run["project"]) == ("team", "coresets")
 
 
 def test_every_training_has_a_curve_over_its_own_steps(tmp_path):

@@ -1,0 +1,79 @@
+"""Use without Hydra: a pool out of a data set and models, at hand or by name, and a selection in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from staff.artifacts import Store
+from staff.data import Task, fitting, tokenize
+from staff.finetune import FinetuneSettings
+from staff.made import handed_over, materialise
+from staff.models import Family, ModelSpec
+from staff.pool import Pool
+from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, budget_of
+
+Model = str | Path | ModelSpec | tuple[Any, Any]
+"""A folder or a name on the hub (loaded in float32); a `ModelSpec`, which also names precision and revision; or a
+transformers model with its tokenizer."""
+
+
+def dataset_pool(
+    data: Iterable[Mapping[str, Any]],
+    target: Model,
+    small: Model | None = None,
+    *,
+    prompt: str = "{prompt}",
+    answer: str = "{completion}",
+    id_field: str | None = None,
+    prompt_format: str = "plain",
+    finetune: FinetuneSettings | None = None,
+    store: Path | str = "results/artifacts",
+) -> Pool:
+    """A pool of a data set's rows, in their order: position i of a coreset is row i.
+
+    Roles that a method asks for are fine-tuned on first need, and everything is kept in `store`. A model that is
+    handed over as an object is written there once and left as it is.
+
+    Args:
+        data: a `datasets.Dataset`, or any iterable of rows.
+        small: the small model; None: the target in its place, for methods that ask the target alone.
+        prompt, answer: templates over a row's fields, as in `staff.data.Task`; by default the columns of TRL.
+        id_field: field with the rows' ids; None: ids are made from the texts.
+        prompt_format: "plain" or "chat", as in `staff.models.Family`.
+        finetune: how roles are fine-tuned; None: as in the paper, in the target's precision.
+
+    Raises:
+        UserError: bad rows, a sample that does not fit `finetune.max_length`, or a model that cannot be had.
+    """
+    kept = Store(store)
+    of_target = _spec(target, kept)
+    of_small = of_target if small is None else _spec(small, kept)
+    family = materialise(Family("custom", of_target, of_small, prompt_format), kept)
+    settings = finetune or FinetuneSettings(precision=family.target.dtype)
+    task = Task("dataset", prompt, answer, metrics=(), max_new_tokens=1, data_dir="", id_field=id_field)
+    samples = task.samples((f"row {i}", row) for i, row in enumerate(data))
+    for_small, for_target = (tokenize(samples, m.tokenizer(), prompt_format) for m in (family.small, family.target))
+    fitting([for_small, for_target], settings.max_length, "refuse")
+    return Pool(for_small, for_target, family, settings, kept, seed=0)
+
+
+def select(pool: ScorePool, method: SelectionMethod, pruning_rate: float, seed: int = 0) -> Coreset:
+    """The coreset that `method` chooses when the fraction `pruning_rate` of the pool is removed; its `indices` are
+    positions in the pool. `seed` reaches every draw, and of a pool with models also their fine-tuning.
+
+    Raises:
+        UserError: a rate outside [0, 1), and what the method refuses.
+    """
+    budget = budget_of(method, pruning_rate, len(pool.ids))
+    if isinstance(pool, Pool):
+        return replace(pool, seed=seed).select(method, budget)[1]
+    return method.select(pool, budget, Draws(seed, pool.ids))
+
+
+def _spec(model: Model, store: Store) -> ModelSpec:
+    if isinstance(model, tuple):
+        return handed_over(*model, store)
+    return model if isinstance(model, ModelSpec) else ModelSpec(str(model))
