@@ -30,7 +30,7 @@ from experiments.record import Run
 from staff.data import TokenizedSamples
 from staff.gradients import Positions, gradient_layers, layer_gradient_norms, token_losses
 from staff.models import fresh_lora
-from staff.scoring import Asked, score_samples
+from staff.scoring import Asked, score_samples, suited_batch_tokens
 
 
 class Case:
@@ -39,11 +39,12 @@ class Case:
     def __init__(self, run: Run, role: str, gradient: str, count: int):
         spec = run.family.small if role == "small" else run.family.target
         self.name = f"{run.choices['family']} {role}, {run.choices['task']}"
-        self.gradient, self.budget, self.pad = gradient, run.scoring.batch_tokens, spec.tokenizer().pad_token_id
+        self.gradient, self.pad = gradient, spec.tokenizer().pad_token_id
         self.samples: TokenizedSamples = run.tokenized[role].take(np.arange(count))
         self.model: Any = spec.load()
         if gradient == "all_lora":
             self.model = fresh_lora(self.model, run.settings.lora, seed=0)
+        self.budget = run.scoring.batch_tokens or suited_batch_tokens(self.model)
         self.batches = batches_of(self.samples, self.budget, self.pad, self.model.device)
 
     def norms(self, one_at_a_time: bool) -> np.ndarray:

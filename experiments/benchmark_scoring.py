@@ -37,7 +37,7 @@ from staff.cost import Meter, forward_flops, scoring_flops
 from staff.data import TokenizedSamples
 from staff.gradients import Positions
 from staff.models import LoraSpec, ModelSpec, fresh_lora
-from staff.scoring import Asked, score_samples
+from staff.scoring import Asked, score_samples, suited_batch_tokens
 
 ADAPTER = LoraSpec(rank=81, alpha=16, dropout=0.0, targets=("q_proj", "v_proj"))
 EFFORT = Asked(("effort",))
@@ -106,7 +106,7 @@ def compare(run: Run, role: str, count: int, rounds: int, bf16: int) -> str:
     spec = run.family.small if role == "small" else run.family.target
     samples = run.tokenized[role].take(np.arange(count))
     model, pad = with_adapter(spec), spec.tokenizer().pad_token_id
-    batches = batches_of(samples, run.scoring.batch_tokens, pad, model.device)
+    batches = batches_of(samples, run.scoring.batch_tokens or suited_batch_tokens(model), pad, model.device)
     ways: dict[str, Callable[[], Any]] = {
         "authors": partial(authors, model, samples, pad, 2),
         "once": partial(authors, model, samples, pad, 1),

@@ -27,18 +27,19 @@ class ScoringSettings:
     """How samples are scored.
 
     Attributes:
-        batch_tokens: padded tokens of one batch; halved by itself where memory runs out.
+        batch_tokens: padded tokens of one batch, halved where memory runs out; None: as many as suit the device.
         dtype: precision of the model while it scores; None: its family's.
         one_at_a_time: plain autograd on single samples, for an architecture that `staff.gradients` does not know.
     """
 
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
     dtype: str | None = None
     one_at_a_time: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.batch_tokens) is not int or self.batch_tokens < 1:
-            raise UserError(f"scoring.batch_tokens={self.batch_tokens!r} must be a whole number of at least 1.")
+        tokens = self.batch_tokens
+        if tokens is not None and (type(tokens) is not int or tokens < 1):
+            raise UserError(f"scoring.batch_tokens={tokens!r} must be null or a whole number of at least 1.")
         if self.dtype not in (None, *PRECISIONS):
             raise UserError(f"scoring.dtype={self.dtype!r} is unknown: choose null, {' or '.join(PRECISIONS)}.")
 

@@ -83,7 +83,7 @@ def score_samples(
     samples: TokenizedSamples,
     asked: Asked,
     *,
-    batch_tokens: int,
+    batch_tokens: int | None,
     pad_token_id: int,
     one_at_a_time: bool = False,
     meter: Meter | None = None,
@@ -91,7 +91,8 @@ def score_samples(
     """Signals of `model` for every sample, in the samples' order; the model is left as it was.
 
     Args:
-        batch_tokens: padded tokens of a batch; a longer sample goes alone. Halved when memory runs out.
+        batch_tokens: padded tokens of a batch, None for `suited_batch_tokens`; a longer sample goes alone. Halved
+            when memory runs out.
         one_at_a_time: plain autograd on single samples: slow, and exact for every architecture.
         meter: is told FLOPs and tokens (without padding).
 
@@ -110,7 +111,7 @@ def score_samples(
     }
     # Longest first: if memory runs out it does so at once.
     order = np.argsort(-samples.lengths, kind="stable")
-    start, budget = 0, 1 if one_at_a_time else batch_tokens
+    start, budget = 0, 1 if one_at_a_time else batch_tokens or suited_batch_tokens(model)
     how = _score_alone if one_at_a_time else _score_batch
     with scoring_mode(model), progress(len(samples), ", ".join(asked.signals)) as bar:
         while start < len(order):
@@ -132,6 +133,12 @@ def score_samples(
             start += len(rows)
             bar.update(len(rows))
     return scores
+
+
+def suited_batch_tokens(model: Any) -> int:
+    """Enough to keep a GPU busy; on a processor not more than its caches hold: with four times as many, norms over
+    all LoRA parameters of the tiny target took 1.4 times as long."""
+    return 2048 if model.device.type == "cpu" else 8192
 
 
 def _unless_out_of_memory(how: Any, *what: Any) -> dict[str, np.ndarray] | None:

@@ -161,7 +161,7 @@ def test_a_precision_for_scoring_alone_makes_other_scores_of_the_same_fine_tunin
         ("method=staff_official method.scores=online", "method.scores=online is by fine-tuning's own LoRA"),
         ("finetune=full method.scores=online", "scores online are gradients of adapters"),
         ("finetune.match=tokens", "finetune.match='tokens' is unknown: choose epochs or steps"),
-        ("scoring.batch_tokens=0", "scoring.batch_tokens=0 must be a whole number"),
+        ("scoring.batch_tokens=0", "scoring.batch_tokens=0 must be null or a whole number"),
         ("scoring.dtype=int8", "scoring.dtype='int8' is unknown: choose null, float32 or bfloat16"),
         ("seed=one", "seed='one' must be a whole number"),
         ("family.target.path=/nowhere", "family path=/nowhere is not a folder"),
