@@ -85,7 +85,8 @@ def ablations(table: pd.DataFrame) -> tuple[pd.DataFrame, list[Ablation]]:
     """The runs to compare methods by, and the ablations among all, as far as the records tell.
 
     Where the ablations of a method have one variant in common, that is the method, and the others stand in its
-    ablations alone. Without such a centre (a grid of two settings, or a single ablation) all are compared.
+    ablations alone; an ablation without it counts where its runs are in no larger one. Without such a centre (a
+    grid of two settings, or a single ablation) all are compared.
     """
     keys = ["method", *told_apart(table)[len(NAMES) :]]
     values = pd.concat([texts(table, key) for key in keys], axis=1)
@@ -100,6 +101,8 @@ def ablations(table: pd.DataFrame) -> tuple[pd.DataFrame, list[Ablation]]:
         mine = [(key, members) for key, members in groups if members[0] in of_method]
         if len(centres) == 1:
             compared -= {member for member in of_method if count[member] and member != centres[0]}
+            largest = {x: max((len(m) for _, m in mine if x in m), default=0) for x in of_method}
+            mine = [(k, m) for k, m in mine if centres[0] in m or any(largest[x] == len(m) for x in m)]
         elif len({key for key, _ in mine}) > 1:
             continue
         for key, members in mine:

@@ -22,7 +22,7 @@ def region_similarity(small: np.ndarray, target: np.ndarray, num_regions: int) -
     Returns:
         "same region": the share of samples that lie in the region of the same rank with both; "by chance": that
         share were the scores of one model dealt out anew; "mean overlap": Jaccard's index of the two models' i-th
-        regions, averaged over those that are not empty with both; "Spearman": of the scores, NaN where constant.
+        regions, averaged over those in which either has samples; "Spearman": of the scores, NaN where constant.
     """
     a, b = (stratify(s, equal_width_edges(s.min(), s.max(), num_regions)) for s in (small, target))
     sizes_a, sizes_b, shared = (np.bincount(r, minlength=num_regions) for r in (a, b, a[a == b]))
@@ -48,10 +48,11 @@ def similarity(context: Context) -> Table | None:
     if not rows:
         return None
     caption = (
-        f"Regions of equal score width by the small model's scores and by the target's, on {context.title}, where "
-        "the target scored every sample. Same region: the part of the samples that both put into the region of the "
-        "same rank; by chance: as many as would be, were the scores of one dealt out anew; mean overlap: Jaccard's "
-        "index of the two i-th regions, over the regions that are not empty with both. Means over seeds."
+        "Regions of equal score width by the speculative scores (the small model's, unless said otherwise) and by "
+        f"the target's, on {context.title}, where the target scored every sample. Same region: the part of the "
+        "samples that both put into the region of the same rank; by chance: as many as would be, were the scores of"
+        " one dealt out anew; mean overlap: Jaccard's index of the two i-th regions, averaged over those in which "
+        "either has samples. Means over seeds."
     )
     return Table(f"similarity-{context.name}", caption, pd.DataFrame(rows))
 
