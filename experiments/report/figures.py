@@ -120,12 +120,14 @@ def pareto(context: Context) -> Made:
     axes.step(
         *zip(*front), where="post", color="0.35", linewidth=0.8, linestyle="--", label="Pareto front", zorder=0
     )
-    axes.set(xscale="log", xlabel="selection overhead (s)", ylabel=metric(context))
+    costs = [seconds for seconds, _, _ in points]
+    wide = max(costs) > 10 * min(costs)  # within a decade the labels of a logarithmic axis run into one another
+    axes.set(xscale="log" if wide else "linear", xlabel="selection overhead (s)", ylabel=metric(context))
     _legend_above(figure, axes, context)
     caption = (
         f"{metric(context)} against the overhead of selection on {context.title}, pruning rate {rate:g}: means "
-        "over seeds with 95 % t-intervals; the dashed line joins the methods that no other beats in both, by their "
-        "means alone."
+        "over seeds with 95 % t-intervals; the dashed line joins what no other beats in both, by the means "
+        "alone."
     )
     return figure, caption
 
