@@ -46,7 +46,7 @@ def compare(run: Run, rounds: int) -> str:
     seconds, answers = alternating(ways, rounds)
     equal = sum(a == b for a, b in zip(answers["plain"], answers["ours"], strict=True))
     return row(
-        f"{run.choices['family']}, {run.choices['task']}",
+        f"{run.choices['family']}, {run.choices['task']}, batch_tokens={how['batch_tokens']}",
         *(f"{len(prompts) / seconds[name]:.3g}" for name in ("plain", "ours")),
         f"{seconds['plain'] / seconds['ours']:.2f} x",
         f"{equal} of {len(prompts)}",

@@ -141,7 +141,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    batch_tokens: int,
+    batch_tokens: int | None,
     end_tokens: Iterable[int] = (),
     meter: Meter | None = None,
 ) -> list[list[int]]:
@@ -154,7 +154,9 @@ def generate(
     Args:
         model: a causal language model, with or without adapters.
         prompts: rows of token ids, of any lengths.
-        batch_tokens: upper bound of (longest prompt + max_new_tokens) x batch; a prompt beyond it goes alone.
+        batch_tokens: upper bound of (longest prompt + max_new_tokens) x batch; a prompt beyond it goes alone. None:
+            8192 on a processor, where more wait for the longest answer (results/benchmarks/generation.md), 32768 on
+            a GPU.
         end_tokens: further ones, such as a chat template's end of turn.
         meter: told the real tokens processed, and their FLOPs as those of one forward pass over prompt and
             continuation with logits at the generated tokens. That is exact for the linear layers; attention, in
@@ -175,7 +177,8 @@ def generate(
     base.eval()
     try:
         with torch.inference_mode(), progress(len(prompts), "answers") as bar:
-            for batch in _batches([len(p) for p in prompts], max_new_tokens, batch_tokens):
+            budget = batch_tokens or (8192 if base.device.type == "cpu" else 32768)
+            for batch in _batches([len(p) for p in prompts], max_new_tokens, budget):
                 width = max(len(prompts[i]) for i in batch)
                 ids = torch.full((len(batch), width), config.pad_token_id, device=base.device)
                 mask = torch.zeros_like(ids)
@@ -209,7 +212,7 @@ def evaluated(
     *,
     kind: str,
     max_new_tokens: int,
-    batch_tokens: int,
+    batch_tokens: int | None,
 ) -> Artifact:
     """The answers of the model that fine-tuning of `kind` left in `tuned` (of the raw one where that is None) to
     the prompts of `samples`, as an artefact that `read_predictions` reads."""
