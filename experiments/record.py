@@ -31,6 +31,7 @@ from staff.errors import UserError
 from staff.evaluate import check_metrics, evaluated, measure, read_predictions
 from staff.finetune import FinetuneSettings, epoch_flops, finetune_key, finetuned
 from staff.made import materialise
+from staff.memory import check_fits
 from staff.models import Family, check_quantization
 from staff.pool import Pool, ScoringSettings
 from staff.selection import Coreset, SelectionMethod, budget_of, source_digest
@@ -50,7 +51,7 @@ class Run:
         UserError: bad configuration or data.
     """
 
-    def __init__(self, cfg: DictConfig, choices: dict[str, Any]):
+    def __init__(self, cfg: DictConfig, choices: dict[str, Any], store: Store | None = None):
         self.cfg, self.choices = cfg, choices
         self.method: SelectionMethod = instantiate(cfg.method, _convert_="all")
         self.settings: FinetuneSettings = instantiate(cfg.finetune, _convert_="all")
@@ -67,7 +68,7 @@ class Run:
         kept = budget_of(self.method, cfg.pruning_rate, len(self.train))  # refuses a bad rate
         fixed = hasattr(self.method, "fixed_size")
         self.pruning_rate = float(1 - Fraction(kept, len(self.train))) if fixed else cfg.pruning_rate
-        self.store = Store(cfg.store_dir, workers=sweep.workers())
+        self.store = store or Store(cfg.store_dir, workers=sweep.workers())
         self.family = materialise(family, self.store).quantised(self.settings.quantization)
         self.selecting = self.family
         if selecting:
@@ -187,6 +188,10 @@ class Run:
         """Refuse, before a model loads, what this machine cannot do."""
         if self.settings.quantization:
             check_quantization()
+        if self.budget:
+            small, target = self.selecting.small, self.family.target
+            for spec, samples in ((small, self.tokenized["small"]), (target, self.tokenized["target"])):
+                check_fits(spec, samples, self.settings)
 
     def select(self) -> tuple[Artifact, Coreset]:
         return self.pool.select(self.method, self.budget)

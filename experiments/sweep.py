@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -179,7 +179,12 @@ def table(folders: list[Path]) -> str:
 
 def expected_jobs(config: DictConfig) -> list[str]:
     """The overrides of every job, as Hydra's own sweeper will make them."""
+    return [" ".join(job) for job in jobs_of(config, config.hydra.overrides.task)]
+
+
+def jobs_of(config: DictConfig, overrides: Iterable[str]) -> list[list[str]]:
+    """The overrides of every job of a sweep by these overrides, whose configuration with Hydra's own is given."""
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    overrides = OverridesParser.create().parse_overrides(params + list(config.hydra.overrides.task))
-    (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-    return [" ".join(job) for job in jobs]
+    parsed = OverridesParser.create().parse_overrides([*params, *overrides])
+    (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return [list(job) for job in jobs]

@@ -35,6 +35,8 @@ from staff.manifest import Artifact, Charges, check_contents, check_sizes, diges
 
 log = logging.getLogger(__name__)
 
+Make = Callable[[Path, Meter], None]
+
 STAGE_VERSIONS = {"finetune": 1, "scores": 1, "coreset": 1, "evaluation": 1, "model": 1}
 """Part of every fingerprint: raised when a stage's code computes something else than before."""
 
@@ -103,13 +105,16 @@ class Store:
         return digest({"stage": stage, "version": version or STAGE_VERSIONS[stage], "key": key})
 
     def get(
-        self, stage: str, key: dict[str, Any], make: Callable[[Path, Meter], None], *, label: str = ""
+        self, stage: str, key: dict[str, Any], make: Make, *, label: str = "", foresee: Make | None = None
     ) -> Artifact:
         """Read the artefact of this stage and key; make it if there is none, or wait for whoever is making it.
 
         ``make(folder, meter)`` writes files into the empty folder and adds FLOPs and tokens to the meter. What it
         gets from the store in turn becomes an input of this artefact, and none of that time counts as its own.
         What it raises is raised here, and nothing is published. ``label`` says what it is, in log and manifest.
+
+        ``foresee(folder, meter)`` adds the same FLOPs and tokens without loading a model, and writes stand-ins of
+        the files that others read: the store of `experiments.plan` calls it instead; this one never does.
 
         Raises:
             UserError: the store's folder cannot be used, or the artefact in it is damaged.

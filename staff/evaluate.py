@@ -242,8 +242,16 @@ def evaluated(
         table = {"id": samples.ids, "prediction": texts, "tokens": [len(answer) for answer in answers]}
         pd.DataFrame(table).to_parquet(folder / "predictions.parquet")
 
+    def foresee(folder: Path, cost: Meter) -> None:
+        """At most: no answer ends early."""
+        from staff.cost import forward_flops
+
+        processed = [len(prompt) + max_new_tokens - 1 for prompt in samples.prompts()]
+        flops = forward_flops(spec.config(), processed, max_new_tokens * len(processed))
+        cost.add(flops, tokens_forward=sum(processed))
+
     label = f"answer {len(samples)} test prompts, {'tuned' if tuned else 'raw'} {spec.name}"
-    return store.get("evaluation", key, make, label=label)
+    return store.get("evaluation", key, make, label=label, foresee=foresee)
 
 
 def read_predictions(answered: Artifact) -> pd.DataFrame:

@@ -6,9 +6,12 @@ import json
 import logging
 import math
 import sys
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from staff.artifacts import Artifact, Store
 from staff.cost import Meter, training_flops
@@ -148,7 +151,17 @@ def finetuned(
     def make(folder: Path, cost: Meter) -> None:
         finetune(spec, samples, settings, epochs, seed, folder, cost, online, checkpoints)
 
-    return store.get("finetune", key, make, label=label)
+    def foresee(folder: Path, cost: Meter) -> None:
+        model = spec.shapes()
+        if settings.kind == "lora":
+            fresh_lora(model, settings.lora, seed)
+        _count(cost, spec, samples, settings, epochs, _trainable(model))
+        if online:
+            from safetensors.numpy import save_file
+
+            save_file({"effort": stand_in(len(samples), label)}, folder / ONLINE_SCORES)
+
+    return store.get("finetune", key, make, label=label, foresee=foresee)
 
 
 def finetune(
@@ -209,11 +222,8 @@ def finetune(
             f"fine-tuning {spec.path} ended with a loss of {result.training_loss}: lower finetune.learning_rate="
             f"{settings.learning_rate}."
         )
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapter = trained if settings.kind == "lora" else None
-    flops = epoch_flops(spec, samples, adapter)
-    tokens = round(int(samples.lengths.sum()) * epochs)
-    cost.add(flops=flops * epochs, tokens_forward=tokens, tokens_backward=tokens)
+    trained = _trainable(model)
+    _count(cost, spec, samples, settings, epochs, trained)
     model.save_pretrained(folder)
     if efforts is not None:
         efforts.save(folder / ONLINE_SCORES)
@@ -227,6 +237,29 @@ def finetune(
     del trainer, model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _trainable(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _count(
+    cost: Meter,
+    spec: ModelSpec,
+    samples: TokenizedSamples,
+    settings: FinetuneSettings,
+    epochs: float,
+    trained: int,
+) -> None:
+    flops = epoch_flops(spec, samples, trained if settings.kind == "lora" else None)
+    tokens = round(int(samples.lengths.sum()) * epochs)
+    cost.add(flops=flops * epochs, tokens_forward=tokens, tokens_backward=tokens)
+
+
+def stand_in(samples: int, name: str) -> np.ndarray:
+    """Scores where nothing was scored, (N,): evenly spread, so that no region is empty, in an order drawn by `name`
+    (two methods that asked for different scores hardly ever choose the same coreset)."""
+    return (1 + np.random.default_rng(zlib.crc32(name.encode())).permutation(samples)) / samples
 
 
 def epoch_flops(spec: ModelSpec, samples: TokenizedSamples, adapter_parameters: int | None) -> float:

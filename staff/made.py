@@ -88,8 +88,12 @@ def _converted(spec: ModelSpec, store: Store) -> ModelSpec:
         model.save_pretrained(folder)
         spec.tokenizer().save_pretrained(folder)
 
+    def foresee(folder: Path, cost: Meter) -> None:
+        spec.config().save_pretrained(folder)
+        spec.tokenizer().save_pretrained(folder)
+
     key = {"gguf": spec.source(), "dtype": spec.dtype}
-    return replace(spec, made=store.get("model", key, make, label=f"convert {file.name}"))
+    return replace(spec, made=store.get("model", key, make, label=f"convert {file.name}", foresee=foresee))
 
 
 def _depth_pruned(small: ModelSpec, target: ModelSpec, store: Store) -> ModelSpec:
@@ -104,7 +108,14 @@ def _depth_pruned(small: ModelSpec, target: ModelSpec, store: Store) -> ModelSpe
         model.save_pretrained(folder)
         target.tokenizer().save_pretrained(folder)
 
-    made = store.get("model", {"target": target.source(), "keep_layers": kept}, make, label=f"cut out {name}")
+    def foresee(folder: Path, cost: Meter) -> None:
+        shapes = target.shapes()
+        keep_blocks(shapes, kept)
+        shapes.config.save_pretrained(folder)
+        target.tokenizer().save_pretrained(folder)
+
+    key = {"target": target.source(), "keep_layers": kept}
+    made = store.get("model", key, make, label=f"cut out {name}", foresee=foresee)
     return replace(small, path=name, revision=None, made=made)
 
 

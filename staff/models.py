@@ -164,6 +164,15 @@ class ModelSpec:
         model = self.weights(**options)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
+    def shapes(self) -> Any:
+        """The model without its weights: every module and shape, on the meta device."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config(), **options)
+
     def weights(self, **options: Any) -> Any:
         """The model as transformers loads it with these options.
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from staff.artifacts import STAGE_VERSIONS, Artifact, Store
-from staff.cost import Meter
+from staff.cost import Meter, scoring_flops
 from staff.data import TokenizedSamples
 from staff.errors import UserError
-from staff.finetune import ONLINE_SCORES, FinetuneSettings, finetune_key, finetuned
+from staff.finetune import ONLINE_SCORES, FinetuneSettings, finetune_key, finetuned, stand_in
 from staff.models import PRECISIONS, Family, LoraSpec, ModelSpec, fresh_lora, load_tuned, plain, replace_lora
 from staff.selection import Coreset, Draws, SelectionMethod, source_digest
 
@@ -181,8 +181,26 @@ class Pool:
             save_file(values, folder / "scores.safetensors")
             (folder / "ids.json").write_text(json.dumps(samples.ids))
 
+        def foresee(folder: Path, cost: Meter) -> None:
+            from safetensors.numpy import save_file
+
+            from staff.scoring import Asked
+
+            if model != "target":
+                self.tuned(model)
+            asked = Asked(tuple(signals), **how)
+            shapes = self._shapes(model, adapter, gradient)
+            tokens = int(samples.lengths.sum())
+            flops = scoring_flops(shapes, samples.lengths, samples.answer_lengths, asked)
+            cost.add(flops, tokens, tokens if gradient else 0)
+            values = {signal: stand_in(len(samples), signal + model) for signal in signals}
+            if "embedding" in values:
+                values["embedding"] = np.stack([values["embedding"]] * 2, axis=1).astype(np.float32)
+            save_file(values, folder / "scores.safetensors")
+
         label = f"{', '.join(signals)} of {len(samples)} samples, {model} model"
-        return load_file(self.store.get("scores", key, make, label=label).path / "scores.safetensors")
+        scored = self.store.get("scores", key, make, label=label, foresee=foresee)
+        return load_file(scored.path / "scores.safetensors")
 
     def _online(
         self,
@@ -243,6 +261,14 @@ class Pool:
         if own and adapter is not None:
             return replace_lora(loaded, adapter, self._adapter_seed)
         return fresh_lora(loaded, adapter or self.settings.lora, self._adapter_seed)
+
+    def _shapes(self, model: str, adapter: LoraSpec | None, gradient: str | None) -> Any:
+        """What `_load` gives, without weights."""
+        shapes = self._scoring_spec(model).shapes()
+        own = model != "target" and self.settings.kind == "lora"
+        if gradient == "all_linear" or (gradient is None and not own):
+            return shapes
+        return fresh_lora(shapes, adapter or self.settings.lora, self._adapter_seed)
 
     def _fresh_key(self, model: str, adapter: LoraSpec | None) -> dict[str, Any] | None:
         if adapter is None and model != "target" and self.settings.kind == "lora":

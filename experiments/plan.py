@@ -1,0 +1,283 @@
+"""What a sweep will take, before it is paid for: `python -m experiments.plan OVERRIDES --gpu h100`.
+
+The overrides are those of the sweep. Its runs are carried out on a store in which every stage, instead of being
+made, is counted from shapes: no weights are loaded, and what runs share is counted once because it has one key.
+Scores are stand-ins, so two things are not exact: STAFF's verification is counted at its most, K b_v samples, and a
+coreset that scores choose as one of average samples. Answers are counted at full length. `~` marks all three.
+Seconds come from a GPU's peak and an assumed utilisation, or, with --calibrate, from the stages themselves on a few
+samples on the present machine. Ranking (such as the neighbours of D2) is not in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from experiments import sweep
+from experiments.record import Run
+from experiments.run import CONF
+from staff.artifacts import Artifact, Make, Store
+from staff.cost import Cost
+from staff.memory import finetuning_memory
+
+
+class Gpu(NamedTuple):
+    """Dense bfloat16 FLOP/s and bytes of memory, by the vendor's data sheet."""
+
+    flops: float
+    memory: float
+
+
+GPUS = {
+    "h100": Gpu(989e12, 80e9),
+    "h200": Gpu(989e12, 141e9),
+    "a100": Gpu(312e12, 80e9),
+    "l40s": Gpu(362e12, 48e9),
+    "rtx4090": Gpu(165e12, 24e9),
+}
+UTILISATION = {"finetune": 0.4, "scores": 0.4, "evaluation": 0.05}
+"""Assumed fractions of the peak, not measured; decoding is bound by memory, not by arithmetic."""
+FEW = (16, 48)
+"""Samples of the pool that stages are calibrated on."""
+KIND = ("model", "settings", "signals", "gradient", "variant", "fresh_adapter", "max_new_tokens", "online")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the sweep.
+
+    Attributes:
+        kind: what stages with the same speed have in common.
+        exact: its FLOPs do not depend on scores or answers.
+        made: the sweep's own store has it already.
+    """
+
+    stage: str
+    fingerprint: str
+    label: str
+    kind: str
+    cost: Cost
+    exact: bool
+    made: bool
+
+
+class Foresight(Store):
+    """A store in which stages are foreseen, and told as `stages` by fingerprint.
+
+    Args:
+        root: a temporary folder.
+        real: the store of the sweep.
+    """
+
+    def __init__(self, root: Path, real: Store) -> None:
+        super().__init__(root)
+        self.real = real
+        self.stages: dict[str, Stage] = {}
+        self.certain: set[str] = set()
+        """Fingerprints of the samples that are known without scores."""
+        self._asked = 0
+
+    def get(
+        self, stage: str, key: dict[str, Any], make: Make, *, label: str = "", foresee: Make | None = None
+    ) -> Artifact:
+        # What a method asks second it may have decided by the first answer.
+        self._asked = 0 if stage == "coreset" else self._asked + (stage == "scores")
+        second = stage == "scores" and self._asked > 1
+        artifact = super().get(stage, key, foresee or make, label=label)
+        if stage in UTILISATION:
+            exact = key.get("samples") in self.certain and not second
+            made = self.real.find(stage, key) is not None
+            fingerprint, kind = artifact.fingerprint, kind_of(stage, key)
+            self.stages[fingerprint] = Stage(stage, fingerprint, label, kind, artifact.cost, exact, made)
+        return artifact
+
+
+class Timed(Store):
+    """A store that also tells FLOPs and seconds of what it made, by the kind of stage."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.times: list[tuple[str, Cost]] = []
+
+    def get(
+        self, stage: str, key: dict[str, Any], make: Make, *, label: str = "", foresee: Make | None = None
+    ) -> Artifact:
+        artifact = super().get(stage, key, make, label=label)
+        if stage in UTILISATION and artifact.computed:
+            self.times.append((kind_of(stage, key), artifact.cost))
+        return artifact
+
+
+def kind_of(stage: str, key: dict[str, Any]) -> str:
+    """Stage, model and settings, without samples, epochs and seed."""
+    tuned = key.get("tuned") is not None
+    return json.dumps([stage, {name: key[name] for name in KIND if name in key}, tuned], sort_keys=True)
+
+
+def jobs(overrides: Sequence[str]) -> Iterator[tuple[list[str], DictConfig, dict[str, Any]]]:
+    """Overrides, configuration and choices of every run of the sweep."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    plain = [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        whole = compose("config", overrides=plain, return_hydra_config=True)
+        for job in sweep.jobs_of(whole, overrides):
+            yield job, *composed(job)
+
+
+def composed(job: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
+    cfg = compose("config", overrides=list(job), return_hydra_config=True)
+    choices: Any = OmegaConf.to_container(cfg.hydra.runtime.choices)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, choices
+
+
+def foreseen(cfg: DictConfig, choices: dict[str, Any], store: Foresight) -> Run:
+    """Carry out the run on a store that foresees."""
+    run = Run(cfg, choices, store)
+    tokenized = run.tokenized
+    store.certain |= {samples.fingerprint for samples in tokenized.values()}
+    chosen, coreset = run.select()
+    if all(charge.stage == "coreset" for charge in chosen.charged().values()):
+        store.certain.add(tokenized["target"].take(coreset.indices).fingerprint)
+    run.evaluate(run.finetune(coreset))
+    return run
+
+
+def needed(run: Run) -> dict[str, int]:
+    """Bytes that fine-tuning takes, by the model's name."""
+    models = (run.selecting.small, run.tokenized["small"]), (run.family.target, run.tokenized["target"])
+    return {
+        spec.name: finetuning_memory(spec, run.settings, samples.lengths, samples.answer_lengths).total
+        for spec, samples in models
+    }
+
+
+def calibrated(runs: Sequence[list[str]]) -> dict[str, tuple[float, float]]:
+    """Seconds of a stage as (constant, per FLOP) by its kind: measured on a few samples with the real models."""
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for few in FEW:
+        with tempfile.TemporaryDirectory() as folder:
+            short = [f"task.train_limit={few}", f"task.test_limit={few // 4}", f"results_dir={folder}"]
+            real, foresight = Timed(Path(folder) / "real"), Foresight(Path(folder) / "plan", Store(folder))
+            for job in runs:
+                cfg, choices = composed([*job, *short, "tracking=none"])
+                foreseen(cfg, choices, foresight)
+                run = Run(cfg, choices, real)
+                run.evaluate(run.finetune(run.select()[1]))
+            at_full_length = {s.kind: s.cost.flops for s in foresight.stages.values() if s.stage == "evaluation"}
+            for kind, cost in real.times:
+                points[kind].append((at_full_length.get(kind, cost.flops), cost.seconds))
+    return {kind: _line(np.array(measured)) for kind, measured in points.items()}
+
+
+def _line(points: np.ndarray) -> tuple[float, float]:
+    """Constant and slope, neither negative, through (FLOPs, seconds), (n, 2)."""
+    flops, seconds = points.T
+    slope = float(np.polyfit(flops, seconds, 1)[0]) if np.ptp(flops) > 0 else 0.0
+    constant = float((seconds - slope * flops).mean())
+    if slope <= 0 or constant < 0:
+        return 0.0, float(seconds.sum() / flops.sum())
+    return constant, slope
+
+
+def seconds_of(stage: Stage, gpu: Gpu | None, speeds: dict[str, tuple[float, float]]) -> float:
+    if stage.kind in speeds:
+        constant, slope = speeds[stage.kind]
+        return constant + slope * stage.cost.flops
+    return float("nan") if gpu is None else stage.cost.flops / (gpu.flops * UTILISATION[stage.stage])
+
+
+def table(stages: Sequence[Stage], seconds: Sequence[float]) -> pd.DataFrame:
+    """A row for each kind of stage: how many, how many of them are made, FLOPs and hours of those that are not."""
+    rows = pd.DataFrame(
+        {
+            "stage": [re.sub(r"\b\d+ (?=samples|test)", "N ", stage.label) for stage in stages],
+            "stages": 1,
+            "made": [int(stage.made) for stage in stages],
+            "FLOPs": [0.0 if stage.made else stage.cost.flops for stage in stages],
+            "hours": [0.0 if stage.made else time / 3600 for stage, time in zip(stages, seconds, strict=True)],
+            "exact": [stage.exact for stage in stages],
+        }
+    )
+    sums: Any = {
+        "stages": "sum",
+        "made": "sum",
+        "FLOPs": "sum",
+        "hours": lambda h: h.sum(skipna=False),
+        "exact": "all",
+    }
+    return pd.concat(
+        [rows.groupby("stage", sort=False).agg(sums), rows.assign(stage="together").groupby("stage").agg(sums)]
+    )
+
+
+def plan(
+    overrides: Sequence[str], gpu: Gpu | None, calibrate: bool
+) -> tuple[list[Stage], list[float], dict[str, int]]:
+    """The stages of a sweep, the seconds of each, and the bytes that fine-tuning its models takes."""
+    memory: dict[str, int] = {}
+    telling: list[list[str]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        store: Foresight | None = None
+        for job, cfg, choices in jobs(overrides):
+            store = store or Foresight(Path(folder), Store(cfg.store_dir))
+            kinds = {stage.kind for stage in store.stages.values()}
+            run = foreseen(cfg, choices, store)
+            if {stage.kind for stage in store.stages.values()} - kinds:
+                telling.append(job)
+            memory |= {name: max(size, memory.get(name, 0)) for name, size in needed(run).items()}
+        assert store is not None
+        stages = list(store.stages.values())
+    with initialize_config_dir(CONF, version_base="1.3"):
+        speeds = calibrated(telling) if calibrate else {}
+    return stages, [seconds_of(stage, gpu, speeds) for stage in stages], memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.plan", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="as for the sweep itself")
+    parser.add_argument("--gpu", choices=GPUS, help="hours on this GPU, at an assumed utilisation")
+    parser.add_argument("--calibrate", action="store_true", help="hours on this machine, measured on a few samples")
+    parser.add_argument("-m", "--multirun", action="store_true", help="changes nothing: as in the sweep's command")
+    asked = parser.parse_intermixed_args()
+    logging.getLogger("staff").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore", FutureWarning)
+    gpu = GPUS.get(asked.gpu)
+    try:
+        stages, seconds, memory = plan(asked.overrides, gpu, asked.calibrate)
+    except Exception as error:
+        if sentence := sweep.sentence_of(error):
+            sys.exit(f"plan: {sentence}")
+        raise
+    sums = table(stages, seconds)
+    shown = sums.drop(columns="exact").assign(
+        FLOPs=[f"{'' if exact else '~'}{flops:.3g}" for flops, exact in zip(sums["FLOPs"], sums["exact"])],
+        hours=[f"{hours:.3g}" for hours in sums["hours"]],
+    )
+    print(shown.to_string())
+    for name, size in memory.items():
+        over = "" if gpu is None or size <= gpu.memory else f", more than a {asked.gpu} has"
+        print(f"fine-tuning {name} takes about {size / 1e9:.3g} GB{over}")
+    if not asked.gpu and not asked.calibrate:
+        print("hours: name a GPU (--gpu) or measure this machine (--calibrate)")
+
+
+if __name__ == "__main__":
+    main()

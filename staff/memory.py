@@ -1,0 +1,178 @@
+"""What fine-tuning needs in memory, from a model's shapes alone, and whether the device has it.
+
+Counted is what autograd keeps of each block, as transformers' decoders with gated MLPs and PEFT's LoRA write them:
+the inputs of norms, of LoRA layers, of the attention kernel and of the MLP's product. Small change (masks, rotary
+tables, the allocator's rounding, buffers inside kernels) is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from staff.data import TokenizedSamples
+from staff.errors import UserError
+from staff.finetune import FinetuneSettings
+from staff.models import ModelSpec, fresh_lora
+
+NF4_BYTES = 0.5 + 0.127 / 8
+"""A weight in NF4 with doubly quantised constants (Dettmers et al. 2023, section 3)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the worst moment of fine-tuning, after the forward pass of the longest samples."""
+
+    weights: int
+    training: int
+    """Adapters, gradients, Adam's two moments, and autocast's copies of weights that are trained."""
+    activations: int
+    """What the blocks keep for the backward pass."""
+    logits: int
+    """Logits of the answer tokens, their probabilities and gradients."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.training + self.activations + self.logits
+
+
+def finetuning_memory(
+    spec: ModelSpec, settings: FinetuneSettings, lengths: np.ndarray, answer_lengths: np.ndarray
+) -> Memory:
+    """What fine-tuning needs; loads no weights.
+
+    Args:
+        lengths, answer_lengths: tokens of every sample and of its answer, shape (N,).
+    """
+    model = spec.shapes()
+    config = model.config.get_text_config()
+    lora = settings.kind == "lora"
+    weights = _weight_bytes(model, spec.quantization) if lora else 4 * model.num_parameters()
+    if lora:
+        fresh_lora(model, settings.lora, seed=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    batch = settings.device_batch_size
+    longest = int(min(lengths.max(), settings.max_length))
+    tokens, answers = min(batch, len(lengths)) * longest, int(np.sort(answer_lengths)[-batch:].sum())
+    kept = _Kept.by(model, 2 if settings.precision == "bfloat16" else 4, longest, lora)
+    depth = config.num_hidden_layers
+    if settings.gradient_checkpointing:
+        activations = tokens * (depth * kept.residual + kept.attention + kept.mlp)
+    else:  # the last block's MLP is run at the answer tokens alone
+        activations = tokens * (depth * kept.attention + (depth - 1) * kept.mlp) + answers * kept.mlp
+    logit = 12 + (kept.element if kept.element < 4 else 0)
+    return Memory(
+        weights=weights,
+        training=trained * ((16 if lora else 12) + (0 if lora or kept.element == 4 else kept.element)),
+        activations=int(activations),
+        logits=answers * config.vocab_size * logit,
+    )
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Bytes that one block keeps of a token."""
+
+    element: int
+    """Bytes of a number in which matrices are multiplied."""
+    residual: int
+    """The block's input."""
+    attention: int
+    mlp: int
+
+    @classmethod
+    def by(cls, model: Any, element: int, length: int, frozen: bool) -> _Kept:
+        config = model.config.get_text_config()
+        width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+        head = getattr(config, "head_dim", None) or width // heads
+        queries, keys = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
+        norms = [m.weight.numel() for m in model.get_decoder().layers[0].modules() if "RMSNorm" in type(m).__name__]
+        norm = 4 if frozen else 8  # in float32: the input, and for its own weight's gradient the output
+        around = norm * sum(n for n in norms if n > head)
+        inside = norm * (queries + keys if head in norms else 0)  # of queries and keys
+        # Autocast gives each of the layers that share an input a copy of its own.
+        shared = (3, 2) if element < 4 else (1, 1)
+        attention = element * (shared[0] * width + 3 * queries + 2 * keys) + inside + around // 2
+        if model.config._attn_implementation == "eager":
+            attention += 8 * heads * length
+        mlp = element * (shared[1] * width + 4 * inner) + around // 2
+        return cls(element, element * width, attention, mlp)
+
+
+def _weight_bytes(model: Any, quantization: str | None) -> int:
+    from torch import nn
+
+    total = float(sum(p.numel() * p.element_size() for p in model.parameters()))
+    if quantization:
+        head = model.get_output_embeddings()
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and layer is not head:
+                total += layer.weight.numel() * (NF4_BYTES - layer.weight.element_size())
+    return int(total)
+
+
+def available_memory() -> int:
+    """Bytes that are free on the GPU, or without one in RAM."""
+    import psutil
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+
+
+def check_fits(spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSettings) -> None:
+    """Refuse a fine-tuning that needs more memory than the device has, with settings that would fit.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    available = available_memory()
+    lengths, answers = samples.lengths, samples.answer_lengths
+    need = finetuning_memory(spec, settings, lengths, answers)
+    if need.total <= available:
+        return
+    for changes in _smaller(settings, int(lengths.max())):
+        asked = replace(settings, **changes)
+        quantised = replace(spec, quantization=asked.quantization)
+        if finetuning_memory(quantised, asked, lengths, answers).total <= available:
+            mend = f"it would fit with {_overrides(changes)}"
+            break
+    else:
+        mend = "and so would no other setting: choose a smaller model or a larger device"
+    raise UserError(
+        f"fine-tuning {spec.name} needs about {_gib(need.total)} (weights {_gib(need.weights)}, training "
+        f"{_gib(need.training)}, activations {_gib(need.activations)}, logits {_gib(need.logits)}), and "
+        f"{_gib(available)} are free: {mend}."
+    )
+
+
+def _smaller(settings: FinetuneSettings, longest: int) -> Iterator[dict[str, Any]]:
+    """Settings that need less and less, those that cost least first."""
+    import torch
+
+    sizes = [n for n in range(settings.device_batch_size, 0, -1) if settings.batch_size % n == 0]
+    means: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
+    if torch.cuda.is_available() and settings.kind == "lora":
+        means.append({"quantization": "nf4", "gradient_checkpointing": True})
+    for mean in means:
+        for size in sizes:
+            smaller = {} if size == settings.device_batch_size else {"device_batch_size": size}
+            yield {**mean, **smaller}
+    cutoff = min(longest, settings.max_length) // 2
+    while cutoff >= 64:
+        yield {**means[-1], "device_batch_size": 1, "max_length": cutoff}
+        cutoff //= 2
+
+
+def _overrides(changes: dict[str, Any]) -> str:
+    qlora = ["finetune=qlora"] if "quantization" in changes else []
+    left = {
+        name: value for name, value in changes.items() if not qlora or name in ("device_batch_size", "max_length")
+    }
+    return " ".join(qlora + [f"finetune.{name}={str(value).lower()}" for name, value in left.items()])
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2g} GiB" if size < 2**34 else f"{size / 2**30:.0f} GiB"

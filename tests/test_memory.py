@@ -1,0 +1,116 @@
+"""The memory that fine-tuning needs: what autograd really keeps, and the sentence where it does not fit."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_finetune import SETTINGS
+
+from staff import memory
+from staff.errors import UserError
+from staff.gradients import Positions, last_block_at, token_losses
+from staff.memory import Memory, finetuning_memory
+from staff.models import ModelSpec, fresh_lora
+from staff.trainer import checkpoint_blocks
+
+SIZES = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+SIZES |= {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 100}
+SAMPLES, TOKENS, ANSWERS = 2, 256, 8
+LENGTHS = np.full(SAMPLES, TOKENS), np.full(SAMPLES, ANSWERS)
+
+
+def make(architecture: str, dtype: str, folder: Path) -> ModelSpec:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **SIZES, **special)).save_pretrained(folder)
+    return ModelSpec(str(folder), dtype=dtype, attention="eager" if architecture == "gemma2" else "sdpa")
+
+
+def kept_for_backward(spec: ModelSpec, settings) -> int:
+    """Bytes that autograd keeps of one forward pass, but for the weights."""
+    model = spec.load()
+    model = fresh_lora(model, settings.lora, 0).train() if settings.kind == "lora" else model.float().train()
+    if settings.gradient_checkpointing:
+        checkpoint_blocks(model)
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    ids = torch.randint(3, 90, (SAMPLES, TOKENS))
+    labels = torch.full_like(ids, -100)
+    labels[:, -ANSWERS:] = ids[:, -ANSWERS:]
+    at = Positions.of_predictions(labels)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bfloat16")
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, autocast, last_block_at(model, at):
+        loss = token_losses(model(input_ids=ids, use_cache=False).logits[0], at.targets).sum()
+    assert loss.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma", "gemma2", "gemma3_text"])
+def test_activations_are_what_autograd_keeps_within_a_fifth(architecture, dtype, kind, tmp_path):
+    spec = make(architecture, dtype, tmp_path)
+    settings = replace(SETTINGS, precision=dtype, kind=kind, batch_size=SAMPLES, device_batch_size=SAMPLES)
+    told = finetuning_memory(spec, settings, *LENGTHS)
+    copies = spec.shapes().num_parameters() * 2 if (kind, dtype) == ("full", "bfloat16") else 0
+    assert told.activations == pytest.approx(kept_for_backward(spec, settings) - copies, rel=0.2)
+    again = replace(settings, gradient_checkpointing=True)
+    assert kept_for_backward(spec, again) - copies < finetuning_memory(spec, again, *LENGTHS).activations
+    assert finetuning_memory(spec, again, *LENGTHS).activations < 0.5 * told.activations
+
+
+def test_weights_adapters_and_optimiser_are_counted_from_shapes():
+    target = ModelSpec("pkg://staff/assets/tiny/target")
+    model = target.load()
+    told = finetuning_memory(target, SETTINGS, *LENGTHS)
+    assert told.weights == 4 * model.num_parameters()
+    adapters = sum(p.numel() for p in fresh_lora(model, SETTINGS.lora, 0).parameters() if p.requires_grad)
+    assert told.training == 16 * adapters
+    full = finetuning_memory(target, replace(SETTINGS, kind="full"), *LENGTHS)
+    assert full.training == 12 * target.load().num_parameters()
+    four_bits = finetuning_memory(replace(target, quantization="nf4"), SETTINGS, *LENGTHS)
+    assert 0.125 < four_bits.weights / told.weights < 0.5, "embeddings, which are much of so small a model, stay"
+
+
+SMALLEST = {"gradient_checkpointing": True, "device_batch_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "mend"),
+    [
+        ({"device_batch_size": 4}, "it would fit with finetune.device_batch_size=4"),
+        (SMALLEST, "it would fit with finetune.gradient_checkpointing=true finetune.device_batch_size=1"),
+        ({**SMALLEST, "max_length": 128}, r"it would fit with .*finetune.max_length=\d+"),
+        (None, "and so would no other setting: choose a smaller model or a larger device"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_refused_before_loading_with_settings_that_would(
+    run, monkeypatch, changes, mend
+):
+    asked = []
+
+    def watched(*arguments) -> Memory:
+        asked.append(arguments)
+        return finetuning_memory(*arguments)
+
+    monkeypatch.setattr(ModelSpec, "weights", lambda *args, **options: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(memory, "finetuning_memory", watched)
+    monkeypatch.setattr(memory, "available_memory", lambda: 0)
+    with pytest.raises(UserError):
+        run("method=random")
+    spec, settings, *lengths = asked[0]
+    if changes is not None:
+        available = finetuning_memory(spec, replace(settings, **changes), *lengths).total
+        monkeypatch.setattr(memory, "available_memory", lambda: available)
+    with pytest.raises(UserError, match=rf"fine-tuning \w+ needs about .* GiB are free: {mend}"):
+        run("method=random")

@@ -1,0 +1,71 @@
+"""What a plan tells of a sweep, against the sweep itself."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL
+
+from experiments.plan import GPUS, plan, table
+from staff.models import ModelSpec
+
+METHODS, RATES = ("random", "staff", "el2n"), (0.5, 0.75)
+
+
+def test_a_plan_counts_the_stages_of_a_sweep_once_and_their_flops_as_the_records_have_them(
+    run, tmp_path: Path, monkeypatch
+):
+    results = tmp_path / "results"
+    sweep = [*SMALL, f"results_dir={results}", "tracking=none", f"method={','.join(METHODS)}"]
+    sweep += [f"pruning_rate={','.join(map(str, RATES))}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelSpec, "weights", lambda *args, **options: pytest.fail("weights were loaded"))
+        stages, seconds, memory = plan(sweep, GPUS["h100"], calibrate=False)
+    assert not results.exists(), "a plan leaves nothing behind"
+    assert all(time > 0 for time in seconds) and set(memory) == {"small", "target"}
+
+    for method in METHODS:
+        for rate in RATES:
+            run(f"method={method}", f"pruning_rate={rate}")
+    manifests = [json.loads(file.read_text()) for file in results.glob("artifacts/*/*/manifest.json")]
+    done = {m["fingerprint"]: m for m in manifests if m["stage"] != "coreset"}
+    assert len(stages) == len(done)
+    exact = {stage.fingerprint: stage for stage in stages if stage.exact}
+    assert {stage.label for stage in exact.values()} == {
+        *("fine-tune small on 24 samples", "fine-tune target on 24 samples", "effort of 24 samples, small model"),
+        *(
+            "el2n of 24 samples, target_tuned model",
+            "fine-tune target on 12 samples",
+            "fine-tune target on 6 samples",
+        ),
+    }
+    for fingerprint, stage in exact.items():
+        cost = done[fingerprint]["cost"]
+        assert stage.cost.flops == pytest.approx(cost["flops"], rel=1e-12)
+        assert stage.cost.tokens_forward == cost["tokens_forward"]
+        assert stage.cost.tokens_backward == cost["tokens_backward"]
+
+    def flops(which: str) -> float:
+        return sum(m["cost"]["flops"] for m in done.values() if which in m["label"])
+
+    for label in ("answer", "target model"):
+        assert flops(label) <= sum(stage.cost.flops for stage in stages if label in stage.label), "at most"
+    again, _, _ = plan(sweep, None, calibrate=False)
+    assert all(stage.made for stage in again if stage.exact)
+    told = table(again, [0.0] * len(again))
+    assert told.loc["together", "stages"] == len(done)
+    assert told.loc["together", "made"] == sum(stage.made for stage in again)
+
+
+def test_a_plan_of_a_preset_takes_the_command_of_the_sweep_and_prints_hours_and_memory(tmp_path: Path):
+    command = [sys.executable, "-m", "experiments.plan", "-m", "experiment=table1", "family=tiny", "seed=0"]
+    command += ["method=random,full", f"results_dir={tmp_path}", *SMALL[:-1], "--gpu", "h100"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    lines = {line[:30].rstrip(): line for line in said.stdout.splitlines()}
+    assert lines["fine-tune target on N samples"[:30]].split()[-4] == "6", "five rates, and the whole pool once"
+    assert "fine-tuning target takes about" in said.stdout
+    wrong = subprocess.run([*command, "method=nobody"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1].startswith("plan: method=nobody is unknown")
