@@ -125,6 +125,9 @@ def test_a_report_of_real_and_copied_runs_is_whole_and_every_file_can_be_read(re
     assert {f.stem for f in tmp_path.glob("figures/*.png")} == {f.stem for f in tmp_path.glob("figures/*.svg")}
     assert page.count("data:image/svg+xml;base64,") == len(drawn)
     assert not re.search(r"(src|href)=\"(?!data:|#)", page), "nothing is fetched from elsewhere"
+    made = [tmp_path / "report.html", *tmp_path.glob("tables/*"), *tmp_path.glob("figures/*")]
+    command = f"python -m experiments.report --results {tmp_path}".encode()
+    assert [file for file in made if command not in file.read_bytes()] == [], "each names the command that makes it"
 
 
 def test_a_large_difference_is_marked_and_chance_is_not(real: Path, tmp_path: Path):

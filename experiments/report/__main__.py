@@ -31,7 +31,7 @@ def write(results: Path, table: pd.DataFrame) -> Path:
         tables = [table.headed(context.varied) for table in tables if table is not None]
         drawn = figures.draw(context, results / "figures")
         for each in tables:
-            each.write(results / "tables")
+            each.write(results / "tables", context.made_by)
         sections.append(page.Section(context, tables, drawn))
     return page.write(results / "report.html", sections, table)
 

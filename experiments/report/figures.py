@@ -45,9 +45,9 @@ def draw(context: Context, folder: Path) -> list[Drawn]:
                 continue
             figure, caption = made
             file = folder / f"{name}-{context.name}"
-            figure.savefig(file.with_name(f"{file.name}.png"), metadata={"Software": None})
+            figure.savefig(file.with_name(f"{file.name}.png"), metadata={"Software": context.made_by})
             figure.set_layout_engine("none")  # it stands
-            figure.savefig(file.with_name(f"{file.name}.svg"), metadata={"Date": None})
+            figure.savefig(file.with_name(f"{file.name}.svg"), metadata={"Creator": context.made_by, "Date": None})
             drawn.append(Drawn(file, caption))
     return drawn
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.report.figures import Drawn
-from experiments.report.records import Context
+from experiments.report.records import Context, report_command
 from experiments.report.tables import Table, is_text, metric
 
 SAMPLES = 3  # test samples whose answers are shown
@@ -37,6 +37,7 @@ def write(file: Path, sections: Sequence[Section], table: pd.DataFrame) -> Path:
         runs=len(table),
         period=first if first == last else f"{first} to {last}",
         commits=_commits(table),
+        made_by=report_command(file.parent),
         sections=[_section(section) for section in sections],
     )
     file.write_text(text, encoding="utf-8")

@@ -26,6 +26,10 @@ def collect(results: Path) -> pd.DataFrame:
     return table.drop(columns=constant)
 
 
+def report_command(results: Path) -> str:
+    return "python -m experiments.report" + ("" if results == Path("results") else f" --results {results}")
+
+
 def _row(file: Path) -> dict[str, Any]:
     record = json.loads(file.read_text(encoding="utf-8"))
     overhead = {f"overhead_{k}": v for k, v in record["overhead"].items() if not isinstance(v, list)}
@@ -81,6 +85,11 @@ class Context:
     folder: Path
     varied: str = "method"
     _values: dict[str, pd.Series] = field(default_factory=dict)
+
+    @property
+    def made_by(self) -> str:
+        """The command that makes tables and figures out of these runs."""
+        return report_command(self.folder.parent)
 
     @cached_property
     def variants(self) -> list[str]:

@@ -52,10 +52,11 @@ class Table:
             hrules=True, convert_css=True, column_format=align, caption=caption, label=label, position="tb"
         )
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, made_by: str) -> None:
+        """Both files, each with the command that makes it."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
-        (folder / f"{self.name}.tex").write_text(self.latex(), encoding="utf-8")
+        (folder / f"{self.name}.md").write_text(f"{self.markdown()}\nMade by `{made_by}`.\n", encoding="utf-8")
+        (folder / f"{self.name}.tex").write_text(f"% made by {made_by}\n{self.latex()}", encoding="utf-8")
 
 
 def is_text(column: pd.Series) -> bool:
