@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test stress format smollm2 reproduce-tiny
+.PHONY: demo test stress mutations format smollm2 reproduce-tiny
 demo: .venv/installed
 	$(BIN)/staff experiment=demo
 
@@ -15,6 +15,10 @@ test: .venv/installed
 # What takes minutes to hours: thirty kills, long fuzzing.
 stress: .venv/installed
 	$(BIN)/pytest -s tests/stress
+
+# One change to the source for each promise of tests/README.md, each to be noticed by its test; half an hour.
+mutations: .venv/installed
+	$(BIN)/python -m tests.mutations
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -104,6 +104,7 @@ def _leave(error: Exception) -> NoReturn:
 def _quiet() -> None:
     """Leave the terminal to what a run has to say. Environment and filters also reach the workers of a sweep."""
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it logs every retry of every file
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("absl").setLevel(logging.WARNING)
     if not sys.stderr.isatty():
