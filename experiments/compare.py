@@ -69,12 +69,14 @@ def main() -> None:
     if table.empty:
         sys.exit(f"{arguments.first}/runs holds no record: name the results folder that is to be compared with.")
     print(table.to_string(index=False, na_rep="-"))
-    missing, differ = table["equal"].isna(), table["equal"].eq(False)
-    elsewhere = differ & table["machine"].eq(False)
-    print(f"\n{table['equal'].eq(True).sum()} of {len(table)} runs equal, {missing.sum()} not made again", end="")
-    print(f", {elsewhere.sum()} differ on another processor or other versions" if elsewhere.any() else "")
-    if missing.any() or (differ & ~elsewhere).any():
-        sys.exit(f"{(differ & ~elsewhere).sum()} runs differ on the same kind of machine.")
+    equal, machine = table["equal"].tolist(), table["machine"].tolist()
+    missing = sum(found not in (True, False) for found in equal)
+    elsewhere = sum(found is False and same is False for found, same in zip(equal, machine))
+    differ = equal.count(False) - elsewhere
+    print(f"\n{equal.count(True)} of {len(equal)} runs equal, {missing} not made again", end="")
+    print(f", {elsewhere} differ on another processor or other versions" if elsewhere else "")
+    if missing or differ:
+        sys.exit(f"{differ} runs differ on the same kind of machine.")
 
 
 if __name__ == "__main__":
