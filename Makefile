@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test stress mutations format smollm2 reproduce-tiny
+.PHONY: demo test stress mutations audit format smollm2 reproduce-tiny
 demo: .venv/installed
 	$(BIN)/staff experiment=demo
 
@@ -19,6 +19,13 @@ stress: .venv/installed
 # One change to the source for each promise of tests/README.md, each to be noticed by its test; half an hour.
 mutations: .venv/installed
 	$(BIN)/python -m tests.mutations
+
+# Licences of what is installed, and known vulnerabilities of what is pinned; tools in an environment of their own.
+audit: .venv/installed
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1 pip-licenses==5.5.5
+	build/audit/bin/pip-licenses --python $(BIN)/python --order=license
+	build/audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

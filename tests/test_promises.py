@@ -27,3 +27,10 @@ def test_a_mutation_still_finds_its_place_and_its_test(mutation):
     assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
     file, _, function = mutation.test.partition("::")
     assert f"def {function}(" in (ROOT / file).read_text()
+
+
+def test_every_pinned_package_is_listed_with_its_licence():
+    pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    listed = re.findall(r"^\| (\S+) \| (\S+) \| (.+) \|$", (ROOT / "DEPENDENCIES.md").read_text(), re.MULTILINE)
+    assert len(pins) > 100
+    assert [(name, version) for name, version, licence in listed if licence != "UNKNOWN"][1:] == pins
