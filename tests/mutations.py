@@ -79,8 +79,8 @@ MUTATIONS = (
     Mutation(
         "a full disk is a stack",
         "staff/artifacts.py",
-        "*(errno.ENOSPC, errno.EDQUOT,",
-        "*(errno.EDQUOT,",
+        "errno.EDQUOT, errno.EFBIG, ",
+        "errno.EDQUOT, ",
         "tests/test_store_failures.py::test_a_disk_that_takes_no_more_is_one_sentence_and_publishes_nothing",
     ),
     Mutation(
