@@ -8,7 +8,7 @@ import logging
 import re
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -23,7 +23,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
-from staff import tracking
+from staff import distributed, tracking
 from staff.artifacts import STAGE_VERSIONS, Artifact, Charges, Store
 from staff.cost import Cost
 from staff.data import Sample, Task, TokenizedSamples, answerable, fitting, tokenize
@@ -167,25 +167,28 @@ class Run:
     def budget(self) -> int:
         return budget_of(self.method, self.cfg.pruning_rate, len(self.pool.ids))
 
-    def locked(self) -> FileLock:
+    def locked(self) -> AbstractContextManager[Any]:
         """Keeps two workers of a sweep from carrying out the same run side by side."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder.parent / f".{self.name}.lock")
+        return FileLock(self.folder.parent / f".{self.name}.lock") if distributed.first() else nullcontext()
 
     @contextmanager
     def failure_noted(self) -> Iterator[None]:
         """Leave the traceback of a failure beside where the record would be, and drop that of an earlier one."""
         note = self.folder / "failure.txt"
-        note.unlink(missing_ok=True)
+        if distributed.first():
+            note.unlink(missing_ok=True)
         try:
             yield
         except Exception:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(traceback.format_exc())
+            if distributed.speaks_of_failure():
+                note.parent.mkdir(parents=True, exist_ok=True)
+                note.write_text(traceback.format_exc())
             raise
 
     def check_machine(self) -> None:
         """Refuse, before a model loads, what this machine cannot do."""
+        self.settings.on_each_device(distributed.world())
         if self.settings.quantization:
             check_quantization()
         if self.budget:
@@ -260,7 +263,11 @@ class Run:
             },
             "config": self.config,
             "identity": self.identity,
-            "provenance": {**tracking.environment(ROOT), "concurrent_workers": self.store.workers},
+            "provenance": {
+                **tracking.environment(ROOT),
+                "concurrent_workers": self.store.workers,
+                "processes": distributed.world(),
+            },
         }
         tracking.write_record(self.folder, record)
         tracking.log_to_wandb(self.folder, self.cfg.tracking.mode)

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
+from staff import distributed
 from staff.errors import UserError
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
@@ -33,7 +34,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
 
     this = Run(cfg, choices)
     with this.locked(), this.failure_noted():
-        if this.recorded:
+        if distributed.from_first(lambda: this.recorded):
             log.info("%s: recorded already", this.name)
             return this.folder
         this.check_machine()
@@ -41,23 +42,23 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
         chosen, coreset = this.select()
         tuned = this.finetune(coreset)
         answered = this.evaluate(tuned)
-        return this.record(chosen, coreset, tuned, answered)
+        return distributed.from_first(lambda: this.record(chosen, coreset, tuned, answered))
 
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
 def _job(cfg: DictConfig) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "several processes for one run are not supported: start it without torchrun, as `staff ...`."
-        )
     job = HydraConfig.get()
     choices: Any = OmegaConf.to_container(job.runtime.choices)
     if job.mode is None or job.mode.name != "MULTIRUN":
-        try:
-            print(sweep.table([run(cfg, choices)]))
-        except Exception as error:
-            _leave(error)
+        folder = run(cfg, choices)
+        if distributed.first():
+            print(sweep.table([folder]))
         return
+    if distributed.launched():
+        raise UserError(
+            "a sweep is not for torchrun: run `torchrun ... -m experiments.run` once a configuration, without "
+            "--multirun, or let a cluster start the processes of each job (`staff -m hydra/launcher=cluster ...`)."
+        )
     with sweep.begin_job(job.job.num) as wanted:
         if not wanted:
             return
@@ -74,11 +75,14 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach us instead of being printed
     _quiet()
     try:
+        distributed.start()
         while sweep.go_on(_killed()):
             pass
         sweep.end()
+        distributed.end()
     except KeyboardInterrupt:
-        sys.exit("staff: interrupted; what is finished is kept, and the same command goes on from there.")
+        said = "staff: interrupted; what is finished is kept, and the same command goes on from there."
+        sys.exit(said if distributed.first() else 1)
     except Exception as error:
         sweep.end()
         _leave(error)
@@ -95,10 +99,13 @@ def _killed() -> BrokenExecutor | None:
 
 
 def _leave(error: Exception) -> NoReturn:
-    sentence = sweep.sentence_of(error)
-    if sentence is None:
-        traceback.print_exception(error)
-    sys.exit(f"staff: {sentence or repr(error)}")
+    if distributed.speaks_of_failure():
+        sentence = sweep.sentence_of(error)
+        if sentence is None:
+            traceback.print_exception(error)
+        print(f"staff: {sentence or repr(error)}", file=sys.stderr)
+        distributed.told()
+    sys.exit(1)
 
 
 def _quiet() -> None:

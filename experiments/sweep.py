@@ -24,6 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from staff import distributed
 from staff.errors import UserError
 
 FOLDER, TOTAL, WORKERS = "STAFF_SWEEP_FOLDER", "STAFF_SWEEP_TOTAL", "STAFF_SWEEP_WORKERS"
@@ -31,6 +32,7 @@ ALONE = "alone"
 _NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory"  # torch's word for it on a processor, a plain RuntimeError
 )
+_CUT_OFF = ("Connection closed by peer", "Connection reset by peer")
 log = logging.getLogger("staff")
 _failed = 0
 
@@ -39,7 +41,7 @@ class Sweep(Callback):
     """Hydra tells it when a sweep starts and ends."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if FOLDER in os.environ:  # once more, for the jobs that are left
+        if FOLDER in os.environ or distributed.launched():  # once more, for the jobs that are left; or refused
             return
         folder = Path(config.results_dir).absolute() / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir(parents=True)
@@ -158,6 +160,8 @@ def sentence_of(error: BaseException | None) -> str | None:
                 f"out of memory ({str(error).splitlines()[0][:200] if str(error) else 'no more said'}): lower "
                 "finetune.device_batch_size, scoring.batch_tokens or evaluation.batch_tokens."
             )
+        if distributed.world() > 1 and any(words in str(error) for words in _CUT_OFF):
+            return "another process of this run was killed (by the system, out of memory?)."
         if isinstance(error, MissingConfigException) and error.options:
             group, _, option = str(error.missing_cfg_file).rpartition("/")
             return f"{group}={option} is unknown: choose {', '.join(error.options)}."

@@ -10,6 +10,9 @@ An artefact is written to a temporary folder, its manifest last, and published b
 So a folder with a manifest is whole, and a process that dies leaves nothing that is read. The manifest tells what
 the artefact and everything it was made from cost; whoever reads it is charged the same as whoever made it. It also
 holds a checksum of every file, which a process compares when it first reads the artefact.
+
+Of processes that carry out a run together (`staff.distributed`) the first looks, locks, writes and publishes, and
+tells the others; they take part in the making, and what they write is thrown away.
 """
 
 import errno
@@ -17,17 +20,20 @@ import logging
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from staff import distributed
 from staff.attempts import attempt
 from staff.cost import Meter
 from staff.errors import UserError
@@ -56,6 +62,12 @@ STAGE_SOURCES: dict[str, tuple[str, ...]] = {
     "model": ("staff/models.py", "staff/made.py"),
 }
 """The files (or globs) whose change demands a new version of the stage; tests/test_stage_sources.py insists."""
+
+_OF_ONE_PROCESS = ("model",)
+"""The stages in whose making nothing is shared out between processes."""
+
+VISIBLE = 60.0
+"""Seconds in which a published folder is to be seen by the processes of its run, wherever they are."""
 
 _STORAGE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
@@ -125,13 +137,27 @@ class Store:
         frames = _frames.get()
         if any(frame.fingerprint == fingerprint for frame in frames):
             raise RuntimeError(f"making {name} asks for itself")
-        with frames[-1].meter.paused() if frames else nullcontext(), self._storage_errors():
-            if not self._cleaned:
-                self.remove_dead_drafts()
-            artifact = self._read(stage, fingerprint)
-            if artifact is None:
-                with self._lock(fingerprint, name):
-                    artifact = self._read(stage, fingerprint) or self._make(stage, label, fingerprint, key, make)
+        with frames[-1].meter.paused() if frames else nullcontext(), self._storage_errors(), ExitStack() as held:
+
+            def look() -> Artifact | None:
+                if not self._cleaned:
+                    self.remove_dead_drafts()
+                artifact = self._read(stage, fingerprint)
+                if artifact is None:
+                    held.enter_context(self._lock(fingerprint, name))
+                    artifact = self._read(stage, fingerprint)
+                return artifact
+
+            artifact = distributed.from_first(look)
+            if artifact is None and stage in _OF_ONE_PROCESS:
+                artifact = distributed.from_first(lambda: self._make(stage, label, fingerprint, key, make))
+            elif artifact is None:
+                first = distributed.first()
+                made = self._make(stage, label, fingerprint, key, make) if first else _take_part(fingerprint, make)
+                artifact = distributed.from_first(lambda: made)
+            assert artifact is not None
+            if not distributed.first():
+                _await(artifact.path)
         if artifact.computed:
             self.computed.add(fingerprint)
         how = "computed in {:.1f} s" if artifact.computed else "read (cost {:.1f} s)"
@@ -183,9 +209,7 @@ class Store:
                 held.append(file)
         return held
 
-    def _make(
-        self, stage: str, label: str, fingerprint: str, key: dict[str, Any], make: Callable[[Path, Meter], None]
-    ) -> Artifact:
+    def _make(self, stage: str, label: str, fingerprint: str, key: dict[str, Any], make: Make) -> Artifact:
         self._mention_older(stage, label, key)
         prefix = f"{fingerprint[:32]}-"
         for dead in (self.root / "tmp").glob(f"{prefix}*"):  # we hold the lock, so whoever wrote there is gone
@@ -207,6 +231,7 @@ class Store:
                     "key": key,
                     "lost_attempts": lost,
                     "workers": self.workers,
+                    "processes": 1 if stage in _OF_ONE_PROCESS else distributed.world(),
                 }
                 write_manifest(draft, facts, frame.meter.cost, frame.inputs)
                 folder.parent.mkdir(parents=True, exist_ok=True)
@@ -264,6 +289,29 @@ class Store:
                 f"the store in {self.root} cannot be used ({getattr(error, 'strerror', None) or error}: {where}); "
                 "mend that or name another folder with store_dir=PATH"
             ) from error
+
+
+def _take_part(fingerprint: str, make: Make) -> None:
+    """A process's part of what the first one makes; what it writes is of no use to anybody."""
+    frame = _Frame(fingerprint)
+    outer = _frames.set((*_frames.get(), frame))
+    try:
+        with TemporaryDirectory() as nowhere, frame.meter:
+            make(Path(nowhere), frame.meter)
+    finally:
+        _frames.reset(outer)
+
+
+def _await(folder: Path) -> None:
+    """Until what another process has published is seen here: a network file system may take a while."""
+    deadline = time.monotonic() + VISIBLE
+    while not (folder / "manifest.json").exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{folder} was published by another process of this run and is not there for this one: store_dir "
+                "must be a folder that all of them share."
+            )
+        time.sleep(0.1)
 
 
 @cache

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from staff import distributed
 from staff.cost import Meter
 from staff.errors import UserError
 from staff.manifest import check_contents, check_sizes, read_manifest, write_manifest
@@ -44,7 +45,7 @@ class Checkpoints(TrainerCallback):
         self._before = 0.0
         self._saved = self._began = time.monotonic()
         self._epoch_began: torch.Tensor | None = None
-        self.last = _last(folder)
+        self.last = distributed.from_first(lambda: _last(folder))
         if self.last is not None:
             self._take_over(self.last)
 
@@ -73,8 +74,9 @@ class Checkpoints(TrainerCallback):
         self._epoch_began = torch.get_rng_state()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_log and time.monotonic() - self._saved >= INTERVAL:
-            control.should_save = True
+        if control.should_log:
+            due = time.monotonic() - self._saved >= INTERVAL
+            control.should_save = distributed.from_first(lambda: due) or control.should_save
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save = False  # the end of an epoch would save the same step again
@@ -82,15 +84,21 @@ class Checkpoints(TrainerCallback):
         over = float(state.epoch).is_integer()
         kept = {"epoch_began": torch.get_rng_state() if over else self._epoch_began}
         if self._efforts is not None:
+            self._efforts.bring_together()
             kept["efforts"] = self._efforts.squared
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        distributed.gather(None)  # every process has saved its random state
+        if distributed.first():
+            self._complete(folder, kept)
+        self._saved = time.monotonic()
+
+    def _complete(self, folder: Path, kept: dict[str, torch.Tensor]) -> None:
         save_file(kept, folder / "state.safetensors")
         (folder / "training_args.bin").unlink()  # a pickle, and nobody reads it
         facts = {"stage": "checkpoint", "label": folder.name, "fingerprint": "", "step_seconds": self.seconds}
         write_manifest(folder, facts, self._cost.keep(), {})
         for other in set(folder.parent.glob("checkpoint-*")) - {folder}:
             shutil.rmtree(other)
-        self._saved = time.monotonic()
 
 
 def _last(folder: Path) -> Path | None:

@@ -11,12 +11,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from staff import distributed
 from staff.artifacts import Artifact, Store
 from staff.errors import UserError
 from staff.models import ModelSpec, load_tuned
@@ -149,7 +150,7 @@ def generate(
 
     The result does not depend on `batch_tokens` in float32, nor on the sampling, beam or penalty settings a model
     brings in its generation configuration; its end tokens, several in some chat models, are kept beside the
-    tokenizer's.
+    tokenizer's. Processes of one run share the prompts out.
 
     Args:
         model: a causal language model, with or without adapters.
@@ -171,14 +172,15 @@ def generate(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     own, was_training = base.generation_config, base.training
     config, stop = _greedy(tokenizer, own, max_new_tokens, end_tokens)
-    new_tokens: list[list[int]] = [[] for _ in prompts]
+    new_tokens: dict[int, list[int]] = {}
     lengths: list[tuple[int, int]] = []  # tokens processed, tokens generated
+    order = distributed.share(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
     base.generation_config = config
     base.eval()
     try:
-        with torch.inference_mode(), progress(len(prompts), "answers") as bar:
+        with distributed.agreed(), torch.inference_mode(), progress(len(order), "answers") as bar:
             budget = batch_tokens or (8192 if base.device.type == "cpu" else 32768)
-            for batch in _batches([len(p) for p in prompts], max_new_tokens, budget):
+            for batch in _batches(order, prompts, max_new_tokens, budget):
                 width = max(len(prompts[i]) for i in batch)
                 ids = torch.full((len(batch), width), config.pad_token_id, device=base.device)
                 mask = torch.zeros_like(ids)
@@ -196,12 +198,15 @@ def generate(
     finally:
         base.generation_config = own
         base.train(was_training)
+    answered, spent = zip(*distributed.gather((new_tokens, lengths)), strict=True)
     if meter is not None:
         from staff.cost import forward_flops
 
-        processed, generated = zip(*lengths, strict=True) if lengths else ((), ())
+        pairs = list(chain.from_iterable(spent))
+        processed, generated = zip(*pairs, strict=True) if pairs else ((), ())
         meter.add(forward_flops(base.config, processed, generated), tokens_forward=sum(processed))
-    return new_tokens
+    together = {i: answer for part in answered for i, answer in part.items()}
+    return [together[i] for i in range(len(prompts))]
 
 
 def evaluated(
@@ -272,10 +277,11 @@ def _greedy(tokenizer: Any, own: Any, max_new_tokens: int, end_tokens: Iterable[
     return config, stop
 
 
-def _batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
-    """Positions in batches of like length, longest first: what does not fit in memory fails at once."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+def _batches(
+    order: list[int], prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens: int
+) -> Iterator[list[int]]:
+    """The positions in batches of like length; longest first: what does not fit in memory fails at once."""
     while order:
-        size = max(1, batch_tokens // (lengths[order[0]] + max_new_tokens))
+        size = max(1, batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
         yield order[:size]
         order = order[size:]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from staff import distributed
 from staff.artifacts import Artifact, Store
 from staff.cost import Meter, training_flops
 from staff.data import TokenizedSamples
@@ -31,8 +32,9 @@ class FinetuneSettings:
 
     Attributes:
         kind: "lora", or "full" for all weights.
-        batch_size: samples of one optimiser step.
-        device_batch_size: samples in memory at once; gradients are accumulated up to `batch_size`.
+        batch_size: samples of one optimiser step, on all devices together.
+        device_batch_size: samples in a device's memory at once, or all of its share of a step where those are less;
+            gradients are accumulated up to the share.
         epochs: passes over the coreset, for the target.
         small_epochs: T, passes over the whole pool, for the small model.
         match: what fine-tuning on a coreset has in common with fine-tuning on the whole pool: the "epochs", or the
@@ -105,6 +107,22 @@ class FinetuneSettings:
     def steps(self, samples: int) -> int:
         """Optimiser steps of one epoch."""
         return math.ceil(samples / self.batch_size)
+
+    def on_each_device(self, devices: int) -> tuple[int, int]:
+        """Samples in memory at once, and how many times over for one step.
+
+        Raises:
+            UserError: the samples of a step cannot be shared out evenly.
+        """
+        share, left = divmod(self.batch_size, devices)
+        if left or share % min(self.device_batch_size, share):
+            raise UserError(
+                f"finetune.batch_size={self.batch_size} cannot be shared by {devices} processes in parts of "
+                f"finetune.device_batch_size={self.device_batch_size}: start as many as divide the batch, and let "
+                "the parts divide each one's share."
+            )
+        at_once = min(self.device_batch_size, share)
+        return at_once, share // at_once
 
     def coreset_epochs(self, coreset: int, pool: int) -> float:
         """Epochs over a coreset of that many samples, whole or not."""
@@ -224,8 +242,10 @@ def finetune(
         )
     trained = _trainable(model)
     _count(cost, spec, samples, settings, epochs, trained)
-    model.save_pretrained(folder)
+    if distributed.first():
+        model.save_pretrained(folder)
     if efforts is not None:
+        efforts.bring_together()
         efforts.save(folder / ONLINE_SCORES)
     history = {
         "seconds": seconds,
@@ -274,11 +294,12 @@ def _arguments(settings: FinetuneSettings, epochs: float, seed: int, samples: in
     from transformers import TrainingArguments
 
     steps = math.ceil(settings.steps(samples) * epochs)
+    at_once, accumulated = settings.on_each_device(distributed.world())
     return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=epochs,
-        per_device_train_batch_size=settings.device_batch_size,
-        gradient_accumulation_steps=settings.batch_size // settings.device_batch_size,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=accumulated,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=math.ceil(settings.warmup_ratio * steps),
@@ -294,6 +315,7 @@ def _arguments(settings: FinetuneSettings, epochs: float, seed: int, samples: in
         remove_unused_columns=False,
         save_strategy="no",  # `Checkpoints` says when
         report_to="none",
+        ddp_find_unused_parameters=False,
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )

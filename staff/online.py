@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from staff import distributed
 from staff.gradients import Positions, gradient_layers, weight_gradient_norms
 
 
@@ -37,14 +38,19 @@ class OnlineEfforts:
         """Write "effort", (N,) float64, of each sample when it was last seen; NaN where it never was."""
         save_file({"effort": self.squared.sqrt()}, file)
 
+    def bring_together(self) -> None:
+        """Take over what the other processes of this run have seen; each sample is seen by one of them."""
+        for of_one in distributed.gather(self.squared):
+            self.squared = torch.where(self.squared.isnan(), of_one, self.squared)
+
     @contextmanager
-    def watching(self, rows: Tensor, positions: Positions, tokens: Tensor | int) -> Iterator[None]:
+    def watching(self, rows: Tensor, positions: Positions, tokens: Tensor | float) -> Iterator[None]:
         """Take the scores of the forward pass inside, once its loss is backpropagated.
 
         Args:
             rows: (B,) which samples the batch holds.
             positions: where the last block runs.
-            tokens: n, the answer tokens that the loss is averaged over.
+            tokens: n, the answer tokens that the loss is averaged over, by the number of processes.
         """
         rows = rows.cpu()
         scale = tokens / positions.counts

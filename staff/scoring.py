@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from staff import distributed
 from staff.cost import Meter, scoring_flops
 from staff.data import TokenizedSamples
 from staff.errors import UserError
@@ -88,7 +89,8 @@ def score_samples(
     one_at_a_time: bool = False,
     meter: Meter | None = None,
 ) -> dict[str, np.ndarray]:
-    """Signals of `model` for every sample, in the samples' order; the model is left as it was.
+    """Signals of `model` for every sample, in the samples' order; the model is left as it was. Processes of one run
+    share the samples out.
 
     Args:
         batch_tokens: padded tokens of a batch, None for `suited_batch_tokens`; a longer sample goes alone. Halved
@@ -104,16 +106,17 @@ def score_samples(
             is not finite (by its id).
     """
     scores = {
-        signal: np.empty((len(samples), model.config.get_text_config().hidden_size), np.float32)
+        signal: np.zeros((len(samples), model.config.get_text_config().hidden_size), np.float32)
         if signal == "embedding"
-        else np.empty(len(samples))
+        else np.zeros(len(samples))
         for signal in asked.signals
     }
     # Longest first: if memory runs out it does so at once.
-    order = np.argsort(-samples.lengths, kind="stable")
+    order = distributed.share(np.argsort(-samples.lengths, kind="stable"))
     start, budget = 0, 1 if one_at_a_time else batch_tokens or suited_batch_tokens(model)
     how = _score_alone if one_at_a_time else _score_batch
-    with scoring_mode(model), progress(len(samples), ", ".join(asked.signals)) as bar:
+    spent = np.zeros(3)
+    with distributed.agreed(), scoring_mode(model), progress(len(order), ", ".join(asked.signals)) as bar:
         while start < len(order):
             longest = int(samples.lengths[order[start]])
             rows = order[start : start + max(1, budget // longest)]
@@ -126,13 +129,14 @@ def score_samples(
                 scores[signal][rows] = value
                 if not np.isfinite(value).all():
                     _refuse(value, batch, signal)
-            if meter is not None:
-                tokens = int(batch.lengths.sum())
-                flops = scoring_flops(model, batch.lengths, batch.answer_lengths, asked)
-                meter.add(flops, tokens, tokens if "effort" in asked.signals else 0)
+            tokens = int(batch.lengths.sum())
+            flops = scoring_flops(model, batch.lengths, batch.answer_lengths, asked)
+            spent += (flops, tokens, tokens if "effort" in asked.signals else 0)
             start += len(rows)
             bar.update(len(rows))
-    return scores
+    if meter is not None:
+        meter.add(*distributed.total(spent))
+    return {signal: distributed.total(values) for signal, values in scores.items()}
 
 
 def suited_batch_tokens(model: Any) -> int:

@@ -2,20 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorForSeq2Seq, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from staff import distributed
 from staff.errors import UserError
-from staff.gradients import ARCHITECTURES, Positions, last_block, last_block_at, token_losses
+from staff.gradients import ARCHITECTURES, IGNORED, Positions, last_block, last_block_at, token_losses
 from staff.online import OnlineEfforts
 
 
-class AnswerTrainer(Trainer):
+class Shares(Sampler[list[int]]):
+    """The batches of one process: of every step's samples, which are those that one process alone would take, every
+    world-th, `device_batch_size` at a time. All processes get as many batches, some of them empty.
+
+    Args:
+        order: of the samples in an epoch; rank 0's counts.
+        batch_size: samples of a step, of all processes together.
+    """
+
+    def __init__(self, order: Any, batch_size: int, device_batch_size: int) -> None:
+        self._order, self._step, self._device = order, batch_size, device_batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self._order, "set_epoch"):
+            self._order.set_epoch(epoch)
+
+    def _batches(self, samples: int) -> int:
+        """How many a process gets of a step with so many samples."""
+        return -(-samples // (distributed.world() * self._device))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = [int(index) for index in self._order]
+        order = distributed.from_first(lambda: order)
+        for start in range(0, len(order), self._step):
+            step = order[start : start + self._step]
+            share = distributed.share(step)
+            for batch in range(self._batches(len(step))):
+                yield share[batch * self._device : (batch + 1) * self._device]
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._order), self._step)
+        return whole * self._batches(self._step) + self._batches(rest)
+
+
+class SharingTrainer(Trainer):
+    """The Trainer whose steps hold the same samples in several processes as in one. Its own way would fill up the
+    last step of an epoch with samples that were seen already."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        if distributed.world() == 1:
+            return super().get_train_dataloader()
+        args, rows = self.args, cast(Any, self.train_dataset)
+        device_batch = args.per_device_train_batch_size
+        step = device_batch * args.gradient_accumulation_steps * distributed.world()
+        if args.train_sampling_strategy == "group_by_length":
+            order: Any = LengthGroupedSampler(step, dataset=rows, lengths=list(rows["length"]))
+        else:
+            order = SeedableRandomSampler(rows, data_seed=args.data_seed)
+        batches: Any = Shares(order, step, device_batch)
+        loader = DataLoader(
+            rows, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=args.dataloader_pin_memory
+        )
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+
+class AnswerTrainer(SharingTrainer):
     """The Trainer's loss at less work: no logits of the prompt, which for a long prompt and a large vocabulary are
     most of the memory and, for a small model, much of the time.
 
@@ -33,16 +92,19 @@ class AnswerTrainer(Trainer):
     ) -> Any:
         positions = Positions.of_predictions(inputs["labels"])
         tokens = len(positions.targets) if num_items_in_batch is None else num_items_in_batch
-        watching = nullcontext()
-        if self.efforts is not None and self.state.epoch >= self.args.num_train_epochs - 1:
-            watching = self.efforts.watching(inputs["row"], positions, tokens)
+        if distributed.world() > 1:  # whose gradients are averaged, where the loss is to be summed
+            tokens = tokens / distributed.world()
+        watching, rows = nullcontext(), inputs["row"]
+        if self.efforts is not None and len(rows) and self.state.epoch >= self.args.num_train_epochs - 1:
+            watching = self.efforts.watching(rows, positions, tokens)
         with watching, last_block_at(self.accelerator.unwrap_model(model), positions):
             # No attention mask: padding is on the right, where a causal model does not look from a label.
             logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[0]
         losses = token_losses(logits, positions.targets)
         total = losses.sum()
-        if not torch.isfinite(total):
-            self._refuse(positions.mean(losses), inputs["row"])
+        with distributed.agreed():
+            if not torch.isfinite(total):
+                self._refuse(positions.mean(losses), rows)
         return total / tokens
 
     def _refuse(self, losses: Tensor, rows: Tensor) -> None:
@@ -58,7 +120,7 @@ def trainer_for(
 ) -> Any:
     """An AnswerTrainer, or for an architecture that it does not know, transformers' own."""
     if model.config.model_type not in ARCHITECTURES:
-        return Trainer(model=model, data_collator=_collator(tokenizer, rows=False), **settings)
+        return SharingTrainer(model=model, data_collator=_collator(tokenizer, rows=False), **settings)
     collator = _collator(tokenizer, rows=True)
     return AnswerTrainer(model=model, ids=ids, efforts=efforts, data_collator=collator, **settings)
 
@@ -72,13 +134,15 @@ def checkpoint_blocks(model: Any) -> None:
 
 
 def _collator(tokenizer: Any, rows: bool) -> Callable[[list[dict[str, Any]]], Any]:
-    """Pads to the longest sample; with `rows` a batch also tells which samples it holds."""
+    """Pads to the longest sample; with `rows` a batch also tells which samples it holds. One without samples gets a
+    token without a label: the processes have to go through as many passes, and this one adds nothing."""
     pad = DataCollatorForSeq2Seq(tokenizer)
+    silent = [{"input_ids": [tokenizer.pad_token_id], "labels": [IGNORED]}]
 
     def collate(features: list[dict[str, Any]]) -> Any:
-        batch = pad([{name: feature[name] for name in ("input_ids", "labels")} for feature in features])
+        batch = pad([{name: feature[name] for name in ("input_ids", "labels")} for feature in features or silent])
         if rows:
-            batch["row"] = torch.tensor([feature["row"] for feature in features])
+            batch["row"] = torch.tensor([feature["row"] for feature in features], dtype=torch.int64)
         return batch
 
     return collate

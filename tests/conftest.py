@@ -25,23 +25,29 @@ SMALL = (
 )
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Run one shrunk configuration in this process; returns its record, with its folder under "folder"."""
+def run_shrunk(results: Path, *overrides: str) -> dict[str, Any]:
+    """Run one shrunk configuration in this process; its record, with its folder under "folder"."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf, open_dict
 
     from experiments.run import run as run_configuration
 
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        arguments = [*SMALL, f"results_dir={results}", "tracking=none", *overrides]
+        cfg = compose("config", overrides=arguments, return_hydra_config=True)
+    choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
+    assert isinstance(choices, dict)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    folder = run_configuration(cfg, {str(k): v for k, v in choices.items()})
+    return {**json.loads((folder / "metrics.json").read_text()), "folder": folder}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`run_shrunk`, by default with its results in a folder of the test."""
+
     def run(*overrides: str, results: Path = tmp_path / "results", tracking: str = "none") -> dict[str, Any]:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            arguments = [*SMALL, f"results_dir={results}", f"tracking={tracking}", *overrides]
-            cfg = compose("config", overrides=arguments, return_hydra_config=True)
-        choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
-        assert isinstance(choices, dict)
-        with open_dict(cfg):
-            del cfg["hydra"]
-        folder = run_configuration(cfg, {str(k): v for k, v in choices.items()})
-        return {**json.loads((folder / "metrics.json").read_text()), "folder": folder}
+        return run_shrunk(results, f"tracking={tracking}", *overrides)
 
     return run

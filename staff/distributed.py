@@ -1,0 +1,226 @@
+"""Several processes that carry out one run together, on one device each: started by torchrun or by a launcher.
+
+All of them do the same, with two exceptions. What is counted in samples (scoring, the batches of fine-tuning,
+answering) is shared out, and what comes of it is brought together. And the process of rank 0 alone writes:
+artefacts, records, logs. A process that fails says so in the store through which the processes found each other;
+those that wait for it, which nothing else would ever tell, watch that store and end as well.
+
+Without `start`, one process is the whole world, and every function here does nothing, at no cost.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+
+Shared = TypeVar("Shared", list, np.ndarray)
+Told = TypeVar("Told")
+
+GRACE = 10.0
+"""Seconds that a process has to end by itself after another has failed."""
+
+
+@dataclass
+class _Group:
+    rank: int
+    world: int
+    store: Any
+    control: Any
+    """A process group of its own for messages, so that none is taken for a gradient."""
+    over: threading.Event = field(default_factory=threading.Event)
+    speaks: bool | None = None
+    """Whether this process is the one to say what went wrong."""
+
+
+_group: _Group | None = None
+
+
+def launched() -> bool:
+    """Whether this process was started as one of several, as torchrun says by its environment."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def start() -> None:
+    """Find the other processes that the environment tells of (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), and take
+    the device LOCAL_RANK; those but the first fall silent."""
+    global _group
+    if _group is not None or not launched():
+        return
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank:
+        os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        logging.disable(logging.CRITICAL)
+        warnings.simplefilter("ignore")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    import torch
+    from torch import distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    gpu = torch.cuda.is_available()
+    if gpu:  # a launcher may have left each process one visible device
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    store, _, _ = next(rendezvous("env://"))
+    # As long as it takes: one waits for another's artefact for hours, and who fails says so.
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        store=PrefixStore("group", store),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(days=30),
+    )
+    control = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    _group = _Group(rank, world, PrefixStore("staff", store), control)
+    threading.Thread(target=_watch, args=(_group,), daemon=True).start()
+
+
+def end() -> None:
+    """Wait for the others, and leave them."""
+    global _group
+    if _group is None:
+        return
+    from torch import distributed
+
+    if _group.speaks is None:
+        distributed.barrier(_group.control)
+        _group.over.set()
+        distributed.destroy_process_group()
+    _group = None
+
+
+def _watch(group: _Group) -> None:
+    while not group.over.wait(1.0):
+        try:
+            failed = group.store.check(["failed"])
+        except Exception:  # the store is gone with the process that held it
+            failed = True
+        if failed and not group.over.wait(GRACE):
+            os._exit(1)
+
+
+def rank() -> int:
+    return _group.rank if _group else 0
+
+
+def world() -> int:
+    """How many processes carry out this run."""
+    return _group.world if _group else 1
+
+
+def first() -> bool:
+    """Whether this is the process that writes."""
+    return rank() == 0
+
+
+def share(items: Shared) -> Shared:
+    """Every world-th of the items: of a list that is sorted by length, each process gets as much work."""
+    return items[rank() :: world()] if _group else items
+
+
+def total(values: np.ndarray) -> np.ndarray:
+    """The sum of what all processes give, element by element; where all but one give zero, that one's, exactly."""
+    if _group is None:
+        return values
+    import torch
+    from torch import distributed
+
+    summed = torch.from_numpy(values.copy())
+    distributed.all_reduce(summed, group=_group.control)
+    return summed.numpy()
+
+
+def gather(value: Told) -> list[Told]:
+    """What each process gives, by rank; whatever pickle can write."""
+    if _group is None:
+        return [value]
+    from torch import distributed
+
+    values: list[Any] = [None] * _group.world
+    distributed.all_gather_object(values, value, group=_group.control)
+    return values
+
+
+def from_first(decide: Callable[[], Told]) -> Told:
+    """What rank 0 finds, for all; what it raises, all raise."""
+    if _group is None:
+        return decide()
+    from torch import distributed
+
+    message: list[Any] = [None, None]
+    if first():
+        try:
+            message[0] = decide()
+        except Exception as error:
+            message[1] = _portable(error)
+            distributed.broadcast_object_list(message, src=0, group=_group.control)
+            raise
+    distributed.broadcast_object_list(message, src=0, group=_group.control)
+    found, error = message
+    if error is not None:
+        raise error
+    return found
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Around a process's own part of shared work, in which it waits for no other: if one fails, all do."""
+    if _group is None:
+        yield
+        return
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        mine = error
+    errors = gather(mine and _portable(mine))
+    if mine is not None:
+        raise mine
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _portable(error: Exception) -> Exception:
+    import pickle
+
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(repr(error))
+
+
+def speaks_of_failure() -> bool:
+    """To be asked where an error has ended the run: True in one process, which is to tell of it and then to call
+    `told`; in the others False, once that was done."""
+    if _group is None:
+        return True
+    group = _group
+    if group.speaks is None:
+        group.over.set()
+        try:
+            group.speaks = group.store.add("failures", 1) == 1
+            group.store.set("failed", "")
+        except Exception:  # the store is gone: nobody can know whether another has spoken
+            group.speaks = True
+    if not group.speaks:
+        with suppress(Exception):
+            group.store.wait(["told"], timedelta(seconds=GRACE))
+    return bool(group.speaks)
+
+
+def told() -> None:
+    """What went wrong has been told: the others may end."""
+    if _group is not None:
+        with suppress(Exception):
+            _group.store.set("told", "")

@@ -1,0 +1,221 @@
+"""Several processes carry out a run together, and it ends as in one: same scores, coreset, weights and answers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from safetensors.numpy import load_file
+
+from staff.errors import UserError
+from staff.finetune import FinetuneSettings
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+# Steps of 8, 8 and 5 samples; by 2 processes with 2 in memory, the second has nothing to do in its last pass.
+RUNS = """
+import sys
+from pathlib import Path
+from staff import distributed
+distributed.start()
+from conftest import run_shrunk
+results, data = Path(sys.argv[1]), sys.argv[2]
+common = ["task=jsonl", f"task.data_dir={data}", "task.train_limit=21", "task.test_limit=5", "pruning_rate=0.5"]
+common += ["finetune.device_batch_size=2", "method.verification_budget=2", "method.num_regions=3", "method=staff"]
+run_shrunk(results / "pass", *common)
+online = ["method.scores=online", "finetune.length_grouped=true", "finetune.small_epochs=2"]
+run_shrunk(results / "online", *common, *online, "finetune.gradient_checkpointing=true")
+run_shrunk(results / "d2", *common[:-3], "method=d2", "finetune=full")
+
+from test_distributed import interrupted
+interrupted(results / "interrupted")
+distributed.end()
+"""
+
+
+def interrupted(store: Path) -> None:
+    """A fine-tuning that ends in its fifth step, and goes on from a checkpoint after the fourth."""
+    from test_checkpoints import ROWS
+    from test_finetune import SETTINGS, SPEC
+    from transformers import Trainer
+
+    from staff import checkpoints
+    from staff.artifacts import Store
+    from staff.data import tokenize
+    from staff.finetune import finetuned
+
+    step, checkpoints.INTERVAL = Trainer.training_step, 0.0
+
+    class Killed(BaseException):
+        pass
+
+    def stop(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 4:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    arguments = (SPEC, tokenize(ROWS[:21], SPEC.tokenizer()), SETTINGS, 2, 0, "last_v_b")
+    Trainer.training_step = stop
+    try:
+        finetuned(Store(store), *arguments)
+    except Killed:
+        Trainer.training_step = step
+    finetuned(Store(store), *arguments)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What one process and what two have left of the same runs."""
+    folder = tmp_path_factory.mktemp("distributed")
+    rows = [{"prompt": f"Add {i} to {i * i}:", "answer": f"{i + i * i} " * (1 + i % 5)} for i in range(26)]
+    for split, of_it in (("train", rows[:21]), ("test", rows[21:])):
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in of_it))
+    (folder / "runs.py").write_text(RUNS)
+    commands = {"one": [sys.executable], "two": [*TORCHRUN]}
+    pipe = subprocess.PIPE
+    running = [
+        subprocess.Popen(
+            [*command, folder / "runs.py", folder / name, folder], env=ENVIRONMENT, stderr=pipe, text=True
+        )
+        for name, command in commands.items()
+    ]
+    for process in running:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    return folder / "one", folder / "two"
+
+
+def files(results: tuple[Path, Path], pattern: str) -> list[tuple[Path, Path]]:
+    """The same file of one process and of two."""
+    one, two = results
+    found = sorted(file.relative_to(one) for file in one.glob(pattern))
+    assert found and found == sorted(file.relative_to(two) for file in two.glob(pattern))
+    return [(one / file, two / file) for file in found]
+
+
+def test_two_processes_give_the_scores_of_one(results):
+    for one, two in files(results, "*/artifacts/scores/*/scores.safetensors"):
+        alone, together = load_file(one), load_file(two)
+        for signal, values in alone.items():
+            np.testing.assert_allclose(together[signal], values, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_select_the_same_samples_and_give_the_same_answers(results):
+    for one, two in files(results, "*/runs/*/coreset.csv"):
+        assert pd.read_csv(one).id.tolist() == pd.read_csv(two).id.tolist()
+    for one, two in files(results, "*/artifacts/evaluation/*/predictions.parquet"):
+        assert pd.read_parquet(one).equals(pd.read_parquet(two))
+    for one, two in files(results, "*/runs/*/metrics.json"):
+        assert json.loads(one.read_text())["metrics"] == json.loads(two.read_text())["metrics"]
+
+
+def test_two_processes_fine_tune_to_the_weights_of_one(results):
+    for one, two in files(results, "*/*/finetune/*/*model.safetensors"):
+        alone, together = load_file(one), load_file(two)
+        for name, weights in alone.items():
+            assert np.abs(together[name] - weights).max() <= 1e-3 * np.abs(weights).max(), name
+
+
+def test_the_losses_of_two_processes_are_those_of_one(results):
+    for one, two in files(results, "*/*/finetune/*/training.json"):
+        logs = [json.loads(file.read_text())["log"][:-1] for file in (one, two)]
+        for name in ("loss", "grad_norm", "learning_rate"):
+            alone, together = ([entry[name] for entry in log] for log in logs)
+            assert together == pytest.approx(alone, rel=1e-4)
+
+
+def test_scores_online_are_those_of_one_process_also_where_it_was_interrupted(results):
+    for one, two in files(results, "*/*/finetune/*/online.safetensors"):
+        alone, together = load_file(one)["effort"], load_file(two)["effort"]
+        assert not np.isnan(alone).any()
+        np.testing.assert_allclose(together, alone, rtol=1e-4)
+
+
+def test_the_work_of_both_processes_is_charged(results):
+    for one, two in files(results, "*/*/*/*/manifest.json"):
+        alone, together = json.loads(one.read_text()), json.loads(two.read_text())
+        for name in ("flops", "tokens_forward", "tokens_backward"):
+            assert together["cost"][name] == alone["cost"][name]
+        assert (alone["processes"], together["processes"]) == (1, 2)
+        assert together["inputs"].keys() == alone["inputs"].keys()
+
+
+def test_nothing_is_left_of_the_second_process(results):
+    _, two = results
+    assert not list(two.glob("*/artifacts/tmp/*")) and not list(two.glob("*/checkpoints/*"))
+    assert len(list(two.glob("*/runs/*/metrics.json"))) == 3
+
+
+FAILS = """
+import sys, time
+from staff import distributed
+from staff.errors import UserError
+distributed.GRACE = 1.0
+distributed.start()
+def refuse():
+    raise UserError("no such model")
+for attempt in (lambda: distributed.from_first(refuse), None):
+    try:
+        if attempt:
+            attempt()
+        with distributed.agreed():
+            if not distributed.first():
+                raise UserError("sample 7 is not finite")
+    except UserError as error:
+        print(distributed.rank(), error, file=sys.stderr)
+try:
+    if not distributed.first():
+        raise RuntimeError("a defect")
+    distributed.gather("for this one waits in vain")
+except RuntimeError as error:
+    if distributed.speaks_of_failure():
+        print("said:", error, file=sys.stderr)
+        distributed.told()
+    sys.exit(1)
+"""
+
+
+def test_what_fails_in_one_process_ends_them_all_and_is_said_once():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    group = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILS], env={**group, "RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [1, 1]
+    for rank in (0, 1):
+        assert f"{rank} no such model\n{rank} sample 7 is not finite" in said[rank]
+    assert "".join(said).count("said: a defect") == 1
+
+
+def test_a_sweep_under_torchrun_is_refused_once_with_what_to_do_instead(tmp_path):
+    command = [*TORCHRUN, "-m", "experiments.run", "-m", "seed=0,1", f"results_dir={tmp_path}"]
+    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert ended.stderr.count("staff: a sweep is not for torchrun") == 1
+    assert "once a configuration" in ended.stderr and not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize(("devices", "at_once"), [(1, (4, 2)), (2, (4, 1)), (4, (2, 1)), (8, (1, 1))])
+def test_a_step_has_as_many_samples_on_any_number_of_devices(devices, at_once):
+    assert FinetuneSettings(batch_size=8, device_batch_size=4).on_each_device(devices) == at_once
+
+
+@pytest.mark.parametrize(("devices", "device_batch_size"), [(5, 12), (24, 12), (2, 4)])
+def test_a_step_that_cannot_be_shared_out_evenly_is_refused(devices, device_batch_size):
+    settings = FinetuneSettings(batch_size=12, device_batch_size=device_batch_size)
+    with pytest.raises(UserError, match=f"batch_size=12 cannot be shared by {devices} processes"):
+        settings.on_each_device(devices)
