@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from concurrent.futures import BrokenExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,24 +51,34 @@ def _job(cfg: DictConfig) -> None:
     job = HydraConfig.get()
     choices: Any = OmegaConf.to_container(job.runtime.choices)
     if job.mode is None or job.mode.name != "MULTIRUN":
-        folder = run(cfg, choices)
+        try:
+            folder = run(cfg, choices)
+        except Exception as error:
+            _leave(error)
         if distributed.first():
             print(sweep.table([folder]))
         return
     if distributed.launched():
-        raise UserError(
-            "a sweep is not for torchrun: run `torchrun ... -m experiments.run` once a configuration, without "
-            "--multirun, or let a cluster start the processes of each job (`staff -m hydra/launcher=cluster ...`)."
-        )
-    with sweep.begin_job(job.job.num) as wanted:
-        if not wanted:
-            return
-        result: Path | Exception
-        try:
-            result = run(cfg, choices)
-        except Exception as error:  # one failing job must not stop the others
-            result = error
+        how = "start `torchrun ... -m experiments.run` once a configuration, without --multirun"
+        _leave(UserError(f"torchrun is for one run: {how}, or let a cluster do so: hydra/launcher=cluster."))
+    distributed.start()  # where a launcher has started several tasks for this job
+    with sweep.begin_job(job.job.num) if distributed.first() else nullcontext(True) as wanted:
+        if distributed.from_first(lambda: wanted):
+            _work(cfg, choices, job)
+    distributed.end()
+
+
+def _work(cfg: DictConfig, choices: dict[str, Any], job: Any) -> None:
+    """A job of a sweep, of which one process leaves word."""
+    result: Path | Exception
+    try:
+        result = run(cfg, choices)
+        speaks = distributed.first()
+    except Exception as error:  # one failing job must not stop the others
+        result, speaks = error, distributed.speaks_of_failure()
+    if speaks:
         sweep.report_job(job.job.num, " ".join(job.overrides.task), result)
+        distributed.told()
 
 
 def main() -> None:

@@ -46,14 +46,19 @@ _group: _Group | None = None
 
 
 def launched() -> bool:
-    """Whether this process was started as one of several, as torchrun says by its environment."""
+    """Whether the environment says, as torchrun's does, that this process is one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def start() -> None:
-    """Find the other processes that the environment tells of (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), and take
-    the device LOCAL_RANK; those but the first fall silent."""
+    """Find the other processes that the environment tells of (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or else
+    the other tasks of a submitit job, and take the device LOCAL_RANK; those but the first fall silent."""
     global _group
+    if "SUBMITIT_EXECUTOR" in os.environ and not launched():
+        from submitit.helpers import TorchDistributedEnvironment
+
+        # Which GPU is whose is decided below: SLURM may have left each task one visible GPU.
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if _group is not None or not launched():
         return
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -68,7 +73,7 @@ def start() -> None:
     from torch.distributed.rendezvous import rendezvous
 
     gpu = torch.cuda.is_available()
-    if gpu:  # a launcher may have left each process one visible device
+    if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     store, _, _ = next(rendezvous("env://"))
     # As long as it takes: one waits for another's artefact for hours, and who fails says so.

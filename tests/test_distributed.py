@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from hydra import compose, initialize_config_dir
 from safetensors.numpy import load_file
+from test_sweep import SHRUNK
 
 from staff.errors import UserError
 from staff.finetune import FinetuneSettings
@@ -205,8 +207,27 @@ def test_a_sweep_under_torchrun_is_refused_once_with_what_to_do_instead(tmp_path
     command = [*TORCHRUN, "-m", "experiments.run", "-m", "seed=0,1", f"results_dir={tmp_path}"]
     ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert ended.returncode != 0
-    assert ended.stderr.count("staff: a sweep is not for torchrun") == 1
+    assert ended.stderr.count("staff: torchrun is for one run") == 1
     assert "once a configuration" in ended.stderr and not list(tmp_path.glob("runs/*"))
+
+
+def test_the_tasks_of_a_cluster_job_carry_out_its_run_together_and_one_records_it(tmp_path):
+    command = [sys.executable, "-m", "experiments.run", "-m", "method=random", f"results_dir={tmp_path}", *SHRUNK]
+    launcher = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"]
+    ended = subprocess.run([*command, *launcher], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    (record,) = (json.loads(file.read_text()) for file in tmp_path.glob("runs/*/metrics.json"))
+    assert record["provenance"]["processes"] == 2
+    manifests = [json.loads(file.read_text()) for file in tmp_path.glob("artifacts/finetune/*/manifest.json")]
+    assert [manifest["processes"] for manifest in manifests] == [2]
+    assert len(list(tmp_path.glob("sweeps/*/*.json"))) == 2, "what the sweep expects, and one report"
+
+
+def test_the_cluster_launcher_starts_a_task_for_each_gpu():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["hydra/launcher=cluster"], return_hydra_config=True)
+    launcher = cfg.hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher") and launcher.tasks_per_node == launcher.gpus_per_node
 
 
 @pytest.mark.parametrize(("devices", "at_once"), [(1, (4, 2)), (2, (4, 1)), (4, (2, 1)), (8, (1, 1))])

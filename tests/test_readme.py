@@ -72,7 +72,7 @@ def test_every_command_in_a_readme_is_one(file: str, line: str):
     makefile = (ROOT / "Makefile").read_text()
     if program == "make":
         assert re.search(rf"^{arguments[0]}:", makefile, re.M)
-    elif program == "staff" or "experiments.run" in arguments:
+    elif program in ("staff", "torchrun") or "experiments.run" in arguments:
         start = arguments.index("experiments.run") + 1 if program != "staff" else 0
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             for overrides in settings(arguments[start:]):
