@@ -148,6 +148,13 @@ MUTATIONS = (
         "tests/test_scoring.py::test_scores_do_not_depend_on_batch_size_padding_or_order",
     ),
     Mutation(
+        "each process its own mean",
+        "staff/trainer.py",
+        "tokens = tokens / distributed.world()",
+        "tokens = len(positions.targets)",
+        "tests/test_distributed.py::test_two_processes_fine_tune_to_the_weights_of_one",
+    ),
+    Mutation(
         "weights beside the folder",
         "staff/weights.py",
         'if not str(name).endswith(".safetensors") or len(Path(name).parts) > 1:',
