@@ -10,6 +10,7 @@ Without `start`, one process is the whole world, and every function here does no
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -40,6 +41,16 @@ class _Group:
     over: threading.Event = field(default_factory=threading.Event)
     speaks: bool | None = None
     """Whether this process is the one to say what went wrong."""
+
+    def __post_init__(self) -> None:
+        self._watcher = threading.Thread(target=_watch, args=(self,), daemon=True)
+        self._watcher.start()
+        atexit.register(self.rest)  # a thread in the midst of a call to torch ends a process by SIGABRT
+
+    def rest(self) -> None:
+        """Watch no more."""
+        self.over.set()
+        self._watcher.join()
 
 
 _group: _Group | None = None
@@ -86,7 +97,6 @@ def start() -> None:
     )
     control = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
     _group = _Group(rank, world, PrefixStore("staff", store), control)
-    threading.Thread(target=_watch, args=(_group,), daemon=True).start()
 
 
 def end() -> None:
@@ -98,7 +108,7 @@ def end() -> None:
 
     if _group.speaks is None:
         distributed.barrier(_group.control)
-        _group.over.set()
+        _group.rest()
         distributed.destroy_process_group()
     _group = None
 
@@ -212,7 +222,7 @@ def speaks_of_failure() -> bool:
         return True
     group = _group
     if group.speaks is None:
-        group.over.set()
+        group.rest()
         try:
             group.speaks = group.store.add("failures", 1) == 1
             group.store.set("failed", "")
