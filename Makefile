@@ -21,11 +21,12 @@ mutations: .venv/installed
 	$(BIN)/python -m tests.mutations
 
 # Licences of what is installed, and known vulnerabilities of what is pinned; tools in an environment of their own.
+# Strict: a package that could not be looked up would else count as one without vulnerabilities.
 audit: .venv/installed
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1 pip-licenses==5.5.5
 	build/audit/bin/pip-licenses --python $(BIN)/python --order=license
-	build/audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
@@ -36,17 +37,19 @@ format: .venv/installed
 DATA ?= data
 REBUILT ?= results/rebuilt
 WORKERS ?= 2
-TINY = $(BIN)/staff task.train_limit=2060 task.test_limit=300 task.too_long=drop tracking=none \
-	results_dir=$(REBUILT) hydra/launcher=joblib hydra.launcher.n_jobs=$(WORKERS)
+TINY = $(BIN)/staff task.too_long=drop tracking=none results_dir=$(REBUILT) \
+	hydra/launcher=joblib hydra.launcher.n_jobs=$(WORKERS)
+DIALOGSUM = task=dialogsum task.data_dir=$(DATA)/dialogsum task.train_limit=2060 task.test_limit=300
+BIOINSTRUCT = task=bioinstruct task.data_dir=$(DATA)/bioinstruct task.train_limit=1000 task.test_limit=200
 METHODS = method=raw,full,random,el2n,grand,ccs,d2,staff
 ABLATIONS = verification speculation scoring_function small_epochs verification_budget small_size num_regions \
 	region_similarity transfer presets pick drop_hardest equal_steps answer_length
 reproduce-tiny: export OMP_NUM_THREADS = 1
 reproduce-tiny: .venv/installed
-	$(TINY) experiment=table1 $(METHODS) task.data_dir=$(DATA)/dialogsum
-	$(TINY) experiment=table1 $(METHODS) task=bioinstruct task.data_dir=$(DATA)/bioinstruct
+	$(TINY) experiment=table1 $(METHODS) $(DIALOGSUM)
+	$(TINY) experiment=table1 $(METHODS) $(BIOINSTRUCT)
 	for ablation in $(ABLATIONS); do \
-		$(TINY) experiment=ablation_$$ablation pruning_rate=0.9 task.data_dir=$(DATA)/dialogsum || exit 1; \
+		$(TINY) experiment=ablation_$$ablation pruning_rate=0.9 $(DIALOGSUM) || exit 1; \
 	done
 	$(BIN)/python -m experiments.report --results $(REBUILT)
 	$(BIN)/python -m experiments.compare results/tiny $(REBUILT)

@@ -194,7 +194,8 @@ MUTATIONS = (
         "experiments/run.py",
         'os.environ.setdefault("HF_HUB_VERBOSITY", "error")',
         "pass",
-        "tests/test_honest_failure.py::test_a_hub_that_cannot_be_reached_is_one_line_and_ends_its_job_alone",
+        "tests/test_honest_failure.py::"
+        "test_a_hub_that_cannot_be_reached_is_one_line_ends_its_job_alone_and_the_same_command_resumes",
     ),
     Mutation(
         "killed workers end the sweep",

@@ -1,9 +1,12 @@
 """The list of promises and the mutations that show them kept do not rot."""
 
+import importlib.metadata
 import re
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.mutations import MUTATIONS
 
@@ -27,6 +30,31 @@ def test_a_mutation_still_finds_its_place_and_its_test(mutation):
     assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
     file, _, function = mutation.test.partition("::")
     assert f"def {function}(" in (ROOT / file).read_text()
+
+
+def required(*extras: str) -> set[str]:
+    """What the package asks for with these extras, and what that asks for in turn, as far as it is installed."""
+    found, left = set(), [Requirement(f"staff-coresets[{','.join(extras)}]")]
+    while left:
+        wanted = left.pop()
+        this = (canonicalize_name(wanted.name), frozenset(wanted.extras))
+        if this in found:
+            continue
+        found.add(this)
+        try:
+            asked = importlib.metadata.requires(wanted.name) or []
+        except importlib.metadata.PackageNotFoundError:  # an extra that this machine does without
+            continue
+        for requirement in map(Requirement, asked):
+            environments = [{"extra": extra} for extra in ("", *wanted.extras)]
+            if not requirement.marker or any(map(requirement.marker.evaluate, environments)):
+                left.append(requirement)
+    return {name for name, _ in found} - {"staff-coresets"}
+
+
+def test_everything_that_is_required_is_pinned():
+    pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert required("dev", "parallel", "qlora", "gguf") == {canonicalize_name(name) for name in pins}
 
 
 def test_every_pinned_package_is_listed_with_its_licence():
