@@ -69,10 +69,11 @@ class Run:
         fixed = hasattr(self.method, "fixed_size")
         self.pruning_rate = float(1 - Fraction(kept, len(self.train))) if fixed else cfg.pruning_rate
         self.store = store or Store(cfg.store_dir, workers=sweep.workers())
-        self.family = materialise(family, self.store).quantised(self.settings.quantization)
+        held = (self.settings.quantization, self.settings.fsdp)
+        self.family = materialise(family, self.store).held(*held)
         self.selecting = self.family
         if selecting:
-            self.selecting = materialise(selecting, self.store).quantised(self.settings.quantization)
+            self.selecting = materialise(selecting, self.store).held(*held)
         self.started = datetime.now(UTC)
         if self.overlap:
             log.warning("%d of %d test prompts are also in the pool", self.overlap, len(self.test))
@@ -91,6 +92,7 @@ class Run:
         content["family"] = content["selection_family"] = None
         content["method"] = {k: v for k, v in content["method"].items() if k != "path"}
         content["task"] = {k: v for k, v in content["task"].items() if k != "data_dir"}
+        content["finetune"] = {k: v for k, v in content["finetune"].items() if k != "fsdp"}
         # Samples are known by their content: the commit they came from says nothing more, and not to those offline.
         data = {split: self.identity["data"][split] for split in ("train", "test")}
         content["identity"] = {**self.identity, "data": data}

@@ -37,7 +37,16 @@ from staff import distributed
 from staff.attempts import attempt
 from staff.cost import Meter
 from staff.errors import UserError
-from staff.manifest import Artifact, Charges, check_contents, check_sizes, digest, read_manifest, write_manifest
+from staff.manifest import (
+    Artifact,
+    Charges,
+    check_contents,
+    check_sizes,
+    digest,
+    read_manifest,
+    refuse_non_json,
+    write_manifest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +122,7 @@ class Store:
         Raises:
             TypeError: for anything else in the key (a tuple, a path, a NumPy number, NaN), naming its place.
         """
-        _refuse_non_json(key, f"{stage} key")
+        refuse_non_json(key, f"{stage} key")
         return digest({"stage": stage, "version": version or STAGE_VERSIONS[stage], "key": key})
 
     def get(
@@ -326,18 +335,3 @@ def _error_number(error: Exception) -> int | None:
         return error.errno
     rust = re.search(r"\(os error (\d+)\)", str(error))
     return int(rust[1]) if rust else None
-
-
-def _refuse_non_json(value: Any, place: str) -> None:
-    if type(value) is dict:
-        for name, entry in value.items():
-            if type(name) is not str:
-                raise TypeError(f"{place} has the name {name!r}, which is no string")
-            _refuse_non_json(entry, f"{place}.{name}")
-    elif type(value) is list:
-        for position, entry in enumerate(value):
-            _refuse_non_json(entry, f"{place}[{position}]")
-    elif type(value) not in (str, int, float, bool, type(None)):
-        raise TypeError(f"{place} is {value!r}, a {type(value).__name__}: a key holds only what JSON holds")
-    elif type(value) is float and not float("-inf") < value < float("inf"):
-        raise TypeError(f"{place} is {value!r}, which JSON cannot hold")

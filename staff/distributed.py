@@ -132,6 +132,11 @@ def world() -> int:
     return _group.world if _group else 1
 
 
+def on_this_machine() -> int:
+    """How many of them work on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _group else 1
+
+
 def first() -> bool:
     """Whether this is the process that writes."""
     return rank() == 0
@@ -187,9 +192,10 @@ def from_first(decide: Callable[[], Told]) -> Told:
 
 
 @contextmanager
-def agreed() -> Iterator[None]:
-    """Around a process's own part of shared work, in which it waits for no other: if one fails, all do."""
-    if _group is None:
+def agreed(apart: bool = True) -> Iterator[None]:
+    """Around a process's own part of shared work: if one fails, all do. That takes that it works `apart`, and waits
+    for no other."""
+    if _group is None or not apart:
         yield
         return
     mine: Exception | None = None

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ import pandas as pd
 from staff import distributed
 from staff.artifacts import Artifact, Store
 from staff.errors import UserError
-from staff.models import ModelSpec, load_tuned
+from staff.models import ModelSpec, is_sharded, load_tuned
 from staff.progress import progress
 
 if TYPE_CHECKING:
@@ -173,14 +173,22 @@ def generate(
     own, was_training = base.generation_config, base.training
     config, stop = _greedy(tokenizer, own, max_new_tokens, end_tokens)
     new_tokens: dict[int, list[int]] = {}
-    lengths: list[tuple[int, int]] = []  # tokens processed, tokens generated
+    lengths: dict[int, tuple[int, int]] = {}  # tokens processed, tokens generated
     order = distributed.share(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
     base.generation_config = config
     base.eval()
     try:
-        with distributed.agreed(), torch.inference_mode(), progress(len(order), "answers") as bar:
+        with (
+            distributed.agreed(apart=not is_sharded(base)),
+            torch.inference_mode(),
+            progress(len(order), "answers") as bar,
+        ):
             budget = batch_tokens or (8192 if base.device.type == "cpu" else 32768)
-            for batch in _batches(order, prompts, max_new_tokens, budget):
+            batches = list(_batches(order, prompts, max_new_tokens, budget))
+            if is_sharded(base):  # all run it as often, and the last prompt is the shortest
+                idle = max(distributed.gather(len(batches))) - len(batches)
+                batches += [[min(range(len(prompts)), key=lambda i: len(prompts[i]))]] * idle
+            for batch in batches:
                 width = max(len(prompts[i]) for i in batch)
                 ids = torch.full((len(batch), width), config.pad_token_id, device=base.device)
                 mask = torch.zeros_like(ids)
@@ -193,20 +201,19 @@ def generate(
                     end = next((at for at, token in enumerate(row) if token in stop), len(row))
                     new_tokens[i] = [token for token in row[:end] if token != config.pad_token_id]
                     generated = min(end + 1, len(row))  # the end token is generated as well
-                    lengths.append((len(prompts[i]) + generated - 1, generated))  # the last one is not read
+                    lengths[i] = (len(prompts[i]) + generated - 1, generated)  # the last one is not read
                 bar.update(len(batch))
     finally:
         base.generation_config = own
         base.train(was_training)
-    answered, spent = zip(*distributed.gather((new_tokens, lengths)), strict=True)
+    for answers, counts in distributed.gather((new_tokens, lengths)):
+        new_tokens, lengths = {**new_tokens, **answers}, {**lengths, **counts}
     if meter is not None:
         from staff.cost import forward_flops
 
-        pairs = list(chain.from_iterable(spent))
-        processed, generated = zip(*pairs, strict=True) if pairs else ((), ())
+        processed, generated = zip(*lengths.values(), strict=True) if lengths else ((), ())
         meter.add(forward_flops(base.config, processed, generated), tokens_forward=sum(processed))
-    together = {i: answer for part in answered for i, answer in part.items()}
-    return [together[i] for i in range(len(prompts))]
+    return [new_tokens[i] for i in range(len(prompts))]
 
 
 def evaluated(
@@ -231,7 +238,8 @@ def evaluated(
 
     def make(folder: Path, cost: Meter) -> None:
         model = load_tuned(spec, tuned.path, kind) if tuned else spec.load()
-        if tuned and kind == "lora" and not spec.quantization:  # merged weights would be rounded to 4 bits again
+        # Merged weights would be rounded to 4 bits again.
+        if tuned and kind == "lora" and not spec.quantization and not spec.in_parts:
             model = model.merge_and_unload()
         tokenizer = spec.tokenizer()
         answers = generate(

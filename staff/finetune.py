@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
 import zlib
@@ -23,7 +22,6 @@ from staff.models import PRECISIONS, QUANTIZATIONS, LoraSpec, ModelSpec, fresh_l
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 MATCHES = ("epochs", "steps")
 ONLINE_SCORES = "online.safetensors"
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,8 @@ class FinetuneSettings:
         quantization: None, or "nf4": the frozen weights under LoRA in 4 bits (QLoRA, see `staff.models`).
         gradient_checkpointing: blocks are run again in the backward pass instead of remembered: less memory, about
             a third more time, the same weights.
+        fsdp: the processes of a run share out the models' weights (FSDP2), in scoring and answering as well, and fetch
+            a block's when it runs: for a target that does not fit one device.
     """
 
     kind: str = "lora"
@@ -65,6 +65,7 @@ class FinetuneSettings:
     length_grouped: bool = False
     quantization: str | None = None
     gradient_checkpointing: bool = False
+    fsdp: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "full"):
@@ -75,7 +76,9 @@ class FinetuneSettings:
             raise UserError(f"finetune.quantization={self.quantization!r}: choose null or {QUANTIZATIONS[0]}.")
         if self.quantization and self.kind != "lora":
             raise UserError(f"finetune.quantization={self.quantization} is for finetune.kind=lora: frozen weights.")
-        for name in ("length_grouped", "gradient_checkpointing"):
+        if self.fsdp and (self.quantization or self.kind != "lora"):
+            raise UserError("finetune.fsdp=true shares out frozen weights of full precision: choose finetune=lora.")
+        for name in ("length_grouped", "gradient_checkpointing", "fsdp"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"finetune.{name}={getattr(self, name)!r} must be true or false.")
         for name in ("batch_size", "device_batch_size", "epochs", "small_epochs", "max_length"):
@@ -99,9 +102,10 @@ class FinetuneSettings:
             )
 
     def key(self) -> dict[str, Any]:
-        """The fields that determine the result. How a batch lies in memory changes nothing but rounding, which
-        number of epochs counts depends on the model and on `match`, and a quantised model is another model."""
-        apart = ("device_batch_size", "gradient_checkpointing", "epochs", "small_epochs", "match", "quantization")
+        """The fields that determine the result. How batches and weights lie in memory changes nothing but rounding;
+        which number of epochs counts depends on the model and on `match`; a quantised model is another model."""
+        memory = ("device_batch_size", "gradient_checkpointing", "fsdp")
+        apart = (*memory, "epochs", "small_epochs", "match", "quantization")
         return {k: v for k, v in plain(self).items() if k not in apart}
 
     def steps(self, samples: int) -> int:
@@ -206,7 +210,7 @@ def finetune(
 
     from staff.checkpoints import Checkpoints
     from staff.online import OnlineEfforts
-    from staff.trainer import checkpoint_blocks, trainer_for
+    from staff.trainer import Progress, checkpoint_blocks, trainer_for
 
     model = spec.load()
     model = fresh_lora(model, settings.lora, seed) if settings.kind == "lora" else model.float()
@@ -230,7 +234,7 @@ def finetune(
         efforts,
         args=_arguments(settings, epochs, seed, len(samples), checkpoints),
         train_dataset=rows,
-        callbacks=[_progress(spec.name, len(samples)), saved],
+        callbacks=[Progress(spec.name, len(samples)), saved],
     )
     trainer.remove_callback(PrinterCallback)
     result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
@@ -319,19 +323,3 @@ def _arguments(settings: FinetuneSettings, epochs: float, seed: int, samples: in
         disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-def _progress(name: str, samples: int) -> Any:
-    """A line about every tenth of a training where there is no terminal for a bar."""
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            log.info("fine-tuning %s on %d samples: %d steps", name, samples, state.max_steps)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            tenth = max(1, state.max_steps // 10)
-            if args.disable_tqdm and logs and "loss" in logs and state.global_step % tenth < args.logging_steps:
-                log.info("  step %d of %d, loss %.3f", state.global_step, state.max_steps, logs["loss"])
-
-    return Progress()

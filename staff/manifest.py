@@ -127,6 +127,26 @@ def digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def refuse_non_json(value: Any, place: str) -> None:
+    """Refuse what JSON would not give back as it was.
+
+    Raises:
+        TypeError: naming its place.
+    """
+    if type(value) is dict:
+        for name, entry in value.items():
+            if type(name) is not str:
+                raise TypeError(f"{place} has the name {name!r}, which is no string")
+            refuse_non_json(entry, f"{place}.{name}")
+    elif type(value) is list:
+        for position, entry in enumerate(value):
+            refuse_non_json(entry, f"{place}[{position}]")
+    elif type(value) not in (str, int, float, bool, type(None)):
+        raise TypeError(f"{place} is {value!r}, a {type(value).__name__}: a key holds only what JSON holds")
+    elif type(value) is float and not float("-inf") < value < float("inf"):
+        raise TypeError(f"{place} is {value!r}, which JSON cannot hold")
+
+
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from staff import distributed
 from staff.data import TokenizedSamples
 from staff.errors import UserError
 from staff.finetune import FinetuneSettings
@@ -51,10 +52,12 @@ def finetuning_memory(
     config = model.config.get_text_config()
     lora = settings.kind == "lora"
     weights = _weight_bytes(model, spec.quantization) if lora else 4 * model.num_parameters()
+    if spec.in_parts:  # and, in full, the block that runs and the one fetched for when it is done
+        weights = weights // distributed.world() + 2 * weights // config.num_hidden_layers
     if lora:
         fresh_lora(model, settings.lora, seed=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    batch = settings.device_batch_size
+    batch, _ = settings.on_each_device(distributed.world())
     longest = int(min(lengths.max(), settings.max_length))
     tokens, answers = min(batch, len(lengths)) * longest, int(np.sort(answer_lengths)[-batch:].sum())
     kept = _Kept.by(model, 2 if settings.precision == "bfloat16" else 4, longest, lora)
@@ -115,11 +118,13 @@ def _weight_bytes(model: Any, quantization: str | None) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that are free on the GPU, or without one in RAM."""
+    """Bytes that are free on the GPU, or without one in RAM, for each of the processes that share it."""
     import psutil
     import torch
 
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available // distributed.on_this_machine()
 
 
 def check_fits(spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSettings) -> None:
@@ -135,8 +140,8 @@ def check_fits(spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSet
         return
     for changes in _smaller(settings, int(lengths.max())):
         asked = replace(settings, **changes)
-        quantised = replace(spec, quantization=asked.quantization)
-        if finetuning_memory(quantised, asked, lengths, answers).total <= available:
+        held = replace(spec, quantization=asked.quantization, sharded=asked.fsdp)
+        if finetuning_memory(held, asked, lengths, answers).total <= available:
             mend = f"it would fit with {_overrides(changes)}"
             break
     else:
@@ -152,9 +157,12 @@ def _smaller(settings: FinetuneSettings, longest: int) -> Iterator[dict[str, Any
     """Settings that need less and less, those that cost least first."""
     import torch
 
-    sizes = [n for n in range(settings.device_batch_size, 0, -1) if settings.batch_size % n == 0]
+    share = settings.batch_size // distributed.world()
+    sizes = [n for n in range(min(settings.device_batch_size, share), 0, -1) if share % n == 0]
     means: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
-    if torch.cuda.is_available() and settings.kind == "lora":
+    if distributed.world() > 1 and settings.kind == "lora" and not settings.quantization:
+        means.append({"fsdp": True, "gradient_checkpointing": True})
+    if torch.cuda.is_available() and settings.kind == "lora" and not settings.fsdp:
         means.append({"quantization": "nf4", "gradient_checkpointing": True})
     for mean in means:
         for size in sizes:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from staff import distributed
 from staff.errors import UserError
 from staff.weights import ATTENTIONS, NO_CODE, load_safetensors, reason
 
@@ -78,6 +79,7 @@ class ModelSpec:
         quantization: None, or "nf4": linear layers in 4 bits, as QLoRA has them (Dettmers et al. 2023,
             arXiv:2305.14314): normal floats, doubly quantised, computed with in bfloat16.
         from_target: for a small model made from blocks of the target; `path` then counts for nothing.
+        sharded: the processes of a run share out its weights; one alone holds them all.
         made: the artefact that the model was made into and is loaded from (`staff.made`).
     """
 
@@ -87,6 +89,7 @@ class ModelSpec:
     attention: str = "sdpa"
     gated: bool = False
     quantization: str | None = None
+    sharded: bool = False
     from_target: DepthPruning | None = None
     made: Artifact | None = None
 
@@ -154,6 +157,12 @@ class ModelSpec:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether `load` gives each process a part of the weights: then all have to run the model in step, and no
+        adapter can be merged into it."""
+        return self.sharded and distributed.world() > 1
+
     def load(self) -> Any:
         """The model in evaluation mode, on the GPU where there is one."""
         import torch
@@ -161,6 +170,12 @@ class ModelSpec:
         options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
         if self.quantization:
             options["quantization_config"] = _four_bits()
+        if self.in_parts:
+            from transformers.distributed.configuration_utils import DistributedConfig
+
+            return self.weights(
+                **options, distributed_config=DistributedConfig(fsdp_size=distributed.world())
+            ).eval()
         model = self.weights(**options)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
@@ -222,9 +237,9 @@ class Family:
     small: ModelSpec
     prompt_format: str = "plain"
 
-    def quantised(self, how: str | None) -> Family:
-        """The family with both models quantised so."""
-        target, small = (replace(spec, quantization=how) for spec in (self.target, self.small))
+    def held(self, quantization: str | None, sharded: bool) -> Family:
+        """The family with both models held in memory so."""
+        target, small = (replace(s, quantization=quantization, sharded=sharded) for s in (self.target, self.small))
         return replace(self, target=target, small=small)
 
     def __post_init__(self) -> None:
@@ -293,6 +308,11 @@ def _four_bits() -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether this process has but a part of the model's weights."""
+    return getattr(model, "_is_fsdp_managed_module", False)
 
 
 def load_tuned(spec: ModelSpec, folder: Path, kind: str) -> Any:

@@ -145,11 +145,14 @@ class Pool:
                 "gradient=all_linear differentiates by the model's own weights: leave out fresh_adapter."
             )
         merged = options.get("gradient") == "all_linear" or (adapter and model != "target")
-        if spec.quantization and merged:
+        if (spec.quantization or spec.in_parts) and merged:
             raise UserError(
-                "adapters cannot be merged into weights of 4 bits, as gradient=all_linear and fresh_adapter ask: "
-                "choose gradient=last_v_b or all_lora without fresh_adapter, or finetune=lora."
+                "adapters cannot be merged into weights of 4 bits or of a model that is shared out, as "
+                "gradient=all_linear and fresh_adapter ask: choose gradient=last_v_b or all_lora without "
+                "fresh_adapter, or finetune=lora finetune.fsdp=false."
             )
+        if spec.in_parts and self.scoring.one_at_a_time and options.get("gradient") == "all_linear":
+            raise UserError("gradient=all_linear one at a time is not for finetune.fsdp=true: leave out either.")
         how = {"gradient": "last_v_b", "variant": "standard", **options}
         # What a signal does not depend on is no part of its name.
         gradient = how["gradient"] if "effort" in signals else None

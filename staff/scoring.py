@@ -27,6 +27,7 @@ from staff.gradients import (
     scoring_mode,
     token_losses,
 )
+from staff.models import is_sharded
 from staff.progress import progress
 
 log = logging.getLogger(__name__)
@@ -116,12 +117,21 @@ def score_samples(
     start, budget = 0, 1 if one_at_a_time else batch_tokens or suited_batch_tokens(model)
     how = _score_alone if one_at_a_time else _score_batch
     spent = np.zeros(3)
-    with distributed.agreed(), scoring_mode(model), progress(len(order), ", ".join(asked.signals)) as bar:
+    together = is_sharded(model)  # all have to run it as often
+    passes = _passes(samples.lengths[order], budget) if together else 0
+    idle = max(distributed.gather(passes)) - passes if together else 0
+    with (
+        distributed.agreed(apart=not together),
+        scoring_mode(model),
+        progress(len(order), ", ".join(asked.signals)) as bar,
+    ):
         while start < len(order):
             longest = int(samples.lengths[order[start]])
             rows = order[start : start + max(1, budget // longest)]
             batch = samples.take(rows)
             values = _unless_out_of_memory(how, model, batch, asked, pad_token_id)
+            if values is None and together:
+                raise UserError(f"out of memory with {budget} tokens a batch: lower scoring.batch_tokens.")
             if values is None:
                 budget = _halved_budget(batch, longest)
                 continue
@@ -134,6 +144,8 @@ def score_samples(
             spent += (flops, tokens, tokens if "effort" in asked.signals else 0)
             start += len(rows)
             bar.update(len(rows))
+        for _ in range(idle):
+            how(model, samples.take(np.argsort(samples.lengths)[:1]), asked, pad_token_id)
     if meter is not None:
         meter.add(*distributed.total(spent))
     return {signal: distributed.total(values) for signal, values in scores.items()}
@@ -143,6 +155,15 @@ def suited_batch_tokens(model: Any) -> int:
     """Enough to keep a GPU busy; on a processor not more than its caches hold: with four times as many, norms over
     all LoRA parameters of the tiny target took 1.4 times as long."""
     return 2048 if model.device.type == "cpu" else 8192
+
+
+def _passes(lengths: np.ndarray, budget: int) -> int:
+    """How many batches samples of these lengths, longest first, make up."""
+    start = passes = 0
+    while start < len(lengths):
+        start += max(1, budget // int(lengths[start]))
+        passes += 1
+    return passes
 
 
 def _unless_out_of_memory(how: Any, *what: Any) -> dict[str, np.ndarray] | None:

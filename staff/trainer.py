@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -10,13 +11,15 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import DataCollatorForSeq2Seq, Trainer
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from staff import distributed
 from staff.errors import UserError
 from staff.gradients import ARCHITECTURES, IGNORED, Positions, last_block, last_block_at, token_losses
 from staff.online import OnlineEfforts
+
+log = logging.getLogger(__name__)
 
 
 class Shares(Sampler[list[int]]):
@@ -113,6 +116,21 @@ class AnswerTrainer(SharingTrainer):
             f"the loss of sample {name!r} is not finite in step {self.state.global_step + 1}: take it out, "
             f"or, where others fail as well, lower finetune.learning_rate={self.args.learning_rate}."
         )
+
+
+class Progress(TrainerCallback):
+    """A line about every tenth of a training where there is no terminal for a bar."""
+
+    def __init__(self, name: str, samples: int) -> None:
+        self._name, self._samples = name, samples
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        log.info("fine-tuning %s on %d samples: %d steps", self._name, self._samples, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        tenth = max(1, state.max_steps // 10)
+        if args.disable_tqdm and logs and "loss" in logs and state.global_step % tenth < args.logging_steps:
+            log.info("  step %d of %d, loss %.3f", state.global_step, state.max_steps, logs["loss"])
 
 
 def trainer_for(

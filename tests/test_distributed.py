@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from safetensors.numpy import load_file
-from test_sweep import SHRUNK
 
 from staff.errors import UserError
 from staff.finetune import FinetuneSettings
@@ -36,14 +36,28 @@ run_shrunk(results / "pass", *common)
 online = ["method.scores=online", "finetune.length_grouped=true", "finetune.small_epochs=2"]
 run_shrunk(results / "online", *common, *online, "finetune.gradient_checkpointing=true")
 run_shrunk(results / "d2", *common[:-3], "method=d2", "finetune=full")
+unequal = ["scoring.batch_tokens=64", "evaluation.batch_tokens=48", "method.signal=el2n"]
+run_shrunk(results / "fsdp", *common, *unequal, "finetune.fsdp=true", "finetune.gradient_checkpointing=true")
 
-from test_distributed import interrupted
-interrupted(results / "interrupted")
+from test_distributed import interrupted, part_of_the_weights
+interrupted(results / "interrupted", fsdp=False)
+interrupted(results / "interrupted", fsdp=True)
+(results / f"part {distributed.rank()}").write_text(str(part_of_the_weights()))
 distributed.end()
 """
 
 
-def interrupted(store: Path) -> None:
+def part_of_the_weights() -> float:
+    """Which part of a sharded model this process holds."""
+    from test_finetune import SPEC
+    from torch.distributed.tensor import DTensor
+
+    weights = list(replace(SPEC, sharded=True).load().parameters())
+    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in weights)
+    return held / sum(p.numel() for p in weights)
+
+
+def interrupted(store: Path, fsdp: bool) -> None:
     """A fine-tuning that ends in its fifth step, and goes on from a checkpoint after the fourth."""
     from test_checkpoints import ROWS
     from test_finetune import SETTINGS, SPEC
@@ -64,7 +78,8 @@ def interrupted(store: Path) -> None:
             raise Killed
         return step(self, *args, **kwargs)
 
-    arguments = (SPEC, tokenize(ROWS[:21], SPEC.tokenizer()), SETTINGS, 2, 0, "last_v_b")
+    settings, samples = replace(SETTINGS, fsdp=fsdp), tokenize(ROWS[:21], SPEC.tokenizer())
+    arguments = (replace(SPEC, sharded=fsdp), samples, settings, 2, int(fsdp), "last_v_b")
     Trainer.training_step = stop
     try:
         finetuned(Store(store), *arguments)
@@ -153,7 +168,20 @@ def test_the_work_of_both_processes_is_charged(results):
 def test_nothing_is_left_of_the_second_process(results):
     _, two = results
     assert not list(two.glob("*/artifacts/tmp/*")) and not list(two.glob("*/checkpoints/*"))
-    assert len(list(two.glob("*/runs/*/metrics.json"))) == 3
+    assert len(list(two.glob("*/runs/*/metrics.json"))) == 4
+
+
+def test_under_fsdp_each_process_holds_half_of_the_weights_and_one_alone_all(results):
+    one, two = results
+    assert float((one / "part 0").read_text()) == 1
+    for rank in (0, 1):
+        assert 0.45 < float((two / f"part {rank}").read_text()) < 0.55
+
+
+@pytest.mark.parametrize("other", [{"kind": "full"}, {"quantization": "nf4"}])
+def test_fsdp_is_refused_where_weights_are_trained_or_packed(other):
+    with pytest.raises(UserError, match="choose finetune=lora"):
+        FinetuneSettings(fsdp=True, **other)
 
 
 FAILS = """
@@ -185,42 +213,38 @@ except RuntimeError as error:
 """
 
 
-def test_what_fails_in_one_process_ends_them_all_and_is_said_once():
+def together(*command: str) -> list[tuple[int, str]]:
+    """What two processes of one run end with, as torchrun would start them: exit status and standard error."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     group = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", FAILS], env={**group, "RANK": rank}, stderr=subprocess.PIPE, text=True
+            [sys.executable, *command], cwd=ROOT, env={**group, "RANK": rank}, stderr=subprocess.PIPE, text=True
         )
         for rank in "01"
     ]
-    said = [process.communicate(timeout=60)[1] for process in running]
-    assert [process.returncode for process in running] == [1, 1]
-    for rank in (0, 1):
-        assert f"{rank} no such model\n{rank} sample 7 is not finite" in said[rank]
-    assert "".join(said).count("said: a defect") == 1
+    said = [process.communicate(timeout=120)[1] for process in running]
+    return list(zip([process.returncode for process in running], said, strict=True))
+
+
+def test_what_fails_in_one_process_ends_them_all_and_is_said_once():
+    (first, said), (second, also_said) = together("-c", FAILS)
+    assert (first, second) == (1, 1)
+    for rank, of_one in enumerate((said, also_said)):
+        assert f"{rank} no such model\n{rank} sample 7 is not finite" in of_one
+    assert (said + also_said).count("said: a defect") == 1
 
 
 def test_a_sweep_under_torchrun_is_refused_once_with_what_to_do_instead(tmp_path):
-    command = [*TORCHRUN, "-m", "experiments.run", "-m", "seed=0,1", f"results_dir={tmp_path}"]
-    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert ended.returncode != 0
-    assert ended.stderr.count("staff: torchrun is for one run") == 1
-    assert "once a configuration" in ended.stderr and not list(tmp_path.glob("runs/*"))
-
-
-def test_the_tasks_of_a_cluster_job_carry_out_its_run_together_and_one_records_it(tmp_path):
-    command = [sys.executable, "-m", "experiments.run", "-m", "method=random", f"results_dir={tmp_path}", *SHRUNK]
-    launcher = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"]
-    ended = subprocess.run([*command, *launcher], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    (record,) = (json.loads(file.read_text()) for file in tmp_path.glob("runs/*/metrics.json"))
-    assert record["provenance"]["processes"] == 2
-    manifests = [json.loads(file.read_text()) for file in tmp_path.glob("artifacts/finetune/*/manifest.json")]
-    assert [manifest["processes"] for manifest in manifests] == [2]
-    assert len(list(tmp_path.glob("sweeps/*/*.json"))) == 2, "what the sweep expects, and one report"
+    (first, said), (second, also_said) = together(
+        "-m", "experiments.run", "-m", "seed=0,1", f"results_dir={tmp_path}"
+    )
+    assert (first, second) == (1, 1)
+    refusal = "staff: torchrun is for one run: start `torchrun ... -m experiments.run` once a configuration"
+    assert (said + also_said).startswith(refusal) and (said + also_said).count("\n") == 1
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_the_cluster_launcher_starts_a_task_for_each_gpu():
