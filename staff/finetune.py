@@ -44,8 +44,8 @@ class FinetuneSettings:
         quantization: None, or "nf4": the frozen weights under LoRA in 4 bits (QLoRA, see `staff.models`).
         gradient_checkpointing: blocks are run again in the backward pass instead of remembered: less memory, about
             a third more time, the same weights.
-        fsdp: the processes of a run share out the models' weights (FSDP2), in scoring and answering as well, and fetch
-            a block's when it runs: for a target that does not fit one device.
+        fsdp: the processes of a run share out the models' weights (FSDP2), in scoring and answering as well, and
+            fetch a block's when it runs: for a target that does not fit one device.
     """
 
     kind: str = "lora"
