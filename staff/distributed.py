@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from staff.errors import UserError
+
 Shared = TypeVar("Shared", list, np.ndarray)
 Told = TypeVar("Told")
 
@@ -212,13 +214,10 @@ def agreed(apart: bool = True) -> Iterator[None]:
 
 
 def _portable(error: Exception) -> Exception:
-    import pickle
-
-    try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:
-        return RuntimeError(repr(error))
+    """The error in words: of what another process raised, it needs no more."""
+    if isinstance(error, UserError):
+        return UserError(str(error))
+    return (MemoryError if type(error).__name__ == "OutOfMemoryError" else RuntimeError)(repr(error))
 
 
 def speaks_of_failure() -> bool:

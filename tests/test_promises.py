@@ -5,10 +5,9 @@ import re
 
 import pytest
 from conftest import ROOT
+from mutations import MUTATIONS
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from tests.mutations import MUTATIONS
 
 PROMISES = (ROOT / "tests/README.md").read_text()
 
