@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from experiments.benchmark_scoring import batches_of, floor
 from experiments.benchmarking import alternating, arguments, configured, row, table, write
 from experiments.record import Run
-from staff.data import TokenizedSamples
 from staff.gradients import Positions, gradient_layers, layer_gradient_norms, token_losses
 from staff.models import fresh_lora
 from staff.scoring import Asked, score_samples, suited_batch_tokens
+from staff.tokens import TokenizedSamples
 
 
 class Case:

@@ -34,10 +34,10 @@ from torch.nn.functional import cross_entropy
 from experiments.benchmarking import alternating, arguments, clock, configured, row, table, write
 from experiments.record import Run
 from staff.cost import Meter, forward_flops, scoring_flops
-from staff.data import TokenizedSamples
 from staff.gradients import Positions
 from staff.models import LoraSpec, ModelSpec, fresh_lora
 from staff.scoring import Asked, score_samples, suited_batch_tokens
+from staff.tokens import TokenizedSamples
 
 ADAPTER = LoraSpec(rank=81, alpha=16, dropout=0.0, targets=("q_proj", "v_proj"))
 EFFORT = Asked(("effort",))

@@ -26,7 +26,7 @@ from experiments import sweep
 from staff import distributed, tracking
 from staff.artifacts import STAGE_VERSIONS, Artifact, Charges, Store
 from staff.cost import Cost
-from staff.data import Sample, Task, TokenizedSamples, answerable, fitting, tokenize
+from staff.data import Sample, Task
 from staff.errors import UserError
 from staff.evaluate import check_metrics, evaluated, measure, read_predictions
 from staff.finetune import FinetuneSettings, epoch_flops, finetune_key, finetuned
@@ -35,6 +35,7 @@ from staff.memory import check_fits
 from staff.models import Family, check_quantization
 from staff.pool import Pool, ScoringSettings
 from staff.selection import Coreset, SelectionMethod, budget_of, source_digest
+from staff.tokens import TokenizedSamples, answerable, fitting, tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
 log = logging.getLogger("staff")

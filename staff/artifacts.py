@@ -55,19 +55,15 @@ Make = Callable[[Path, Meter], None]
 STAGE_VERSIONS = {"finetune": 1, "scores": 1, "coreset": 1, "evaluation": 1, "model": 1}
 """Part of every fingerprint: raised when a stage's code computes something else than before."""
 
+_READING = ("staff/models.py", "staff/data.py", "staff/tokens.py")
 STAGE_SOURCES: dict[str, tuple[str, ...]] = {
     "finetune": (
-        "staff/finetune.py",
-        "staff/checkpoints.py",
-        "staff/online.py",
-        "staff/trainer.py",
-        "staff/gradients.py",
-        "staff/models.py",
-        "staff/data.py",
+        *("staff/finetune.py", "staff/checkpoints.py", "staff/online.py", "staff/trainer.py", "staff/gradients.py"),
+        *_READING,
     ),
-    "scores": ("staff/pool.py", "staff/scoring.py", "staff/gradients.py", "staff/models.py", "staff/data.py"),
+    "scores": ("staff/pool.py", "staff/scoring.py", "staff/gradients.py", *_READING),
     "coreset": ("staff/pool.py", "staff/regions.py", "staff/selection.py"),
-    "evaluation": ("staff/evaluate.py", "staff/models.py", "staff/data.py"),
+    "evaluation": ("staff/evaluate.py", *_READING),
     "model": ("staff/models.py", "staff/made.py"),
 }
 """The files (or globs) whose change demands a new version of the stage; tests/test_stage_sources.py insists."""

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from staff.artifacts import Store
-from staff.data import Task, fitting, tokenize
+from staff.data import Task
 from staff.finetune import FinetuneSettings
 from staff.made import handed_over, materialise
 from staff.models import Family, ModelSpec
 from staff.pool import Pool
 from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, budget_of
+from staff.tokens import fitting, tokenize
 
 Model = str | Path | ModelSpec | tuple[Any, Any]
 """A folder or a name on the hub (loaded in float32); a `ModelSpec`, which also names precision and revision; or a

@@ -8,12 +8,12 @@ not comparable with theirs, differences between methods are (section 5.1).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
@@ -25,7 +25,8 @@ from staff.progress import progress
 
 if TYPE_CHECKING:
     from staff.cost import Meter
-    from staff.data import Sample, TokenizedSamples
+    from staff.data import Sample
+    from staff.tokens import TokenizedSamples
 
 References = Sequence[tuple[str, ...]]
 Metric = Callable[[Sequence[str], References], tuple[float, list[float]]]
@@ -172,48 +173,57 @@ def generate(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     own, was_training = base.generation_config, base.training
     config, stop = _greedy(tokenizer, own, max_new_tokens, end_tokens)
-    new_tokens: dict[int, list[int]] = {}
-    lengths: dict[int, tuple[int, int]] = {}  # tokens processed, tokens generated
-    order = distributed.share(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+    answers: dict[int, Answer] = {}
     base.generation_config = config
     base.eval()
     try:
-        with (
-            distributed.agreed(apart=not is_sharded(base)),
-            torch.inference_mode(),
-            progress(len(order), "answers") as bar,
-        ):
-            budget = batch_tokens or (8192 if base.device.type == "cpu" else 32768)
-            batches = list(_batches(order, prompts, max_new_tokens, budget))
-            if is_sharded(base):  # all run it as often, and the last prompt is the shortest
-                idle = max(distributed.gather(len(batches))) - len(batches)
-                batches += [[min(range(len(prompts)), key=lambda i: len(prompts[i]))]] * idle
-            for batch in batches:
-                width = max(len(prompts[i]) for i in batch)
-                ids = torch.full((len(batch), width), config.pad_token_id, device=base.device)
-                mask = torch.zeros_like(ids)
-                for row, i in enumerate(batch):
-                    start = width - len(prompts[i])
-                    ids[row, start:] = torch.tensor(prompts[i], device=base.device)
-                    mask[row, start:] = 1
-                output = base.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-                for i, row in zip(batch, output[:, width:].tolist(), strict=True):
-                    end = next((at for at, token in enumerate(row) if token in stop), len(row))
-                    new_tokens[i] = [token for token in row[:end] if token != config.pad_token_id]
-                    generated = min(end + 1, len(row))  # the end token is generated as well
-                    lengths[i] = (len(prompts[i]) + generated - 1, generated)  # the last one is not read
-                bar.update(len(batch))
+        budget = batch_tokens or (8192 if base.device.type == "cpu" else 32768)
+        with distributed.agreed(apart=not is_sharded(base)), torch.inference_mode():
+            batches = _batches(prompts, max_new_tokens, budget, together=is_sharded(base))
+            with progress(sum(map(len, batches)), "answers") as bar:
+                for batch in batches:
+                    answers |= _answered(base, config, stop, {i: prompts[i] for i in batch})
+                    bar.update(len(batch))
     finally:
         base.generation_config = own
         base.train(was_training)
-    for answers, counts in distributed.gather((new_tokens, lengths)):
-        new_tokens, lengths = {**new_tokens, **answers}, {**lengths, **counts}
+    for others in distributed.gather(answers):
+        answers |= others
     if meter is not None:
         from staff.cost import forward_flops
 
-        processed, generated = zip(*lengths.values(), strict=True) if lengths else ((), ())
+        processed = [
+            len(prompts[i]) + answer.generated - 1 for i, answer in answers.items()
+        ]  # the last is not read
+        generated = [answer.generated for answer in answers.values()]
         meter.add(forward_flops(base.config, processed, generated), tokens_forward=sum(processed))
-    return [new_tokens[i] for i in range(len(prompts))]
+    return [answers[i].tokens for i in range(len(prompts))]
+
+
+class Answer(NamedTuple):
+    """Token ids without end and padding, and how many were generated, the end token included."""
+
+    tokens: list[int]
+    generated: int
+
+
+def _answered(base: Any, config: Any, stop: set[int], prompts: dict[int, Sequence[int]]) -> dict[int, Answer]:
+    """Answers to the prompts of one batch, by the same keys."""
+    import torch
+
+    width = max(len(prompt) for prompt in prompts.values())
+    ids = torch.full((len(prompts), width), config.pad_token_id, device=base.device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts.values()):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=base.device)
+        mask[row, width - len(prompt) :] = 1
+    output = base.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    answers = {}
+    for i, row in zip(prompts, output[:, width:].tolist(), strict=True):
+        end = next((at for at, token in enumerate(row) if token in stop), len(row))
+        tokens = [token for token in row[:end] if token != config.pad_token_id]
+        answers[i] = Answer(tokens, min(end + 1, len(row)))
+    return answers
 
 
 def evaluated(
@@ -286,10 +296,15 @@ def _greedy(tokenizer: Any, own: Any, max_new_tokens: int, end_tokens: Iterable[
 
 
 def _batches(
-    order: list[int], prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens: int
-) -> Iterator[list[int]]:
-    """The positions in batches of like length; longest first: what does not fit in memory fails at once."""
-    while order:
-        size = max(1, batch_tokens // (len(prompts[order[0]]) + max_new_tokens))
-        yield order[:size]
-        order = order[size:]
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens: int, together: bool
+) -> list[list[int]]:
+    """Positions of this process's prompts in batches of like length; longest first: what does not fit in memory
+    fails at once. With `together` all processes get as many batches, the last ones of the shortest prompt."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    left, batches = distributed.share(order), []
+    while left:
+        size = max(1, batch_tokens // (len(prompts[left[0]]) + max_new_tokens))
+        batches.append(left[:size])
+        left = left[size:]
+    most = max(distributed.gather(len(batches))) if together else 0
+    return batches + [order[-1:]] * (most - len(batches))

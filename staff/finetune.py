@@ -15,9 +15,9 @@ import numpy as np
 from staff import distributed
 from staff.artifacts import Artifact, Store
 from staff.cost import Meter, training_flops
-from staff.data import TokenizedSamples
 from staff.errors import UserError
 from staff.models import PRECISIONS, QUANTIZATIONS, LoraSpec, ModelSpec, fresh_lora, plain
+from staff.tokens import TokenizedSamples
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 MATCHES = ("epochs", "steps")
@@ -205,7 +205,6 @@ def finetune(
     if online and settings.kind != "lora":
         raise UserError(f"scores online are gradients of adapters: they need finetune=lora, not {settings.kind}.")
     import torch
-    from datasets import Dataset
     from transformers import PrinterCallback
 
     from staff.checkpoints import Checkpoints
@@ -214,14 +213,6 @@ def finetune(
 
     model = spec.load()
     model = fresh_lora(model, settings.lora, seed) if settings.kind == "lora" else model.float()
-    rows = Dataset.from_dict(
-        {
-            "input_ids": samples.input_ids,
-            "labels": [samples.labels(i) for i in range(len(samples))],
-            "length": samples.lengths.tolist(),
-            "row": list(range(len(samples))),
-        }
-    )
     efforts = OnlineEfforts(model, online, len(samples)) if online else None
     checkpoints = checkpoints or folder
     saved = Checkpoints(checkpoints, cost, efforts)
@@ -233,7 +224,7 @@ def finetune(
         samples.ids,
         efforts,
         args=_arguments(settings, epochs, seed, len(samples), checkpoints),
-        train_dataset=rows,
+        train_dataset=_rows(samples),
         callbacks=[Progress(spec.name, len(samples)), saved],
     )
     trainer.remove_callback(PrinterCallback)
@@ -261,6 +252,19 @@ def finetune(
     del trainer, model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _rows(samples: TokenizedSamples) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "input_ids": samples.input_ids,
+            "labels": [samples.labels(i) for i in range(len(samples))],
+            "length": samples.lengths.tolist(),
+            "row": list(range(len(samples))),
+        }
+    )
 
 
 def _trainable(model: Any) -> int:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from staff import distributed
-from staff.data import TokenizedSamples
 from staff.errors import UserError
 from staff.finetune import FinetuneSettings
 from staff.models import ModelSpec, fresh_lora
+from staff.tokens import TokenizedSamples
 
 NF4_BYTES = 0.5 + 0.127 / 8
 """A weight in NF4 with doubly quantised constants (Dettmers et al. 2023, section 3)."""

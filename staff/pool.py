@@ -13,11 +13,11 @@ import numpy as np
 
 from staff.artifacts import STAGE_VERSIONS, Artifact, Store
 from staff.cost import Meter, scoring_flops
-from staff.data import TokenizedSamples
 from staff.errors import UserError
 from staff.finetune import ONLINE_SCORES, FinetuneSettings, finetune_key, finetuned, stand_in
 from staff.models import PRECISIONS, Family, LoraSpec, ModelSpec, fresh_lora, load_tuned, plain, replace_lora
 from staff.selection import Coreset, Draws, SelectionMethod, source_digest
+from staff.tokens import TokenizedSamples
 
 ROLES = ("small", "target", "target_tuned")
 
@@ -140,19 +140,7 @@ class Pool:
             samples = samples.take(indices)
         fresh = options.pop("fresh_adapter", None)
         adapter = LoraSpec(**fresh) if fresh else None
-        if adapter and options.get("gradient") == "all_linear":
-            raise UserError(
-                "gradient=all_linear differentiates by the model's own weights: leave out fresh_adapter."
-            )
-        merged = options.get("gradient") == "all_linear" or (adapter and model != "target")
-        if (spec.quantization or spec.in_parts) and merged:
-            raise UserError(
-                "adapters cannot be merged into weights of 4 bits or of a model that is shared out, as "
-                "gradient=all_linear and fresh_adapter ask: choose gradient=last_v_b or all_lora without "
-                "fresh_adapter, or finetune=lora finetune.fsdp=false."
-            )
-        if spec.in_parts and self.scoring.one_at_a_time and options.get("gradient") == "all_linear":
-            raise UserError("gradient=all_linear one at a time is not for finetune.fsdp=true: leave out either.")
+        self._check_scorable(spec, model, options.get("gradient"), adapter)
         how = {"gradient": "last_v_b", "variant": "standard", **options}
         # What a signal does not depend on is no part of its name.
         gradient = how["gradient"] if "effort" in signals else None
@@ -204,6 +192,19 @@ class Pool:
         label = f"{', '.join(signals)} of {len(samples)} samples, {model} model"
         scored = self.store.get("scores", key, make, label=label, foresee=foresee)
         return load_file(scored.path / "scores.safetensors")
+
+    def _check_scorable(self, spec: ModelSpec, model: str, gradient: str | None, adapter: LoraSpec | None) -> None:
+        if adapter and gradient == "all_linear":
+            raise UserError(
+                "gradient=all_linear differentiates by the model's own weights: leave out fresh_adapter."
+            )
+        merged = gradient == "all_linear" or (adapter and model != "target")
+        if (spec.quantization or spec.in_parts) and merged:
+            raise UserError(
+                "adapters cannot be merged into weights of 4 bits or of a model that is shared out, as "
+                "gradient=all_linear and fresh_adapter ask: choose gradient=last_v_b or all_lora without "
+                "fresh_adapter, or finetune=lora finetune.fsdp=false."
+            )
 
     def _online(
         self,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from staff import distributed
 from staff.cost import Meter, scoring_flops
-from staff.data import TokenizedSamples
 from staff.errors import UserError
 from staff.gradients import (
     GRADIENTS,
@@ -29,6 +29,7 @@ from staff.gradients import (
 )
 from staff.models import is_sharded
 from staff.progress import progress
+from staff.tokens import TokenizedSamples
 
 log = logging.getLogger(__name__)
 
@@ -114,27 +115,16 @@ def score_samples(
     }
     # Longest first: if memory runs out it does so at once.
     order = distributed.share(np.argsort(-samples.lengths, kind="stable"))
-    start, budget = 0, 1 if one_at_a_time else batch_tokens or suited_batch_tokens(model)
-    how = _score_alone if one_at_a_time else _score_batch
+    budget = 1 if one_at_a_time else batch_tokens or suited_batch_tokens(model)
+    how = partial(_score_alone if one_at_a_time else _score_batch, model, asked=asked, pad_token_id=pad_token_id)
+    scored = (_in_step if is_sharded(model) else _at_own_pace)(samples, order, budget, how)
     spent = np.zeros(3)
-    together = is_sharded(model)  # all have to run it as often
-    passes = _passes(samples.lengths[order], budget) if together else 0
-    idle = max(distributed.gather(passes)) - passes if together else 0
     with (
-        distributed.agreed(apart=not together),
+        distributed.agreed(apart=not is_sharded(model)),
         scoring_mode(model),
         progress(len(order), ", ".join(asked.signals)) as bar,
     ):
-        while start < len(order):
-            longest = int(samples.lengths[order[start]])
-            rows = order[start : start + max(1, budget // longest)]
-            batch = samples.take(rows)
-            values = _unless_out_of_memory(how, model, batch, asked, pad_token_id)
-            if values is None and together:
-                raise UserError(f"out of memory with {budget} tokens a batch: lower scoring.batch_tokens.")
-            if values is None:
-                budget = _halved_budget(batch, longest)
-                continue
+        for rows, batch, values in scored:
             for signal, value in values.items():
                 scores[signal][rows] = value
                 if not np.isfinite(value).all():
@@ -142,10 +132,7 @@ def score_samples(
             tokens = int(batch.lengths.sum())
             flops = scoring_flops(model, batch.lengths, batch.answer_lengths, asked)
             spent += (flops, tokens, tokens if "effort" in asked.signals else 0)
-            start += len(rows)
             bar.update(len(rows))
-        for _ in range(idle):
-            how(model, samples.take(np.argsort(samples.lengths)[:1]), asked, pad_token_id)
     if meter is not None:
         meter.add(*distributed.total(spent))
     return {signal: distributed.total(values) for signal, values in scores.items()}
@@ -157,18 +144,45 @@ def suited_batch_tokens(model: Any) -> int:
     return 2048 if model.device.type == "cpu" else 8192
 
 
-def _passes(lengths: np.ndarray, budget: int) -> int:
-    """How many batches samples of these lengths, longest first, make up."""
-    start = passes = 0
-    while start < len(lengths):
-        start += max(1, budget // int(lengths[start]))
-        passes += 1
-    return passes
+Scored = Iterator[tuple[np.ndarray, TokenizedSamples, dict[str, np.ndarray]]]
+How = Callable[[TokenizedSamples], dict[str, Tensor]]
 
 
-def _unless_out_of_memory(how: Any, *what: Any) -> dict[str, np.ndarray] | None:
+def _at_own_pace(samples: TokenizedSamples, order: np.ndarray, budget: int, how: How) -> Scored:
+    """Positions, samples and values of batch after batch; the budget is halved where memory runs out."""
+    start = 0
+    while start < len(order):
+        longest = int(samples.lengths[order[start]])
+        rows = order[start : start + max(1, budget // longest)]
+        batch = samples.take(rows)
+        values = _unless_out_of_memory(how, batch)
+        if values is None:
+            budget = _halved_budget(batch, longest)
+            continue
+        yield rows, batch, values
+        start += len(rows)
+
+
+def _in_step(samples: TokenizedSamples, order: np.ndarray, budget: int, how: How) -> Scored:
+    """The same of a model that the processes share out: all run it as often, with the shortest sample where there
+    is no other left."""
+    batches, start = [], 0
+    while start < len(order):
+        batches.append(order[start : start + max(1, budget // int(samples.lengths[order[start]]))])
+        start += len(batches[-1])
+    for turn in range(max(distributed.gather(len(batches)))):
+        rows = batches[turn] if turn < len(batches) else np.argsort(samples.lengths)[:1]
+        batch = samples.take(rows)
+        values = _unless_out_of_memory(how, batch)
+        if values is None:
+            raise UserError(f"out of memory with {budget} tokens a batch: lower scoring.batch_tokens.")
+        if turn < len(batches):
+            yield rows, batch, values
+
+
+def _unless_out_of_memory(how: How, batch: TokenizedSamples) -> dict[str, np.ndarray] | None:
     try:
-        return {signal: value.cpu().numpy() for signal, value in how(*what).items()}
+        return {signal: value.cpu().numpy() for signal, value in how(batch).items()}
     except (RuntimeError, MemoryError) as error:
         # torch names it differently: OutOfMemoryError on a GPU, a plain RuntimeError of its allocator on a CPU.
         exhausted = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
@@ -200,7 +214,7 @@ def _refuse(scores: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
     )
 
 
-def _score_batch(model: Any, batch: TokenizedSamples, asked: Asked, pad_token_id: int) -> dict[str, Tensor]:
+def _score_batch(model: Any, batch: TokenizedSamples, *, asked: Asked, pad_token_id: int) -> dict[str, Tensor]:
     input_ids, labels = _padded(batch, pad_token_id, model.device)
     at, values, hidden = asked.positions(labels), {}, []
 
@@ -224,7 +238,7 @@ def _score_batch(model: Any, batch: TokenizedSamples, asked: Asked, pad_token_id
     return values
 
 
-def _score_alone(model: Any, sample: TokenizedSamples, asked: Asked, pad_token_id: int) -> dict[str, Tensor]:
+def _score_alone(model: Any, sample: TokenizedSamples, *, asked: Asked, pad_token_id: int) -> dict[str, Tensor]:
     """The same of one sample by the model's own forward and backward pass."""
     input_ids, labels = _padded(sample, pad_token_id, model.device)
     at, hidden = asked.positions(labels), []

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from staff.data import Sample, Task, TokenizedSamples, answerable, fitting, tokenize
+from staff.data import Sample, Task
 from staff.errors import UserError
 from staff.models import ModelSpec
+from staff.tokens import TokenizedSamples, answerable, fitting, tokenize
 
 TASK = Task("t", "Q: {question}\nA:", " {answer}", ["rougeL"], 8, data_dir="x")
 GOOD = {"question": "one?", "answer": "two"}

@@ -16,8 +16,9 @@ from transformers import Trainer
 
 from staff import attempts, checkpoints
 from staff.artifacts import Artifact, Store
-from staff.data import Sample, TokenizedSamples, tokenize
+from staff.data import Sample
 from staff.finetune import FinetuneSettings, finetuned
+from staff.tokens import TokenizedSamples, tokenize
 
 STEPS = 24  # of 3 epochs, and of 4 samples each
 ROWS = [Sample(str(i), f"Say {i} twice:" + " please" * (7 * i % 32), f" {i} and {i}", ()) for i in range(32)]

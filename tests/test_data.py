@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from staff.data import Sample, Task, fitting, tokenize
+from staff.data import Sample, Task
 from staff.errors import UserError
 from staff.models import ModelSpec
+from staff.tokens import fitting, tokenize
 
 TASK = Task("t", "Q: {question}\nA:", " {answer}", ["rougeL"], 8, data_dir="x")
 GOOD = {"question": "one?", "answer": "two"}

@@ -65,8 +65,8 @@ def interrupted(store: Path, fsdp: bool) -> None:
 
     from staff import checkpoints
     from staff.artifacts import Store
-    from staff.data import tokenize
     from staff.finetune import finetuned
+    from staff.tokens import tokenize
 
     step, checkpoints.INTERVAL = Trainer.training_step, 0.0
 

@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT
 
 from experiments.export import WRITERS, chosen_samples, export
-from staff.data import tokenize
 from staff.errors import UserError
 from staff.models import ModelSpec
+from staff.tokens import tokenize
 
 TARGET = ModelSpec("pkg://staff/assets/tiny/target")
 

@@ -13,10 +13,11 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from staff.data import Sample, Task, tokenize
+from staff.data import Sample, Task
 from staff.errors import UserError
 from staff.evaluate import generate
 from staff.models import Family, ModelSpec
+from staff.tokens import tokenize
 
 TINY = ModelSpec("pkg://staff/assets/tiny/small")
 FAMILIES = ("gemma", "llama2", "mistral", "qwen2_5", "gemma3")

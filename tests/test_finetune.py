@@ -14,11 +14,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import staff.trainer
 from staff.cost import Meter
-from staff.data import Sample, TokenizedSamples, tokenize
+from staff.data import Sample
 from staff.errors import UserError
 from staff.finetune import FinetuneSettings, finetune
 from staff.models import LoraSpec, ModelSpec, load_tuned
 from staff.scoring import Asked, score_samples
+from staff.tokens import TokenizedSamples, tokenize
 
 SPEC = ModelSpec("pkg://staff/assets/tiny/small")
 SETTINGS = FinetuneSettings(

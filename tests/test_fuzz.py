@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from test_baselines import METHODS, expected_size, largest_budget, method_named, select
 
 from baselines.precomputed import Precomputed
-from staff.data import Sample, Task, read_json_lines, tokenize
+from staff.data import Sample, Task, read_json_lines
 from staff.errors import UserError
 from staff.manifest import read_manifest, write_manifest
 from staff.models import ModelSpec
 from staff.pool import ROLES, ArrayPool
 from staff.regions import equal_width_edges, regions_left, serving_order, share_out, shares_of_ratio, stratify
 from staff.selection import budget_for
+from staff.tokens import tokenize
 
 Check = Callable[..., None]
 PHASES = (Phase.generate,)

@@ -18,10 +18,10 @@ from transformers.models.llama import LlamaConfig
 
 from staff import scoring
 from staff.cost import Meter
-from staff.data import TokenizedSamples
 from staff.errors import UserError
 from staff.gradients import Positions
 from staff.scoring import Asked, el2n_scores, score_samples
+from staff.tokens import TokenizedSamples
 
 GOLDEN = Path(__file__).parent / "golden" / "el2n_a.npz"
 TINY = Path(scoring.__file__).parent / "assets" / "tiny" / "small"
