@@ -60,5 +60,7 @@ smollm2: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,parallel]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[dev,parallel]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # by all cores, as pip does not; some files are templates
 	touch $@

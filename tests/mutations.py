@@ -187,15 +187,14 @@ MUTATIONS = (
         "experiments/run.py",
         "sys.exit(sweep.exit_status())",
         "sys.exit(0)",
-        "tests/test_run.py::test_a_sweep_goes_on_past_a_failing_job_names_it_and_exits_with_an_error",
+        "tests/test_run.py::test_a_sweep_by_submitit_goes_on_past_a_failing_job_names_it_and_exits_with_an_error",
     ),
     Mutation(
         "the hub's own words",
         "experiments/run.py",
         'os.environ.setdefault("HF_HUB_VERBOSITY", "error")',
         "pass",
-        "tests/test_honest_failure.py::"
-        "test_a_hub_that_cannot_be_reached_is_one_line_ends_its_job_alone_and_the_same_command_resumes",
+        "tests/test_honest_failure.py::test_a_hub_that_cannot_be_reached_is_one_line_and_the_same_command_resumes",
     ),
     Mutation(
         "killed workers end the sweep",

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_shrunk
 
 from experiments.report import overhead, performance
 from experiments.report.__main__ import summary, write
@@ -36,12 +36,7 @@ RATES = {"raw": (1.0,), "full": (0.0,)}
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a real run of STAFF, which all others here are made from."""
     results = tmp_path_factory.mktemp("real")
-    shrunk = "task.train_limit=24 task.test_limit=6 task.max_new_tokens=4 finetune.epochs=1 finetune.small_epochs=1"
-    command = [sys.executable, "-m", "experiments.run", *shrunk.split(), "method=staff", "pruning_rate=0.5"]
-    options = ["tracking=none", f"results_dir={results}"]
-    subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True)
-    (folder,) = results.glob("runs/*/")
-    return folder
+    return run_shrunk(results, "task.test_limit=6", "method=staff", "pruning_rate=0.5")["folder"]
 
 
 def copied(

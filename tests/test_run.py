@@ -216,9 +216,9 @@ def test_help_lists_groups_and_options_without_importing_torch():
     assert "staff_official" in ended.stdout and ended.stdout.strip().endswith("False")
 
 
-@pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
-def test_a_sweep_goes_on_past_a_failing_job_names_it_and_exits_with_an_error(tmp_path: Path, launcher: str):
-    sweep = ("method=random", "pruning_rate=2,0.5", f"hydra/launcher={launcher}", f"results_dir={tmp_path}")
+def test_a_sweep_by_submitit_goes_on_past_a_failing_job_names_it_and_exits_with_an_error(tmp_path: Path):
+    """By the other launchers: test_honest_failure.py and test_sweep.py."""
+    sweep = ("method=random", "pruning_rate=2,0.5", "hydra/launcher=submitit_local", f"results_dir={tmp_path}")
     ended = staff("-m", *SMALL[:-1], "tracking=none", *sweep)
     assert ended.returncode == 1
     assert "pruning_rate=2 is outside [0, 1)" in ended.stdout and "1 of 2 jobs failed" in ended.stdout
