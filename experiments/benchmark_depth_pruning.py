@@ -25,8 +25,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 from scipy.stats import rankdata
 
-from experiments.record import Run
 from experiments.run import CONF
+from experiments.single import Run
 from staff.artifacts import Artifact, Store
 
 

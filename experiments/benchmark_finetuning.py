@@ -28,7 +28,7 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 from experiments.benchmarking import alternating, arguments, configured, row, table, write
-from experiments.record import Run
+from experiments.single import Run
 from staff.artifacts import Store
 from staff.pool import Pool
 

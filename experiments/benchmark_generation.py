@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from experiments.benchmarking import alternating, arguments, configured, row, table, write
-from experiments.record import Run
+from experiments.single import Run
 from staff.evaluate import generate
 
 

@@ -8,27 +8,31 @@ its target, in interleaved rounds:
 - one at a time: plain autograd on single samples, as `scoring.one_at_a_time=true`;
 - ours: one forward and one backward pass a batch, norms by Gram matrices or by the gradient, whichever is cheaper.
 
-"of the floor" is our time over that of a forward pass with logits at label positions alone. The second table is
-against bergson (github.com/EleutherAI/bergson), where --bergson names a folder of site-packages that has it (its
-pins clash with ours): the squared norms of its collector's per-sample gradients, on the same batches and the same
-layers, the head left out. Error: the largest relative difference. Times are the processor's.
+"FLOPs bound" is what "ours / one at a time" would be if both ran at the same speed, by torch's count of floating
+point operations: what batching adds is the time between operations, of which small models have most. "of the
+floor" is our time over that of a forward pass with logits at label positions alone. The second table is against
+bergson (github.com/EleutherAI/bergson), where --bergson names a folder of site-packages that has it (its pins clash
+with ours): the squared norms of its collector's per-sample gradients, on the same batches and the same layers, the
+head left out. Error: the largest relative difference. Times are the processor's.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from experiments.benchmark_scoring import batches_of, floor
 from experiments.benchmarking import alternating, arguments, configured, row, table, write
-from experiments.record import Run
+from experiments.single import Run
+from staff.adapters import fresh_lora
 from staff.gradients import Positions, gradient_layers, layer_gradient_norms, token_losses
-from staff.models import fresh_lora
 from staff.scoring import Asked, score_samples, suited_batch_tokens
 from staff.tokens import TokenizedSamples
 
@@ -63,6 +67,7 @@ class Case:
             self.gradient,
             *(f"{len(self.samples) / seconds[name]:.3g}" for name in ("alone", "ours")),
             f"{seconds['alone'] / seconds['ours']:.2f} x",
+            f"{flops(ways['alone']) / flops(ways['ours']):.2f} x",
             f"{seconds['ours'] / seconds['floor']:.2f} x",
             f"{np.max(np.abs(values['ours'] / values['alone'] - 1)):.0e}",
         )
@@ -116,6 +121,13 @@ class Case:
         )
 
 
+def flops(way: Callable[[], Any]) -> int:
+    """Of matrix products, which is where attention's count as well when it is written out."""
+    with sdpa_kernel(SDPBackend.MATH), torch.profiler.profile(with_flops=True) as profile:
+        way()
+    return sum(event.flops for event in profile.key_averages())
+
+
 def loss_of(model: Any, ids: Tensor, at: Positions) -> Tensor:
     """The sum of the samples' own mean losses, with logits everywhere."""
     logits = at.gather(model(input_ids=ids, use_cache=False).logits)[0]
@@ -125,8 +137,9 @@ def loss_of(model: Any, ids: Tensor, at: Positions) -> Tensor:
 def main() -> None:
     asked, cases = arguments(__doc__, samples=64, rounds=3, bergson="")
     sys.path.append(asked.bergson)
-    header = "model, data", "parameters", "one at a time", "ours", "ours / one at a time", "of the floor", "error"
-    lines, others = table(*header), table("model, data", "parameters", "bergson", "ours", "ours / bergson", "error")
+    header = "model, data", "parameters", "one at a time", "ours", "ours / one at a time"
+    lines = table(*header, "FLOPs bound", "of the floor", "error")
+    others = table("model, data", "parameters", "bergson", "ours", "ours / bergson", "error")
     for settings in cases:
         run = configured(*settings, f"task.train_limit={asked.samples}")
         for role in ("small", "target"):

@@ -104,9 +104,9 @@ def composed(folder: Path, *overrides: str) -> DictConfig:
 
 def measure(size: int, folder: Path) -> dict[str, Measured]:
     """Every stage, in the order of a run."""
-    from experiments.record import Run
     from experiments.report.__main__ import write
     from experiments.report.records import collect
+    from experiments.single import Run
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     write_samples(folder / "data", size)

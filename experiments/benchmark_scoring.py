@@ -16,8 +16,9 @@ drawn at random so that nothing is zero. The ways, in interleaved rounds:
 "of the floor" is floor time over our time: 1 says that scores cost nothing beyond a forward pass. "FLOPs bound" is
 the same ratio of floating point operations: what it would be if both ran at the same speed. It is below 1 because
 the gradient of the head is another product of the head's size; only what the last block skips pays that back.
-Error: the largest relative difference of our scores from the authors'. The second table is one size after the
-other: throughput and peak memory while the number of samples grows. Times are the processor's.
+Error: the largest relative difference of our scores from the authors'. The second table says where the time goes,
+in milliseconds by torch's profiler: what separates ours from the floor. The third is one size after the other:
+throughput and peak memory while the number of samples grows. Times are the processor's.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from scipy.stats import spearmanr
 from torch.nn.functional import cross_entropy
 
 from experiments.benchmarking import alternating, arguments, clock, configured, row, table, write
-from experiments.record import Run
+from experiments.single import Run
+from staff.adapters import fresh_lora
 from staff.cost import Meter, forward_flops, scoring_flops
 from staff.gradients import Positions
-from staff.models import LoraSpec, ModelSpec, fresh_lora
+from staff.models import LoraSpec, ModelSpec
 from staff.scoring import Asked, score_samples, suited_batch_tokens
 from staff.tokens import TokenizedSamples
 
@@ -102,7 +104,25 @@ def batches_of(
     return made
 
 
-def compare(run: Run, role: str, count: int, rounds: int, bf16: int) -> str:
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "attention, backward": ("aten::_scaled_dot_product_flash_attention_for_cpu_backward",),
+    "softmax": ("aten::_softmax",),
+    "zeros": ("aten::fill_", "aten::zero_"),
+}
+
+
+def profiled(way: Callable[[], Any]) -> list[str]:
+    """Milliseconds that a way spends in operations of each of `KINDS`, and in all others."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        way()
+    spent = {event.key: event.self_cpu_time_total / 1000 for event in profile.key_averages()}
+    parts = [sum(spent.get(operation, 0.0) for operation in kind) for kind in KINDS.values()]
+    return [f"{part:.0f}" for part in (*parts, sum(spent.values()) - sum(parts))]
+
+
+def compare(run: Run, role: str, count: int, rounds: int, bf16: int) -> tuple[str, list[str]]:
     spec = run.family.small if role == "small" else run.family.target
     samples = run.tokenized[role].take(np.arange(count))
     model, pad = with_adapter(spec), spec.tokenizer().pad_token_id
@@ -124,8 +144,10 @@ def compare(run: Run, role: str, count: int, rounds: int, bf16: int) -> str:
     bound = forward_flops(model.config, samples.lengths, samples.answer_lengths)
     bound += 2 * samples.lengths.sum() * sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
     bound /= scoring_flops(model, samples.lengths, samples.answer_lengths, EFFORT)
-    return row(
-        f"{run.choices['family']} {role}, {run.choices['task']}",
+    name = f"{run.choices['family']} {role}, {run.choices['task']}"
+    profiles = [row(f"{name}: {way}", *profiled(ways[way])) for way in ("floor", "ours")]
+    compared = row(
+        name,
         *(f"{count / seconds[name]:.3g}" for name in ("authors", "once", "floor", "ours")),
         f"{seconds['authors'] / seconds['ours']:.2f} x",
         f"{seconds['once'] / seconds['ours']:.2f} x",
@@ -134,6 +156,7 @@ def compare(run: Run, role: str, count: int, rounds: int, bf16: int) -> str:
         f"{error:.0e}",
         *narrow,
     )
+    return compared, profiles
 
 
 def growth(run: Run, count: int) -> list[str]:
@@ -161,14 +184,17 @@ def main() -> None:
         *("model, data", "authors", "authors, once", "floor", "ours", "ours / authors", "ours / once"),
         *("of the floor", "FLOPs bound", "error", "bf16 / authors", "bf16 rank correlation"),
     )
+    spent = table("model, data: way", *KINDS, "all else")
     growing = table("model, data", "samples", "samples/s", "peak memory, MB")
     for case in cases:
-        run = configured(*case, f"task.train_limit={max(asked.samples, 16 * asked.growth)}")
+        run = configured(*case, f"task.train_limit={max(asked.samples, 17 * asked.growth)}")
         for role in ("small", "target"):
-            lines.append(compare(run, role, asked.samples, asked.rounds, asked.bf16))
-            print(lines[-1], flush=True)
+            compared, profiles = compare(run, role, asked.samples, asked.rounds, asked.bf16)
+            lines.append(compared)
+            spent += profiles
+            print(compared, *profiles, sep="\n", flush=True)
         growing += growth(run, asked.growth)
-    write(asked.name or "scoring", __doc__, lines, growing)
+    write(asked.name or "scoring", __doc__, lines, spent, growing)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import transformers
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
-from experiments.record import Run
 from experiments.run import CONF
+from experiments.single import Run
 from staff.cost import processor_name
 
 FOLDER = Path("results/benchmarks")

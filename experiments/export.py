@@ -22,7 +22,7 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from experiments.record import data_digest
+from experiments.single import data_digest
 from staff.data import Sample, Task
 from staff.errors import UserError
 

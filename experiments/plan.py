@@ -30,8 +30,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import sweep
-from experiments.record import Run
 from experiments.run import CONF
+from experiments.single import Run
 from staff.artifacts import Artifact, Make, Store
 from staff.cost import Cost
 from staff.memory import finetuning_memory

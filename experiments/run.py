@@ -31,7 +31,8 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
         cfg: the composed configuration.
         choices: the option chosen for each group of the configuration.
     """
-    from experiments.record import Run
+    from experiments import record
+    from experiments.single import Run
 
     this = Run(cfg, choices)
     with this.locked(), this.failure_noted():
@@ -43,7 +44,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
         chosen, coreset = this.select()
         tuned = this.finetune(coreset)
         answered = this.evaluate(tuned)
-        return distributed.from_first(lambda: this.record(chosen, coreset, tuned, answered))
+        return distributed.from_first(lambda: record.write(this, chosen, coreset, tuned, answered))
 
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")

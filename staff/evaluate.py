@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from staff import distributed
+from staff.adapters import load_tuned
 from staff.artifacts import Artifact, Store
 from staff.errors import UserError
-from staff.models import ModelSpec, is_sharded, load_tuned
+from staff.models import ModelSpec, is_sharded
 from staff.progress import progress
 
 if TYPE_CHECKING:

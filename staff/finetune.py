@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from staff import distributed
+from staff.adapters import fresh_lora
 from staff.artifacts import Artifact, Store
 from staff.cost import Meter, training_flops
 from staff.errors import UserError
-from staff.models import PRECISIONS, QUANTIZATIONS, LoraSpec, ModelSpec, fresh_lora, plain
+from staff.models import PRECISIONS, QUANTIZATIONS, LoraSpec, ModelSpec, plain
 from staff.tokens import TokenizedSamples
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")

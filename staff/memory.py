@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from staff import distributed
+from staff.adapters import fresh_lora
 from staff.errors import UserError
 from staff.finetune import FinetuneSettings
-from staff.models import ModelSpec, fresh_lora
+from staff.models import ModelSpec
 from staff.tokens import TokenizedSamples
 
 NF4_BYTES = 0.5 + 0.127 / 8

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from staff.adapters import fresh_lora, load_tuned, replace_lora
 from staff.artifacts import STAGE_VERSIONS, Artifact, Store
 from staff.cost import Meter, scoring_flops
 from staff.errors import UserError
 from staff.finetune import ONLINE_SCORES, FinetuneSettings, finetune_key, finetuned, stand_in
-from staff.models import PRECISIONS, Family, LoraSpec, ModelSpec, fresh_lora, load_tuned, plain, replace_lora
+from staff.models import PRECISIONS, Family, LoraSpec, ModelSpec, plain
 from staff.selection import Coreset, Draws, SelectionMethod, source_digest
 from staff.tokens import TokenizedSamples
 

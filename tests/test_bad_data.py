@@ -247,7 +247,8 @@ def test_a_loss_that_is_not_finite_names_its_sample_in_training(poisoned, tmp_pa
 @pytest.mark.parametrize("signal", ["effort", "el2n", "loss", "embedding"])
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_score_that_is_not_finite_names_its_sample(poisoned, value: str, signal: str):
-    from staff.models import LoraSpec, fresh_lora
+    from staff.adapters import fresh_lora
+    from staff.models import LoraSpec
     from staff.scoring import Asked, score_samples
 
     spec = poisoned[value]

@@ -199,7 +199,7 @@ def test_qlora_goes_from_scores_to_metrics_with_4_bit_models_throughout(run, mon
     """On a processor, which bitsandbytes can do as well, if slowly."""
     import bitsandbytes
 
-    for user in ("staff.models", "experiments.record"):
+    for user in ("staff.models", "experiments.single"):
         monkeypatch.setattr(f"{user}.check_quantization", lambda: None)
     loaded, load = [], ModelSpec.load
     monkeypatch.setattr(ModelSpec, "load", lambda spec: loaded.append(load(spec)) or loaded[-1])

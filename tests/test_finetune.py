@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import staff.trainer
+from staff.adapters import load_tuned
 from staff.cost import Meter
 from staff.data import Sample
 from staff.errors import UserError
 from staff.finetune import FinetuneSettings, finetune
-from staff.models import LoraSpec, ModelSpec, load_tuned
+from staff.models import LoraSpec, ModelSpec
 from staff.scoring import Asked, score_samples
 from staff.tokens import TokenizedSamples, tokenize
 
@@ -169,7 +170,7 @@ def test_a_loss_that_is_not_finite_is_refused_with_the_learning_rate(samples, tm
 
 
 def test_the_callers_random_state_is_left_alone_by_a_fresh_adapter():
-    from staff.models import fresh_lora
+    from staff.adapters import fresh_lora
 
     before = torch.random.get_rng_state()
     one, two = (fresh_lora(SPEC.load(), LoraSpec(4, 8), seed).state_dict() for seed in (0, 0))

@@ -75,7 +75,8 @@ def test_a_model_with_other_weights_is_another(tmp_path: Path):
 
 
 def test_a_model_with_an_adapter_is_refused(tmp_path: Path):
-    from staff.models import LoraSpec, fresh_lora
+    from staff.adapters import fresh_lora
+    from staff.models import LoraSpec
 
     spec = ModelSpec(str(TINY / "small"))
     with pytest.raises(UserError, match="has an adapter or packed weights: merge or unpack it, or give its path"):

@@ -9,10 +9,11 @@ import torch
 from test_finetune import SETTINGS
 
 from staff import memory
+from staff.adapters import fresh_lora
 from staff.errors import UserError
 from staff.gradients import Positions, last_block_at, token_losses
 from staff.memory import Memory, finetuning_memory
-from staff.models import ModelSpec, fresh_lora
+from staff.models import ModelSpec
 from staff.trainer import checkpoint_blocks
 
 SIZES = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}

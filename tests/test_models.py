@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import staff.models
+from staff.adapters import fresh_lora, replace_lora
 from staff.artifacts import Store
 from staff.errors import UserError
 from staff.made import keep_blocks, materialise
-from staff.models import DepthPruning, Family, LoraSpec, ModelSpec, fresh_lora, local_path, replace_lora
+from staff.models import DepthPruning, Family, LoraSpec, ModelSpec, local_path
 
 TARGET, SMALL = ModelSpec("pkg://staff/assets/tiny/target"), ModelSpec("pkg://staff/assets/tiny/small")
 DEPTH = json.loads((local_path(TARGET.path) / "config.json").read_text())["num_hidden_layers"]

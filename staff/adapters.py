@@ -1,0 +1,50 @@
+"""LoRA adapters put on a model, read back, and replaced."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from staff.models import LoraSpec, ModelSpec
+
+
+def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
+    """`model` with a new adapter: A drawn from `seed`, B zero. The caller's random state is left alone."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    targets = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config).eval()
+
+
+def load_tuned(spec: ModelSpec, folder: Path, kind: str) -> Any:
+    """The model that a fine-tuning of `kind` ("lora" or "full") left in `folder`."""
+    if kind == "full":
+        return replace(spec, path=str(folder), revision=None, made=None).load()
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(spec.load(), folder, is_trainable=True).eval()
+
+
+def replace_lora(tuned: Any, spec: LoraSpec, seed: int) -> Any:
+    """A fresh adapter in place of the tuned one on the layers that `spec` targets; elsewhere the tuning stays,
+    merged into the weights. This is what the authors' code does to the small model."""
+    import torch
+
+    replaced = (spec.targets,) if isinstance(spec.targets, str) else tuple(spec.targets)
+    for name, module in tuned.named_modules():
+        if hasattr(module, "lora_B") and name.rsplit(".", 1)[-1] in replaced:
+            with torch.no_grad():
+                for lora_b in module.lora_B.values():
+                    lora_b.weight.zero_()
+    return fresh_lora(tuned.merge_and_unload(), spec, seed)
