@@ -191,6 +191,12 @@ def test_runs_that_differ_in_anything_but_the_seed_are_never_averaged(real: Path
     assert drawn == {"performance", "pareto", "overlap"}
 
 
+def test_a_setting_that_changes_no_number_tells_no_runs_apart(real: Path, tmp_path: Path):
+    for seed, sharded in enumerate((False, True)):
+        copied(real, tmp_path, "staff", 0.5, (seed, seed), np.full(8, 20.0), config__finetune__fsdp=sharded)
+    assert told_apart(collect(tmp_path))[4:] == []
+
+
 def test_a_setting_that_some_runs_do_not_have_tells_apart_too(real: Path, tmp_path: Path):
     for seed, value in enumerate((None, 5, None)):
         copied(real, tmp_path, "staff", 0.5, (seed, seed), np.full(4, 20.0), config__task__train_limit=value)
