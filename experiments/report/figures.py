@@ -272,7 +272,8 @@ OF_ABLATIONS = ("performance", "pareto", "overlap")
 
 def _legend_above(figure: Figure, axes: Any, context: Context) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    columns = 2 if max(map(len, labels), default=0) > 16 else 4
+    inches = 0.3 + 0.046 * max(map(len, labels), default=0)  # of the longest: its mark, and letters of 7 points
+    columns = max(1, min(4, int(figure.get_figwidth() / inches)))
     title = context.varied if context.varied != "method" else None
     place = {"loc": "outside upper center", "ncols": columns, "columnspacing": 1.0, "handlelength": 1.6}
     figure.legend(handles, labels, title=title, **place)

@@ -125,7 +125,7 @@ class Context:
     def shown(self) -> tuple[float, dict[str, Path]]:
         """A pruning rate (that of most methods, the highest of these) and each selecting method's run at the lowest
         seed: what figures of single coresets show."""
-        selecting = [*self.baselines, *sorted(self._staff)]
+        selecting = [*self.baselines, *filter(self.is_staff, self.variants)]
         count = {rate: sum((v, rate) in self.cells for v in selecting) for rate in self.rates}
         rate = max(count, key=lambda rate: (count[rate], rate))
         runs = {v: self.cells[v, rate].sort_values(SEEDS).iloc[0] for v in selecting if (v, rate) in self.cells}
