@@ -123,6 +123,8 @@ def pareto(context: Context) -> Made:
     costs = [seconds for seconds, _, _ in points]
     wide = max(costs) > 10 * min(costs)  # within a decade the labels of a logarithmic axis run into one another
     axes.set(xscale="log" if wide else "linear", xlabel="selection overhead (s)", ylabel=metric(context))
+    if not wide:
+        axes.locator_params(axis="x", nbins=5)
     _legend_above(figure, axes, context)
     caption = (
         f"{metric(context)} against the overhead of selection on {context.title}, pruning rate {rate:g}: means "
