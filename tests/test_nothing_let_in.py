@@ -171,7 +171,7 @@ def test_the_sources_read_no_pickle_and_run_no_text_as_code():
             found[file.relative_to(ROOT).as_posix()] = set(lapses(file.read_text(encoding="utf-8")))
     assert {file: lapse for file, lapse in found.items() if lapse} == {
         "staff/weights.py": {"AutoModelForCausalLM.from_pretrained"},  # the one place, safetensors alone
-        "staff/adapters.py": {"PeftModel.from_pretrained"},  # what we wrote ourselves, and PEFT has weights_only=True
+        "staff/adapters.py": {"PeftModel.from_pretrained"},  # our own, and PEFT has weights_only=True
     }
 
 
