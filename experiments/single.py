@@ -36,8 +36,9 @@ from staff.tokens import TokenizedSamples, answerable, fitting, tokenize
 
 log = logging.getLogger("staff")
 
-# What does not change a run's numbers, or is known better by content than by name.
+# What does not change a run's numbers, or is known better by content than by name; by dotted name.
 NOT_IN_FINGERPRINT = ("tracking", "results_dir", "store_dir", "scoring", "evaluation", "seed")
+NOT_IN_FINGERPRINT = (*NOT_IN_FINGERPRINT, "method.path", "task.data_dir", "finetune.fsdp")
 
 
 class Run:
@@ -85,11 +86,13 @@ class Run:
     @cached_property
     def fingerprint(self) -> str:
         """Of exactly what determines the run's numbers."""
-        content = {k: v for k, v in self.config.items() if k not in NOT_IN_FINGERPRINT}
-        content["family"] = content["selection_family"] = None
-        content["method"] = {k: v for k, v in content["method"].items() if k != "path"}
-        content["task"] = {k: v for k, v in content["task"].items() if k != "data_dir"}
-        content["finetune"] = {k: v for k, v in content["finetune"].items() if k != "fsdp"}
+        content = {**self.config, "family": None, "selection_family": None}
+        for setting in NOT_IN_FINGERPRINT:
+            group, _, name = setting.partition(".")
+            if name:
+                content[group] = {k: v for k, v in content[group].items() if k != name}
+            else:
+                del content[group]
         # Samples are known by their content: the commit they came from says nothing more, and not to those offline.
         data = {split: self.identity["data"][split] for split in ("train", "test")}
         content["identity"] = {**self.identity, "data": data}

@@ -22,8 +22,9 @@ from experiments.report import overhead, performance
 from experiments.report.__main__ import summary, write
 from experiments.report.comparisons import mean, pairs
 from experiments.report.records import Context, collect, contexts
-from experiments.report.settings import told_apart, variants
+from experiments.report.settings import UNTOLD, told_apart, variants
 from experiments.report.similarity import region_similarity, similarity
+from experiments.single import NOT_IN_FINGERPRINT
 from staff.tracking import write_record
 
 PAPER = pd.read_csv(ROOT / "results/paper/table1.csv")
@@ -195,6 +196,8 @@ def test_a_setting_that_changes_no_number_tells_no_runs_apart(real: Path, tmp_pa
     for seed, sharded in enumerate((False, True)):
         copied(real, tmp_path, "staff", 0.5, (seed, seed), np.full(8, 20.0), config__finetune__fsdp=sharded)
     assert told_apart(collect(tmp_path))[4:] == []
+    # The path of a coreset tells of runs what their fingerprint knows by its content.
+    assert {*NOT_IN_FINGERPRINT} - {*UNTOLD} == {"method.path"}
 
 
 def test_a_setting_that_some_runs_do_not_have_tells_apart_too(real: Path, tmp_path: Path):
