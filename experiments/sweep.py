@@ -97,8 +97,11 @@ def begin_job(number: int) -> Iterator[bool]:
         yield False
     elif alone.exists():
         with FileLock(alone):
-            begun.write_text(ALONE)
-            yield True
+            # Whose worker is killed lets go of the lock before its fellows are taken along.
+            wanted = not any(other.read_text() == ALONE for other in _unfinished(sweep))
+            if wanted:
+                begun.write_text(ALONE)
+            yield wanted
     else:
         begun.touch()
         yield True
@@ -112,7 +115,7 @@ def go_on(killed: BrokenExecutor | None) -> bool:
             raise killed
         return False
     sweep = Path(os.environ[FOLDER])
-    left = [begun for begun in sorted(sweep.glob("*.begun")) if not begun.with_suffix(".json").exists()]
+    left = _unfinished(sweep)
     if killed is None:
         if left:
             (sweep / ALONE).touch()
@@ -129,6 +132,10 @@ def go_on(killed: BrokenExecutor | None) -> bool:
         job = json.loads((sweep / "jobs.json").read_text())[number]
         report_job(number, job, UserError("the worker was killed by the system (out of memory?); it was alone."))
     return True
+
+
+def _unfinished(sweep: Path) -> list[Path]:
+    return [begun for begun in sorted(sweep.glob("*.begun")) if not begun.with_suffix(".json").exists()]
 
 
 def report_job(number: int, job: str, result: Path | Exception) -> None:

@@ -230,7 +230,7 @@ def finetune(
     )
     trainer.remove_callback(PrinterCallback)
     result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
-    seconds = saved.seconds
+    seconds = saved.seconds  # those of the steps, before the model is saved
     if not math.isfinite(result.training_loss):
         raise UserError(
             f"fine-tuning {spec.path} ended with a loss of {result.training_loss}: lower finetune.learning_rate="
@@ -243,13 +243,8 @@ def finetune(
     if efforts is not None:
         efforts.bring_together()
         efforts.save(folder / ONLINE_SCORES)
-    history = {
-        "seconds": seconds,
-        "trainable_parameters": trained,
-        "loss": result.training_loss,
-        "log": trainer.state.log_history,
-    }
-    (folder / "training.json").write_text(json.dumps(history, indent=1))
+    history = {"seconds": seconds, "trainable_parameters": trained, "loss": result.training_loss}
+    (folder / "training.json").write_text(json.dumps({**history, "log": trainer.state.log_history}, indent=1))
     del trainer, model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -143,17 +143,8 @@ class Pool:
         adapter = LoraSpec(**fresh) if fresh else None
         self._check_scorable(spec, model, options.get("gradient"), adapter)
         how = {"gradient": "last_v_b", "variant": "standard", **options}
-        # What a signal does not depend on is no part of its name.
         gradient = how["gradient"] if "effort" in signals else None
-        key = {
-            "signals": sorted(signals),
-            "gradient": gradient,
-            "variant": how["variant"] if "el2n" in signals else None,
-            "model": spec.identity(),
-            "tuned": self._tuned_key(model),
-            "fresh_adapter": self._fresh_key(model, adapter) if gradient not in (None, "all_linear") else None,
-            "samples": samples.fingerprint,
-        }
+        key = {**self._scores_key(model, adapter, signals, how), "samples": samples.fingerprint}
 
         def make(folder: Path, cost: Meter) -> None:
             from safetensors.numpy import save_file
@@ -193,6 +184,20 @@ class Pool:
         label = f"{', '.join(signals)} of {len(samples)} samples, {model} model"
         scored = self.store.get("scores", key, make, label=label, foresee=foresee)
         return load_file(scored.path / "scores.safetensors")
+
+    def _scores_key(
+        self, model: str, adapter: LoraSpec | None, signals: Sequence[str], how: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What scores depend on but for the samples; what a signal does not depend on is no part of its name."""
+        gradient = how["gradient"] if "effort" in signals else None
+        return {
+            "signals": sorted(signals),
+            "gradient": gradient,
+            "variant": how["variant"] if "el2n" in signals else None,
+            "model": self._scoring_spec(model).identity(),
+            "tuned": self._tuned_key(model),
+            "fresh_adapter": self._fresh_key(model, adapter) if gradient not in (None, "all_linear") else None,
+        }
 
     def _check_scorable(self, spec: ModelSpec, model: str, gradient: str | None, adapter: LoraSpec | None) -> None:
         if adapter and gradient == "all_linear":

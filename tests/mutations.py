@@ -204,6 +204,13 @@ MUTATIONS = (
         "tests/test_sweep.py::test_a_worker_that_the_system_kills_fails_its_job_alone_and_the_same_command_resumes",
     ),
     Mutation(
+        "a job is blamed for the end of another",
+        "experiments/sweep.py",
+        "            if wanted:\n                begun.write_text(ALONE)\n            yield wanted\n",
+        "            begun.write_text(ALONE)\n            yield True\n",
+        "tests/test_sweep.py::test_a_worker_that_the_system_kills_fails_its_job_alone_and_the_same_command_resumes",
+    ),
+    Mutation(
         "a W&B that does not answer",
         "staff/tracking.py",
         '    return wandb.init(mode="offline", **start)\n',

@@ -159,7 +159,7 @@ def test_a_worker_that_the_system_kills_fails_its_job_alone_and_the_same_command
     (tmp_path / "dies.py").write_text(DIES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("DIES", "yes")
-    jobs = ("method=random", "pruning_rate=0.5", "method._target_=baselines.random.Random,dies.Dies")
+    jobs = ("method=random", "pruning_rate=0.5", "method._target_=dies.Dies,baselines.random.Random")
     out, err = (sweep := start(tmp_path, *jobs, *PARALLEL)).communicate(timeout=300)
     assert sweep.returncode == 1 and "1 of 2 jobs failed; the same command runs what is missing" in out
     said = "method._target_=dies.Dies: the worker was killed by the system (out of memory?); it was alone."
