@@ -35,6 +35,7 @@ from experiments.single import Run
 from staff.artifacts import Artifact, Make, Store
 from staff.cost import Cost
 from staff.memory import finetuning_memory
+from staff.progress import progress
 
 
 class Gpu(NamedTuple):
@@ -136,8 +137,11 @@ def jobs(overrides: Sequence[str]) -> Iterator[tuple[list[str], DictConfig, dict
     plain = [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
     with initialize_config_dir(CONF, version_base="1.3"):
         whole = compose("config", overrides=plain, return_hydra_config=True)
-        for job in sweep.jobs_of(whole, overrides):
-            yield job, *composed(job)
+        every = sweep.jobs_of(whole, overrides)
+        with progress(len(every), "plan", unit="job") as bar:
+            for job in every:
+                yield job, *composed(job)
+                bar.update()
 
 
 def composed(job: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:

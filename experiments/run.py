@@ -95,6 +95,9 @@ def main() -> None:
     except KeyboardInterrupt:
         said = "staff: interrupted; what is finished is kept, and the same command goes on from there."
         sys.exit(said if distributed.first() else 1)
+    except BrokenPipeError:  # whoever read, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        sys.exit(1)
     except Exception as error:
         sweep.end()
         _leave(error)

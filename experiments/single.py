@@ -39,6 +39,8 @@ log = logging.getLogger("staff")
 # What does not change a run's numbers, or is known better by content than by name; by dotted name.
 NOT_IN_FINGERPRINT = ("tracking", "results_dir", "store_dir", "scoring", "evaluation", "seed")
 NOT_IN_FINGERPRINT = (*NOT_IN_FINGERPRINT, "method.path", "task.data_dir", "finetune.fsdp")
+_latest: dict[str, dict[str, TokenizedSamples]] = {}
+"""The tokenised samples of this process's latest run, under what they depend on."""
 
 
 class Run:
@@ -145,7 +147,16 @@ class Run:
     @cached_property
     def tokenized(self) -> dict[str, TokenizedSamples]:
         """The training samples for the small model and for the target; for the target of the family that selects,
-        as a rule the same; and the test samples for the target."""
+        as a rule the same; and the test samples for the target. Runs of a sweep that have them in common and
+        follow each other share them."""
+        texts = [self.identity["data"], _models(self.family), _models(self.selecting)]
+        limits = [self.settings.max_length, self.task.too_long, self.task.max_new_tokens]
+        if (known := json.dumps([texts, limits])) not in _latest:
+            _latest.clear()
+            _latest[known] = self._tokenize()
+        return _latest[known]
+
+    def _tokenize(self) -> dict[str, TokenizedSamples]:
         target, form = self.family.target.tokenizer(), self.family.prompt_format
         train = {"target": tokenize(self.train, target, form)}
         small, selecting = self.selecting.small.tokenizer(), self.selecting.prompt_format

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL
 
+from experiments.benchmarking import configured
 from staff.errors import UserError
 from staff.models import ModelSpec
 
@@ -214,6 +215,20 @@ def test_help_lists_groups_and_options_without_importing_torch():
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "staff_official" in ended.stdout and ended.stdout.strip().endswith("False")
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    piped = f"{sys.executable} -m experiments.run --help | true"
+    assert subprocess.run(piped, shell=True, cwd=ROOT, capture_output=True, text=True).stderr == ""
+
+
+def test_runs_that_follow_each_other_share_their_tokens_where_nothing_that_makes_them_differs():
+    small = ("tracking=none", "pruning_rate=0.5", "task.train_limit=8", "task.test_limit=2")
+    tokenized = configured("method=random", *small).tokenized
+    assert configured("method=staff", *small, "pruning_rate=0.2", "seed=3").tokenized is tokenized
+    for other in ("task.train_limit=7", "task.test_limit=3", "finetune.max_length=500", "family=tiny_small"):
+        assert configured("method=random", *small, other).tokenized is not tokenized
+        tokenized = configured("method=random", *small).tokenized
 
 
 def test_a_sweep_by_submitit_goes_on_past_a_failing_job_names_it_and_exits_with_an_error(tmp_path: Path):
