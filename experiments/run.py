@@ -95,10 +95,9 @@ def main() -> None:
     except KeyboardInterrupt:
         said = "staff: interrupted; what is finished is kept, and the same command goes on from there."
         sys.exit(said if distributed.first() else 1)
-    except BrokenPipeError:  # whoever read, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
-        sys.exit(1)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_gone():
+            sys.exit(1)
         sweep.end()
         _leave(error)
     sys.exit(sweep.exit_status())
@@ -111,6 +110,16 @@ def _killed() -> BrokenExecutor | None:
     except BrokenExecutor as error:
         return error
     return None
+
+
+def _reader_gone() -> bool:
+    """Whether whoever read what is printed, such as `head`, has had enough; then nothing more is."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return True
+    return False
 
 
 def _leave(error: Exception) -> NoReturn:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from staff import distributed
 from staff.errors import UserError
 
 FOLDER, TOTAL, WORKERS = "STAFF_SWEEP_FOLDER", "STAFF_SWEEP_TOTAL", "STAFF_SWEEP_WORKERS"
+PROCESS = "STAFF_SWEEP_PROCESS"
 ALONE = "alone"
 _NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory"  # torch's word for it on a processor, a plain RuntimeError
@@ -35,6 +38,7 @@ _NO_MEMORY = (
 _CUT_OFF = ("Connection closed by peer", "Connection reset by peer")
 log = logging.getLogger("staff")
 _failed = 0
+_at_work = threading.Lock()
 
 
 class Sweep(Callback):
@@ -48,6 +52,7 @@ class Sweep(Callback):
         expected = expected_jobs(config)
         (folder / "jobs.draft").write_text(json.dumps(expected))
         os.environ[FOLDER], os.environ[TOTAL] = str(folder), str(len(expected))
+        os.environ[PROCESS] = str(os.getpid())
         basic = "basic" in config.hydra.launcher._target_
         jobs = config.hydra.launcher.get("n_jobs", 1 if basic else 0)
         os.environ[WORKERS] = str(os.cpu_count() if jobs < 0 else jobs)
@@ -90,13 +95,15 @@ def begin_job(number: int) -> Iterator[bool]:
     work are left until the others are done, and then have the machine to themselves, one after the other.
     """
     sweep = Path(os.environ[FOLDER])
+    if os.getppid() == int(os.environ[PROCESS]):
+        _end_with_parent()
     with suppress(FileNotFoundError):  # another job was first; a sweep whose jobs never ran expects none
         (sweep / "jobs.draft").rename(sweep / "jobs.json")
     begun, alone = sweep / f"{number:05d}.begun", sweep / ALONE
     if begun.with_suffix(".json").exists() or (begun.exists() and not alone.exists()):
         yield False
     elif alone.exists():
-        with FileLock(alone):
+        with _at_work, FileLock(alone):
             # Whose worker is killed lets go of the lock before its fellows are taken along.
             wanted = not any(other.read_text() == ALONE for other in _unfinished(sweep))
             if wanted:
@@ -104,7 +111,23 @@ def begin_job(number: int) -> Iterator[bool]:
             yield wanted
     else:
         begun.touch()
-        yield True
+        with _at_work:
+            yield True
+
+
+@cache
+def _end_with_parent() -> None:
+    """Have this worker end, once its job is done, if the sweep's own process is gone: joblib's would wait for it
+    for ever."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        with _at_work:
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def go_on(killed: BrokenExecutor | None) -> bool:

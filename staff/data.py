@@ -81,6 +81,8 @@ class Task:
     def load(self, split: str) -> list[Sample]:
         """The samples of `split` ("train": the pool, "test": the evaluation), in file order.
 
+        Test rows of one prompt are one sample with the references of all, since a model answers them alike.
+
         Raises:
             UserError: a missing file or field, text that is empty, an id that comes twice; with file and line.
         """
@@ -105,7 +107,7 @@ class Task:
             samples[sample.id] = sample
         if not samples:
             raise UserError(f"task {self.name!r}: the {split} split is empty; check task.data_dir.")
-        return list(samples.values())
+        return _asked_once(samples.values()) if split == "test" else list(samples.values())
 
     def source(self) -> dict[str, Any] | None:
         """Name and commit of the data set on the hub (no commit where the hub cannot be asked); None for files."""
@@ -155,6 +157,15 @@ class Task:
                 raise UserError(f"{where}: the {name} is empty; remove the line or fill its field ({template!r}).")
         id = _id(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
         return Sample(id, prompt, answer, references)
+
+
+def _asked_once(samples: Iterable[Sample]) -> list[Sample]:
+    by_prompt: dict[str, Sample] = {}
+    for sample in samples:
+        first = by_prompt.setdefault(sample.prompt, sample)
+        references = tuple(dict.fromkeys((*first.references, *sample.references)))
+        by_prompt[sample.prompt] = replace(first, references=references)
+    return list(by_prompt.values())
 
 
 def read_json_lines(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:

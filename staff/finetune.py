@@ -133,7 +133,12 @@ class FinetuneSettings:
         """Epochs over a coreset of that many samples, whole or not."""
         if self.match == "epochs":
             return self.epochs
-        return self.epochs * self.steps(pool) / self.steps(coreset)
+        wanted, steps = self.epochs * self.steps(pool), self.steps(coreset)
+        if wanted % steps == 0:
+            return wanted // steps
+        epochs = wanted / steps
+        # The trainer rounds up, so that an error of rounding would be a step too many.
+        return epochs if math.ceil(epochs * steps) == wanted else math.nextafter(epochs, 0)
 
 
 def finetune_key(

@@ -204,6 +204,13 @@ MUTATIONS = (
         "tests/test_sweep.py::test_a_worker_that_the_system_kills_fails_its_job_alone_and_the_same_command_resumes",
     ),
     Mutation(
+        "workers outlive their sweep",
+        "experiments/sweep.py",
+        "        _end_with_parent()\n    with suppress",
+        "        pass\n    with suppress",
+        "tests/test_sweep.py::test_a_sweep_that_is_killed_alone_and_with_its_workers_ends_with_the_same_records",
+    ),
+    Mutation(
         "a job is blamed for the end of another",
         "experiments/sweep.py",
         "            if wanted:\n                begun.write_text(ALONE)\n            yield wanted\n",

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,9 +22,11 @@ from conftest import ROOT, run_shrunk
 from experiments.report import overhead, performance
 from experiments.report.__main__ import summary, write
 from experiments.report.comparisons import mean, pairs
+from experiments.report.figures import overlap
 from experiments.report.records import Context, collect, contexts
 from experiments.report.settings import UNTOLD, told_apart, variants
 from experiments.report.similarity import region_similarity, similarity
+from experiments.report.statistics import t_interval
 from experiments.single import NOT_IN_FINGERPRINT
 from staff.tracking import write_record
 
@@ -310,12 +313,38 @@ def test_variance_is_split_where_the_grid_has_both_seeds(real: Path, tmp_path: P
     assert table is not None and table.cells.loc[0, "grid"] == "4 x 3"
     assert float(table.cells.loc[0, "selection"]) > 1 and float(table.cells.loc[0, "fine-tuning"]) < 0.1
     found = mean(context, "staff", 0.5)
-    assert found and found.units == 4, "runs that share a coreset are no independent draws"
+    assert found and found.units == 3, "runs that share a coreset, or a fine-tuning seed, are no independent draws"
+
+
+def test_the_interval_of_a_grid_knows_of_fine_tuning_though_no_selection_differs(real: Path, tmp_path: Path):
+    for selection in range(3):
+        for finetune, result in enumerate((24.0, 26.0, 25.0)):
+            copied(real, tmp_path, "staff", 0.5, (selection, finetune), np.full(5, result))
+    found = mean(only_context(tmp_path), "staff", 0.5)
+    assert found and (found.value, found.half) == pytest.approx((25.0, t_interval([24.0, 26.0, 25.0])[1]))
+
+
+def test_overlap_compares_coresets_of_different_seeds_where_there_are_any(real: Path, tmp_path: Path):
+    grid(real, tmp_path / "one", {"random": 0, "staff": 1}, seeds=1)
+    grid(real, tmp_path / "two", {"random": 0, "staff": 1}, seeds=2)
+    for folder in sorted((tmp_path / "two/runs").glob("*")):
+        other = json.loads((folder / "metrics.json").read_text())["run"]["seed"] == 1
+        samples = pd.read_parquet(folder / "samples.parquet")
+        samples.assign(selected=samples["selected"] ^ other).to_parquet(folder / "samples.parquet")
+    for folder, said, shares in (("one", "one seed", 1.0), ("two", "of different seeds", 0.0)):
+        figure, caption = overlap(only_context(tmp_path / folder)) or pytest.fail("no figure")
+        assert said in caption and {float(text.get_text()) for text in figure.axes[0].texts} == {shares}
+        plt.close(figure)
 
 
 def test_break_even_counts_the_fine_tunings_after_which_a_selection_has_paid(real: Path, tmp_path: Path):
-    changes = {"overhead__seconds": 10.0, "finetuning__seconds": 2.0, "overhead__full_finetuning_seconds": 6.0}
-    copied(real, tmp_path, "staff", 0.5, (0, 0), np.full(4, 20.0), **changes)
+    changes = {"overhead__seconds": 10.0, "finetuning__seconds": 2.0}
+    estimated = {"overhead__str_basis": "estimated from FLOPs", "overhead__full_finetuning_seconds": 60.0}
+    copied(real, tmp_path, "staff", 0.5, (0, 0), np.full(4, 20.0), **changes, **estimated)
+    table = overhead.break_even(only_context(tmp_path))
+    assert table is not None and table.cells.iloc[0]["on everything"] == "~60.0"
+    measured = {"overhead__str_basis": "measured", "overhead__full_finetuning_seconds": 6.0}
+    copied(real, tmp_path, "staff", 0.5, (1, 1), np.full(4, 20.0), **changes, **measured)
     table = overhead.break_even(only_context(tmp_path))
     assert table is not None
     row = table.cells.iloc[0]

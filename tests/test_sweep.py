@@ -69,7 +69,7 @@ def kill(sweep: subprocess.Popen, how: signal.Signals, seconds: float, whole: bo
         sweep.communicate(timeout=seconds)
         return False
     os.killpg(sweep.pid, how) if whole else sweep.send_signal(how)
-    sweep.communicate()
+    sweep.communicate(timeout=300)  # which its workers end as well
     return True
 
 
@@ -126,15 +126,18 @@ def test_the_same_command_again_does_nothing_and_says_so(undisturbed: Path):
     assert {file: file.stat().st_mtime_ns for file in undisturbed.glob("runs/*/*")} == before
 
 
-def test_a_sweep_that_is_killed_with_its_workers_ends_with_the_same_records(undisturbed: Path, tmp_path: Path):
-    """At a moment of its middle; tests/stress has thirty at random."""
-    sweep = start(tmp_path, *GRID, *PARALLEL)
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("artifacts/*/*/manifest.json"))) < 5 and time.monotonic() < deadline:
-        assert sweep.poll() is None, sweep.communicate()
-        time.sleep(0.02)
-    kill(sweep, random.choice((signal.SIGKILL, signal.SIGTERM)), random.uniform(0, 1), whole=True)
-    check_store(tmp_path)
+def test_a_sweep_that_is_killed_alone_and_with_its_workers_ends_with_the_same_records(
+    undisturbed: Path, tmp_path: Path
+):
+    """At moments of its middle; tests/stress has thirty at random."""
+    for whole, made in ((False, 1), (True, 5)):
+        sweep = start(tmp_path, *GRID, *PARALLEL)
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("artifacts/*/*/manifest.json"))) < made and time.monotonic() < deadline:
+            assert sweep.poll() is None, sweep.communicate()
+            time.sleep(0.02)
+        kill(sweep, random.choice((signal.SIGKILL, signal.SIGTERM)), random.uniform(0, 1), whole)
+        check_store(tmp_path)
     said = finish(start(tmp_path, *GRID, *PARALLEL))
     assert "failed" not in said
     check_left_behind(tmp_path)

@@ -64,7 +64,7 @@ def unfinished(results: Path) -> tuple[list[str], list[str]]:
             word = json.loads(file.read_text())
             if "failure" in word:
                 failed[word["job"]] = word["failure"]
-            elif (Path(word["folder"]) / "metrics.json").is_file():
+            elif (results / "runs" / Path(word["folder"]).name / "metrics.json").is_file():
                 done.add(word["job"])
     failures = [f"{job}: {why}" for job, why in failed.items() if job not in done]
     alone = [file.parent for file in sorted(results.glob("runs/*/failure.txt"))]

@@ -10,7 +10,16 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.records import Context
-from experiments.report.statistics import LEVEL, Difference, holm, paired_difference, resampled, t_interval
+from experiments.report.statistics import (
+    LEVEL,
+    Difference,
+    crossed,
+    holm,
+    paired_difference,
+    resampled,
+    t_interval,
+    typical,
+)
 
 
 @dataclass(frozen=True)
@@ -38,18 +47,17 @@ class Pair:
         return self.p <= LEVEL
 
 
-def units(runs: pd.DataFrame) -> pd.Series:
-    """Which independent draw each run belongs to.
+def units(runs: pd.DataFrame) -> list[pd.Series]:
+    """Which independent draw each run belongs to, by every kind of seed that draws apart from the others.
 
     Runs whose selection and fine-tuning seeds vary together are each a draw. In a grid of both, runs of one
-    selection seed share a coreset: they are one draw (and so are, without several selection seeds, those of one
-    fine-tuning seed).
+    selection seed share a coreset and are one draw of it, and runs of one fine-tuning seed share what that draws.
     """
     selection, finetune = runs["selection_seed"], runs["finetune_seed"]
     together = len(runs[["selection_seed", "finetune_seed"]].drop_duplicates())
     if together == selection.nunique() == finetune.nunique():
-        return selection.astype(str) + "," + finetune.astype(str)
-    return (selection if selection.nunique() > 1 else finetune).astype(str)
+        return [selection.astype(str) + "," + finetune.astype(str)]
+    return [seed.astype(str) for seed in (selection, finetune) if seed.nunique() > 1]
 
 
 @cache
@@ -58,12 +66,15 @@ def mean(context: Context, variant: str, rate: float) -> Mean | None:
     runs = context.cells.get((variant, rate))
     if runs is None:
         return None
-    values = runs.groupby(units(runs))[context.metric].mean().dropna()
-    if values.empty:
+    runs = runs[runs[context.metric].notna()]
+    if runs.empty:
         return None
+    draws = [runs.groupby(unit)[context.metric].mean().to_numpy(np.float64) for unit in units(runs)]
     if runs["answers"].nunique() == 1:
-        return Mean(float(values.mean()), None, 1)
-    return Mean(*t_interval(values.to_numpy(np.float64)), len(values))
+        return Mean(float(draws[0].mean()), None, 1)
+    halves = [t_interval(values)[1] for values in draws]
+    half = None if None in halves else float(np.hypot.reduce(np.array(halves)))
+    return Mean(float(draws[0].mean()), half, min(map(len, draws)))
 
 
 def pairs(context: Context) -> list[Pair]:
@@ -104,14 +115,16 @@ def _compared(
         if not common:
             continue
         frame = pd.DataFrame(common, columns=["selection_seed", "finetune_seed"])
-        draws = frame.groupby(units(frame)).indices.values()
-        sides = []
-        for seeds in (by_seeds[a], by_seeds[b]):
-            picked = [[seeds[common[i]] for i in draw] for draw in draws]
-            sides.append(np.stack([np.mean([values[name] for name in group], axis=0) for group in picked]))
-            columns = [drawn[:, [position[name] for name in group]].mean(axis=1) for group in picked]
-            sides.append(np.stack(columns, axis=1))
-        found.append(Pair(rate, a, b, paired_difference(sides[0], sides[2], sides[1], sides[3])))
+        differences = []
+        for unit in units(frame):
+            sides = []
+            for seeds in (by_seeds[a], by_seeds[b]):
+                picked = [[seeds[common[i]] for i in draw] for draw in frame.groupby(unit).indices.values()]
+                sides.append(np.stack([np.mean([values[name] for name in group], axis=0) for group in picked]))
+                columns = [drawn[:, [position[name] for name in group]].mean(axis=1) for group in picked]
+                sides.append(np.stack(columns, axis=1))
+            differences.append(paired_difference(sides[0], sides[2], sides[1], sides[3]))
+        found.append(Pair(rate, a, b, crossed(differences)))
     return found
 
 
@@ -131,7 +144,7 @@ def outstanding(context: Context, rate: float, found: list[Pair]) -> dict[str, s
 
 
 def detectable(rate: float, found: list[Pair]) -> float | None:
-    """The median over a rate's pairs of the smallest true difference that is found four times in five, at the level
-    that Holm asks of the first of all the table's pairs."""
-    sizes = [pair.difference.detectable(LEVEL / len(found)) for pair in found if pair.rate == rate]
-    return float(np.median(sizes)) if sizes else None
+    """The smallest true difference that is found four times in five between two methods with errors as large as a
+    rate's pairs have on average, at the level that Holm asks of the first of all the table's pairs."""
+    here = [pair.difference for pair in found if pair.rate == rate]
+    return typical(here).detectable(LEVEL / len(found)) if here else None

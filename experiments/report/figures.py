@@ -202,28 +202,46 @@ def agreement(context: Context) -> Made:
 
 
 def overlap(context: Context) -> Made:
-    """How much the coresets of all methods share."""
-    rate, runs = context.shown
-    tables = {v: samples for v, folder in runs.items() if (samples := _samples(folder)) is not None}
-    if len(tables) < 2:
+    """How much the coresets of all methods share: of different seeds, where there are any, since at one seed
+    methods that draw at random draw by the same numbers."""
+    rate, shown = context.shown
+    coresets = {v: found for v in shown if (found := _coresets(context, v, rate))}
+    if len(coresets) < 2:
         return None
-    chosen = {v: set(samples.loc[samples["selected"], "id"]) for v, samples in tables.items()}
-    jaccard = np.array([[len(a & b) / len(a | b) for b in chosen.values()] for a in chosen.values()])
-    share = np.mean([samples["selected"].mean() for samples in tables.values()])
-    size = max(2.4, 0.36 * len(chosen) + 1.1)
-    figure, axes = _figure(height=min(size, 5.0))
+    apart = len({seeds for found in coresets.values() for seeds in found}) > 1
+    jaccard = np.array([[_shared(a, b, apart) for b in coresets.values()] for a in coresets.values()])
+    figure, axes = _figure(height=min(max(2.4, 0.36 * len(coresets) + 1.1), 5.0))
     image = axes.imshow(jaccard, vmin=0, vmax=1)
     axes.grid(False)
-    axes.set_xticks(range(len(chosen)), list(chosen), rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(chosen)), list(chosen))
+    axes.set_xticks(range(len(coresets)), list(coresets), rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(coresets)), list(coresets))
     for (i, j), value in np.ndenumerate(jaccard):
-        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="w" if value < 0.5 else "k")
+        text = "–" if np.isnan(value) else f"{value:.2f}"
+        axes.text(j, i, text, ha="center", va="center", fontsize=6, color="w" if value < 0.5 else "k")
     figure.colorbar(image, ax=axes, label="Jaccard", shrink=0.8)
+    share = 1 - rate
+    seeds = "mean over pairs of different seeds, so that a method's own coresets are compared as well"
+    same = (
+        "one seed, at which methods that draw at random draw by the same numbers and so share more than by chance"
+    )
     caption = (
-        f"Overlap of coresets on {context.title}, pruning rate {rate:g}, lowest seed: |A and B| / |A or B|. Two "
-        f"independent random coresets would share {share / (2 - share):.2f}."
+        f"Overlap of coresets on {context.title}, pruning rate {rate:g}: |A and B| / |A or B|, "
+        f"{seeds if apart else same}. Two independent random coresets would share {share / (2 - share):.2f}."
     )
     return figure, caption
+
+
+def _coresets(context: Context, variant: str, rate: float) -> dict[int, set[str]]:
+    """The ids of the samples that were selected, by selection seed."""
+    runs = context.cells[variant, rate].set_index("selection_seed")["name"]
+    tables = {int(str(seed)): _samples(context.folder / str(name)) for seed, name in runs.items()}
+    return {seed: set(t.loc[t["selected"], "id"]) for seed, t in tables.items() if t is not None}
+
+
+def _shared(a: dict[int, set[str]], b: dict[int, set[str]], apart: bool) -> float:
+    """The mean Jaccard index of coresets of different seeds, or else of the same."""
+    shares = [len(x & y) / len(x | y) for i, x in a.items() for j, y in b.items() if (i != j) == apart]
+    return float(np.mean(shares)) if shares else float("nan")
 
 
 def length(context: Context) -> Made:

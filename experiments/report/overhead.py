@@ -100,20 +100,24 @@ def break_even(context: Context) -> Table | None:
     rows = []
     for unit, scale, name in (("seconds", 1.0, "seconds"), ("flops", 1e12, "TFLOPs")):
         for variant, rate, runs in _selecting(context):
-            columns = (f"overhead_{unit}", f"finetuning_{unit}", f"overhead_full_finetuning_{unit}")
-            select, tune, full = (runs[column].astype(float).mean() / scale for column in columns)
+            measured = runs["overhead_str_basis"] == "measured"
+            mark = "" if unit == "flops" or measured.any() else "~"
+            known = runs[measured] if measured.any() else runs
+            select, tune = (runs[f"{of}_{unit}"].astype(float).mean() / scale for of in ("overhead", "finetuning"))
+            full = known[f"overhead_full_finetuning_{unit}"].astype(float).mean() / scale
             if np.isnan(full) or np.isnan(tune):
                 continue
             pays = f"{max(1, np.ceil(select / (full - tune))):.0f}" if tune < full else "never"
             row = {"in": name, "method": variant, "pruning rate": f"{rate:g}", "selection": number(select)}
-            row |= {"fine-tuning on the coreset": number(tune), "on everything": number(full)}
-            rows.append(row | {"ratio": f"{(select + tune) / full:.2f}", "pays from": pays})
+            row |= {"fine-tuning on the coreset": number(tune), "on everything": mark + number(full)}
+            rows.append(row | {"ratio": f"{mark}{(select + tune) / full:.2f}", "pays from": mark + pays})
     if not rows:
         return None
     caption = (
         f"Does a coreset pay on {context.title}? Selection and one fine-tuning of the target on the coreset, "
         "against one on everything; a ratio below 1 pays at once. Pays from: so many fine-tunings on one coreset "
-        "(of several settings, say) cost less than as many on everything, selection included. Means over seeds; "
+        "(of several settings, say) cost less than as many on everything, selection included. Means over seeds "
+        "(on everything: over those that were measured; ~: estimated from FLOPs, where none was); "
         f"whether the result is as good stands in the table of performance.{machine(context)}"
     )
     return Table(f"break-even-{context.name}", caption, pd.DataFrame(rows))

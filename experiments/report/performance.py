@@ -44,7 +44,8 @@ def performance(context: Context, found: list[Pair]) -> Table:
         f"{metric(context)} on {context.title} ({context.runs['test'].max()} test samples), by "
         f"{context.varied} and pruning rate. {seeds(context)} {COMPARED}; bold: the best, italic: the second best, "
         "each where it is significantly better than all behind it. Smallest detectable difference: found four "
-        f"times in five at the first level of the correction, median over pairs.{basis(context)}"
+        "times in five at the first level of the correction, if errors are those of the rate's pairs on average."
+        f"{basis(context)}"
     )
     return Table(f"performance-{context.name}", caption, cells, marks)
 
@@ -71,7 +72,8 @@ def differences(context: Context, found: list[Pair]) -> Table | None:
         f"Method minus the one it is held against, in {metric(context)} points on {context.title}, with 95 % "
         f"intervals (not widened for the number of pairs); bold: significant. {COMPARED} ({len(found)} pairs). "
         "Detectable: the true difference that is found four "
-        f"times in five at the first level of the correction. A pair with one seed knows nothing of seeds."
+        f"times in five at the first level of the correction. A pair with one seed knows nothing of seeds; "
+        "with two, a p below 0.01 may be several times too small."
         f"{basis(context)}"
     )
     marks = {(i, "difference"): "bold" for i, pair in enumerate(shown) if pair.significant}

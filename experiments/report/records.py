@@ -45,9 +45,15 @@ def _row(file: Path) -> dict[str, Any]:
         "answers": record["evaluation"]["fingerprint"],
         "selects": record["config"]["method"]["_target_"],
         "num_regions": record["config"]["method"].get("num_regions"),
-        "test_set": record["identity"]["data"]["test"],
+        "test_set": _test_set(record),
         **dict(_settings(_configured(record))),
     }
+
+
+def _test_set(record: dict[str, Any]) -> str:
+    """The test samples that were answered; those that are too long depend on settings."""
+    dropped = record["counts"]["test_dropped_too_long"]
+    return record["identity"]["data"]["test"][:8] + (f" without {dropped}" if dropped else "")
 
 
 def _configured(record: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +160,7 @@ def contexts(table: pd.DataFrame, folder: Path) -> list[Context]:
     several = table.groupby(["family", "task"], dropna=False)[["metric", "test_set"]].transform("nunique") > 1
     # Two metrics or test sets of one task never share a table.
     table = table.assign(part=np.where(several["metric"], " by " + table["metric"], ""))
-    table["part"] += np.where(several["test_set"], " test set " + table["test_set"].str[:8], "")
+    table["part"] += np.where(several["test_set"], " test set " + table["test_set"], "")
     found = []
     for (family, task, part), runs in table.groupby(["family", "task", "part"], dropna=False):
         family, task = (str(n) if n == n and n is not None else "custom" for n in (family, task))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import stdtrit
 
 DRAWS = 2000  # the standard error of a difference is then known to 1.6 %
 LEVEL, POWER = 0.05, 0.8
+_LEAST = 1e-20  # a p below it is zero
 
 
 def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float | None]:
@@ -43,27 +46,57 @@ class Difference:
 
     @property
     def p(self) -> float:
-        """Two-sided; 1 where the two never differ."""
-        if self.error == 0:
+        """Two-sided: the level at which the difference is just significant; 1 where the two never differ."""
+        if self.error == 0 or self.mean == 0:
             return float(self.mean == 0)
-        return self._weighed(lambda freedom: 2 * stats.t.sf(abs(self.mean) / self.error, freedom))
+        found = abs(self.mean) / self.error
+        if found >= self._critical(_LEAST):
+            return 0.0
+        at: Any = brentq(lambda log: self._critical(float(np.exp(log))) - found, np.log(_LEAST), 0.0)
+        return float(np.exp(at))
 
     @property
     def half(self) -> float:
         """Half the width of the 95 % interval."""
-        return self.error * self._weighed(lambda freedom: stats.t.ppf(1 - LEVEL / 2, freedom))
+        return self.error * self._critical(LEVEL)
 
     def detectable(self, level: float = LEVEL) -> float:
-        """The true difference that a two-sided test at `level` finds four times in five."""
-        return self.error * self._weighed(
-            lambda freedom: stats.t.ppf(1 - level / 2, freedom) + stats.t.ppf(POWER, freedom)
-        )
+        """The true difference that a two-sided test at `level` finds four times in five, if the error is the true
+        one: of few seeds, single estimates are far smaller or larger (`typical`)."""
+        if self.error == 0:
+            return 0.0
+        freedom, between = max(self.seeds - 1, 1), self.error**2 * self.seed_share
+        estimates, chance = _errors(freedom)
+        seeds, samples = between * estimates, self.error**2 - between
+        of_seeds, of_samples = (-stdtrit(f, level / 2) for f in (freedom, self.samples - 1))
+        needed = (seeds * of_seeds + samples * of_samples) / np.sqrt(seeds + samples)
+        return float(np.quantile(needed - self.error * chance, POWER))
 
-    def _weighed(self, of_freedom: Callable[[int], Any]) -> float:
-        """Between Student's t for the seeds and for the samples, by their shares (Cochran and Cox, 1957): never
-        too sure of few seeds, as Satterthwaite's degrees of freedom are."""
-        between = of_freedom(self.seeds - 1) if self.seeds > 1 and self.seed_share else 0.0
-        return float(self.seed_share * between + (1 - self.seed_share) * of_freedom(self.samples - 1))
+    def _critical(self, level: float) -> float:
+        """How many errors a difference must be away from zero: between Student's t for the seeds and for the
+        samples, by their shares (Cochran and Cox, 1957); never too sure of three seeds or more, as Satterthwaite's
+        degrees of freedom are."""
+        of_seeds = -stdtrit(self.seeds - 1, level / 2) if self.seeds > 1 else 0.0
+        return float(self.seed_share * of_seeds + (1 - self.seed_share) * -stdtrit(self.samples - 1, level / 2))
+
+
+def crossed(by_seed: Sequence[Difference]) -> Difference:
+    """A difference between the same runs that was estimated by each of several crossed kinds of seed, with what
+    lies between all of them."""
+    between = sum(d.error**2 * d.seed_share for d in by_seed)
+    variance = between + max(d.error**2 * (1 - d.seed_share) for d in by_seed)
+    share = between / variance if variance else 0.0
+    first, seeds = by_seed[0], min(d.seeds for d in by_seed)
+    return Difference(first.mean, float(np.sqrt(variance)), seeds, first.samples, float(share))
+
+
+def typical(differences: Sequence[Difference]) -> Difference:
+    """None at all, with the errors of these on average: a better estimate than any of them."""
+    variances = np.array([d.error**2 for d in differences])
+    between = variances @ [d.seed_share for d in differences]
+    seeds, samples = (int(np.median([getattr(d, n) for d in differences])) for n in ("seeds", "samples"))
+    share = between / variances.sum() if variances.any() else 0.0
+    return Difference(0.0, float(np.sqrt(variances.mean())), seeds, samples, float(share))
 
 
 def resampled(values: np.ndarray) -> np.ndarray:
@@ -101,6 +134,13 @@ def paired_difference(a: np.ndarray, b: np.ndarray, means_a: np.ndarray, means_b
     draws = ((means_a - means_b) * _seed_weights(seeds)).sum(axis=1)
     variance = max(draws.var(ddof=1) - 2 * of_answers, of_samples, of_seeds)
     return Difference(float(mean), float(np.sqrt(variance)), seeds, samples, float(of_seeds / either))
+
+
+@cache
+def _errors(freedom: int) -> tuple[np.ndarray, np.ndarray]:
+    """What sampling does to an estimated variance (as a factor) and to a mean (in standard errors), DRAWS times."""
+    rng = np.random.default_rng([freedom, 3])
+    return rng.chisquare(freedom, DRAWS) / freedom, rng.normal(size=DRAWS)
 
 
 @cache
