@@ -8,12 +8,13 @@ sample may cross a region's edge, and the table tells how far that goes.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from experiments.report import read
 
 MACHINE = ("cpu", "gpus", "python", "versions")
 
@@ -35,7 +36,7 @@ def compare(first: Path, again: Path) -> pd.DataFrame:
 
 
 def _compared(first: Path, again: Path) -> dict[str, Any]:
-    records = [json.loads((folder / "metrics.json").read_text("utf-8")) for folder in (first, again)]
+    records = [read(folder / "metrics.json") for folder in (first, again)]
     chosen = [_selected(folder) for folder in (first, again)]
     answers = [_answers(folder) for folder in (first, again)]
     metrics, machines = [record["metrics"] for record in records], [record["provenance"] for record in records]

@@ -22,6 +22,7 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from experiments.report import read
 from experiments.single import data_digest
 from staff.data import Sample, Task
 from staff.errors import UserError
@@ -41,7 +42,7 @@ def export(run: Path, form: str, output: Path | None = None) -> Path:
         raise UserError(f"{run} holds no metrics.json with a samples.parquet: name the folder of a recorded run.")
     if output.exists():
         raise UserError(f"{output} exists: remove it, or name another folder with --output.")
-    record = json.loads((run / "metrics.json").read_text("utf-8"))
+    record = read(run / "metrics.json")
     samples = chosen_samples(run, record)
     output.mkdir(parents=True)
     WRITERS[form](samples, output)

@@ -85,6 +85,9 @@ def _work(cfg: DictConfig, choices: dict[str, Any], job: Any) -> None:
 def main() -> None:
     """Entry point of the console script: errors in one sentence, and an honest exit status."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that errors reach us instead of being printed
+    sweeping = {"-m", "--multirun"}
+    if sweeping & set(sys.argv):  # Hydra takes it before the overrides alone
+        sys.argv[1:] = ["--multirun", *(argument for argument in sys.argv[1:] if argument not in sweeping)]
     _quiet()
     try:
         distributed.start()
@@ -93,8 +96,10 @@ def main() -> None:
         sweep.end()
         distributed.end()
     except KeyboardInterrupt:
-        said = "staff: interrupted; what is finished is kept, and the same command goes on from there."
-        sys.exit(said if distributed.first() else 1)
+        if distributed.first():
+            said = "staff: interrupted; what is finished is kept, and the same command goes on from there."
+            print(said, file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_gone():
             sys.exit(1)

@@ -31,7 +31,7 @@ from staff.made import materialise
 from staff.memory import check_fits
 from staff.models import Family, check_quantization
 from staff.pool import Pool, ScoringSettings
-from staff.selection import Coreset, SelectionMethod, budget_of, source_digest
+from staff.selection import Coreset, SelectionMethod, budget_of, check_flags, source_digest
 from staff.tokens import TokenizedSamples, answerable, fitting, tokenize
 
 log = logging.getLogger("staff")
@@ -54,6 +54,7 @@ class Run:
     def __init__(self, cfg: DictConfig, choices: dict[str, Any], store: Store | None = None):
         self.cfg, self.choices = cfg, choices
         self.method: SelectionMethod = instantiate(cfg.method, _convert_="all")
+        check_flags(self.method)
         self.settings: FinetuneSettings = instantiate(cfg.finetune, _convert_="all")
         self.scoring: ScoringSettings = instantiate(cfg.scoring)
         family: Family = instantiate(cfg.family, _convert_="all")
@@ -61,8 +62,11 @@ class Run:
         self.task: Task = instantiate(cfg.task, _convert_="all")
         tracking.check_mode(cfg.tracking.mode)
         for name in ("selection_seed", "finetune_seed"):
-            if not isinstance(cfg[name], int) or cfg[name] < 0:
-                raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0.")
+            if type(cfg[name]) is not int or not 0 <= cfg[name] < 2**32:
+                raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0 and below 2^32.")
+        tokens = cfg.evaluation.batch_tokens
+        if tokens is not None and (type(tokens) is not int or tokens < 1):
+            raise UserError(f"evaluation.batch_tokens={tokens!r} must be null or a whole number of at least 1.")
         self.train, self.test = self.task.load("train"), self.task.load("test")
         check_metrics(self.task.metrics, self.test)
         kept = budget_of(self.method, cfg.pruning_rate, len(self.train))  # refuses a bad rate

@@ -157,20 +157,25 @@ def _sum(found: Sequence[Entry]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("list", "verify", "prune"))
-    parser.add_argument("--results", type=Path, nargs="+", default=[Path("results")], help="whose records count")
-    parser.add_argument("--store", type=Path, help="folder of the artefacts; by default artifacts/ in the results")
+    parser.add_argument("--results", type=Path, nargs="+", help="folders whose records count (results)")
+    parser.add_argument(
+        "--store",
+        type=Path,
+        help="of the artefacts (artifacts/ in the results); without --results, records beside it",
+    )
     parser.add_argument("--yes", action="store_true", help="prune: remove what is listed")
     arguments = parser.parse_args()
-    store = arguments.store or arguments.results[0] / "artifacts"
+    results = arguments.results or [arguments.store.resolve().parent if arguments.store else Path("results")]
+    store = arguments.store or results[0] / "artifacts"
     if not store.is_dir():
         sys.exit(f"staff: {store} is not there: name the folder of the artefacts by --store.")
     try:
         if arguments.command == "list":
-            show(store, arguments.results)
+            show(store, results)
         elif arguments.command == "verify":
             verify(store)
         else:
-            prune(store, arguments.results, arguments.yes)
+            prune(store, results, arguments.yes)
     except UserError as error:
         sys.exit(f"staff: {error}")
 

@@ -5,9 +5,11 @@ Jobs may run in other processes or on other machines; they report through small 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import sys
 import threading
 import time
 import traceback
@@ -35,6 +37,7 @@ ALONE = "alone"
 _NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory"  # torch's word for it on a processor, a plain RuntimeError
 )
+_NOT_WRITABLE = (errno.EACCES, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 _CUT_OFF = ("Connection closed by peer", "Connection reset by peer")
 log = logging.getLogger("staff")
 _failed = 0
@@ -192,16 +195,27 @@ def sentence_of(error: BaseException | None) -> str | None:
             )
         if distributed.world() > 1 and any(words in str(error) for words in _CUT_OFF):
             return "another process of this run was killed (by the system, out of memory?)."
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and error.filename:
+            return f"{error.filename}: {error.strerror}; make room there or name another results_dir or store_dir."
         if isinstance(error, MissingConfigException) and error.options:
             group, _, option = str(error.missing_cfg_file).rpartition("/")
             return f"{group}={option} is unknown: choose {', '.join(error.options)}."
         if isinstance(error, ConfigKeyError | ConfigAttributeError) and isinstance(error.parent_node, DictConfig):
             settings = ", ".join(sorted(str(key) for key in error.parent_node if key != "_target_"))
-            return f"{error.full_key} is no setting: choose from {settings}."
+            offered = f": choose from {settings}" if settings else " here, where there are none"
+            return f"{error.full_key} is no setting{offered}.{_in_a_sweep(str(error.full_key))}"
         if isinstance(error, HydraException | OmegaConfBaseException) and said is None:
             said = " ".join(str(error).split())
         error = error.__cause__ or error.__context__
     return said
+
+
+def _in_a_sweep(key: str) -> str:
+    """Hydra composes a sweep first without what is swept over: with the default option of its groups."""
+    group = key.split(".")[0]
+    if "--multirun" in sys.argv and any(a.startswith(f"{group}=") and "," in a for a in sys.argv):
+        return f" If every {group} of the sweep has it, write it as a choice: '{key}=choice(VALUE)'."
+    return ""
 
 
 def table(folders: list[Path]) -> str:

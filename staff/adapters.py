@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from staff.errors import UserError
 from staff.models import LoraSpec, ModelSpec
 
 
@@ -24,7 +25,10 @@ def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config).eval()
+        try:
+            return get_peft_model(model, config).eval()
+        except ValueError as error:  # no layer is called so
+            raise UserError(f"LoRA targets={targets!r}: {str(error).split('. ')[0]}; name others.") from error
 
 
 def load_tuned(spec: ModelSpec, folder: Path, kind: str) -> Any:

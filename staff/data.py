@@ -162,9 +162,9 @@ class Task:
 def _asked_once(samples: Iterable[Sample]) -> list[Sample]:
     by_prompt: dict[str, Sample] = {}
     for sample in samples:
-        first = by_prompt.setdefault(sample.prompt, sample)
-        references = tuple(dict.fromkeys((*first.references, *sample.references)))
-        by_prompt[sample.prompt] = replace(first, references=references)
+        if first := by_prompt.get(sample.prompt):
+            sample = replace(first, references=tuple(dict.fromkeys((*first.references, *sample.references))))
+        by_prompt[sample.prompt] = sample
     return list(by_prompt.values())
 
 

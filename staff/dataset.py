@@ -13,7 +13,7 @@ from staff.finetune import FinetuneSettings
 from staff.made import handed_over, materialise
 from staff.models import Family, ModelSpec
 from staff.pool import Pool
-from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, budget_of
+from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, budget_of, check_flags
 from staff.tokens import fitting, tokenize
 
 Model = str | Path | ModelSpec | tuple[Any, Any]
@@ -68,6 +68,7 @@ def select(pool: ScorePool, method: SelectionMethod, pruning_rate: float, seed: 
     Raises:
         UserError: a rate outside [0, 1), and what the method refuses.
     """
+    check_flags(method)
     budget = budget_of(method, pruning_rate, len(pool.ids))
     if isinstance(pool, Pool):
         return replace(pool, seed=seed).select(method, budget)[1]

@@ -86,9 +86,9 @@ class FinetuneSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"finetune.{name}={value!r} must be a whole number of at least 1.")
-        if not isinstance(self.learning_rate, int | float) or self.learning_rate <= 0:
+        if not isinstance(self.learning_rate, int | float) or not 0 < self.learning_rate < math.inf:
             raise UserError(f"finetune.learning_rate={self.learning_rate!r} must be a positive number.")
-        for name, high in (("warmup_ratio", 1.0), ("weight_decay", float("inf")), ("max_grad_norm", float("inf"))):
+        for name, high in (("warmup_ratio", 1.0), ("weight_decay", 1e9), ("max_grad_norm", 1e9)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
                 raise UserError(f"finetune.{name}={value!r} must be a number of at least 0 and at most {high:g}.")

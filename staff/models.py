@@ -259,10 +259,10 @@ class LoraSpec:
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
             raise UserError(f"LoRA rank={self.rank!r} must be a whole number of at least 1.")
-        for name in ("alpha", "dropout"):
+        for name, high in (("alpha", 1e9), ("dropout", 1.0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                raise UserError(f"LoRA {name}={value!r} must be a number of at least 0.")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
+                raise UserError(f"LoRA {name}={value!r} must be a number of at least 0 and at most {high:g}.")
 
 
 def check_quantization() -> None:

@@ -41,6 +41,8 @@ class ScoringSettings:
         tokens = self.batch_tokens
         if tokens is not None and (type(tokens) is not int or tokens < 1):
             raise UserError(f"scoring.batch_tokens={tokens!r} must be null or a whole number of at least 1.")
+        if not isinstance(self.one_at_a_time, bool):
+            raise UserError(f"scoring.one_at_a_time={self.one_at_a_time!r} must be true or false.")
         if self.dtype not in (None, *PRECISIONS):
             raise UserError(f"scoring.dtype={self.dtype!r} is unknown: choose null, {' or '.join(PRECISIONS)}.")
 

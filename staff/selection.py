@@ -203,6 +203,13 @@ def check_choice(owner: object, name: str, choices: Sequence[str]) -> None:
         raise UserError(f"method.{name}={getattr(owner, name)!r} is unknown: choose {' or '.join(choices)}.")
 
 
+def check_flags(method: SelectionMethod) -> None:
+    """Refuse a text or a number where a method's field is true or false: every text but the empty one is true."""
+    for name, kind in getattr(type(method), "__annotations__", {}).items():
+        if kind in (bool, "bool") and not isinstance(value := getattr(method, name), bool):
+            raise UserError(f"method.{name}={value!r} must be true or false.")
+
+
 def check_budget(budget: int, eligible: int) -> None:
     """Refuse a budget that is not in [1, eligible]."""
     if not 1 <= budget <= eligible:

@@ -74,6 +74,13 @@ def test_ids_come_from_their_field_or_from_the_text(tmp_path: Path):
     assert task_of(tmp_path, *reversed(rows)).load("train")[0].id == first.id
 
 
+def test_test_rows_of_one_prompt_are_one_sample_with_the_references_of_all_and_training_rows_are_not(tmp_path):
+    others = [{**GOOD, "answer": "deux"}, {**GOOD, "question": "three?"}, GOOD]
+    task = task_of(tmp_path, GOOD, *others)
+    assert [sample.references for sample in task.load("test")] == [("two", "deux"), ("two",)]
+    assert len(task.load("train")) == 4
+
+
 def test_the_test_split_has_all_its_references(tmp_path: Path):
     row = {**GOOD, "r1": "x", "r2": "y"}
     (sample,) = task_of(tmp_path, row, references=("r1", "r2")).load("test")

@@ -1,6 +1,7 @@
 """Fine-tuning: the loss on the answer tokens, the same whatever is left out to save work."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,10 @@ def test_taking_scores_online_leaves_the_weights_alone(samples, tmp_path):
 def test_equal_steps_pass_over_a_coreset_as_often_as_makes_up_for_its_size(samples, tmp_path):
     settings = replace(SETTINGS, match="steps", epochs=2)
     assert settings.coreset_epochs(5, 12) == 3 and replace(settings, match="epochs").coreset_epochs(5, 12) == 2
+    assert repr(settings.coreset_epochs(12, 12)) == "2", "the whole pool is fine-tuned on as by any other run"
+    for pool in range(16, 400):  # the trainer rounds up
+        steps = settings.steps(pool - 12)
+        assert math.ceil(settings.coreset_epochs(pool - 12, pool) * steps) == 2 * settings.steps(pool)
     tuned(samples, tmp_path / "whole")
     few = samples.take(range(5))
     (tmp_path / "few").mkdir()

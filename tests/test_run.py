@@ -164,7 +164,14 @@ def test_a_precision_for_scoring_alone_makes_other_scores_of_the_same_fine_tunin
         ("finetune.match=tokens", "finetune.match='tokens' is unknown: choose epochs or steps"),
         ("scoring.batch_tokens=0", "scoring.batch_tokens=0 must be null or a whole number"),
         ("scoring.dtype=int8", "scoring.dtype='int8' is unknown: choose null, float32 or bfloat16"),
+        ("scoring.one_at_a_time=no", "scoring.one_at_a_time='no' must be true or false"),
+        ("evaluation.batch_tokens=0", "evaluation.batch_tokens=0 must be null or a whole number"),
+        ("method.normalise=no", "method.normalise='no' must be true or false"),
+        ("finetune.learning_rate=nan", "finetune.learning_rate=nan must be a positive number"),
+        ("finetune.lora.dropout=2", "LoRA dropout=2 must be a number of at least 0 and at most 1"),
+        ("finetune.lora.targets=nowhere", "LoRA targets='nowhere': Target modules nowhere not found"),
         ("seed=one", "seed='one' must be a whole number"),
+        ("seed=99999999999", "seed=99999999999 must be a whole number of at least 0 and below"),
         ("family.target.path=/nowhere", "family path=/nowhere is not a folder"),
         ("method=staff_official method.drop_hardest=0.9", "a budget of 6 samples cannot be met: 3 are eligible"),
     ],
@@ -198,14 +205,23 @@ def staff(*arguments: str) -> subprocess.CompletedProcess:
         ("metod=staff", "metod is no setting: choose from evaluation, family"),
         ("method.num_region=3", "method.num_region is no setting: choose from budget_rule"),
         ("pruning_rate=most", "pruning_rate='most' is not a number"),
+        ("method=raw method.rank=3", "method.rank is no setting here, where there are none"),
+        ("method=ccs,el2n method.variant=official -m", "method.variant is no setting: choose from budget_rule"),
     ],
 )
 def test_a_mistyped_group_option_setting_or_value_ends_with_the_choices(
     argument: str, sentence: str, tmp_path: Path
 ):
-    ended = staff(argument, f"results_dir={tmp_path}")
+    ended = staff(*argument.split(), f"results_dir={tmp_path}")
     assert ended.returncode != 0
     assert ended.stderr.startswith(f"staff: {sentence}") and ended.stderr.count("\n") == 1
+    assert ("'method.variant=choice(VALUE)'" in ended.stderr) == ("-m" in argument)
+
+
+def test_results_that_cannot_be_written_are_one_sentence(tmp_path: Path):
+    (tmp_path / "file").touch()
+    ended = staff("tracking=none", f"results_dir={tmp_path / 'file'}")
+    assert ended.returncode == 1 and "another results_dir" in ended.stderr and ended.stderr.count("\n") == 1
 
 
 def test_help_lists_groups_and_options_without_importing_torch():

@@ -84,7 +84,10 @@ def test_verify_names_every_damaged_artefact_and_ends_with_an_error(made, result
     assert f"damaged: {made['forgotten'].path}/manifest.json is damaged" in out and "1 of 3" in out
 
 
-def test_prune_removes_what_no_record_needs_and_only_after_saying_so(made, results, monkeypatch, capsys):
+def test_prune_removes_what_no_record_needs_and_only_after_saying_so(made, results, tmp_path, monkeypatch, capsys):
+    other = (elsewhere := tmp_path / "elsewhere") / "results/runs/other"
+    other.mkdir(parents=True)
+    (other / "metrics.json").write_text("{}")
     (checkpoints := results / "artifacts/checkpoints/0123456789").mkdir(parents=True)
     (checkpoints / "checkpoint-1").mkdir()
     assert store("prune", "--results", results, monkeypatch=monkeypatch) is None
@@ -94,7 +97,8 @@ def test_prune_removes_what_no_record_needs_and_only_after_saying_so(made, resul
     assert "2 artefacts, 1.2 MB to remove; nothing is removed without --yes" in said
     assert f"not finished: checkpoints of 01234567 ({checkpoints})" in said and checkpoints.exists()
     assert all(artefact.path.exists() for artefact in made.values())
-    assert store("prune", "--yes", "--results", results, monkeypatch=monkeypatch) is None
+    monkeypatch.chdir(elsewhere)  # with results of its own, which say nothing of another store
+    assert store("prune", "--yes", "--store", results / "artifacts", monkeypatch=monkeypatch) is None
     assert not checkpoints.exists()
     assert [name for name, artefact in made.items() if artefact.path.exists()] == ["needed"]
     assert not list((results / "artifacts/tmp").iterdir())

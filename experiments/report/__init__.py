@@ -9,14 +9,26 @@ from typing import Any
 
 import pandas as pd
 
+from staff.errors import UserError
+
 STR_NOTE = "STR: selection time / time to fine-tune the target on the whole pool (~ estimated from FLOPs)."
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The record in a metrics.json."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{file} is damaged ({error}): delete it, and the run's command records it again."
+        ) from None
 
 
 def overview(folders: Sequence[Path]) -> str:
     """A line for each record: what was selected, what it gave, and what selecting it cost."""
     if not folders:
         return "no records"
-    records = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    records = [read(folder / "metrics.json") for folder in folders]
     lines = pd.DataFrame([_line(record) for record in records])
     if len(set(lines["seed"])) == 1:
         lines = lines.drop(columns="seed")

@@ -14,6 +14,7 @@ from experiments.report.comparisons import pairs
 from experiments.report.records import collect, contexts
 from experiments.report.settings import told_apart
 from experiments.report.similarity import similarity
+from staff.errors import UserError
 
 PAPER = Path(__file__).resolve().parents[2] / "results" / "paper" / "table1.csv"
 
@@ -79,7 +80,10 @@ def main() -> None:
         "--allow-missing", action="store_true", help="a partial look: failed or missing runs are no error"
     )
     arguments = parser.parse_args()
-    table = collect(arguments.results)
+    try:
+        table = collect(arguments.results)
+    except UserError as error:
+        sys.exit(f"report: {error}")
     if table.empty:
         sys.exit(
             f"{arguments.results}/runs holds no record: run `staff` first, or name another folder by --results."
@@ -93,7 +97,7 @@ def main() -> None:
     if (failures or missing) and not arguments.allow_missing:
         sys.exit(
             f"{len(failures)} failed, {len(missing)} missing: the sweep's command again runs them "
-            "(to forget a sweep, delete its folder under sweeps/)."
+            "(to forget a sweep, delete its folder under sweeps/; a run that failed alone, its folder under runs/)."
         )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from pyarrow.parquet import read_table
 
+from experiments.report import read
 from experiments.report.settings import SEEDS, ablations, texts, variants
 
 
@@ -31,7 +32,7 @@ def report_command(results: Path) -> str:
 
 
 def _row(file: Path) -> dict[str, Any]:
-    record = json.loads(file.read_text(encoding="utf-8"))
+    record = read(file)
     overhead = {f"overhead_{k}": v for k, v in record["overhead"].items() if not isinstance(v, list)}
     finetuning = record["finetuning"] or {}
     return {
