@@ -15,6 +15,7 @@ from staff.artifacts import Artifact, Charges
 from staff.cost import Cost
 from staff.evaluate import measure, read_predictions
 from staff.finetune import epoch_flops, finetune_key
+from staff.manifest import read_manifest
 from staff.selection import Coreset
 
 if TYPE_CHECKING:
@@ -128,9 +129,19 @@ def _stages(run: Run, charges: Charges) -> list[dict[str, Any]]:
             "fingerprint": fingerprint,
             "computed": fingerprint in run.store.computed,
             **charge.cost.to_dict(),
+            **_made(run.store.root / charge.stage / fingerprint[:32]),
         }
         for fingerprint, charge in charges.items()
     ]
+
+
+def _made(folder: Path) -> dict[str, int | None]:
+    """What an artefact's seconds depend on and whoever reads it may have otherwise: how many processes worked on
+    the machine, and how many on the stage."""
+    if not folder.is_dir():  # removed since it was read
+        return {}
+    manifest, _ = read_manifest(folder)
+    return {name: manifest.get(name) for name in ("workers", "processes")}
 
 
 def _full_finetuning(run: Run, tuned: Artifact | None) -> tuple[float | None, float | None, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from staff.finetune import ONLINE_SCORES, FinetuneSettings, finetune_key, finetu
 from staff.models import PRECISIONS, Family, LoraSpec, ModelSpec, plain
 from staff.selection import Coreset, Draws, SelectionMethod, source_digest
 from staff.tokens import TokenizedSamples
+
+log = logging.getLogger(__name__)
 
 ROLES = ("small", "target", "target_tuned")
 
@@ -136,6 +139,8 @@ class Pool:
 
         if model not in ROLES:
             raise UserError(f"the model role {model!r} is unknown: choose one of {', '.join(ROLES)}.")
+        if model == "small" and self.family.small.identity() == self.family.target.identity():
+            log.warning("the small model is the target itself, and asking it costs as much: name a smaller one")
         if options.pop("online", False):
             return self._online(signals, model, indices, **options)
         spec, samples = self._scoring_spec(model), self._samples(model)

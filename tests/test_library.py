@@ -103,6 +103,16 @@ def test_bad_rows_rates_and_samples_that_do_not_fit_are_refused(tmp_path: Path):
         select(ArrayPool(["a"], {}), Random(), pruning_rate=1.5)
 
 
+def test_without_a_small_model_the_target_stands_in_and_who_asks_it_is_told(tmp_path: Path, caplog):
+    pool = dataset_pool(ROWS, str(TINY / "small"), store=tmp_path, finetune=FinetuneSettings(small_epochs=1))
+    pool.scores("loss", "target")
+    assert "the small model is the target" not in "".join(caplog.messages)
+    pool.scores("loss", "small")
+    assert "the small model is the target itself" in "".join(caplog.messages)
+    with pytest.raises(UserError, match="normalise='no' must be true or false"):
+        select(pool, Staff(normalise="no"), 0.5)  # type: ignore[arg-type]
+
+
 def test_the_seed_reaches_the_draws():
     pool = ArrayPool([f"{i}" for i in range(50)], {})
     chosen = {tuple(select(pool, Random(), 0.8, seed).indices) for seed in (0, 1, 0)}

@@ -324,6 +324,18 @@ def test_the_interval_of_a_grid_knows_of_fine_tuning_though_no_selection_differs
     assert found and (found.value, found.half) == pytest.approx((25.0, t_interval([24.0, 26.0, 25.0])[1]))
 
 
+def test_captions_tell_that_stages_were_made_beside_others_or_by_several_processes(real: Path, tmp_path: Path):
+    own = {"workers": 1, "processes": 1}
+    for seed, stage in enumerate((own, {**own, "workers": 4}, {**own, "processes": 8})):
+        record = copied(real, tmp_path, "staff", 0.5, (seed, seed), np.full(4, 20.0))
+        assert {(s["workers"], s["processes"]) for s in record["overhead"]["stages"]} == {(1, 1)}
+        record["overhead"]["stages"][0] |= stage
+        write_record(tmp_path / "runs" / record["run"]["name"], record)
+        caption = (overhead.overhead(only_context(tmp_path)) or pytest.fail("no table")).caption
+        assert ("several runs shared the machine" in caption) == (seed > 0)
+        assert ("by 1 or 8 processes" in caption) == (seed > 1)
+
+
 def test_overlap_compares_coresets_of_different_seeds_where_there_are_any(real: Path, tmp_path: Path):
     grid(real, tmp_path / "one", {"random": 0, "staff": 1}, seeds=1)
     grid(real, tmp_path / "two", {"random": 0, "staff": 1}, seeds=2)

@@ -48,7 +48,7 @@ def finish(sweep: subprocess.Popen) -> str:
 # Times and what rests on them, memory, where it ran, and who of several was first.
 DIFFERS = {
     *("started", "finished", "seconds", "str", "str_basis", "full_finetuning_seconds", "peak_memory_bytes"),
-    *("computed", "provenance", "results_dir", "store_dir"),
+    *("computed", "provenance", "results_dir", "store_dir", "workers", "processes"),
 }
 
 

@@ -83,9 +83,12 @@ def basis(context: Context) -> str:
 def machine(context: Context) -> str:
     """What seconds do not tell, as a sentence of a caption."""
     devices = ", ".join(sorted({str(d) for d in context.runs["overhead_device"] if d == d and d}))
-    alone = (context.runs["concurrent_workers"] == 1).all()
+    stages = [stage for charged in context.runs["stages"] for stage in charged]
+    alone = (context.runs["concurrent_workers"] == 1).all() and all(s.get("workers", 1) == 1 for s in stages)
     shared = "" if alone else "; several runs shared the machine, which seconds depend on and FLOPs do not"
-    return f" Measured on {devices or 'an unnamed device'}{shared}."
+    processes = sorted({s.get("processes") or 1 for s in stages})
+    several = f"; stages were carried out by {' or '.join(map(str, processes))} processes" if processes[1:] else ""
+    return f" Measured on {devices or 'an unnamed device'}{shared}{several}."
 
 
 def metric(context: Context) -> str:
