@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -119,12 +120,12 @@ def _killed() -> BrokenExecutor | None:
 
 def _reader_gone() -> bool:
     """Whether whoever read what is printed, such as `head`, has had enough; then nothing more is."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in output.poll(0))
+    if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
-        return True
-    return False
+    return gone
 
 
 def _leave(error: Exception) -> NoReturn:
