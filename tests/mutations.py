@@ -94,8 +94,8 @@ MUTATIONS = (
     Mutation(
         "prune does not wait for yes",
         "experiments/store.py",
-        "prune(store, arguments.results, arguments.yes)",
-        "prune(store, arguments.results, True)",
+        "prune(store, results, arguments.yes)",
+        "prune(store, results, True)",
         "tests/test_store.py::test_prune_removes_what_no_record_needs_and_only_after_saying_so",
     ),
     Mutation(
