@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import threading
@@ -98,7 +99,7 @@ def begin_job(number: int) -> Iterator[bool]:
     work are left until the others are done, and then have the machine to themselves, one after the other.
     """
     sweep = Path(os.environ[FOLDER])
-    if os.getppid() == int(os.environ[PROCESS]):
+    if multiprocessing.current_process().name.startswith("Loky"):
         _end_with_parent()
     with suppress(FileNotFoundError):  # another job was first; a sweep whose jobs never ran expects none
         (sweep / "jobs.draft").rename(sweep / "jobs.json")
@@ -120,12 +121,11 @@ def begin_job(number: int) -> Iterator[bool]:
 
 @cache
 def _end_with_parent() -> None:
-    """Have this worker end, once its job is done, if the sweep's own process is gone: joblib's would wait for it
-    for ever."""
-    parent = os.getppid()
+    """Have this worker of joblib's end, once its job is done, if the sweep's own process is gone: it would wait for
+    ever."""
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == int(os.environ[PROCESS]):
             time.sleep(1)
         with _at_work:
             os._exit(1)
