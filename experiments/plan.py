@@ -209,7 +209,7 @@ def seconds_of(stage: Stage, gpu: Gpu | None, speeds: dict[str, tuple[float, flo
 
 
 def table(stages: Sequence[Stage], seconds: Sequence[float]) -> pd.DataFrame:
-    """A row for each kind of stage: how many, how many of them are made, FLOPs and hours of those that are not."""
+    """A row for each kind of stage: how many, how many of them lie in the store, FLOPs and hours of the others."""
     rows = pd.DataFrame(
         {
             "stage": [re.sub(r"\b\d+ (?=samples|test)", "N ", stage.label) for stage in stages],
@@ -273,9 +273,12 @@ def main() -> None:
     sums = table(stages, seconds)
     shown = sums.drop(columns="exact").assign(
         FLOPs=[f"{'' if exact else '~'}{flops:.3g}" for flops, exact in zip(sums["FLOPs"], sums["exact"])],
-        hours=[f"{hours:.3g}" for hours in sums["hours"]],
+        hours=["-" if np.isnan(hours) else f"{hours:.3g}" for hours in sums["hours"]],
     )
     print(shown.to_string())
+    print(
+        "made: in the store already, and in neither FLOPs nor hours; a coreset's is found where it can be foreseen"
+    )
     for name, size in memory.items():
         over = "" if gpu is None or size <= gpu.memory else f", more than a {asked.gpu} has"
         print(f"fine-tuning {name} takes about {size / 1e9:.3g} GB{over}")

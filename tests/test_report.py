@@ -324,6 +324,14 @@ def test_the_interval_of_a_grid_knows_of_fine_tuning_though_no_selection_differs
     assert found and (found.value, found.half) == pytest.approx((25.0, t_interval([24.0, 26.0, 25.0])[1]))
 
 
+def test_runs_that_answered_other_test_samples_stand_in_tables_of_their_own(real: Path, tmp_path: Path):
+    for seed, dropped in enumerate((0, 0, 3)):
+        copied(real, tmp_path, "staff", 0.5, (seed, seed), np.full(4, 20.0), counts__test_dropped_too_long=dropped)
+    found = contexts(collect(tmp_path), tmp_path / "runs")
+    assert [len(context.runs) for context in found if context.varied == "method"] == [2, 1]
+    assert "without 3" in found[-1].title
+
+
 def test_captions_tell_that_stages_were_made_beside_others_or_by_several_processes(real: Path, tmp_path: Path):
     own = {"workers": 1, "processes": 1}
     for seed, stage in enumerate((own, {**own, "workers": 4}, {**own, "processes": 8})):
