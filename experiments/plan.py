@@ -277,7 +277,8 @@ def main() -> None:
     )
     print(shown.to_string())
     print(
-        "made: in the store already, and in neither FLOPs nor hours; a coreset's is found where it can be foreseen"
+        "made: stored already, so in neither FLOPs nor hours; what rests on a coreset chosen by scores is not "
+        "recognised"
     )
     for name, size in memory.items():
         over = "" if gpu is None or size <= gpu.memory else f", more than a {asked.gpu} has"

@@ -37,8 +37,10 @@ from staff.tokens import TokenizedSamples, answerable, fitting, tokenize
 log = logging.getLogger("staff")
 
 # What does not change a run's numbers, or is known better by content than by name; by dotted name.
-NOT_IN_FINGERPRINT = ("tracking", "results_dir", "store_dir", "scoring", "evaluation", "seed")
-NOT_IN_FINGERPRINT = (*NOT_IN_FINGERPRINT, "method.path", "task.data_dir", "finetune.fsdp")
+NOT_IN_FINGERPRINT = (
+    *("tracking", "results_dir", "store_dir", "scoring", "evaluation", "seed"),
+    *("method.path", "task.data_dir", "finetune.fsdp"),
+)
 _latest: dict[str, dict[str, TokenizedSamples]] = {}
 """The tokenised samples of this process's latest run, under what they depend on."""
 

@@ -196,7 +196,7 @@ def sentence_of(error: BaseException | None) -> str | None:
         if distributed.world() > 1 and any(words in str(error) for words in _CUT_OFF):
             return "another process of this run was killed (by the system, out of memory?)."
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and error.filename:
-            return f"{error.filename}: {error.strerror}; make room there or name another results_dir or store_dir."
+            return f"{error.filename}: {error.strerror}; mend that or name another folder."
         if isinstance(error, MissingConfigException) and error.options:
             group, _, option = str(error.missing_cfg_file).rpartition("/")
             return f"{group}={option} is unknown: choose {', '.join(error.options)}."

@@ -221,7 +221,7 @@ def test_a_mistyped_group_option_setting_or_value_ends_with_the_choices(
 def test_results_that_cannot_be_written_are_one_sentence(tmp_path: Path):
     (tmp_path / "file").touch()
     ended = staff("tracking=none", f"results_dir={tmp_path / 'file'}")
-    assert ended.returncode == 1 and "another results_dir" in ended.stderr and ended.stderr.count("\n") == 1
+    assert ended.returncode == 1 and "name another folder" in ended.stderr and ended.stderr.count("\n") == 1
 
 
 def test_help_lists_groups_and_options_without_importing_torch():
