@@ -155,33 +155,49 @@ def margin(better: np.ndarray, worse: np.ndarray, seed: int) -> str:
     return f"{(better - worse).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
+TUNED, RAW, SMALL = "target, tuned on the pool", "target, raw", "small, tuned on the pool"
+TENTH = "target, tuned on a random tenth"
+
+
 def measure(args) -> str:
     pool, test = read_jsonl(args.train_file)[: args.pool], read_jsonl(args.test_file)[: args.test]
     folder = args.assets / "tiny"
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
-    pad = tokenizer.pad_token_id
-    models = {
-        role: ModelSpec(str(folder / role)).weights(dtype=torch.float32).eval() for role in ("small", "target")
-    }
     train = encode(tokenizer, [summary_sample(row) for row in pool])
-    probe = encode(tokenizer, [summary_sample({**row, "summary": row.get("summary1", "")}) for row in test])
-    lengths = [[len(tokenizer(row[k])["input_ids"]) for k in row if k.startswith("summary")] for row in test]
+    models, seconds = adapted(folder, train, args, tokenizer.pad_token_id)
+    effort = {name: efforts(models[name], train, tokenizer.pad_token_id) for name in (SMALL, RAW, TUNED)}
+    lines = [*performance(models, seconds, test, tokenizer, args), "", *agreement(effort, train)]
+    settings = (
+        f"learning rate {args.learning_rate}, {args.epochs} epochs, batch {args.batch_size}, seed {args.seed}"
+    )
+    return f"Pool of {len(pool)}, {len(test)} test dialogues; {settings}.\n\n" + "\n".join(lines) + "\n"
+
+
+def adapted(folder: Path, train, args, pad: int):
+    """The raw and the tuned models by name, and the seconds that the tuned ones took."""
+    roles = ("small", "target")
+    raw = {role: ModelSpec(str(folder / role)).weights(dtype=torch.float32).eval() for role in roles}
     tenth = sorted(np.random.default_rng(args.seed).choice(len(train), len(train) // 10, replace=False))
-    adapted, seconds = {}, {}
+    tuned, seconds = {}, {}
     for name, role, samples in (
-        ("small, tuned on the pool", "small", train),
-        ("target, tuned on the pool", "target", train),
-        ("target, tuned on a random tenth", "target", [train[i] for i in tenth]),
+        (SMALL, "small", train),
+        (TUNED, "target", train),
+        (TENTH, "target", [train[i] for i in tenth]),
     ):
         started = time.time()
-        adapted[name] = finetune(models[role], samples, args, pad, args.seed)
+        tuned[name] = finetune(raw[role], samples, args, pad, args.seed)
         seconds[name] = time.time() - started
-    adapted = {f"{role}, raw": with_lora(models[role], args.seed).eval() for role in models} | adapted
+    return {f"{role}, raw": with_lora(raw[role], args.seed).eval() for role in roles} | tuned, seconds
 
+
+def performance(models, seconds, test, tokenizer, args) -> list[str]:
+    """What the models' summaries are worth, and the margins between them, as tables."""
+    probe = encode(tokenizer, [summary_sample({**row, "summary": row.get("summary1", "")}) for row in test])
+    lengths = [[len(tokenizer(row[k])["input_ids"]) for k in row if k.startswith("summary")] for row in test]
     lines = ["| model | ROUGE-L | cut to the length of the references | mean tokens | fine-tuning |"]
     lines += ["|---|---|---|---|---|"]
     scores, cut = {}, {}
-    for name, model in adapted.items():
+    for name, model in models.items():
         answers = summarise(model, probe, tokenizer)
         scores[name] = rouge_l(tokenizer.batch_decode(answers), test)
         short = [answer[: round(np.mean(several))] for answer, several in zip(answers, lengths, strict=True)]
@@ -193,30 +209,29 @@ def measure(args) -> str:
         )
         if args.show:
             print(name, *tokenizer.batch_decode(answers[: args.show]), sep="\n  ")
-    tuned, raw, small = "target, tuned on the pool", "target, raw", "small, tuned on the pool"
     lines += ["", "| margin in ROUGE-L over the test samples | mean [95 % interval] |", "|---|---|"]
     for label, better, worse in (
-        ("tuned target over raw target", scores[tuned], scores[raw]),
-        ("the same, both cut to the length of the references", cut[tuned], cut[raw]),
-        ("tuned target over tuned small model", scores[tuned], scores[small]),
-        ("whole pool over a random tenth", scores[tuned], scores["target, tuned on a random tenth"]),
+        ("tuned target over raw target", scores[TUNED], scores[RAW]),
+        ("the same, both cut to the length of the references", cut[TUNED], cut[RAW]),
+        ("tuned target over tuned small model", scores[TUNED], scores[SMALL]),
+        ("whole pool over a random tenth", scores[TUNED], scores[TENTH]),
     ):
         lines.append(f"| {label} | {margin(better, worse, args.seed)} |")
+    return lines
+
+
+def agreement(effort, train) -> list[str]:
+    """How the small model's effort scores agree with the target's, as a table."""
     answer_lengths = [len(ids) - start for ids, start in train]
-    effort = {name: efforts(adapted[name], train, pad) for name in (small, raw, tuned)}
-    lines += ["", "| effort scores on the pool: Spearman | last v_proj lora_B | all LoRA parameters |"]
-    lines += ["|---|---|---|"]
-    for name in (raw, tuned):
+    lines = ["| effort scores on the pool: Spearman | last v_proj lora_B | all LoRA parameters |", "|---|---|---|"]
+    for name in (RAW, TUNED):
         for label, correlate in (
             ("", lambda x, y: spearmanr(x, y)[0]),
             (", given the answer's length", lambda x, y: partial_spearman(x, y, answer_lengths)),
         ):
-            values = [correlate(effort[small][kind], effort[name][kind]) for kind in ("last", "all")]
-            lines.append(f"| {small} / {name}{label} | {values[0]:.2f} | {values[1]:.2f} |")
-    settings = (
-        f"learning rate {args.learning_rate}, {args.epochs} epochs, batch {args.batch_size}, seed {args.seed}"
-    )
-    return f"Pool of {len(pool)}, {len(test)} test dialogues; {settings}.\n\n" + "\n".join(lines) + "\n"
+            values = [correlate(effort[SMALL][kind], effort[name][kind]) for kind in ("last", "all")]
+            lines.append(f"| {SMALL} / {name}{label} | {values[0]:.2f} | {values[1]:.2f} |")
+    return lines
 
 
 def main() -> None:
