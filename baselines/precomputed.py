@@ -119,7 +119,7 @@ def _read_csv(file: Path) -> Any:
         rows = csv.DictReader(lines)
         column = next((name for name in COLUMNS if name in (rows.fieldnames or ())), None)
         if column is None:
-            has = ", ".join(rows.fieldnames or ()) or "none"
+            has = ", ".join(" ".join(name.split()) for name in rows.fieldnames or ()) or "none"
             raise UserError(f"method.path={file} needs a column {' or '.join(COLUMNS)}; it has {has}.")
         return [row[column] if column == "id" else int(row[column]) for row in rows]
 

@@ -195,7 +195,7 @@ def _lookup(row: Mapping[str, Any], path: Sequence[str], where: str, setting: st
     value: Any = row
     for depth, name in enumerate(path):
         if not isinstance(value, Mapping) or name not in value:
-            has = ", ".join(sorted(map(str, row))) or "none"
+            has = ", ".join(" ".join(str(field).split()) for field in sorted(row, key=str)) or "none"
             raise UserError(
                 f"{where}: no field {_spelt(path[: depth + 1])} (wanted by {setting}); it has {_short(has)}."
             )

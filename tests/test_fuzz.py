@@ -293,6 +293,21 @@ def a_pruning_rate_gives_a_budget_or_a_sentence(folder: Path, rate: Any, size: i
 
 FINDS: list[tuple[str, dict[str, Any]]] = [
     ("a_listed_coreset_is_read_or_refused_in_a_sentence", {"file": (".json", b"58343"), "pool_size": None}),
+    ("a_listed_coreset_is_read_or_refused_in_a_sentence", {"file": (".csv", b'"two\nlines",b\n'), "pool_size": 2}),
+    (
+        "a_file_gives_samples_or_a_sentence",
+        {"content": b'{"two\\nlines": ""}', "prompt": "{question}", "answer": "{answer}", "settings": {}},
+    ),
+    (
+        "regions_hold_every_sample_once_and_no_budget_is_exceeded",
+        {
+            "scores": [3.2e16, -1.1e16, float(np.finfo(np.float32).max)],
+            "num_regions": 49,
+            "ratios": [np.nan, 1e-4, np.nan] + [1.0] * 17,
+            "budget": 16,
+            "as_the_authors": True,
+        },
+    ),
 ]
 
 
