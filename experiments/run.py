@@ -100,7 +100,7 @@ def main() -> None:
         if distributed.first():
             said = "staff: interrupted; what is finished is kept, and the same command goes on from there."
             print(said, file=sys.stderr)
-        sys.exit(130)
+        distributed.leave(130)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_gone():
             sys.exit(1)
@@ -135,7 +135,7 @@ def _leave(error: Exception) -> NoReturn:
             traceback.print_exception(error)
         print(f"staff: {sentence or repr(error)}", file=sys.stderr)
         distributed.told()
-    sys.exit(1)
+    distributed.leave(1)
 
 
 def _quiet() -> None:
