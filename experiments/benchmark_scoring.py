@@ -13,12 +13,16 @@ drawn at random so that nothing is zero. The ways, in interleaved rounds:
 - ours: `staff.scoring`, batched, exact;
 - ours, bf16: the same in bfloat16, where asked for by --bf16 1.
 
+With --drawn 1 the models have the shapes of their configurations and weights drawn at random, on the device: for
+families whose weights are not at hand. A folder with config.json and a tokenizer is enough then.
+
 "of the floor" is floor time over our time: 1 says that scores cost nothing beyond a forward pass. "FLOPs bound" is
 the same ratio of floating point operations: what it would be if both ran at the same speed. It is below 1 because
 the gradient of the head is another product of the head's size; only what the last block skips pays that back.
 Error: the largest relative difference of our scores from the authors'. The second table says where the time goes,
 in milliseconds by torch's profiler: what separates ours from the floor. The third is one size after the other:
-throughput and peak memory while the number of samples grows. Times are the processor's.
+throughput and peak memory while the number of samples grows. Times are the processor's; on a GPU the clock's, and
+without the second table.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from experiments.benchmarking import alternating, arguments, clock, configured, row, table, write
 from experiments.single import Run
@@ -45,8 +50,15 @@ ADAPTER = LoraSpec(rank=81, alpha=16, dropout=0.0, targets=("q_proj", "v_proj"))
 EFFORT = Asked(("effort",))
 
 
-def with_adapter(spec: ModelSpec) -> Any:
-    model = fresh_lora(spec.load(), ADAPTER, seed=0)
+def drawn_at_random(spec: ModelSpec) -> Any:
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        options = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
+        return AutoModelForCausalLM.from_config(spec.config(), **options).eval()
+
+
+def with_adapter(spec: ModelSpec, drawn: int) -> Any:
+    model = fresh_lora(drawn_at_random(spec) if drawn else spec.load(), ADAPTER, seed=0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for name, parameter in model.named_parameters():
@@ -114,7 +126,7 @@ KINDS = {
 
 
 def profiled(way: Callable[[], Any]) -> list[str]:
-    """Milliseconds that a way spends in operations of each of `KINDS`, and in all others."""
+    """Milliseconds that a way spends in operations of each of `KINDS`, and in all others, on a processor."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         way()
     spent = {event.key: event.self_cpu_time_total / 1000 for event in profile.key_averages()}
@@ -122,10 +134,10 @@ def profiled(way: Callable[[], Any]) -> list[str]:
     return [f"{part:.0f}" for part in (*parts, sum(spent.values()) - sum(parts))]
 
 
-def compare(run: Run, role: str, count: int, rounds: int, bf16: int) -> tuple[str, list[str]]:
+def compare(run: Run, role: str, count: int, rounds: int, bf16: int, drawn: int) -> tuple[str, list[str]]:
     spec = run.family.small if role == "small" else run.family.target
     samples = run.tokenized[role].take(np.arange(count))
-    model, pad = with_adapter(spec), spec.tokenizer().pad_token_id
+    model, pad = with_adapter(spec, drawn), spec.tokenizer().pad_token_id
     batches = batches_of(samples, run.scoring.batch_tokens or suited_batch_tokens(model), pad, model.device)
     ways: dict[str, Callable[[], Any]] = {
         "authors": partial(authors, model, samples, pad, 2),
@@ -134,7 +146,7 @@ def compare(run: Run, role: str, count: int, rounds: int, bf16: int) -> tuple[st
         "ours": partial(ours, model, samples, run, pad),
     }
     if bf16:
-        ways["bf16"] = partial(ours, with_adapter(spec).bfloat16(), samples, run, pad)
+        ways["bf16"] = partial(ours, with_adapter(spec, drawn).bfloat16(), samples, run, pad)
     seconds, values = alternating(ways, rounds)
     error = np.max(np.abs(values["ours"] / values["authors"] - 1))
     narrow = ("", "")
@@ -145,7 +157,8 @@ def compare(run: Run, role: str, count: int, rounds: int, bf16: int) -> tuple[st
     bound += 2 * samples.lengths.sum() * sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
     bound /= scoring_flops(model, samples.lengths, samples.answer_lengths, EFFORT)
     name = f"{run.choices['family']} {role}, {run.choices['task']}"
-    profiles = [row(f"{name}: {way}", *profiled(ways[way])) for way in ("floor", "ours")]
+    on_processor = () if torch.cuda.is_available() else ("floor", "ours")
+    profiles = [row(f"{name}: {way}", *profiled(ways[way])) for way in on_processor]
     compared = row(
         name,
         *(f"{count / seconds[name]:.3g}" for name in ("authors", "once", "floor", "ours")),
@@ -159,10 +172,10 @@ def compare(run: Run, role: str, count: int, rounds: int, bf16: int) -> tuple[st
     return compared, profiles
 
 
-def growth(run: Run, count: int) -> list[str]:
+def growth(run: Run, count: int, drawn: int) -> list[str]:
     """1, 4 and 16 times the samples, of the small model."""
     spec, whole = run.family.small, run.tokenized["small"]
-    model, pad, rows = with_adapter(spec), spec.tokenizer().pad_token_id, []
+    model, pad, rows = with_adapter(spec, drawn), spec.tokenizer().pad_token_id, []
     ours(model, whole.take(np.arange(count)), run, pad)
     for times in (1, 4, 16):
         if times * count > len(whole.ids):
@@ -179,7 +192,7 @@ def growth(run: Run, count: int) -> list[str]:
 
 
 def main() -> None:
-    asked, cases = arguments(__doc__, samples=192, rounds=3, bf16=0, growth=128)
+    asked, cases = arguments(__doc__, samples=192, rounds=3, bf16=0, growth=128, drawn=0)
     lines = table(
         *("model, data", "authors", "authors, once", "floor", "ours", "ours / authors", "ours / once"),
         *("of the floor", "FLOPs bound", "error", "bf16 / authors", "bf16 rank correlation"),
@@ -189,12 +202,12 @@ def main() -> None:
     for case in cases:
         run = configured(*case, f"task.train_limit={max(asked.samples, 17 * asked.growth)}")
         for role in ("small", "target"):
-            compared, profiles = compare(run, role, asked.samples, asked.rounds, asked.bf16)
+            compared, profiles = compare(run, role, asked.samples, asked.rounds, asked.bf16, asked.drawn)
             lines.append(compared)
             spent += profiles
             print(compared, *profiles, sep="\n", flush=True)
-        growing += growth(run, asked.growth)
-    write(asked.name or "scoring", __doc__, lines, spent, growing)
+        growing += growth(run, asked.growth, asked.drawn)
+    write(asked.name or "scoring", __doc__, lines, *([] if torch.cuda.is_available() else [spent]), growing)
 
 
 if __name__ == "__main__":

@@ -317,5 +317,6 @@ def test_whatever_comes_in(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(("name", "values"), FINDS)
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_what_fuzzing_found_stays_mended(name: str, values: dict[str, Any], tmp_path: Path):
     PROPERTIES[name][0](tmp_path, **values)
