@@ -80,7 +80,7 @@ def performance(context: Context) -> Made:
     looks = list(_looks(context))
     if not rates or not looks:
         return None
-    step = min(np.diff(rates), default=0.1) * 0.08
+    step = min([*np.diff(rates), 0.1]) * 0.08
     for i, (variant, look) in enumerate(looks):
         points = [(rate, m) for rate in rates if (m := mean(context, variant, rate))]
         shift = (i - (len(looks) - 1) / 2) * step  # so that intervals do not hide one another
