@@ -8,6 +8,7 @@ sample may cross a region's edge, and the table tells how far that goes.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("first", type=Path, help="folder that holds the runs/ that were there first")
     parser.add_argument("again", type=Path, help="folder that holds the runs/ that were made again")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     table = compare(arguments.first, arguments.again)
     if table.empty:
         sys.exit(f"{arguments.first}/runs holds no record: name the results folder that is to be compared with.")

@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import re
+import signal
 import sys
 import tempfile
 import warnings
@@ -241,7 +242,7 @@ def plan(
     with tempfile.TemporaryDirectory() as folder:
         store: Foresight | None = None
         for job, cfg, choices in jobs(overrides):
-            store = store or Foresight(Path(folder), Store(cfg.store_dir))
+            store = store or Foresight(Path(folder), Store(sweep.folder_of(cfg, "store_dir")))
             kinds = {stage.kind for stage in store.stages.values()}
             run = foreseen(cfg, choices, store)
             if {stage.kind for stage in store.stages.values()} - kinds:
@@ -261,6 +262,7 @@ def main() -> None:
     parser.add_argument("--calibrate", action="store_true", help="hours on this machine, measured on a few samples")
     parser.add_argument("-m", "--multirun", action="store_true", help="changes nothing: as in the sweep's command")
     asked = parser.parse_intermixed_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     logging.getLogger("staff").setLevel(logging.WARNING)
     warnings.simplefilter("ignore", FutureWarning)
     gpu = GPUS.get(asked.gpu)

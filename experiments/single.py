@@ -55,6 +55,7 @@ class Run:
 
     def __init__(self, cfg: DictConfig, choices: dict[str, Any], store: Store | None = None):
         self.cfg, self.choices = cfg, choices
+        self.results = sweep.folder_of(cfg, "results_dir")
         self.method: SelectionMethod = instantiate(cfg.method, _convert_="all")
         check_flags(self.method)
         self.settings: FinetuneSettings = instantiate(cfg.finetune, _convert_="all")
@@ -74,7 +75,7 @@ class Run:
         kept = budget_of(self.method, cfg.pruning_rate, len(self.train))  # refuses a bad rate
         fixed = hasattr(self.method, "fixed_size")
         self.pruning_rate = float(1 - Fraction(kept, len(self.train))) if fixed else cfg.pruning_rate
-        self.store = store or Store(cfg.store_dir, workers=sweep.workers())
+        self.store = store or Store(sweep.folder_of(cfg, "store_dir"), workers=sweep.workers())
         held = (self.settings.quantization, self.settings.fsdp)
         self.family = materialise(family, self.store).held(*held)
         self.selecting = self.family
@@ -144,7 +145,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return Path(self.cfg.results_dir) / "runs" / self.name
+        return self.results / "runs" / self.name
 
     @property
     def recorded(self) -> bool:

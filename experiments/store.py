@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -165,6 +166,7 @@ def main() -> None:
     )
     parser.add_argument("--yes", action="store_true", help="prune: remove what is listed")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     results = arguments.results or [arguments.store.resolve().parent if arguments.store else Path("results")]
     store = arguments.store or results[0] / "artifacts"
     if not store.is_dir():

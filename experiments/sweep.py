@@ -45,13 +45,25 @@ _failed = 0
 _at_work = threading.Lock()
 
 
+def folder_of(config: DictConfig, name: str) -> Path:
+    """The folder that a setting names, a number too.
+
+    Raises:
+        UserError: it names none.
+    """
+    if config[name] in (None, ""):
+        raise UserError(f"{name}={config[name]!r} must name a folder.")
+    return Path(str(config[name]))
+
+
 class Sweep(Callback):
     """Hydra tells it when a sweep starts and ends."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if FOLDER in os.environ or distributed.launched():  # once more, for the jobs that are left; or refused
             return
-        folder = Path(config.results_dir).absolute() / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        folder = Path(str(config.results_dir)).absolute()
+        folder = folder / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir(parents=True)
         expected = expected_jobs(config)
         (folder / "jobs.draft").write_text(json.dumps(expected))

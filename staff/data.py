@@ -72,6 +72,8 @@ class Task:
             if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
                 kind = "a list of fields" if setting == "references" else "a template"
                 raise UserError(f"task.{setting}={getattr(self, setting)!r} must be {kind}.")
+        if self.data_dir is not None and not isinstance(self.data_dir, str):
+            raise UserError(f"task.data_dir={self.data_dir!r} must name a folder by text, such as ./data.")
         if self.data_dir is None and self.hub is None:
             raise UserError(
                 f"task {self.name!r} names no data: set task.data_dir=FOLDER (with {self.train_file} and "

@@ -94,6 +94,8 @@ class ModelSpec:
     made: Artifact | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path:
+            raise UserError(f"family path={self.path!r} must be text: a folder, a GGUF file or a name on the hub.")
         if self.dtype not in PRECISIONS:
             raise UserError(f"family dtype={self.dtype!r} is unknown: choose {' or '.join(PRECISIONS)}.")
         if self.attention not in ATTENTIONS:

@@ -66,6 +66,9 @@ class ArrayPool:
         scores: Mapping[tuple[str, str], np.ndarray],
         answer_lengths: np.ndarray | None = None,
     ):
+        for position, given in enumerate(ids):
+            if not isinstance(given, str):
+                raise UserError(f"ids[{position}]={given!r} must be text: give ids as strings.")
         if len(set(ids)) != len(ids):
             raise UserError("ids must be unique: give every sample an id of its own.")
         self.ids = list(ids)

@@ -101,6 +101,10 @@ def test_bad_rows_rates_and_samples_that_do_not_fit_are_refused(tmp_path: Path):
         dataset_pool(ROWS, target, finetune=FinetuneSettings(max_length=3), store=tmp_path)
     with pytest.raises(UserError, match=r"pruning_rate=1.5 is outside \[0, 1\)"):
         select(ArrayPool(["a"], {}), Random(), pruning_rate=1.5)
+    with pytest.raises(UserError, match=r"ids\[1\]=1 must be text"):
+        ArrayPool(["0", 1], {})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="ids must be unique"):
+        ArrayPool(["a", "a"], {})
 
 
 def test_without_a_small_model_the_target_stands_in_and_who_asks_it_is_told(tmp_path: Path, caplog):

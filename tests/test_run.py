@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,11 @@ def test_a_precision_for_scoring_alone_makes_other_scores_of_the_same_fine_tunin
         ("finetune.lora.targets=nowhere", "LoRA targets='nowhere': Target modules nowhere not found"),
         ("seed=one", "seed='one' must be a whole number"),
         ("seed=99999999999", "seed=99999999999 must be a whole number of at least 0 and below"),
+        ("family.target.path=3", "family path=3 must be text"),
+        ("family.small.path=null", "family path=None must be text"),
+        ("task.data_dir=5", "task.data_dir=5 must name a folder"),
+        ("store_dir=null", "store_dir=None must name a folder"),
+        ("results_dir=null", "results_dir=None must name a folder"),
         ("family.target.path=/nowhere", "family path=/nowhere is not a folder"),
         ("method=staff_official method.drop_hardest=0.9", "a budget of 6 samples cannot be met: 3 are eligible"),
     ],
@@ -233,8 +239,10 @@ def test_help_lists_groups_and_options_without_importing_torch():
     assert "staff_official" in ended.stdout and ended.stdout.strip().endswith("False")
 
 
-def test_a_reader_that_has_had_enough_is_no_error():
-    piped = f"{sys.executable} -m experiments.run --help | true"
+@pytest.mark.parametrize("command", ["run --help", "store list --store {}", "compare {} {}"])
+def test_a_reader_that_has_had_enough_is_no_error(tmp_path, command: str):
+    shutil.copytree(ROOT / "results" / "slice" / "runs", tmp_path / "runs")
+    piped = f"{sys.executable} -m experiments.{command.replace('{}', str(tmp_path))} | true"
     assert subprocess.run(piped, shell=True, cwd=ROOT, capture_output=True, text=True).stderr == ""
 
 

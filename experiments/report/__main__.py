@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def main() -> None:
         "--allow-missing", action="store_true", help="a partial look: failed or missing runs are no error"
     )
     arguments = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     try:
         table = collect(arguments.results)
     except UserError as error:
