@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, run_shrunk
 
 from experiments.report import overhead, performance
-from experiments.report.__main__ import summary, write
+from experiments.report.__main__ import left_over, summary, write
 from experiments.report.comparisons import mean, pairs
 from experiments.report.figures import overlap
 from experiments.report.records import Context, collect, contexts
@@ -414,8 +414,11 @@ def test_the_same_records_give_the_same_files(real: Path, tmp_path: Path):
         for file in sorted([*tmp_path.glob("tables/*"), *tmp_path.glob("figures/*"), tmp_path / "report.html"]):
             yield file.name, file.read_bytes()
 
-    first, second = dict(written()), dict(written())
+    first = dict(written())
+    (stale := tmp_path / "tables/performance-of-a-task-that-is-gone.md").write_text("an earlier report's")
+    second = dict(written())
     assert [name for name in first if first[name] != second.get(name)] == []
+    assert left_over(tmp_path) == [stale]
 
 
 def test_a_thousand_records_are_reported_in_seconds(real: Path, tmp_path: Path):

@@ -38,6 +38,13 @@ def write(results: Path, table: pd.DataFrame) -> Path:
     return page.write(results / "report.html", sections, table)
 
 
+def left_over(results: Path) -> list[Path]:
+    """Tables and figures of an earlier report that the latest, whose `metrics.csv` came first, did not write."""
+    written = (results / "metrics.csv").stat().st_mtime_ns
+    files = sorted(file for folder in ("tables", "figures") for file in (results / folder).glob("*"))
+    return [file for file in files if file.stat().st_mtime_ns < written]
+
+
 def summary(table: pd.DataFrame) -> str:
     """Mean and standard deviation over seeds, never over runs that differ in anything else."""
     told = told_apart(table)
@@ -92,6 +99,8 @@ def main() -> None:
         )
     page = write(arguments.results, table)
     print(f"{summary(table)}\n\n{len(table)} runs: {arguments.results / 'metrics.csv'}, tables/, figures/, {page}")
+    for file in left_over(arguments.results):
+        print(f"not of these records, left by an earlier report: {file}")
     failures, missing = unfinished(arguments.results)
     for kind, jobs in (("failed", failures), ("missing", missing)):
         for job in jobs:
