@@ -40,21 +40,24 @@ from staff.progress import progress
 
 
 class Gpu(NamedTuple):
-    """Dense bfloat16 FLOP/s and bytes of memory, by the vendor's data sheet."""
+    """Dense FLOP/s in bfloat16 and in float32 (plain, as torch computes by default), and bytes of memory, by the
+    vendor's data sheet."""
 
-    flops: float
+    bfloat16: float
+    float32: float
     memory: float
 
 
 GPUS = {
-    "h100": Gpu(989e12, 80e9),
-    "h200": Gpu(989e12, 141e9),
-    "a100": Gpu(312e12, 80e9),
-    "l40s": Gpu(362e12, 48e9),
-    "rtx4090": Gpu(165e12, 24e9),
+    "h100": Gpu(989e12, 67e12, 80e9),
+    "h200": Gpu(989e12, 67e12, 141e9),
+    "a100": Gpu(312e12, 19.5e12, 80e9),
+    "l40s": Gpu(362e12, 91.6e12, 48e9),
+    "rtx4090": Gpu(165e12, 82.6e12, 24e9),
 }
-UTILISATION = {"finetune": 0.4, "scores": 0.4, "evaluation": 0.05}
-"""Assumed fractions of the peak, not measured; decoding is bound by memory, not by arithmetic."""
+UTILISATION = {"finetune": 0.4, "scores": 0.24, "evaluation": 0.05}
+"""Fractions of the peak. Scores: measured with Gemma-7b's shape on an H200. The others are assumed; decoding is
+bound by memory, not by arithmetic. A model too small to fill the GPU reaches less."""
 FEW = (16, 48)
 """Samples of the pool that stages are calibrated on."""
 KIND = ("model", "settings", "signals", "gradient", "variant", "fresh_adapter", "max_new_tokens", "online")
@@ -66,6 +69,7 @@ class Stage:
 
     Attributes:
         kind: what stages with the same speed have in common.
+        precision: that it computes in.
         exact: its FLOPs do not depend on scores or answers.
         made: the sweep's own store has it already.
     """
@@ -74,6 +78,7 @@ class Stage:
     fingerprint: str
     label: str
     kind: str
+    precision: str
     cost: Cost
     exact: bool
     made: bool
@@ -106,7 +111,8 @@ class Foresight(Store):
             exact = key.get("samples") in self.certain and not second
             made = self.real.find(stage, key) is not None
             fingerprint, kind = artifact.fingerprint, kind_of(stage, key)
-            self.stages[fingerprint] = Stage(stage, fingerprint, label, kind, artifact.cost, exact, made)
+            precision = key["settings"]["precision"] if stage == "finetune" else key["model"]["dtype"]
+            self.stages[fingerprint] = Stage(stage, fingerprint, label, kind, precision, artifact.cost, exact, made)
         return artifact
 
 
@@ -206,7 +212,10 @@ def seconds_of(stage: Stage, gpu: Gpu | None, speeds: dict[str, tuple[float, flo
     if stage.kind in speeds:
         constant, slope = speeds[stage.kind]
         return constant + slope * stage.cost.flops
-    return float("nan") if gpu is None else stage.cost.flops / (gpu.flops * UTILISATION[stage.stage])
+    if gpu is None:
+        return float("nan")
+    peak = gpu.bfloat16 if stage.precision == "bfloat16" else gpu.float32
+    return stage.cost.flops / (peak * UTILISATION[stage.stage])
 
 
 def table(stages: Sequence[Stage], seconds: Sequence[float]) -> pd.DataFrame:

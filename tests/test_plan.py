@@ -25,6 +25,7 @@ def test_a_plan_counts_the_stages_of_a_sweep_once_and_their_flops_as_the_records
         stages, seconds, memory = plan(sweep, GPUS["h100"], calibrate=False)
     assert not results.exists(), "a plan leaves nothing behind"
     assert all(time > 0 for time in seconds) and set(memory) == {"small", "target"}
+    assert {stage.precision for stage in stages} == {"float32"}
 
     for method in METHODS:
         for rate in RATES:
@@ -69,3 +70,12 @@ def test_a_plan_of_a_preset_takes_the_command_of_the_sweep_and_prints_hours_and_
     assert "fine-tuning target takes about" in said.stdout
     wrong = subprocess.run([*command, "method=nobody"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1].startswith("plan: method=nobody is unknown")
+
+
+def test_hours_follow_the_precision_that_a_stage_computes_in():
+    narrow = ("family.target.dtype=bfloat16", "pruning_rate=0.5", "method=random", *SMALL, "tracking=none")
+    stages, seconds, _ = plan(narrow, GPUS["h100"], calibrate=False)
+    assert {stage.precision for stage in stages} == {"bfloat16"}
+    _, in_float32, _ = plan((*narrow, "finetune.precision=float32"), GPUS["h100"], calibrate=False)
+    faster = {stage.stage: wide / time for stage, wide, time in zip(stages, in_float32, seconds, strict=True)}
+    assert faster == {"finetune": pytest.approx(989 / 67), "evaluation": 1.0}
