@@ -67,7 +67,6 @@ def main() -> None:
     parser.add_argument("first", type=Path, help="folder that holds the runs/ that were there first")
     parser.add_argument("again", type=Path, help="folder that holds the runs/ that were made again")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     table = compare(arguments.first, arguments.again)
     if table.empty:
         sys.exit(f"{arguments.first}/runs holds no record: name the results folder that is to be compared with.")
@@ -83,4 +82,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     main()

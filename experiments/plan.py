@@ -111,8 +111,8 @@ class Foresight(Store):
             exact = key.get("samples") in self.certain and not second
             made = self.real.find(stage, key) is not None
             fingerprint, kind = artifact.fingerprint, kind_of(stage, key)
-            precision = key["settings"]["precision"] if stage == "finetune" else key["model"]["dtype"]
-            self.stages[fingerprint] = Stage(stage, fingerprint, label, kind, precision, artifact.cost, exact, made)
+            precision, cost = precision_of(key), artifact.cost
+            self.stages[fingerprint] = Stage(stage, fingerprint, label, kind, precision, cost, exact, made)
         return artifact
 
 
@@ -136,6 +136,14 @@ def kind_of(stage: str, key: dict[str, Any]) -> str:
     """Stage, model and settings, without samples, epochs and seed."""
     tuned = key.get("tuned") is not None
     return json.dumps([stage, {name: key[name] for name in KIND if name in key}, tuned], sort_keys=True)
+
+
+def precision_of(key: dict[str, Any]) -> str:
+    """That in which a stage's matrix products are computed, nearly all of them: frozen weights keep their own."""
+    narrow = key["model"]["dtype"] == "bfloat16" or "quantization" in key["model"]
+    settings = key.get("settings", {"kind": "lora", "precision": "float32"})
+    narrow = settings["precision"] == "bfloat16" or (settings["kind"] == "lora" and narrow)
+    return "bfloat16" if narrow else "float32"
 
 
 def jobs(overrides: Sequence[str]) -> Iterator[tuple[list[str], DictConfig, dict[str, Any]]]:
@@ -271,7 +279,6 @@ def main() -> None:
     parser.add_argument("--calibrate", action="store_true", help="hours on this machine, measured on a few samples")
     parser.add_argument("-m", "--multirun", action="store_true", help="changes nothing: as in the sweep's command")
     asked = parser.parse_intermixed_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     logging.getLogger("staff").setLevel(logging.WARNING)
     warnings.simplefilter("ignore", FutureWarning)
     gpu = GPUS.get(asked.gpu)
@@ -281,6 +288,7 @@ def main() -> None:
         if sentence := sweep.sentence_of(error):
             sys.exit(f"plan: {sentence}")
         raise
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     sums = table(stages, seconds)
     shown = sums.drop(columns="exact").assign(
         FLOPs=[f"{'' if exact else '~'}{flops:.3g}" for flops, exact in zip(sums["FLOPs"], sums["exact"])],

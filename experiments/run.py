@@ -103,7 +103,7 @@ def main() -> None:
         distributed.leave(130)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_gone():
-            sys.exit(1)
+            distributed.leave(1)
         sweep.end()
         _leave(error)
     sys.exit(sweep.exit_status())

@@ -166,7 +166,6 @@ def main() -> None:
     )
     parser.add_argument("--yes", action="store_true", help="prune: remove what is listed")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     results = arguments.results or [arguments.store.resolve().parent if arguments.store else Path("results")]
     store = arguments.store or results[0] / "artifacts"
     if not store.is_dir():
@@ -183,4 +182,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     main()

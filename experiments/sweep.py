@@ -51,7 +51,7 @@ def folder_of(config: DictConfig, name: str) -> Path:
     Raises:
         UserError: it names none.
     """
-    if config[name] in (None, ""):
+    if type(config[name]) not in (str, int) or not str(config[name]).strip():
         raise UserError(f"{name}={config[name]!r} must name a folder.")
     return Path(str(config[name]))
 

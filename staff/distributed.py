@@ -250,8 +250,9 @@ def leave(status: int) -> NoReturn:
     """End this process after a failure, whatever the others do. Among several not by Python's own way: a thread of
     gloo's that lets go of a tensor meanwhile would abort the process."""
     if _group is not None:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # whoever reads may have had enough
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

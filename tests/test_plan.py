@@ -73,9 +73,16 @@ def test_a_plan_of_a_preset_takes_the_command_of_the_sweep_and_prints_hours_and_
 
 
 def test_hours_follow_the_precision_that_a_stage_computes_in():
-    narrow = ("family.target.dtype=bfloat16", "pruning_rate=0.5", "method=random", *SMALL, "tracking=none")
-    stages, seconds, _ = plan(narrow, GPUS["h100"], calibrate=False)
-    assert {stage.precision for stage in stages} == {"bfloat16"}
-    _, in_float32, _ = plan((*narrow, "finetune.precision=float32"), GPUS["h100"], calibrate=False)
-    faster = {stage.stage: wide / time for stage, wide, time in zip(stages, in_float32, seconds, strict=True)}
-    assert faster == {"finetune": pytest.approx(989 / 67), "evaluation": 1.0}
+    def planned(*settings: str) -> tuple[dict[str, str], dict[str, float]]:
+        common = ("pruning_rate=0.5", "method=random", "tracking=none", *SMALL)
+        stages, seconds, _ = plan((*settings, *common), GPUS["h100"], calibrate=False)
+        return {s.stage: s.precision for s in stages}, {s.stage: t for s, t in zip(stages, seconds, strict=True)}
+
+    precision, wide = planned()
+    assert precision == {"finetune": "float32", "evaluation": "float32"}
+    precision, narrow = planned("finetune.precision=bfloat16")
+    assert precision == {"finetune": "bfloat16", "evaluation": "float32"}
+    assert wide["finetune"] / narrow["finetune"] == pytest.approx(989 / 67)
+    frozen = "family.target.dtype=bfloat16", "finetune.precision=float32"
+    assert planned(*frozen)[0] == {"finetune": "bfloat16", "evaluation": "bfloat16"}
+    assert planned(*frozen, "finetune=full")[0] == {"finetune": "float32", "evaluation": "bfloat16"}

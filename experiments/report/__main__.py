@@ -39,7 +39,7 @@ def write(results: Path, table: pd.DataFrame) -> Path:
 
 
 def left_over(results: Path) -> list[Path]:
-    """Tables and figures of an earlier report that the latest, whose `metrics.csv` came first, did not write."""
+    """Tables and figures that the latest report, whose `metrics.csv` came first, did not write."""
     written = (results / "metrics.csv").stat().st_mtime_ns
     files = sorted(file for folder in ("tables", "figures") for file in (results / folder).glob("*"))
     return [file for file in files if file.stat().st_mtime_ns < written]
@@ -88,7 +88,6 @@ def main() -> None:
         "--allow-missing", action="store_true", help="a partial look: failed or missing runs are no error"
     )
     arguments = parser.parse_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     try:
         table = collect(arguments.results)
     except UserError as error:
@@ -100,7 +99,7 @@ def main() -> None:
     page = write(arguments.results, table)
     print(f"{summary(table)}\n\n{len(table)} runs: {arguments.results / 'metrics.csv'}, tables/, figures/, {page}")
     for file in left_over(arguments.results):
-        print(f"not of these records, left by an earlier report: {file}")
+        print(f"not written by this report: {file}")
     failures, missing = unfinished(arguments.results)
     for kind, jobs in (("failed", failures), ("missing", missing)):
         for job in jobs:
@@ -113,4 +112,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     main()
