@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from conftest import ROOT, run_shrunk
 
 from experiments.report import overhead, performance
 from experiments.report.__main__ import left_over, summary, write
-from experiments.report.comparisons import mean, pairs
+from experiments.report.comparisons import mean, of_finetuning, pairs
 from experiments.report.figures import overlap
 from experiments.report.records import Context, collect, contexts
 from experiments.report.settings import UNTOLD, told_apart, variants
@@ -161,6 +162,19 @@ def test_a_model_that_nothing_random_touched_has_no_interval(real: Path, tmp_pat
     grid(real, tmp_path, {"raw": 0, "staff": 1})
     found = mean(only_context(tmp_path), "raw target", 1.0)
     assert found and found.half is None and found.units == 1
+
+
+def test_what_fine_tuning_gives_is_told_over_all_seeds_though_the_raw_target_was_asked_once(real, tmp_path: Path):
+    grid(real, tmp_path, {"raw": -5, "full": 0, "random": -2})
+    for seed in (1, 2):
+        shutil.rmtree(next(tmp_path.glob(f"runs/raw-*-s{seed}-*")))
+    context = only_context(tmp_path)
+    gain = of_finetuning(context)
+    assert gain and gain.seeds == 3 and abs(gain.mean - 5) < 3 * gain.error and gain.p < 0.001
+    said = performance.performance(context, []).caption
+    assert f"raw target: {gain.mean:+.2f} ± {gain.half:.2f}, p < 0.001" in said
+    grid(real, tmp_path / "alone", {"full": 0, "random": -2})
+    assert of_finetuning(only_context(tmp_path / "alone")) is None
 
 
 def test_runs_that_differ_in_anything_but_the_seed_are_never_averaged(real: Path, tmp_path: Path):

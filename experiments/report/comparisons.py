@@ -96,6 +96,16 @@ def pairs(context: Context) -> list[Pair]:
     return [replace(pair, p=float(p)) for pair, p in zip(found, adjusted)]
 
 
+def of_finetuning(context: Context) -> Difference | None:
+    """What fine-tuning on everything gives over the raw target; not one of the pairs that are corrected for."""
+    full, raw = context.cells.get(("full", 0.0)), context.cells.get(("raw target", 1.0))
+    if full is None or raw is None:
+        return None
+    of_any_seed = full.assign(name=raw["name"].iloc[0])  # the raw target knows no seed
+    found = _compared(context, 0.0, {"full": full, "raw target": of_any_seed}, [("full", "raw target")])
+    return found[0].difference if found else None
+
+
 def _compared(
     context: Context, rate: float, runs: dict[str, pd.DataFrame], wanted: list[tuple[str, str]]
 ) -> list[Pair]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from experiments.report.comparisons import Mean, Pair, detectable, mean, outstanding
+from experiments.report.comparisons import Mean, Pair, detectable, mean, of_finetuning, outstanding
 from experiments.report.records import Context
 from experiments.report.statistics import DRAWS, LEVEL, seed_variance
 from experiments.report.tables import NONE, Table, basis, metric, rate_column, seeds, value
@@ -40,12 +40,17 @@ def performance(context: Context, found: list[Pair]) -> Table:
     if any(sizes.values()):
         last = {rate_column(rate): NONE if size is None else f"{size:.2f}" for rate, size in sizes.items()}
         cells.loc[len(cells)] = {"method": "smallest detectable difference", **last}
+    gain = of_finetuning(context)
+    gained = ""
+    if gain is not None:
+        size = f"{gain.mean:+.2f} ± {gain.half:.2f}, p {_p(gain.p)}"
+        gained = f" What fine-tuning on everything gives over the raw target: {size}, uncorrected."
     caption = (
         f"{metric(context)} on {context.title} ({context.runs['test'].max()} test samples), by "
         f"{context.varied} and pruning rate. {seeds(context)} {COMPARED}; bold: the best, italic: the second best, "
         "each where it is significantly better than all behind it. Smallest detectable difference: found four "
         "times in five at the first level of the correction, if errors are those of the rate's pairs on average."
-        f"{basis(context)}"
+        f"{gained}{basis(context)}"
     )
     return Table(f"performance-{context.name}", caption, cells, marks)
 
