@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from conftest import ROOT, run_shrunk
 from experiments.report import overhead, performance
 from experiments.report.__main__ import left_over, summary, write
 from experiments.report.comparisons import mean, of_finetuning, pairs
-from experiments.report.figures import overlap
+from experiments.report.figures import _spread_labels, overlap
 from experiments.report.records import Context, collect, contexts
 from experiments.report.settings import UNTOLD, told_apart, variants
 from experiments.report.similarity import region_similarity, similarity
@@ -418,6 +419,21 @@ def test_text_of_samples_and_names_is_escaped(real: Path, tmp_path: Path):
     assert all(file.parent.name in ("tables", "figures") for file in tmp_path.glob("[tf]*/**/*.*"))
     tex = next(tmp_path.glob("tables/performance*.tex")).read_text()
     assert r"\_\$x\$\%\&" in tex
+
+
+@pytest.mark.parametrize("low", [0.15, 0.02, 1e-6])
+def test_the_labels_of_a_logarithmic_axis_do_not_run_into_one_another(low: float):
+    figure, axes = plt.subplots(figsize=(3.4, 2))
+    axes.scatter(scores := pd.Series([low, 1.2]), scores)
+    axes.set_xscale("log")
+    _spread_labels(axes.xaxis, scores)
+    figure.canvas.draw()
+    labels = [label for label in axes.get_xticklabels(which="both") if label.get_text()]
+    places = sorted((label.get_window_extent() for label in labels), key=lambda place: place.x0)
+    left, right = axes.get_window_extent().intervalx
+    places = [place for place in places if left <= (place.x0 + place.x1) / 2 <= right]
+    assert len(places) > 2 and all(a.x1 < b.x0 for a, b in pairwise(places))
+    plt.close(figure)
 
 
 def test_the_same_records_give_the_same_files(real: Path, tmp_path: Path):

@@ -164,6 +164,16 @@ def coreset(context: Context) -> Made:
     return figure, caption
 
 
+def _spread_labels(axis: Any, shown: pd.Series) -> None:
+    """On a logarithmic axis, labels that do not run into one another, whether over a part of a decade or more."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    decades = np.log10(shown.max() / shown.min())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def agreement(context: Context) -> Made:
     """Scores of the small model against those of the target, and their rank correlation by region."""
     found = _staffs_run(context)
@@ -185,6 +195,8 @@ def agreement(context: Context) -> Made:
         both["speculative"], both["verified"], s=6, color="#0072B2", alpha=0.6, linewidth=0, rasterized=True
     )
     left.set(xscale="log", yscale="log", xlabel="small model's score", ylabel="target's score")
+    _spread_labels(left.xaxis, both["speculative"])
+    _spread_labels(left.yaxis, both["verified"])
     overall = _spearman(both["speculative"], both["verified"])
     left.set_title(f"all {len(both)} verified samples: Spearman {overall:.2f}")
     right.axhline(0, color="0.35", linewidth=0.8)
