@@ -35,7 +35,6 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
 from experiments.benchmarking import alternating, arguments, clock, configured, row, table, write
 from experiments.single import Run
@@ -48,17 +47,16 @@ from staff.tokens import TokenizedSamples
 
 ADAPTER = LoraSpec(rank=81, alpha=16, dropout=0.0, targets=("q_proj", "v_proj"))
 EFFORT = Asked(("effort",))
+Load = Callable[[ModelSpec], Any]
 
 
 def drawn_at_random(spec: ModelSpec) -> Any:
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        options = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
-        return AutoModelForCausalLM.from_config(spec.config(), **options).eval()
+    return spec.shapes("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def with_adapter(spec: ModelSpec, drawn: int) -> Any:
-    model = fresh_lora(drawn_at_random(spec) if drawn else spec.load(), ADAPTER, seed=0)
+def with_adapter(spec: ModelSpec, load: Load) -> Any:
+    model = fresh_lora(load(spec), ADAPTER, seed=0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for name, parameter in model.named_parameters():
@@ -134,10 +132,10 @@ def profiled(way: Callable[[], Any]) -> list[str]:
     return [f"{part:.0f}" for part in (*parts, sum(spent.values()) - sum(parts))]
 
 
-def compare(run: Run, role: str, count: int, rounds: int, bf16: int, drawn: int) -> tuple[str, list[str]]:
+def compare(run: Run, role: str, count: int, rounds: int, bf16: int, load: Load) -> tuple[str, list[str]]:
     spec = run.family.small if role == "small" else run.family.target
     samples = run.tokenized[role].take(np.arange(count))
-    model, pad = with_adapter(spec, drawn), spec.tokenizer().pad_token_id
+    model, pad = with_adapter(spec, load), spec.tokenizer().pad_token_id
     batches = batches_of(samples, run.scoring.batch_tokens or suited_batch_tokens(model), pad, model.device)
     ways: dict[str, Callable[[], Any]] = {
         "authors": partial(authors, model, samples, pad, 2),
@@ -146,7 +144,7 @@ def compare(run: Run, role: str, count: int, rounds: int, bf16: int, drawn: int)
         "ours": partial(ours, model, samples, run, pad),
     }
     if bf16:
-        ways["bf16"] = partial(ours, with_adapter(spec, drawn).bfloat16(), samples, run, pad)
+        ways["bf16"] = partial(ours, with_adapter(spec, load).bfloat16(), samples, run, pad)
     seconds, values = alternating(ways, rounds)
     error = np.max(np.abs(values["ours"] / values["authors"] - 1))
     narrow = ("", "")
@@ -172,10 +170,10 @@ def compare(run: Run, role: str, count: int, rounds: int, bf16: int, drawn: int)
     return compared, profiles
 
 
-def growth(run: Run, count: int, drawn: int) -> list[str]:
+def growth(run: Run, count: int, load: Load) -> list[str]:
     """1, 4 and 16 times the samples, of the small model."""
     spec, whole = run.family.small, run.tokenized["small"]
-    model, pad, rows = with_adapter(spec, drawn), spec.tokenizer().pad_token_id, []
+    model, pad, rows = with_adapter(spec, load), spec.tokenizer().pad_token_id, []
     ours(model, whole.take(np.arange(count)), run, pad)
     for times in (1, 4, 16):
         if times * count > len(whole.ids):
@@ -193,6 +191,7 @@ def growth(run: Run, count: int, drawn: int) -> list[str]:
 
 def main() -> None:
     asked, cases = arguments(__doc__, samples=192, rounds=3, bf16=0, growth=128, drawn=0)
+    load = drawn_at_random if asked.drawn else ModelSpec.load
     lines = table(
         *("model, data", "authors", "authors, once", "floor", "ours", "ours / authors", "ours / once"),
         *("of the floor", "FLOPs bound", "error", "bf16 / authors", "bf16 rank correlation"),
@@ -202,11 +201,11 @@ def main() -> None:
     for case in cases:
         run = configured(*case, f"task.train_limit={max(asked.samples, 17 * asked.growth)}")
         for role in ("small", "target"):
-            compared, profiles = compare(run, role, asked.samples, asked.rounds, asked.bf16, asked.drawn)
+            compared, profiles = compare(run, role, asked.samples, asked.rounds, asked.bf16, load)
             lines.append(compared)
             spent += profiles
             print(compared, *profiles, sep="\n", flush=True)
-        growing += growth(run, asked.growth, asked.drawn)
+        growing += growth(run, asked.growth, load)
     write(asked.name or "scoring", __doc__, lines, *([] if torch.cuda.is_available() else [spent]), growing)
 
 

@@ -56,8 +56,8 @@ GPUS = {
     "rtx4090": Gpu(165e12, 82.6e12, 24e9),
 }
 UTILISATION = {"finetune": 0.4, "scores": 0.24, "evaluation": 0.05}
-"""Fractions of the peak. Scores: measured with Gemma-7b's shape on an H200. The others are assumed; decoding is
-bound by memory, not by arithmetic. A model too small to fill the GPU reaches less."""
+"""Fractions of the peak. Scores: measured with Gemma-7b's shape on an H200, over batches seen before. The others
+are assumed; decoding is bound by memory, not by arithmetic. A model too small to fill the GPU reaches less."""
 FEW = (16, 48)
 """Samples of the pool that stages are calibrated on."""
 KIND = ("model", "settings", "signals", "gradient", "variant", "fresh_adapter", "max_new_tokens", "online")

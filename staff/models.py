@@ -181,13 +181,13 @@ class ModelSpec:
         model = self.weights(**options)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-    def shapes(self) -> Any:
-        """The model without its weights: every module and shape, on the meta device."""
+    def shapes(self, device: str = "meta") -> Any:
+        """The model without its weights: every module and shape; on another device than meta drawn at random."""
         import torch
         from transformers import AutoModelForCausalLM
 
         options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
-        with torch.device("meta"):
+        with torch.device(device):
             return AutoModelForCausalLM.from_config(self.config(), **options)
 
     def weights(self, **options: Any) -> Any:

@@ -18,8 +18,8 @@ def equal_width_edges(low: float, high: float, num_regions: int, dtype: str = "f
     """
     if dtype == "float32":
         first, last = np.float32(low), np.float32(high)
-        step = (last - first) / np.float32(num_regions)
         with np.errstate(over="ignore"):  # what is too large lies above the last edge
+            step = (last - first) / np.float32(num_regions)
             edges = first + step * np.arange(1, num_regions + 1, dtype=np.float32)
         return np.minimum(edges, last).astype(np.float64)
     return np.linspace(low, high, num_regions + 1)[1:]
