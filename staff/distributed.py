@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -122,6 +123,7 @@ def _watch(group: _Group) -> None:
         except Exception:  # the store is gone with the process that held it
             failed = True
         if failed and not group.over.wait(GRACE):
+            _last_word(group)
             os._exit(1)
 
 
@@ -236,6 +238,7 @@ def speaks_of_failure() -> bool:
     if not group.speaks:
         with suppress(Exception):
             group.store.wait(["told"], timedelta(seconds=GRACE))
+        _last_word(group)
     return bool(group.speaks)
 
 
@@ -244,6 +247,20 @@ def told() -> None:
     if _group is not None:
         with suppress(Exception):
             _group.store.set("told", "")
+        _last_word(_group)
+
+
+def _last_word(group: _Group) -> None:
+    """To be called before a process ends after a failure. The one that holds the store ends last: who waits for a
+    word there would hear of a lost connection instead."""
+    with suppress(Exception):
+        if group.rank:
+            group.store.set(f"ended {group.rank}", "")
+            return
+        others = [f"ended {rank}" for rank in range(1, group.world)]
+        deadline = time.monotonic() + GRACE + 2  # who waits in vain for this process is ended by its watcher
+        while not group.store.check(others) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def leave(status: int) -> NoReturn:

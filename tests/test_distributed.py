@@ -202,9 +202,12 @@ for attempt in (lambda: distributed.from_first(refuse), None):
     except UserError as error:
         print(distributed.rank(), error, file=sys.stderr)
 try:
-    if not distributed.first():
+    if str(distributed.rank()) == sys.argv[1]:
         raise RuntimeError("a defect")
-    distributed.gather("for this one waits in vain")
+    if sys.argv[2] == "waits":
+        distributed.gather("for this one waits in vain")
+    time.sleep(1)
+    raise RuntimeError("a defect of its own, later")
 except RuntimeError as error:
     if distributed.speaks_of_failure():
         print("said:", error, file=sys.stderr)
@@ -230,12 +233,13 @@ def together(*command: str) -> list[tuple[int, str]]:
     return list(zip([process.returncode for process in running], said, strict=True))
 
 
-def test_what_fails_in_one_process_ends_them_all_and_is_said_once():
-    (first, said), (second, also_said) = together("-c", FAILS)
+@pytest.mark.parametrize(("failing", "other"), [(1, "waits"), (0, "waits"), (0, "fails too")])
+def test_what_fails_in_one_process_ends_them_all_and_is_said_once(failing: int, other: str):
+    (first, said), (second, also_said) = together("-c", FAILS, str(failing), other)
     assert (first, second) == (1, 1)
-    for rank, of_one in enumerate((said, also_said)):
-        assert f"{rank} no such model\n{rank} sample 7 is not finite" in of_one
-    assert (said + also_said).count("said: a defect") == 1
+    expected = [f"{rank} no such model\n{rank} sample 7 is not finite\n" for rank in (0, 1)]
+    expected[failing] += "said: a defect\n"
+    assert [said, also_said] == expected, "and no word of torch's about a lost connection"
 
 
 def test_a_sweep_under_torchrun_is_refused_once_with_what_to_do_instead(tmp_path):
