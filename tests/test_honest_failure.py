@@ -2,6 +2,7 @@
 command. Workers that the system kills: test_sweep.py."""
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,18 @@ def failures(out: str, err: str) -> list[str]:
         assert "Traceback" in Path(line.split("traceback: ")[1].rstrip(")")).read_text()
     assert "Traceback" not in out + err
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unreachable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...], subprocess.Popen]:
+    """Folder, jobs and process of a sweep that waits for a hub, for as long as its client tries: the other tests."""
+    folder = tmp_path_factory.mktemp("unreachable")
+    jobs = ("method=random", "pruning_rate=0.5", f"family.target.path={NAME}", "family.target.gated=true")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "0")
+        patch.setenv("HF_HUB_CACHE", str(folder / "cache"))
+        patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+        return folder, jobs, start(folder, *jobs)
 
 
 @pytest.fixture(scope="module")
@@ -70,22 +83,19 @@ def test_lack_of_memory_ends_its_job_alone_and_the_same_command_resumes(memory):
     assert len(records(folder)) == 2 and said.count("recorded already") == 1
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_and_the_same_command_resumes(tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
-    jobs = ("method=random", "pruning_rate=0.5", f"family.target.path={NAME}", "family.target.gated=true")
-    out, err = (sweep := start(tmp_path, *jobs)).communicate(timeout=300)
+def test_a_hub_that_cannot_be_reached_is_one_line_and_the_same_command_resumes(unreachable, monkeypatch):
+    folder, jobs, sweep = unreachable
+    out, err = sweep.communicate(timeout=300)
     assert sweep.returncode == 1 and "1 of 1 jobs failed; the same command runs what is missing" in out
     (failed,) = failures(out, err)
     assert f"the model '{NAME}' cannot be had from the Hugging Face hub" in failed
     assert "It is gated: accept its licence" in failed and "a local folder: family.target.path=FOLDER" in failed
     assert "Retry" not in out + err and "thrown while" not in out + err
 
-    repository = tmp_path / "cache" / f"models--{NAME.replace('/', '--')}"
+    repository = folder / "cache" / f"models--{NAME.replace('/', '--')}"
     shutil.copytree(ROOT / "staff/assets/tiny/target", repository / "snapshots" / ("a" * 40))
     (repository / "refs").mkdir(exist_ok=True)
     (repository / "refs/main").write_text("a" * 40)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    finish(start(tmp_path, *jobs))
-    assert len(records(tmp_path)) == 1
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder / "cache"))
+    finish(start(folder, *jobs))
+    assert len(records(folder)) == 1
