@@ -38,7 +38,7 @@ def failures(out: str, err: str) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def unreachable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...], subprocess.Popen]:
-    """Folder, jobs and process of a sweep that waits for a hub, for as long as its client tries: the other tests."""
+    """Folder, jobs and process of a sweep that waits for a hub while other tests run."""
     folder = tmp_path_factory.mktemp("unreachable")
     jobs = ("method=random", "pruning_rate=0.5", f"family.target.path={NAME}", "family.target.gated=true")
     with pytest.MonkeyPatch.context() as patch:
