@@ -25,6 +25,7 @@ class Exhausts(Random):
         return super().select(pool, budget, rng)
 """
 NAME = "somebody/not-in-any-cache"
+Waiting = tuple[Path, tuple[str, ...], subprocess.Popen]
 
 
 def failures(out: str, err: str) -> list[str]:
@@ -37,7 +38,7 @@ def failures(out: str, err: str) -> list[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def unreachable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...], subprocess.Popen]:
+def unreachable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Waiting]:
     """Folder, jobs and process of a sweep that waits for a hub while other tests run."""
     folder = tmp_path_factory.mktemp("unreachable")
     jobs = ("method=random", "pruning_rate=0.5", f"family.target.path={NAME}", "family.target.gated=true")
@@ -45,7 +46,9 @@ def unreachable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[s
         patch.setenv("HF_HUB_OFFLINE", "0")
         patch.setenv("HF_HUB_CACHE", str(folder / "cache"))
         patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
-        return folder, jobs, start(folder, *jobs)
+        sweep = start(folder, *jobs)
+    yield folder, jobs, sweep
+    sweep.kill()
 
 
 @pytest.fixture(scope="module")
