@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from baselines.el2n import VARIANTS
-from staff.progress import progress
+from staff.runtime.progress import progress
 from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
 
 BLOCK_ROWS = 256  # samples whose neighbours are searched at once: 100 MB of distances at N = 100,000

@@ -36,7 +36,7 @@ from experiments.single import Run
 from staff.artifacts import Artifact, Make, Store
 from staff.cost import Cost
 from staff.memory import finetuning_memory
-from staff.progress import progress
+from staff.runtime.progress import progress
 
 
 class Gpu(NamedTuple):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from staff import distributed, tracking
+from staff import tracking
+from staff.runtime import processes
 from staff.artifacts import Artifact, Charges
 from staff.cost import Cost
 from staff.evaluate import measure, read_predictions
@@ -72,7 +73,7 @@ def write(run: Run, chosen: Artifact, coreset: Coreset, tuned: Artifact | None, 
         "provenance": {
             **tracking.environment(ROOT),
             "concurrent_workers": run.store.workers,
-            "processes": distributed.world(),
+            "processes": processes.world_size(),
         },
     }
     tracking.write_record(run.folder, record)

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
-from staff import distributed
+from staff.runtime import processes
 from staff.errors import UserError
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
@@ -37,7 +37,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
 
     this = Run(cfg, choices)
     with this.locked(), this.failure_noted():
-        if distributed.from_first(lambda: this.recorded):
+        if processes.broadcast_from_main(lambda: this.recorded):
             log.info("%s: recorded already", this.name)
             return this.folder
         this.check_machine()
@@ -45,7 +45,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
         chosen, coreset = this.select()
         tuned = this.finetune(coreset)
         answered = this.evaluate(tuned)
-        return distributed.from_first(lambda: record.write(this, chosen, coreset, tuned, answered))
+        return processes.broadcast_from_main(lambda: record.write(this, chosen, coreset, tuned, answered))
 
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
@@ -57,17 +57,17 @@ def _job(cfg: DictConfig) -> None:
             folder = run(cfg, choices)
         except Exception as error:
             _leave(error)
-        if distributed.first():
+        if processes.is_main_process():
             print(sweep.table([folder]))
         return
-    if distributed.launched():
+    if processes.launched():
         how = "start `torchrun ... -m experiments.run` once a configuration, without --multirun"
         _leave(UserError(f"torchrun is for one run: {how}, or let a cluster do so: hydra/launcher=cluster."))
-    distributed.start()  # where a launcher has started several tasks for this job
-    with sweep.begin_job(job.job.num) if distributed.first() else nullcontext(True) as wanted:
-        if distributed.from_first(lambda: wanted):
+    processes.start()  # where a launcher has started several tasks for this job
+    with sweep.begin_job(job.job.num) if processes.is_main_process() else nullcontext(True) as wanted:
+        if processes.broadcast_from_main(lambda: wanted):
             _work(cfg, choices, job)
-    distributed.end()
+    processes.end()
 
 
 def _work(cfg: DictConfig, choices: dict[str, Any], job: Any) -> None:
@@ -75,12 +75,12 @@ def _work(cfg: DictConfig, choices: dict[str, Any], job: Any) -> None:
     result: Path | Exception
     try:
         result = run(cfg, choices)
-        speaks = distributed.first()
+        speaks = processes.is_main_process()
     except Exception as error:  # one failing job must not stop the others
-        result, speaks = error, distributed.speaks_of_failure()
+        result, speaks = error, processes.claims_error_report()
     if speaks:
         sweep.report_job(job.job.num, " ".join(job.overrides.task), result)
-        distributed.told()
+        processes.report_done()
 
 
 def main() -> None:
@@ -91,19 +91,19 @@ def main() -> None:
         sys.argv[1:] = ["--multirun", *(argument for argument in sys.argv[1:] if argument not in sweeping)]
     _quiet()
     try:
-        distributed.start()
+        processes.start()
         while sweep.go_on(_killed()):
             pass
         sweep.end()
-        distributed.end()
+        processes.end()
     except KeyboardInterrupt:
-        if distributed.first():
+        if processes.is_main_process():
             said = "staff: interrupted; what is finished is kept, and the same command goes on from there."
             print(said, file=sys.stderr)
-        distributed.leave(130)
+        processes.leave(130)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_gone():
-            distributed.leave(1)
+            processes.leave(1)
         sweep.end()
         _leave(error)
     sys.exit(sweep.exit_status())
@@ -129,13 +129,13 @@ def _reader_gone() -> bool:
 
 
 def _leave(error: Exception) -> NoReturn:
-    if distributed.speaks_of_failure():
+    if processes.claims_error_report():
         sentence = sweep.sentence_of(error)
         if sentence is None:
             traceback.print_exception(error)
         print(f"staff: {sentence or repr(error)}", file=sys.stderr)
-        distributed.told()
-    distributed.leave(1)
+        processes.report_done()
+    processes.leave(1)
 
 
 def _quiet() -> None:

@@ -21,7 +21,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
-from staff import distributed, tracking
+from staff import tracking
+from staff.runtime import processes
 from staff.artifacts import STAGE_VERSIONS, Artifact, Store
 from staff.data import Sample, Task
 from staff.errors import UserError
@@ -190,25 +191,25 @@ class Run:
     def locked(self) -> AbstractContextManager[Any]:
         """Keeps two workers of a sweep from carrying out the same run side by side."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder.parent / f".{self.name}.lock") if distributed.first() else nullcontext()
+        return FileLock(self.folder.parent / f".{self.name}.lock") if processes.is_main_process() else nullcontext()
 
     @contextmanager
     def failure_noted(self) -> Iterator[None]:
         """Leave the traceback of a failure beside where the record would be, and drop that of an earlier one."""
         note = self.folder / "failure.txt"
-        if distributed.first():
+        if processes.is_main_process():
             note.unlink(missing_ok=True)
         try:
             yield
         except Exception:
-            if distributed.speaks_of_failure():
+            if processes.claims_error_report():
                 note.parent.mkdir(parents=True, exist_ok=True)
                 note.write_text(traceback.format_exc())
             raise
 
     def check_machine(self) -> None:
         """Refuse, before a model loads, what this machine cannot do."""
-        self.settings.on_each_device(distributed.world())
+        self.settings.on_each_device(processes.world_size())
         if self.settings.quantization:
             check_quantization()
         if self.budget:

@@ -29,7 +29,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from staff import distributed
+from staff.runtime import processes
 from staff.errors import UserError
 
 FOLDER, TOTAL, WORKERS = "STAFF_SWEEP_FOLDER", "STAFF_SWEEP_TOTAL", "STAFF_SWEEP_WORKERS"
@@ -60,7 +60,7 @@ class Sweep(Callback):
     """Hydra tells it when a sweep starts and ends."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if FOLDER in os.environ or distributed.launched():  # once more, for the jobs that are left; or refused
+        if FOLDER in os.environ or processes.launched():  # once more, for the jobs that are left; or refused
             return
         folder = Path(str(config.results_dir)).absolute()
         folder = folder / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -205,7 +205,7 @@ def sentence_of(error: BaseException | None) -> str | None:
                 f"out of memory ({str(error).splitlines()[0][:200] if str(error) else 'no more said'}): lower "
                 "finetune.device_batch_size, scoring.batch_tokens or evaluation.batch_tokens."
             )
-        if distributed.world() > 1 and any(words in str(error) for words in _CUT_OFF):
+        if processes.world_size() > 1 and any(words in str(error) for words in _CUT_OFF):
             return "another process of this run was killed (by the system, out of memory?)."
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and error.filename:
             return f"{error.filename}: {error.strerror}; mend that or name another folder."

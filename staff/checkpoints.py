@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from staff import distributed
+from staff.runtime import processes
 from staff.cost import Meter
 from staff.errors import UserError
 from staff.manifest import check_contents, check_sizes, read_manifest, write_manifest
@@ -45,7 +45,7 @@ class Checkpoints(TrainerCallback):
         self._before = 0.0
         self._saved = self._began = time.monotonic()
         self._epoch_began: torch.Tensor | None = None
-        self.last = distributed.from_first(lambda: _last(folder))
+        self.last = processes.broadcast_from_main(lambda: _last(folder))
         if self.last is not None:
             self._take_over(self.last)
 
@@ -76,7 +76,7 @@ class Checkpoints(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_log:
             due = time.monotonic() - self._saved >= INTERVAL
-            control.should_save = distributed.from_first(lambda: due) or control.should_save
+            control.should_save = processes.broadcast_from_main(lambda: due) or control.should_save
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save = False  # the end of an epoch would save the same step again
@@ -87,8 +87,8 @@ class Checkpoints(TrainerCallback):
             self._efforts.bring_together()
             kept["efforts"] = self._efforts.squared
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        distributed.gather(None)  # every process has saved its random state
-        if distributed.first():
+        processes.all_gather(None)  # every process has saved its random state
+        if processes.is_main_process():
             self._complete(folder, kept)
         self._saved = time.monotonic()
 

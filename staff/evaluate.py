@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
-from staff import distributed
+from staff.runtime import processes
 from staff.adapters import load_tuned
 from staff.artifacts import Artifact, Store
 from staff.errors import UserError
 from staff.models import ModelSpec, is_sharded
-from staff.progress import progress
+from staff.runtime.progress import progress
 
 if TYPE_CHECKING:
     from staff.cost import Meter
@@ -179,7 +179,7 @@ def generate(
     base.eval()
     try:
         budget = batch_tokens or (8192 if base.device.type == "cpu" else 32768)
-        with distributed.agreed(apart=not is_sharded(base)), torch.inference_mode():
+        with processes.raise_on_all_ranks(apart=not is_sharded(base)), torch.inference_mode():
             batches = _batches(prompts, max_new_tokens, budget, together=is_sharded(base))
             with progress(sum(map(len, batches)), "answers") as bar:
                 for batch in batches:
@@ -188,7 +188,7 @@ def generate(
     finally:
         base.generation_config = own
         base.train(was_training)
-    for others in distributed.gather(answers):
+    for others in processes.all_gather(answers):
         answers |= others
     if meter is not None:
         from staff.cost import forward_flops
@@ -302,10 +302,10 @@ def _batches(
     """Positions of this process's prompts in batches of like length; longest first: what does not fit in memory
     fails at once. With `together` all processes get as many batches, the last ones of the shortest prompt."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    left, batches = distributed.share(order), []
+    left, batches = processes.shard(order), []
     while left:
         size = max(1, batch_tokens // (len(prompts[left[0]]) + max_new_tokens))
         batches.append(left[:size])
         left = left[size:]
-    most = max(distributed.gather(len(batches))) if together else 0
+    most = max(processes.all_gather(len(batches))) if together else 0
     return batches + [order[-1:]] * (most - len(batches))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from staff import distributed
+from staff.runtime import processes
 from staff.adapters import fresh_lora
 from staff.artifacts import Artifact, Store
 from staff.cost import Meter, training_flops
@@ -243,7 +243,7 @@ def finetune(
         )
     trained = _trainable(model)
     _count(cost, spec, samples, settings, epochs, trained)
-    if distributed.first():
+    if processes.is_main_process():
         model.save_pretrained(folder)
     if efforts is not None:
         efforts.bring_together()
@@ -303,7 +303,7 @@ def _arguments(settings: FinetuneSettings, epochs: float, seed: int, samples: in
     from transformers import TrainingArguments
 
     steps = math.ceil(settings.steps(samples) * epochs)
-    at_once, accumulated = settings.on_each_device(distributed.world())
+    at_once, accumulated = settings.on_each_device(processes.world_size())
     return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=epochs,

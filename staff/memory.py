@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from staff import distributed
+from staff.runtime import processes
 from staff.adapters import fresh_lora
 from staff.errors import UserError
 from staff.finetune import FinetuneSettings
@@ -54,11 +54,11 @@ def finetuning_memory(
     lora = settings.kind == "lora"
     weights = _weight_bytes(model, spec.quantization) if lora else 4 * model.num_parameters()
     if spec.in_parts:  # and, in full, the block that runs and the one fetched for when it is done
-        weights = weights // distributed.world() + 2 * weights // config.num_hidden_layers
+        weights = weights // processes.world_size() + 2 * weights // config.num_hidden_layers
     if lora:
         fresh_lora(model, settings.lora, seed=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    batch, _ = settings.on_each_device(distributed.world())
+    batch, _ = settings.on_each_device(processes.world_size())
     longest = int(min(lengths.max(), settings.max_length))
     tokens, answers = min(batch, len(lengths)) * longest, int(np.sort(answer_lengths)[-batch:].sum())
     kept = _Kept.by(model, 2 if settings.precision == "bfloat16" else 4, longest, lora)
@@ -125,7 +125,7 @@ def available_memory() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available // distributed.on_this_machine()
+    return psutil.virtual_memory().available // processes.local_world_size()
 
 
 def check_fits(spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSettings) -> None:
@@ -158,10 +158,10 @@ def _smaller(settings: FinetuneSettings, longest: int) -> Iterator[dict[str, Any
     """Settings that need less and less, those that cost least first."""
     import torch
 
-    share = settings.batch_size // distributed.world()
+    share = settings.batch_size // processes.world_size()
     sizes = [n for n in range(min(settings.device_batch_size, share), 0, -1) if share % n == 0]
     means: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
-    if distributed.world() > 1 and settings.kind == "lora" and not settings.quantization:
+    if processes.world_size() > 1 and settings.kind == "lora" and not settings.quantization:
         means.append({"fsdp": True, "gradient_checkpointing": True})
     if torch.cuda.is_available() and settings.kind == "lora" and not settings.fsdp:
         means.append({"quantization": "nf4", "gradient_checkpointing": True})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from staff import distributed
+from staff.runtime import processes
 from staff.errors import UserError
 from staff.weights import ATTENTIONS, NO_CODE, load_safetensors, reason
 
@@ -163,7 +163,7 @@ class ModelSpec:
     def in_parts(self) -> bool:
         """Whether `load` gives each process a part of the weights: then all have to run the model in step, and no
         adapter can be merged into it."""
-        return self.sharded and distributed.world() > 1
+        return self.sharded and processes.world_size() > 1
 
     def load(self) -> Any:
         """The model in evaluation mode, on the GPU where there is one."""
@@ -176,7 +176,7 @@ class ModelSpec:
             from transformers.distributed.configuration_utils import DistributedConfig
 
             return self.weights(
-                **options, distributed_config=DistributedConfig(fsdp_size=distributed.world())
+                **options, distributed_config=DistributedConfig(fsdp_size=processes.world_size())
             ).eval()
         model = self.weights(**options)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from staff import distributed
+from staff.runtime import processes
 from staff.gradients import Positions, gradient_layers, weight_gradient_norms
 
 
@@ -40,7 +40,7 @@ class OnlineEfforts:
 
     def bring_together(self) -> None:
         """Take over what the other processes of this run have seen; each sample is seen by one of them."""
-        for of_one in distributed.gather(self.squared):
+        for of_one in processes.all_gather(self.squared):
             self.squared = torch.where(self.squared.isnan(), of_one, self.squared)
 
     @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 
 from staff.data import Sample
 from staff.errors import UserError
-from staff.progress import progress
+from staff.runtime.progress import progress
 
 
 @dataclass(frozen=True)

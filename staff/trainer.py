@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from staff import distributed
+from staff.runtime import processes
 from staff.errors import UserError
 from staff.gradients import ARCHITECTURES, IGNORED, Positions, last_block, last_block_at, token_losses
 from staff.online import OnlineEfforts
@@ -40,14 +40,14 @@ class Shares(Sampler[list[int]]):
 
     def _batches(self, samples: int) -> int:
         """How many a process gets of a step with so many samples."""
-        return -(-samples // (distributed.world() * self._device))
+        return -(-samples // (processes.world_size() * self._device))
 
     def __iter__(self) -> Iterator[list[int]]:
         order = [int(index) for index in self._order]
-        order = distributed.from_first(lambda: order)
+        order = processes.broadcast_from_main(lambda: order)
         for start in range(0, len(order), self._step):
             step = order[start : start + self._step]
-            share = distributed.share(step)
+            share = processes.shard(step)
             for batch in range(self._batches(len(step))):
                 yield share[batch * self._device : (batch + 1) * self._device]
 
@@ -61,11 +61,11 @@ class SharingTrainer(Trainer):
     last step of an epoch with samples that were seen already."""
 
     def get_train_dataloader(self) -> DataLoader:
-        if distributed.world() == 1:
+        if processes.world_size() == 1:
             return super().get_train_dataloader()
         args, rows = self.args, cast(Any, self.train_dataset)
         device_batch = args.per_device_train_batch_size
-        step = device_batch * args.gradient_accumulation_steps * distributed.world()
+        step = device_batch * args.gradient_accumulation_steps * processes.world_size()
         if args.train_sampling_strategy == "group_by_length":
             order: Any = LengthGroupedSampler(step, dataset=rows, lengths=list(rows["length"]))
         else:
@@ -95,8 +95,8 @@ class AnswerTrainer(SharingTrainer):
     ) -> Any:
         positions = Positions.of_predictions(inputs["labels"])
         tokens = len(positions.targets) if num_items_in_batch is None else num_items_in_batch
-        if distributed.world() > 1:  # whose gradients are averaged, where the loss is to be summed
-            tokens = tokens / distributed.world()
+        if processes.world_size() > 1:  # whose gradients are averaged, where the loss is to be summed
+            tokens = tokens / processes.world_size()
         watching, rows = nullcontext(), inputs["row"]
         if self.efforts is not None and len(rows) and self.state.epoch >= self.args.num_train_epochs - 1:
             watching = self.efforts.watching(rows, positions, tokens)
@@ -105,7 +105,7 @@ class AnswerTrainer(SharingTrainer):
             logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[0]
         losses = token_losses(logits, positions.targets)
         total = losses.sum()
-        with distributed.agreed():
+        with processes.raise_on_all_ranks():
             if not torch.isfinite(total):
                 self._refuse(positions.mean(losses), rows)
         return total / tokens

@@ -150,7 +150,7 @@ MUTATIONS = (
     Mutation(
         "each process its own mean",
         "staff/trainer.py",
-        "tokens = tokens / distributed.world()",
+        "tokens = tokens / processes.world_size()",
         "tokens = len(positions.targets)",
         "tests/test_distributed.py::test_two_processes_fine_tune_to_the_weights_of_one",
     ),

@@ -26,8 +26,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 RUNS = """
 import sys
 from pathlib import Path
-from staff import distributed
-distributed.start()
+from staff.runtime import processes
+processes.start()
 from conftest import run_shrunk
 results, data = Path(sys.argv[1]), sys.argv[2]
 common = ["task=jsonl", f"task.data_dir={data}", "task.train_limit=21", "task.test_limit=5", "pruning_rate=0.5"]
@@ -42,8 +42,8 @@ run_shrunk(results / "fsdp", *common, *unequal, "finetune.fsdp=true", "finetune.
 from test_distributed import interrupted, part_of_the_weights
 interrupted(results / "interrupted", fsdp=False)
 interrupted(results / "interrupted", fsdp=True)
-(results / f"part {distributed.rank()}").write_text(str(part_of_the_weights()))
-distributed.end()
+(results / f"part {processes.rank()}").write_text(str(part_of_the_weights()))
+processes.end()
 """
 
 
@@ -186,34 +186,34 @@ def test_fsdp_is_refused_where_weights_are_trained_or_packed(other):
 
 FAILS = """
 import atexit, os, sys, time
-from staff import distributed
+from staff.runtime import processes
 from staff.errors import UserError
-distributed.GRACE = 1.0
-distributed.start()
+processes.GRACE = 1.0
+processes.start()
 def refuse():
     raise UserError("no such model")
-for attempt in (lambda: distributed.from_first(refuse), None):
+for attempt in (lambda: processes.broadcast_from_main(refuse), None):
     try:
         if attempt:
             attempt()
-        with distributed.agreed():
-            if not distributed.first():
+        with processes.raise_on_all_ranks():
+            if not processes.is_main_process():
                 raise UserError("sample 7 is not finite")
     except UserError as error:
-        print(distributed.rank(), error, file=sys.stderr)
+        print(processes.rank(), error, file=sys.stderr)
 try:
-    if str(distributed.rank()) == sys.argv[1]:
+    if str(processes.rank()) == sys.argv[1]:
         raise RuntimeError("a defect")
     if sys.argv[2] == "waits":
-        distributed.gather("for this one waits in vain")
+        processes.all_gather("for this one waits in vain")
     time.sleep(1)
     raise RuntimeError("a defect of its own, later")
 except RuntimeError as error:
-    if distributed.speaks_of_failure():
+    if processes.claims_error_report():
         print("said:", error, file=sys.stderr)
-        distributed.told()
+        processes.report_done()
     atexit.register(os.abort)  # as a thread of gloo's may, when Python ends
-    distributed.leave(1)
+    processes.leave(1)
 """
 
 

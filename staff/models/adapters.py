@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from staff.errors import UserError
-from staff.models import LoraSpec, ModelSpec
+from staff.models.spec import LoraSpec, ModelSpec
 
 
 def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
@@ -31,17 +31,17 @@ def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
             raise UserError(f"LoRA targets={targets!r}: {str(error).split('. ')[0]}; name others.") from error
 
 
-def load_tuned(spec: ModelSpec, folder: Path, kind: str) -> Any:
-    """The model that a fine-tuning of `kind` ("lora" or "full") left in `folder`."""
-    if kind == "full":
-        return replace(spec, path=str(folder), revision=None, made=None).load()
+def load_trained(spec: ModelSpec, folder: Path) -> Any:
+    """The model that a fine-tuning left in `folder`: an adapter of the model, or all its weights."""
+    if not (folder / "adapter_config.json").is_file():
+        return replace(spec, path=str(folder), revision=None, prepared=None).load()
     from peft import PeftModel
 
     return PeftModel.from_pretrained(spec.load(), folder, is_trainable=True).eval()
 
 
 def replace_lora(tuned: Any, spec: LoraSpec, seed: int) -> Any:
-    """A fresh adapter in place of the tuned one on the layers that `spec` targets; elsewhere the tuning stays,
+    """`tuned` with a fresh adapter in place of its own on the layers that `spec` targets. Elsewhere the tuning stays,
     merged into the weights. This is what the authors' code does to the small model."""
     import torch
 

@@ -27,8 +27,8 @@ import numpy as np
 
 from staff.errors import UserError
 
-Shared = TypeVar("Shared", list, np.ndarray)
-Told = TypeVar("Told")
+Sharded = TypeVar("Sharded", list, np.ndarray)
+T = TypeVar("T")
 
 GRACE = 10.0
 """Seconds that a process has to end by itself after another has failed."""
@@ -37,7 +37,7 @@ GRACE = 10.0
 @dataclass
 class _Group:
     rank: int
-    world: int
+    world_size: int
     store: Any
     control: Any
     """A process group of its own for messages, so that none is taken for a gradient."""
@@ -75,7 +75,7 @@ def start() -> None:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if _group is not None or not launched():
         return
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if rank:
         os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         logging.disable(logging.CRITICAL)
@@ -95,11 +95,11 @@ def start() -> None:
         "cpu:gloo,cuda:nccl" if gpu else "gloo",
         store=PrefixStore("group", store),
         rank=rank,
-        world_size=world,
+        world_size=world_size,
         timeout=timedelta(days=30),
     )
     control = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-    _group = _Group(rank, world, PrefixStore("staff", store), control)
+    _group = _Group(rank, world_size, PrefixStore("staff", store), control)
 
 
 def end() -> None:
@@ -123,7 +123,7 @@ def _watch(group: _Group) -> None:
         except Exception:  # the store is gone with the process that held it
             failed = True
         if failed and not group.over.wait(GRACE):
-            _last_word(group)
+            _shutdown(group)
             os._exit(1)
 
 
@@ -131,27 +131,27 @@ def rank() -> int:
     return _group.rank if _group else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes carry out this run."""
-    return _group.world if _group else 1
+    return _group.world_size if _group else 1
 
 
-def on_this_machine() -> int:
+def local_world_size() -> int:
     """How many of them work on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _group else 1
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes."""
     return rank() == 0
 
 
-def share(items: Shared) -> Shared:
+def shard(items: Sharded) -> Sharded:
     """Every world-th of the items: of a list that is sorted by length, each process gets as much work."""
-    return items[rank() :: world()] if _group else items
+    return items[rank() :: world_size()] if _group else items
 
 
-def total(values: np.ndarray) -> np.ndarray:
+def all_reduce_sum(values: np.ndarray) -> np.ndarray:
     """The sum of what all processes give, element by element; where all but one give zero, that one's, exactly."""
     if _group is None:
         return values
@@ -163,25 +163,25 @@ def total(values: np.ndarray) -> np.ndarray:
     return summed.numpy()
 
 
-def gather(value: Told) -> list[Told]:
+def all_gather(value: T) -> list[T]:
     """What each process gives, by rank; whatever pickle can write."""
     if _group is None:
         return [value]
     from torch import distributed
 
-    values: list[Any] = [None] * _group.world
+    values: list[Any] = [None] * _group.world_size
     distributed.all_gather_object(values, value, group=_group.control)
     return values
 
 
-def from_first(decide: Callable[[], Told]) -> Told:
+def broadcast_from_main(decide: Callable[[], T]) -> T:
     """What rank 0 finds, for all; what it raises, all raise."""
     if _group is None:
         return decide()
     from torch import distributed
 
     message: list[Any] = [None, None]
-    if first():
+    if is_main_process():
         try:
             message[0] = decide()
         except Exception as error:
@@ -196,7 +196,7 @@ def from_first(decide: Callable[[], Told]) -> Told:
 
 
 @contextmanager
-def agreed(apart: bool = True) -> Iterator[None]:
+def raise_on_all_ranks(apart: bool = True) -> Iterator[None]:
     """Around a process's own part of shared work: if one fails, all do. That takes that it works `apart`, and waits
     for no other."""
     if _group is None or not apart:
@@ -207,7 +207,7 @@ def agreed(apart: bool = True) -> Iterator[None]:
         yield
     except Exception as error:
         mine = error
-    errors = gather(mine and _portable(mine))
+    errors = all_gather(mine and _portable(mine))
     if mine is not None:
         raise mine
     for error in errors:
@@ -222,9 +222,9 @@ def _portable(error: Exception) -> Exception:
     return (MemoryError if type(error).__name__ == "OutOfMemoryError" else RuntimeError)(repr(error))
 
 
-def speaks_of_failure() -> bool:
+def claims_error_report() -> bool:
     """To be asked where an error has ended the run: True in one process, which is to tell of it and then to call
-    `told`; in the others False, once that was done."""
+    `report_done`; in the others False, once that was done."""
     if _group is None:
         return True
     group = _group
@@ -238,26 +238,26 @@ def speaks_of_failure() -> bool:
     if not group.speaks:
         with suppress(Exception):
             group.store.wait(["told"], timedelta(seconds=GRACE))
-        _last_word(group)
+        _shutdown(group)
     return bool(group.speaks)
 
 
-def told() -> None:
+def report_done() -> None:
     """What went wrong has been told: the others may end."""
     if _group is not None:
         with suppress(Exception):
             _group.store.set("told", "")
-        _last_word(_group)
+        _shutdown(_group)
 
 
-def _last_word(group: _Group) -> None:
+def _shutdown(group: _Group) -> None:
     """To be called before a process ends after a failure. The one that holds the store ends last: who waits for a
     word there would hear of a lost connection instead."""
     with suppress(Exception):
         if group.rank:
             group.store.set(f"ended {group.rank}", "")
             return
-        others = [f"ended {rank}" for rank in range(1, group.world)]
+        others = [f"ended {rank}" for rank in range(1, group.world_size)]
         deadline = time.monotonic() + GRACE + 2  # who waits in vain for this process is ended by its watcher
         while not group.store.check(others) and time.monotonic() < deadline:
             time.sleep(0.05)

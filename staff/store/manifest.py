@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from staff.cost import Cost
+from staff.store.cost import Cost
 from staff.errors import UserError
 
 

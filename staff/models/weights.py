@@ -1,7 +1,7 @@
-"""What is let in of a model: weights as safetensors or GGUF, never a pickle, and no code.
+"""Untrusted inputs: weights are read as safetensors or GGUF, never as a pickle, and no code of a model is run.
 
-transformers is told to read safetensors alone and to run no code of a model's own. Yet three things that may lie
-beside the weights make it read others: an index that names them, a configuration that does, and an adapter.
+transformers is told so. Yet three files beside the weights can make it read others: an index that names them, a
+configuration that does, and an adapter. They are checked first.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
-"""Those that transformers has, or that the user installed; by any other name it fetches code from the hub."""
+"""The implementations of transformers and of packages; for any other name it fetches code from the hub."""
 
 NO_CODE = {"trust_remote_code": False}
-"""For whatever is loaded. Without it, transformers asks at the terminal."""
+"""Passed to every loader. Without it, transformers asks at the terminal."""
 
 _ADAPTER, _CONFIG, _INDEX = "adapter_config.json", "config.json", "model.safetensors.index.json"
 
@@ -41,7 +41,7 @@ def load_safetensors(place: str, revision: str | None = None, **options: Any) ->
 
 
 def reason(error: Exception) -> str:
-    """Why a model cannot be loaded, with the mend where something of it was not let in."""
+    """Why a model cannot be loaded, in one clause with the mend."""
     if "trust_remote_code" in str(error):
         return "it wants to run code of its own, which is never done; choose a model that transformers knows"
     if "no file named model.safetensors" in str(error) or "cannot be loaded with `safetensors`" in str(error):

@@ -1,8 +1,8 @@
-"""What making an artefact took before it succeeded, apart from its cost: attempts that were killed or failed.
+"""Failed attempts at a stage: what it took before it succeeded, apart from its cost.
 
-An attempt writes its start to a file, and every few seconds for how long it has worked. One that is killed leaves
-the file as it was last written, so it counts for up to `BEAT` seconds less than it took. What a checkpoint keeps of
-it is not lost, and counts for the artefact that is made from there.
+An attempt writes its start to a file, and every few seconds how long it has worked. One that is killed leaves the
+file as it was last written, so it counts for up to `BEAT` seconds less than it took. Work up to a checkpoint is not
+lost: it counts for the artefact that is resumed from there.
 """
 
 import json
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from staff.cost import Meter
+from staff.store.cost import Meter
 
 BEAT = 5.0
 """Seconds."""
@@ -22,16 +22,17 @@ BEAT = 5.0
 
 @contextmanager
 def attempt(file: Path, meter: Meter) -> Iterator[list[dict[str, Any]]]:
-    """Record the block in `file`, what `meter` would lose of it; forget it, and those before it, once it succeeds.
+    """Record the block in `file`, with the seconds of `meter` since its last checkpoint. Once the block succeeds, the
+    record and those of earlier attempts are removed.
 
     Yields the attempts before it: when each started, seconds, and the error's name where it was not killed.
     """
-    earlier = lost(file)
+    earlier = failed_attempts(file)
     this: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
     done = threading.Event()
 
     def write() -> None:
-        this["seconds"] = meter.lost
+        this["seconds"] = meter.unsaved
         draft = file.with_suffix(".draft")
         draft.write_text(json.dumps([*earlier, this]))
         os.replace(draft, file)
@@ -57,8 +58,8 @@ def attempt(file: Path, meter: Meter) -> Iterator[list[dict[str, Any]]]:
             write() if "error" in this else file.unlink()
 
 
-def lost(file: Path) -> list[dict[str, Any]]:
-    """The attempts in a file that led to nothing; none where there is no file."""
+def failed_attempts(file: Path) -> list[dict[str, Any]]:
+    """The attempts recorded in a file; none where there is no file."""
     with suppress(FileNotFoundError, ValueError):
         return json.loads(file.read_text())
     return []

@@ -1,0 +1,114 @@
+"""A pool whose signals are arrays at hand: selection without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from staff.errors import UserError
+from staff.scoring.signal import Signal
+from staff.signals import NAMED, named
+
+Asked = str | Signal
+Signals = Mapping[tuple[Asked, str], np.ndarray]
+
+
+class ArrayPool:
+    """A pool whose signals are arrays; no model is needed.
+
+    Args:
+        ids: the samples' ids, unique.
+        signals: by signal and model, such as {("effort", "small"): array of shape (N,)}. A shipped signal's name
+            stands for its default options; give the signal itself for others: (Effort("all_lora"), "small").
+        answer_lengths, lengths: tokens of the answers and of the whole samples, shape (N,), for methods that ask.
+        groups: the samples' groups, shape (N,).
+        dev: the signals of a validation slice.
+        dev_groups: the groups of its samples.
+
+    Raises:
+        UserError: ids that are no text or not unique.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        signals: Signals,
+        answer_lengths: np.ndarray | None = None,
+        *,
+        lengths: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
+        dev: Signals | None = None,
+        dev_groups: np.ndarray | None = None,
+    ):
+        for position, given in enumerate(ids):
+            if not isinstance(given, str):
+                raise UserError(f"ids[{position}]={given!r} must be text: give ids as strings.")
+        if len(set(ids)) != len(ids):
+            raise UserError("ids must be unique: give every sample an id of its own.")
+        self.ids = list(ids)
+        self.groups, self.dev_groups = groups, dev_groups
+        self._answer_lengths, self._lengths = answer_lengths, lengths
+        self._views = {"pool": _resolved(signals)}
+        if dev is not None:
+            self._views["dev"] = _resolved(dev)
+
+    @property
+    def answer_lengths(self) -> np.ndarray:
+        return self._given("answer_lengths", self._answer_lengths)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._given("lengths", self._lengths)
+
+    def ask(
+        self,
+        signal: Asked | Sequence[Asked],
+        of: str,
+        at: np.ndarray | None = None,
+        view: str = "pool",
+        **options: Any,
+    ) -> Any:
+        """As `staff.pool.Pool.ask`.
+
+        Raises:
+            UserError: the pool does not have the signal, with these options, of this model.
+        """
+        if isinstance(signal, Sequence) and not isinstance(signal, str):
+            return [self.ask(one, of, at, view, **options) for one in signal]
+        if view not in self._views:
+            raise UserError(f"the pool has no {view} slice: give ArrayPool {view}=....")
+        known, wanted = self._views[view], _signal(signal, options)
+        if (wanted, of) not in known:
+            has = ", ".join(f"{_words(s)} of {m}" for s, m in known) or "none"
+            raise UserError(f"the pool has no {_words(wanted)} of {of!r}: it has {has}.")
+        values = known[wanted, of]
+        return values if at is None else values[at]
+
+    @staticmethod
+    def _given(name: str, values: np.ndarray | None) -> np.ndarray:
+        if values is None:
+            raise UserError(f"the pool has no {name}: give ArrayPool {name}.")
+        return values
+
+
+def _resolved(signals: Signals) -> dict[tuple[Any, str], np.ndarray]:
+    return {(_signal(signal, {}), model): np.asarray(values) for (signal, model), values in signals.items()}
+
+
+def _signal(signal: Asked, options: Mapping[str, Any]) -> Any:
+    """The signal with these options in a form that can be looked up; an unknown name without options as it is."""
+    if isinstance(signal, str) and signal not in NAMED and not options:
+        return signal
+    made = named(signal, **options)
+    return (type(made), repr(made))
+
+
+def _words(signal: Any) -> str:
+    """A looked-up signal in words: its name, and the options that differ from its defaults."""
+    if isinstance(signal, str):
+        return repr(signal)
+    kind, text = signal
+    plain = kind()
+    return repr(kind.name) if repr(plain) == text else f"{kind.name!r} ({text})"

@@ -1,0 +1,191 @@
+"""Stages that obtain a model: convert a GGUF file, cut a small model out of the target, save objects at hand.
+
+Each runs once and is kept as an artefact. Nobody is charged for it: converting a format and copying blocks belong to
+obtaining a model, as a download does, and not to selecting samples. So they run outside every other stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+from staff.errors import UserError
+from staff.models.spec import Family, ModelSpec
+from staff.store.cost import Meter
+from staff.store.manifest import Artifact
+from staff.store.stage import Stage
+from staff.store.store import Store
+
+log = logging.getLogger(__name__)
+
+
+def prepare(family: Family, store: Store) -> Family:
+    """The family with every model in a folder that transformers loads in seconds.
+
+    Raises:
+        UserError: a GGUF file that cannot be read, or blocks that the target does not have.
+    """
+    target, small = _prepared(family.target, store), family.small
+    if small.from_target is None or small.from_target.keep_layers is None:
+        return replace(family, target=target, small=_prepared(small, store))
+    cut = PruneDepth(target, small.from_target.indices(target.config().num_hidden_layers))
+    small = replace(small, path=cut.name, revision=None, prepared=store.get(cut))
+    return replace(family, target=target, small=small)
+
+
+def from_objects(model: Any, tokenizer: Any, store: Store) -> ModelSpec:
+    """A transformers model with its tokenizer, saved once and found again by content; both stay as they are.
+
+    Raises:
+        UserError: a model with an adapter or packed weights, or in a precision that is not supported.
+    """
+    saved = SaveObjects(model, tokenizer)
+    return replace(saved.spec, prepared=store.get(saved))
+
+
+def _prepared(spec: ModelSpec, store: Store) -> ModelSpec:
+    """A GGUF file as a folder of its own; any other model as it is."""
+    if spec.local is None or spec.local.is_dir():
+        return spec
+    return replace(spec, prepared=store.get(ConvertGguf(spec)))
+
+
+class _Prepare(Stage):
+    kind: ClassVar[str] = "model"
+    version: ClassVar[int] = 1
+    one_process: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class ConvertGguf(_Prepare):
+    """A GGUF file as a folder: parsing one takes transformers the better part of a minute."""
+
+    spec: ModelSpec
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("gguf") is None:
+            raise UserError(f"{self.spec.name} needs the package gguf to be read: pip install gguf.")
+
+    @property
+    def label(self) -> str:
+        return f"convert {self.spec.name}"
+
+    def key(self) -> dict[str, Any]:
+        return {"gguf": self.spec.source(), "dtype": self.spec.dtype}
+
+    def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        import torch
+        from transformers import GgufConfig
+
+        log.info("reading %s, which takes a while and is done once", self.spec.local)
+        plain = GgufConfig(dequantize=True)  # packed weights can be neither saved nor tuned
+        model = self.spec.weights(dtype=getattr(torch, self.spec.dtype), quantization_config=plain)
+        model.save_pretrained(folder)
+        self.spec.tokenizer().save_pretrained(folder)
+
+    def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        self.spec.config().save_pretrained(folder)
+        self.spec.tokenizer().save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class PruneDepth(_Prepare):
+    """The target with some of its blocks only."""
+
+    target: ModelSpec
+    kept: list[int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.target.name}, {len(self.kept)} of {self.target.config().num_hidden_layers} blocks"
+
+    @property
+    def label(self) -> str:
+        return f"cut out {self.name}"
+
+    def key(self) -> dict[str, Any]:
+        return {"target": self.target.source(), "keep_layers": self.kept}
+
+    def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        model = self.target.weights(dtype="auto")
+        keep_blocks(model, self.kept)
+        model.save_pretrained(folder)
+        self.target.tokenizer().save_pretrained(folder)
+
+    def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        shapes = self.target.shapes()
+        keep_blocks(shapes, self.kept)
+        shapes.config.save_pretrained(folder)
+        self.target.tokenizer().save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class SaveObjects(_Prepare):
+    """A model and a tokenizer that exist as objects."""
+
+    model: Any
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        if hasattr(self.model, "peft_config") or getattr(self.model, "is_quantized", False):
+            raise UserError(
+                f"the model {self._name} has an adapter or packed weights: merge or unpack it, or give its path."
+            )
+
+    @property
+    def _name(self) -> str:
+        return self.model.config.name_or_path or type(self.model).__name__
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return ModelSpec(self._name, dtype=dtype, attention=self.model.config._attn_implementation)
+
+    @property
+    def label(self) -> str:
+        return f"save {self.spec.name}"
+
+    def key(self) -> dict[str, Any]:
+        with TemporaryDirectory() as apart:
+            self.model.config.save_pretrained(apart)
+            self.tokenizer.save_pretrained(apart)
+            return {"files": ModelSpec(apart).source(), "weights": _weights_digest(self.model)}
+
+    def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def _weights_digest(model: Any) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for name, weights in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def keep_blocks(model: Any, kept: Sequence[int]) -> None:
+    """Leave a causal language model only the blocks at these increasing indices; all other weights stay.
+
+    Depth pruning without a healing of its own (Kim et al., Shortened LLaMA, 2024): fine-tuning follows anyway.
+    """
+    from torch.nn import ModuleList
+
+    config, depth = model.config, model.config.num_hidden_layers
+    blocks = next(m for m in model.modules() if isinstance(m, ModuleList) and len(m) == depth)
+    remaining = [blocks[index] for index in kept]
+    del blocks[:]
+    blocks.extend(remaining)
+    config.num_hidden_layers = len(kept)
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == depth:  # such as layer_types
+            setattr(config, name, [value[index] for index in kept])

@@ -1,0 +1,106 @@
+"""A model that can be asked: which model, what it was trained on, and at which point of that training."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from staff.errors import UserError
+from staff.models.adapters import fresh_lora, load_trained, replace_lora
+from staff.models.spec import LoraSpec, ModelSpec
+from staff.store.manifest import Artifact
+from staff.store.stage import Stage
+
+
+class Training(Stage):
+    """A stage that leaves a model: an adapter, or all its weights."""
+
+    @property
+    @abstractmethod
+    def adapter(self) -> LoraSpec | None:
+        """The adapter that it trains; None where it trains all weights."""
+
+    @abstractmethod
+    def checkpoint(self, folder: Path, epoch: int) -> Path:
+        """Where the stage's `folder` keeps the model at the end of this epoch (1 is the first).
+
+        Raises:
+            UserError: it keeps none.
+        """
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """A model in one state.
+
+    Attributes:
+        spec: which model, and how it is held in memory.
+        training: None: the raw model.
+        checkpoint: None: the end of the training; k: the end of its k-th epoch.
+    """
+
+    spec: ModelSpec
+    training: Training | None = None
+    checkpoint: int | None = None
+
+    @property
+    def inputs(self) -> tuple[Stage, ...]:
+        """The stages to be given to `load`."""
+        return () if self.training is None else (self.training,)
+
+    def key(self) -> dict[str, Any]:
+        """All that determines the model besides `inputs`, as JSON holds it."""
+        return {"model": self.spec.identity(), "checkpoint": self.checkpoint}
+
+    @property
+    def adapted(self) -> bool:
+        """Whether `load` gives a model with a trained adapter."""
+        return self.training is not None and self.training.adapter is not None
+
+    @property
+    def words(self) -> str:
+        """Such as "fine-tuned Llama-2-7b after epoch 2", for labels."""
+        after = "" if self.checkpoint is None else f" after epoch {self.checkpoint}"
+        return f"{'raw' if self.training is None else 'fine-tuned'} {self.spec.name}{after}"
+
+    def load(self, *trained: Artifact) -> Any:
+        """The model in evaluation mode, from the artefacts of `inputs`."""
+        if self.training is None:
+            return self.spec.load()
+        folder = trained[0].path
+        if self.checkpoint is not None:
+            folder = self.training.checkpoint(folder, self.checkpoint)
+        return load_trained(self.spec, folder)
+
+    def shapes(self) -> Any:
+        """The same without weights, on the meta device."""
+        shapes = self.spec.shapes()
+        if self.training is None or self.training.adapter is None:
+            return shapes
+        return fresh_lora(shapes, self.training.adapter, seed=0)
+
+
+@dataclass(frozen=True)
+class FreshAdapter:
+    """A LoRA adapter with A drawn from `seed` and B zero, put on a model to differentiate by."""
+
+    lora: LoraSpec
+    seed: int
+
+    def put_on(self, model: Any, adapted: bool) -> Any:
+        """`model` with this adapter; one that is `adapted` keeps its tuning, merged into the weights, elsewhere."""
+        if adapted:
+            return replace_lora(model, self.lora, self.seed)
+        return fresh_lora(model, self.lora, self.seed)
+
+
+def check_mergeable(spec: ModelSpec) -> None:
+    """Refuse a model into whose weights no adapter can be merged."""
+    if spec.quantization or spec.is_partitioned:
+        raise UserError(
+            "adapters cannot be merged into weights of 4 bits or of a model that is shared out, as "
+            "gradient=all_linear and fresh_adapter ask: choose gradient=last_v_b or all_lora without "
+            "fresh_adapter, or finetune=lora finetune.fsdp=false."
+        )

@@ -1,0 +1,18 @@
+"""The machine that the program runs on."""
+
+import platform
+import re
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def processor_name() -> str:
+    """Name of the processor, such as "AMD EPYC 7B13"."""
+    with suppress(OSError):
+        if name := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return name[1].strip()
+    return platform.processor() or platform.machine()
+
+

@@ -1,0 +1,294 @@
+"""Exact per-sample gradients of a whole batch from one forward and one backward pass.
+
+The loss is the sum over samples of each sample's own mean answer cross-entropy, so the gradient of the loss with
+respect to a layer's output holds, row by row, what each sample contributes. For a linear layer with inputs x (T, in)
+and output gradients g (T, out) of one sample, the gradient of the weight is g^T x (Goodfellow 2015,
+arXiv:1510.01799). A reducer turns these pairs into a value per sample; the squared norm is one of them.
+
+No parameter asks for a gradient, the wanted outputs do: all that runs before the first of them keeps no graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from staff.errors import UserError
+from staff.scoring.positions import Positions, last_block, last_block_at, model_name, scoring_mode, widened
+from staff.scoring.signal import check_parameters
+
+@dataclass(frozen=True)
+class LayerGradient:
+    """What backpropagation leaves of one linear layer: inputs x (B, T, in) and output gradients g (B, T, out).
+
+    Attributes:
+        embedded: where the layer's weight is also the embedding, the token ids (B, T) and the gradient (B, T, in)
+            that each position adds to its token's row.
+    """
+
+    name: str
+    layer: nn.Linear
+    x: Tensor
+    g: Tensor
+    embedded: tuple[Tensor, Tensor] | None = None
+
+
+class Reducer(Protocol):
+    """Turns gradients into a value of shape (B, *shape) per sample; the values of all layers are added up."""
+
+    def of_layer(self, gradient: LayerGradient) -> Tensor:
+        """(B, *shape), from the pair of one linear layer."""
+        ...
+
+    def of_parameter(self, name: str, gradient: Tensor) -> Tensor:
+        """(*shape,), from the gradient of one parameter for a single sample."""
+        ...
+
+
+class SquaredNorm:
+    """The squared L2 norm of the gradient: (B,)."""
+
+    def of_layer(self, gradient: LayerGradient) -> Tensor:
+        own = squared_weight_gradient_norms(gradient.x, gradient.g, bias=gradient.layer.bias is not None)
+        if gradient.embedded is None:
+            return own
+        return _squared_tied_norms(own, gradient.x, gradient.g, *gradient.embedded)
+
+    def of_parameter(self, name: str, gradient: Tensor) -> Tensor:
+        return widened(gradient).square().sum()
+
+
+class Gradients(Protocol):
+    """The gradients of a batch, of which nothing is kept but what a reducer makes of them."""
+
+    def reduce(self, reducer: Reducer) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class BatchGradients:
+    """Gradients of a batch as pairs (input, output gradient) of its linear layers.
+
+    Attributes:
+        at: positions at which the last block ran; its layers' tensors hold these alone.
+        embedding: the input embedding, where its weight is also one of the layers'.
+    """
+
+    names: Mapping[nn.Module, str]
+    inputs: Mapping[nn.Module, Tensor]
+    outputs: Mapping[nn.Module, Tensor]
+    at: Positions
+    input_ids: Tensor
+    embedding: Any = None
+
+    def reduce(self, reducer: Reducer) -> Tensor:
+        return torch.stack([reducer.of_layer(gradient) for gradient in self]).sum(0)
+
+    def __iter__(self) -> Iterator[LayerGradient]:
+        for layer, name in self.names.items():
+            assert isinstance(layer, nn.Linear)
+            x, g = self.at.by_sample(self.inputs[layer]), self.at.by_sample(self.outputs[layer])
+            tied = self.embedding is not None and layer.weight is self.embedding.weight
+            yield LayerGradient(name, layer, x, g, (self.input_ids, self._embedded()) if tied else None)
+
+    def _embedded(self) -> Tensor:
+        """What each position adds to its token's row of the embedding's gradient (Gemma 3 scales its rows)."""
+        return widened(self.outputs[self.embedding]) * getattr(self.embedding, "embed_scale", 1.0)
+
+
+@dataclass(frozen=True)
+class SampleGradients:
+    """The gradient of a single sample, parameter by parameter, as autograd gives it."""
+
+    gradients: Mapping[str, Tensor]
+
+    def reduce(self, reducer: Reducer) -> Tensor:
+        return torch.stack([reducer.of_parameter(name, g) for name, g in self.gradients.items()]).sum(0)[None]
+
+
+@dataclass
+class _Captured:
+    """Inputs and outputs of the layers whose gradients are wanted, in the order in which they run."""
+
+    model: Any
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if layer in self.outputs:
+            raise UserError(
+                f"{model_name(self.model)} uses a layer twice ({layer}): exact per-sample gradients are not possible."
+            )
+        self.inputs[layer] = args[0].detach()
+        self.outputs[layer] = output if output.requires_grad else output.requires_grad_()
+
+
+def batch_gradients(
+    model: Any,
+    layers: Mapping[str, nn.Linear],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    at: Positions | None = None,
+    observe: Callable[[Tensor], None] | None = None,
+) -> BatchGradients:
+    """Gradients of each sample's own mean answer cross-entropy with respect to these linear layers.
+
+    Args:
+        model: a causal LM of `staff.scoring.positions.ARCHITECTURES`, wrapped in a PeftModel or not.
+        layers: by name, as `gradient_layers` gives them.
+        input_ids: (B, T), padded to the right.
+        attention_mask: (B, T), or None: a causal mask already hides padding to the right from every label.
+        labels: (B, T), -100 where there is none, unshifted.
+        at: positions at which logits are wanted; by default where the labelled tokens are predicted.
+        observe: called with the logits (S, V) at these positions.
+
+    Raises:
+        UserError: a model for which this would not be exact, or that does not use one of the layers.
+    """
+    if len({id(layer.weight) for layer in layers.values()}) < len(layers):
+        raise UserError(
+            f"{model_name(model)} shares one weight between layers: exact per-sample gradients are not possible."
+        )
+    predictions = Positions.of_predictions(labels)
+    at = at or predictions
+    embedding = model.get_input_embeddings()
+    tied = any(layer.weight is embedding.weight for layer in layers.values())
+    captured = _Captured(model)
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(scoring_mode(model))
+        stack.enter_context(last_block_at(model, at))
+        for layer in (*layers.values(), *([embedding] if tied else [])):
+            stack.enter_context(layer.register_forward_hook(captured))
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[0]
+        if unused := [name for name, layer in layers.items() if layer not in captured.outputs]:
+            raise UserError(
+                f"{model_name(model)} does not use {unused[0]} (a merged or inactive adapter?): activate it."
+            )
+        if observe is not None:
+            observe(logits.detach())
+        wanted = predictions.out_of(at, logits)
+        slopes = loss_slopes(wanted.detach(), predictions)
+        outputs = captured.outputs
+        gradients = dict(zip(outputs, torch.autograd.grad(wanted, list(outputs.values()), slopes), strict=True))
+    names: dict[nn.Module, str] = {layer: name for name, layer in layers.items()}
+    return BatchGradients(names, captured.inputs, gradients, at, input_ids, embedding if tied else None)
+
+
+def per_sample_gradient_norms(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, parameters: str
+) -> Tensor:
+    """L2 norm of the gradient of each sample's own mean answer cross-entropy: (B,), float32 or wider.
+
+    Where the head shares its weight with the embedding, that is one weight with both gradients.
+
+    Args:
+        input_ids, attention_mask, labels: as in `batch_gradients`.
+        parameters: one of `staff.scoring.signal.PARAMETERS`.
+    """
+    layers = gradient_layers(model, parameters)
+    return batch_gradients(model, layers, input_ids, attention_mask, labels).reduce(SquaredNorm()).sqrt()
+
+
+def layer_gradient_norms(
+    model: Any, layers: Mapping[str, nn.Linear], input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+) -> dict[str, Tensor]:
+    """As `per_sample_gradient_norms`, of each of these linear layers (weight and bias) by name: (B,)."""
+    gradients = batch_gradients(model, layers, input_ids, attention_mask, labels)
+    return {gradient.name: SquaredNorm().of_layer(gradient).sqrt() for gradient in gradients}
+
+
+def squared_weight_gradient_norms(x: Tensor, g: Tensor, bias: bool) -> Tensor:
+    """Squared norm of sum over t of g_t x_t^T, from x (B, T, in) and g (B, T, out), and of sum g_t for a bias: (B,)."""
+    x, g = widened(x), widened(g)
+    (length, wide), tall = x.shape[1:], g.shape[2]
+    if gram_is_cheaper(length, wide, tall):
+        squared = ((x @ x.mT) * (g @ g.mT)).sum((1, 2)).clamp_min(0)
+    else:
+        squared = (g.mT @ x).square().sum((1, 2))
+    return squared + g.sum(1).square().sum(1) if bias else squared
+
+
+def gram_is_cheaper(length: int, wide: int, tall: int) -> bool:
+    """Whether two Gram matrices (length x length) cost less than the gradient (tall x wide) itself."""
+    return length * (wide + tall) < wide * tall
+
+
+def _squared_tied_norms(own: Tensor, x: Tensor, g: Tensor, input_ids: Tensor, e: Tensor) -> Tensor:
+    """Squared norm of the gradient of a weight that is head and embedding: (B,).
+
+    The embedding's gradient adds e_t (B, T, D) to the row of token t; its products with itself and with the
+    head's gradient, sum over l of g_l x_l^T, need neither of the two as a matrix.
+    """
+    x, g = widened(x), widened(g)
+    same_token = input_ids[:, :, None] == input_ids[:, None, :]
+    embedding = ((e @ e.mT) * same_token).sum((1, 2))
+    tokens = input_ids[:, None, :].expand(-1, g.shape[1], -1)
+    cross = ((x @ e.mT) * g.gather(2, tokens)).sum((1, 2))
+    return (own + 2 * cross + embedding).clamp_min(0)
+
+
+def loss_slopes(logits: Tensor, at: Positions) -> Tensor:
+    """Gradient of the sum of the samples' mean cross-entropies with respect to logits at `at`: (L, V), (L, V).
+
+    In closed form, (softmax - onehot) / tokens of the sample: autograd would pass over three such matrices.
+    """
+    slopes = widened(logits).softmax(-1)
+    slopes.scatter_add_(-1, at.targets[:, None], slopes.new_full((len(slopes), 1), -1.0))
+    slopes /= at.counts.repeat_interleave(at.counts)[:, None]
+    return slopes.to(logits.dtype)
+
+
+def gradient_layers(model: Any, parameters: str) -> dict[str, nn.Linear]:
+    """The linear layers that hold `parameters` (of `staff.scoring.signal.PARAMETERS`), by name.
+
+    Raises:
+        UserError: a model that has none, or whose LoRA weights do not all lie in linear layers.
+    """
+    check_parameters(parameters)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: layer for name, layer in linear.items() if ".lora_A." in name or ".lora_B." in name}
+    if parameters == "all_linear":
+        if any(".lora_" in name for name, _ in model.named_parameters()):
+            raise UserError("gradient=all_linear is for a model without adapters: merge them first.")
+        return linear
+    covered = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and id(parameter) not in covered:
+            raise UserError(
+                f"{name} is no weight of a linear LoRA layer: exact per-sample gradients are for plain LoRA."
+            )
+    if parameters == "last_v_b":
+        inside = set(last_block(model).self_attn.v_proj.modules())
+        layers = {name: layer for name, layer in layers.items() if layer in inside and ".lora_B." in name}
+    if not layers:
+        raise _no_such_layer(model, parameters)
+    return layers
+
+
+def gradient_parameters(model: Any, parameters: str) -> dict[str, nn.Parameter]:
+    """The parameters (of `staff.scoring.signal.PARAMETERS`) of a model of any architecture, by name."""
+    check_parameters(parameters)
+    named = dict(model.named_parameters())
+    if parameters == "all_linear":
+        layers = gradient_layers(model, parameters)
+        return {f"{name}.{part}": p for name, layer in layers.items() for part, p in layer.named_parameters()}
+    names = [name for name in named if ".lora_" in name]
+    if parameters == "last_v_b":
+        values = [name for name in names if ".v_proj.lora_B." in name]
+        names = [name for name in values if name.rpartition(".")[0] == values[-1].rpartition(".")[0]]
+    if not names:
+        raise _no_such_layer(model, parameters)
+    return {name: named[name] for name in names}
+
+
+def _no_such_layer(model: Any, parameters: str) -> UserError:
+    return UserError(
+        f"gradient={parameters}: {model_name(model)} has no such LoRA layer; add it to the LoRA target modules, or "
+        "choose gradient=all_lora."
+    )

@@ -1,0 +1,165 @@
+"""Label positions of a padded batch, and a last block that runs at these positions only.
+
+Nothing after the last block's attention mixes positions. So its output projection and MLP, the final norm and the
+head run where something is read, and every number stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from staff.errors import UserError
+
+IGNORED = -100
+"""The label of a token that is not predicted, as transformers has it."""
+
+# Decoders whose block feeds `input_layernorm` to the attention alone, and whose attention is causal and ends
+# in `o_proj`; everything else in them works on one position at a time. Checked layer by layer in the tests.
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+
+READS = ("predictions", "answers", "tokens")
+"""Where a signal may read: where answer tokens are predicted, where they stand, or at every token."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """L positions of a padded batch (B, T), sample after sample.
+
+    Attributes:
+        index: (L,) positions in the flattened batch, increasing.
+        targets: (L,) the label that belongs to each.
+        counts: (B,) positions of each sample.
+    """
+
+    index: Tensor
+    targets: Tensor
+    counts: Tensor
+
+    @classmethod
+    def where(cls, mask: Tensor, labels: Tensor) -> Positions:
+        """Where `mask` (B, T) is true, with the labels (B, T) there."""
+        return cls(mask.flatten().nonzero()[:, 0], labels[mask], mask.sum(1))
+
+    @classmethod
+    def of_answers(cls, labels: Tensor) -> Positions:
+        """Where the labelled tokens themselves stand; labels (B, T), -100 where there is none."""
+        return cls.where(labels != IGNORED, labels)
+
+    @classmethod
+    def of_predictions(cls, labels: Tensor) -> Positions:
+        """Where the labelled tokens are predicted: one position earlier."""
+        return cls.of_answers(F.pad(labels[:, 1:], (0, 1), value=IGNORED))
+
+    @classmethod
+    def of_tokens(cls, labels: Tensor, lengths: Tensor) -> Positions:
+        """At every token but padding; lengths (B,)."""
+        return cls.where(torch.arange(labels.shape[1], device=labels.device) < lengths[:, None], labels)
+
+    @classmethod
+    def of(cls, reads: Collection[str], labels: Tensor, lengths: Tensor) -> Positions:
+        """All positions that are read, each once; `reads` as in `READS`."""
+        if "tokens" in reads:
+            return cls.of_tokens(labels, lengths)
+        if len(set(reads)) == 2:
+            labelled = labels != IGNORED
+            return cls.where(labelled | F.pad(labelled[:, 1:], (0, 1)), labels)
+        return cls.of_answers(labels) if "answers" in reads else cls.of_predictions(labels)
+
+    def out_of(self, others: Positions, values: Tensor) -> Tensor:
+        """The rows of values (S, ...) at `others` that belong to these positions, which `others` include: (L, ...)."""
+        if len(self.index) == len(others.index):
+            return values
+        return values.index_select(0, torch.searchsorted(others.index, self.index))
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) -> (1, L, D)."""
+        return hidden.flatten(0, 1).index_select(0, self.index)[None]
+
+    def spread(self, gathered: Tensor) -> Tensor:
+        """(1, L, D) -> (B, max counts, D), zero where a sample has fewer."""
+        filled = torch.arange(int(self.counts.max()), device=self.counts.device) < self.counts[:, None]
+        spread = gathered.new_zeros(*filled.shape, gathered.shape[-1])
+        spread[filled] = gathered[0]
+        return spread
+
+    def by_sample(self, hidden: Tensor) -> Tensor:
+        """`spread` where a layer ran at these positions alone; the whole batch (B, T, D) stays as it is."""
+        return self.spread(hidden) if len(hidden) < len(self.counts) else hidden
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over each sample's positions: (L, ...) -> (B, ...), NaN for a sample without any."""
+        return torch.segment_reduce(values, "mean", lengths=self.counts, axis=0)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32, or wider if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token, in float32 or wider: (L, V), (L,) -> (L,)."""
+    return F.cross_entropy(widened(logits), targets, reduction="none")
+
+
+@contextmanager
+def scoring_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout, and no parameter that asks for a gradient; restored afterwards."""
+    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_()
+
+
+@contextmanager
+def last_block_at(model: nn.Module, positions: Positions) -> Iterator[None]:
+    """Run what follows the last block's attention at these positions only: logits come as (1, L, V).
+
+    The block is handed the gathered positions, its attention the whole sequence: the norm in front of the
+    attention is given the whole input that was set aside, and the attention's output is gathered before `o_proj`.
+    """
+    block = last_block(model)
+    whole: list[Tensor] = []
+
+    def narrow(_, args: tuple) -> tuple:
+        whole.append(args[0])
+        return (positions.gather(args[0]), *args[1:])
+
+    with (
+        block.register_forward_pre_hook(narrow),
+        block.input_layernorm.register_forward_pre_hook(lambda _, args: (whole.pop(),)),
+        block.self_attn.o_proj.register_forward_pre_hook(lambda _, args: (positions.gather(args[0]),)),
+    ):
+        yield
+
+
+def last_block(model: Any) -> Any:
+    """The last decoder block.
+
+    Raises:
+        UserError: an architecture that is not known to be exact in batches.
+    """
+    config = model.config
+    if config.model_type not in ARCHITECTURES or getattr(config, "use_bidirectional_attention", False):
+        raise UserError(
+            f"{model_name(model)} (model type {config.model_type!r}) cannot be scored exactly in batches: its model "
+            f"type must be one of {', '.join(ARCHITECTURES)}, with causal attention; or score single samples by "
+            f"plain autograd, which is slower, with scoring.one_at_a_time=true."
+        )
+    return model.get_decoder().layers[: config.num_hidden_layers][-1]
+
+
+def model_name(model: Any) -> str:
+    """The name of the model's class, without its adapters'."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(base).__name__

@@ -1,0 +1,171 @@
+"""The stage that asks a model for signals of samples."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from staff.data.tokens import TokenizedSamples
+from staff.errors import UserError
+from staff.models.spec import PRECISIONS, LoraSpec
+from staff.models.state import FreshAdapter, ModelState, check_mergeable
+from staff.scoring.signal import Signal, gradient_of
+from staff.store.cost import Meter
+from staff.store.manifest import Artifact
+from staff.store.stage import Stage, identity, plain
+
+FILE = "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How samples are scored.
+
+    Attributes:
+        batch_tokens: padded tokens of one batch, halved where memory runs out; None: as many as suit the device.
+        dtype: precision of the model while it scores; None: its family's.
+        one_at_a_time: plain autograd on single samples, for an architecture without exact batched gradients.
+    """
+
+    batch_tokens: int | None = None
+    dtype: str | None = None
+    one_at_a_time: bool = False
+
+    def __post_init__(self) -> None:
+        tokens = self.batch_tokens
+        if tokens is not None and (type(tokens) is not int or tokens < 1):
+            raise UserError(f"scoring.batch_tokens={tokens!r} must be null or a whole number of at least 1.")
+        if not isinstance(self.one_at_a_time, bool):
+            raise UserError(f"scoring.one_at_a_time={self.one_at_a_time!r} must be true or false.")
+        if self.dtype not in (None, *PRECISIONS):
+            raise UserError(f"scoring.dtype={self.dtype!r} is unknown: choose null, {' or '.join(PRECISIONS)}.")
+
+
+@dataclass(frozen=True)
+class Score(Stage):
+    """Signals of one model for samples, out of one pass over them.
+
+    Attributes:
+        signals: with distinct names; they read the same text of the samples.
+        lora: the adapter that a model without one of its own is differentiated by.
+        adapter_seed: of a fresh adapter's A.
+    """
+
+    kind: ClassVar[str] = "scores"
+    version: ClassVar[int] = 2
+
+    state: ModelState
+    samples: TokenizedSamples
+    signals: tuple[Signal, ...]
+    settings: ScoringSettings
+    lora: LoraSpec
+    adapter_seed: int
+
+    def __post_init__(self) -> None:
+        names = [signal.name for signal in self.signals]
+        if len(set(names)) < len(names):
+            raise UserError(f"the signals {', '.join(names)} share a name: ask for them one after the other.")
+        if self.merges:
+            check_mergeable(self.state.spec)
+
+    @property
+    def label(self) -> str:
+        names = ", ".join(signal.name for signal in self.signals)
+        return f"{names} of {len(self.samples)} samples, {self.state.words}"
+
+    @property
+    def inputs(self) -> tuple[Stage, ...]:
+        return self.state.inputs
+
+    def key(self) -> dict[str, Any]:
+        return {
+            "signals": [identity(signal) for signal in sorted(self.signals, key=lambda signal: signal.name)],
+            "state": self._scored_state.key(),
+            "fresh_adapter": plain(self.fresh_adapter) if self.fresh_adapter else None,
+            "samples": self.samples.fingerprint,
+        }
+
+    @property
+    def fresh_adapter(self) -> FreshAdapter | None:
+        """The adapter that is put on the model; None where it differentiates by its own, or not by an adapter."""
+        gradient = gradient_of(self.signals)
+        if gradient is None or gradient.parameters == "all_linear":
+            return None
+        if gradient.fresh_adapter is None and self.state.adapted:
+            return None
+        return FreshAdapter(gradient.fresh_adapter or self.lora, self.adapter_seed)
+
+    @property
+    def merges(self) -> bool:
+        """Whether the model's own adapter is merged into its weights."""
+        gradient = gradient_of(self.signals)
+        if gradient is None:
+            return False
+        return gradient.parameters == "all_linear" or (self.state.adapted and self.fresh_adapter is not None)
+
+    @property
+    def _scored_state(self) -> ModelState:
+        spec = self.state.spec
+        return replace(self.state, spec=replace(spec, dtype=self.settings.dtype or spec.dtype))
+
+    def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        from safetensors.numpy import save_file
+
+        from staff.scoring.passes import score_samples
+
+        state = self._scored_state
+        values = score_samples(
+            self._differentiable(state.load(*inputs)),
+            self.samples,
+            self.signals,
+            batch_tokens=self.settings.batch_tokens,
+            pad_token_id=state.spec.tokenizer().pad_token_id,
+            one_at_a_time=self.settings.one_at_a_time,
+            meter=meter,
+        )
+        save_file(values, folder / FILE)
+
+    def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        from safetensors.numpy import save_file
+
+        from staff.scoring.flops import scoring_flops
+
+        spec = self._scored_state.spec
+        if self.fresh_adapter:
+            model = self.fresh_adapter.put_on(spec.shapes(), adapted=False)
+        else:
+            model = spec.shapes() if self.merges else self._scored_state.shapes()
+        tokens = int(self.samples.lengths.sum())
+        flops = scoring_flops(model, self.samples.lengths, self.samples.answer_lengths, self.signals)
+        meter.add(flops, tokens, tokens if gradient_of(self.signals) else 0)
+        config = model.config.get_text_config()
+        values = {
+            s.name: placeholder(len(self.samples), s.name + self.state.words, s.shape(config)).astype(s.dtype)
+            for s in self.signals
+        }
+        save_file(values, folder / FILE)
+
+    def _differentiable(self, model: Any) -> Any:
+        """The model ready for the gradient that the signals need."""
+        if self.fresh_adapter:
+            return self.fresh_adapter.put_on(model, self.state.adapted)
+        return model.merge_and_unload() if self.merges and self.state.adapted else model
+
+
+def read_scores(scored: Artifact) -> dict[str, np.ndarray]:
+    """The signals that `Score` stored, by name: (N, *shape)."""
+    from safetensors.numpy import load_file
+
+    return load_file(scored.path / FILE)
+
+
+def placeholder(samples: int, name: str, shape: tuple[int, ...] = ()) -> np.ndarray:
+    """Values (samples, *shape) for a dry run: evenly spread, so that no region is empty, in an order drawn by `name`
+    (two methods that ask for different scores hardly ever choose the same coreset)."""
+    drawn = np.random.default_rng(zlib.crc32(name.encode())).permutation(samples)
+    values = (1 + drawn) / samples
+    return values if not shape else np.repeat(values[:, None], min(2, *shape), axis=1)

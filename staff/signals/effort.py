@@ -1,0 +1,60 @@
+"""Effort: how much a sample moves the model, the norm of its own gradient (STAFF, section 3.1; GraNd, Paul et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from staff.errors import UserError
+from staff.models.spec import LoraSpec
+from staff.scoring.signal import GradientOf, Signal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from staff.scoring.passes import Pass
+
+
+@dataclass(frozen=True)
+class Effort(Signal):
+    """L2 norm of the gradient of the sample's own mean answer cross-entropy, (B,).
+
+    Attributes:
+        parameters: by which the loss is differentiated: "last_v_b", the last block's v_proj lora_B (the authors' code);
+            "all_lora", all LoRA parameters (the paper); "all_linear", all weights of linear layers, adapters
+            merged into them.
+        fresh_adapter: {rank, alpha, targets} of a new LoRA adapter in place of fine-tuning's; None: fine-tuning's.
+    """
+
+    name: ClassVar[str] = "effort"
+    version: ClassVar[int] = 1
+
+    parameters: str = "last_v_b"
+    fresh_adapter: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.gradient  # refuses what cannot be differentiated by
+
+    @property
+    def gradient(self) -> GradientOf:  # type: ignore[override]
+        if self.fresh_adapter is None:
+            return GradientOf(self.parameters)
+        if set(self.fresh_adapter) != {"rank", "alpha", "targets"}:
+            raise UserError(f"fresh_adapter={dict(self.fresh_adapter)} must have rank, alpha and targets.")
+        targets = self.fresh_adapter["targets"]
+        targets = targets if isinstance(targets, str) else tuple(targets)
+        return GradientOf(self.parameters, LoraSpec(**{**self.fresh_adapter, "targets": targets}))
+
+    def compute(self, batch: Pass) -> Tensor:
+        from staff.scoring.gradients import SquaredNorm
+
+        assert batch.gradients is not None
+        return batch.gradients.reduce(SquaredNorm()).sqrt()
+
+    def flops(self, model: Any, lengths: np.ndarray, answer_lengths: np.ndarray) -> float:
+        from staff.scoring.flops import contraction_flops
+
+        return contraction_flops(model, lengths, answer_lengths) if self.parameters == "all_linear" else 0.0

@@ -1,0 +1,41 @@
+"""Loss: how badly the model predicts a sample's answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from staff.errors import UserError
+from staff.scoring.signal import Signal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from staff.scoring.passes import Pass
+
+
+@dataclass(frozen=True)
+class Loss(Signal):
+    """Mean cross-entropy of the answer tokens in nats, the end token among them: (B,).
+
+    Attributes:
+        prompt: False: the answer is read without its prompt, behind the begin token alone. A tokenizer without a
+            begin token leaves the answer's first token unpredicted; it is left out of the mean.
+        text: "answer", or "all": the prompt's tokens count too.
+    """
+
+    name: ClassVar[str] = "loss"
+    version: ClassVar[int] = 1
+
+    prompt: bool = True
+    text: str = "answer"
+
+    def __post_init__(self) -> None:
+        if self.text not in ("answer", "all"):
+            raise UserError(f"text={self.text!r} of the signal 'loss' is unknown: choose answer or all.")
+
+    def compute(self, batch: Pass) -> Tensor:
+        from staff.scoring.positions import token_losses
+
+        predictions = batch.positions("predictions")
+        return predictions.mean(token_losses(batch.logits_at(predictions), predictions.targets))

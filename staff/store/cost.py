@@ -1,0 +1,168 @@
+"""What a stage costs: wall seconds, FLOPs, tokens, peak memory, and the device it ran on.
+
+The paper reports selection overhead in hours (figure 4); hours depend on the machine, FLOPs do not, so both are
+kept. FLOPs are counted from the model's shapes and the real token counts, without padding.
+"""
+
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from staff.runtime.machine import processor_name
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a piece of work took; costs add up, ``sum(costs, Cost.zero())``."""
+
+    seconds: float
+    """Wall time; when costs are added it is the time one after the other, whatever ran side by side."""
+    flops: float
+    """Floating point operations, two to a multiply-add."""
+    tokens_forward: int
+    """Tokens through a forward pass, padding not counted."""
+    tokens_backward: int
+    """Tokens through a backward pass."""
+    peak_memory_bytes: int
+    """Most memory held at once: allocated on the GPUs, or resident in RAM where none was used."""
+    device: str
+    """Name of the GPU or processor; several are joined by " + "."""
+
+    def __add__(self, other: "Cost") -> "Cost":
+        devices = {*self.device.split(" + "), *other.device.split(" + ")} - {""}
+        return Cost(
+            self.seconds + other.seconds,
+            self.flops + other.flops,
+            self.tokens_forward + other.tokens_forward,
+            self.tokens_backward + other.tokens_backward,
+            max(self.peak_memory_bytes, other.peak_memory_bytes),
+            " + ".join(sorted(devices)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Cost":
+        """The inverse of ``to_dict``, exact to the digit; a missing or unknown field is a TypeError."""
+        return cls(**fields)
+
+    @classmethod
+    def zero(cls) -> "Cost":
+        """Nothing, on no device."""
+        return cls(0.0, 0.0, 0, 0, 0, "")
+
+
+class Meter:
+    """Measures the ``with`` block it is opened for; the work inside reports its FLOPs and tokens by ``add``.
+
+    Memory is that of this process: data-loading workers and other ranks are not seen.
+
+    Args:
+        checkpoints: folder for what a long stage saves to resume from; None: it saves nothing.
+    """
+
+    def __init__(self, checkpoints: Path | None = None) -> None:
+        self.checkpoints = checkpoints
+        self._seconds = self._saved = 0.0
+        self._started: float | None = None
+        self._flops = 0.0
+        self._tokens_forward = 0
+        self._tokens_backward = 0
+        self._peak_memory_bytes = 0
+        self._device = ""
+
+    def add(self, flops: float = 0, tokens_forward: int = 0, tokens_backward: int = 0) -> None:
+        """Count work that was done: FLOPs, and tokens through a forward or a backward pass."""
+        self._flops += float(flops)
+        self._tokens_forward += int(tokens_forward)
+        self._tokens_backward += int(tokens_backward)
+
+    def __enter__(self) -> Self:
+        for gpu in _gpus_in_use():
+            _cuda().synchronize(gpu)
+            _cuda().reset_peak_memory_stats(gpu)
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of what ran before
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gpus = _gpus_in_use()
+        for gpu in gpus:
+            _cuda().synchronize(gpu)
+        self._seconds, self._started = self.seconds, None
+        peak = sum(_cuda().max_memory_allocated(gpu) for gpu in gpus) if gpus else _peak_resident_bytes()
+        self._peak_memory_bytes = max(self._peak_memory_bytes, peak)
+        self._device = _cuda().get_device_name(gpus[0]) if gpus else processor_name()
+
+    @property
+    def seconds(self) -> float:
+        """Measured so far; to be read at any time, from any thread."""
+        started = self._started
+        return self._seconds + (0.0 if started is None else time.perf_counter() - started)
+
+    @property
+    def unsaved(self) -> float:
+        """Seconds since the last checkpoint: what would be lost if the process were killed now."""
+        return self.seconds - self._saved
+
+    def checkpoint(self) -> Cost:
+        """The cost up to now, to be written into a checkpoint."""
+        with self.paused():
+            self._saved = self._seconds
+        return self.cost
+
+    def resume(self, checkpoint: Cost) -> None:
+        """Add the time that an earlier process spent up to the checkpoint which this one resumes from. Its FLOPs and
+        tokens are not added: the stage counts those of the whole."""
+        self._seconds += checkpoint.seconds
+        self._saved = checkpoint.seconds
+        self._peak_memory_bytes = max(self._peak_memory_bytes, checkpoint.peak_memory_bytes)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave a part of the block out: neither its time nor its memory counts here."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    @property
+    def cost(self) -> Cost:
+        """What was measured and reported so far; to be read after the block."""
+        return Cost(
+            self._seconds,
+            self._flops,
+            self._tokens_forward,
+            self._tokens_backward,
+            self._peak_memory_bytes,
+            self._device,
+        )
+
+
+def _cuda() -> Any:
+    return sys.modules["torch"].cuda
+
+
+def _gpus_in_use() -> list[int]:
+    """The GPUs on which this process holds or held memory; asking neither imports torch nor wakes a device."""
+    if "torch" not in sys.modules or not _cuda().is_initialized():
+        return []
+    return [gpu for gpu in range(_cuda().device_count()) if _cuda().max_memory_allocated(gpu)]
+
+
+def _peak_resident_bytes() -> int:
+    with suppress(OSError):
+        if peak := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(peak[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

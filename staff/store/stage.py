@@ -1,0 +1,98 @@
+"""What a stage is: a piece of work that is done once, named by everything that determines its result."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import asdict, fields, is_dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from staff.store.manifest import digest, refuse_non_json
+
+if TYPE_CHECKING:
+    from staff.store.cost import Meter
+    from staff.store.manifest import Artifact
+
+
+class Stage(ABC):
+    """One stage of an experiment, such as a fine-tuning. Implementations are frozen dataclasses.
+
+    Attributes:
+        kind: names the stage's folder in the store.
+        version: raised when the code computes other numbers than before. Whatever rests on the stage is then
+            computed again; a changed message or name needs no new version. `tests/test_stage_numbers.py` recomputes
+            a small slice of every stage and notices numbers that changed without one.
+        one_process: the main process alone runs it; the others wait.
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int]
+    one_process: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        """What the stage does, in words, for the log and the manifest."""
+        return self.kind
+
+    @property
+    def inputs(self) -> tuple[Stage, ...]:
+        """The stages whose results `run` is given, in this order. Their fingerprints are part of this one's."""
+        return ()
+
+    @abstractmethod
+    def key(self) -> dict[str, Any]:
+        """All that determines the result besides `inputs`, as JSON holds it."""
+
+    @abstractmethod
+    def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        """Do the work: write files into the empty `folder`, and add FLOPs and tokens to `meter`.
+
+        What the stage reads from the store meanwhile becomes an input of its result too.
+        """
+
+    def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        """Add the same FLOPs and tokens from shapes, loading no weights; write placeholders of the files that other
+        stages read. A stage without an estimate is run in a dry run too."""
+        self.run(folder, meter, *inputs)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of kind, version, key and the fingerprints of the inputs: 64 hexadecimal digits.
+
+        Raises:
+            TypeError: the key holds what JSON does not (a tuple, a path, a NumPy number, NaN); with its place.
+        """
+        key = self.key()
+        refuse_non_json(key, f"{self.kind} key")
+        inputs = [stage.fingerprint for stage in self.inputs]
+        return digest({"stage": self.kind, "version": self.version, "key": key, "inputs": inputs})
+
+
+def identity(part: Any) -> dict[str, Any]:
+    """What determines the behaviour of a method, signal or generator: its class, its fields and its code.
+
+    A class with a `version` is known by it, and raises it when its numbers change. One without, such as a user's
+    own, is known by the text of its file. Files that it reads count through a `content_digest` property.
+    """
+    kind = type(part)
+    settings = {f.name: plain(getattr(part, f.name)) for f in fields(part)} if is_dataclass(part) else {}
+    known: dict[str, Any] = {"class": f"{kind.__module__}.{kind.__qualname__}", "settings": settings}
+    version = getattr(kind, "version", None)
+    source = inspect.getsource(sys.modules[kind.__module__]) if version is None else ""
+    known["version"] = version if version is not None else sha256(source.encode()).hexdigest()
+    if content := getattr(part, "content_digest", None):
+        known["content"] = content
+    return known
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON holds it: dataclasses as dictionaries, tuples as lists, parts with behaviour by `identity`."""
+    if is_dataclass(value) and not isinstance(value, type):
+        behaves = any(hasattr(value, name) for name in ("select", "compute"))
+        return identity(value) if behaves else json.loads(json.dumps(asdict(value)))
+    return json.loads(json.dumps(value))

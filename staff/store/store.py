@@ -1,0 +1,295 @@
+"""The store between stages: a result is computed once, found by what determines it, and never looks free.
+
+    root/<kind>/<fingerprint>/    the files of an artefact (safetensors, parquet, JSON) and its manifest.json
+    root/tmp/                     artefacts that are being written
+    root/locks/                   one lock file an artefact
+    root/attempts/                stages that were begun and not finished (`staff.store.attempts`)
+    root/checkpoints/             where a long stage resumes from if it is killed
+
+An artefact is written to a temporary folder, its manifest last, and published by one rename under its lock. So a
+folder with a manifest is whole, and a process that dies leaves nothing that is read. The manifest says what the
+artefact and everything it was made from cost; every reader is charged the same as the process that made it. It also
+holds a checksum of every file, which a process compares when it first reads the artefact.
+
+In a run of several processes (`staff.runtime.processes`) the main one looks, locks, writes and publishes, and tells
+the others. They take part in the work; what they write is discarded.
+"""
+
+import errno
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from filelock import FileLock, Timeout
+
+from staff.errors import UserError
+from staff.runtime import processes
+from staff.store.attempts import attempt
+from staff.store.cost import Meter
+from staff.store.manifest import (
+    Artifact,
+    Charges,
+    check_contents,
+    check_sizes,
+    read_manifest,
+    write_manifest,
+)
+from staff.store.stage import Stage
+
+log = logging.getLogger(__name__)
+
+VISIBLE = 60.0
+"""Seconds in which a published folder must be visible to every process of its run."""
+
+RESERVED = ("tmp", "locks", "attempts", "checkpoints")
+"""Folders of the store that hold no artefacts."""
+
+_STORAGE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE),
+}
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """An artefact in the making, and what it has read so far."""
+
+    fingerprint: str
+    meter: Meter
+    inputs: Charges = field(default_factory=dict)
+
+
+_frames: ContextVar[tuple[_Frame, ...]] = ContextVar("frames", default=())
+
+
+class Store:
+    """The artefacts under one folder, shared by any number of processes.
+
+    Args:
+        root: the folder, made on first need.
+        workers: how many processes work at the same time on this machine, on which seconds depend; recorded.
+            None: unknown.
+    """
+
+    def __init__(self, root: Path | str, workers: int | None = 1) -> None:
+        self.root = Path(root).absolute()
+        self.workers = workers
+        self.computed: set[str] = set()
+        """Fingerprints of the artefacts that were made through this object rather than read."""
+        self._cleaned = False
+
+    def get(self, stage: Stage) -> Artifact:
+        """The result of `stage`: read it, wait for the process that is making it, or run the stage.
+
+        Results that the stage reads from the store in turn become inputs of its artefact; none of that time counts
+        as its own. An error in the stage is raised here, and nothing is published.
+
+        Raises:
+            UserError: the store's folder cannot be used, or the artefact in it is damaged.
+        """
+        name = f"{stage.label} ({stage.kind} {stage.fingerprint[:8]})"
+        frames = _frames.get()
+        if any(frame.fingerprint == stage.fingerprint for frame in frames):
+            raise RuntimeError(f"{name} asks for itself")
+        with frames[-1].meter.paused() if frames else nullcontext(), self._storage_errors(), ExitStack() as held:
+
+            def look() -> Artifact | None:
+                if not self._cleaned:
+                    self.remove_dead_drafts()
+                artifact = self._read(stage)
+                if artifact is None:
+                    held.enter_context(self._lock(stage.fingerprint, name))
+                    artifact = self._read(stage)
+                return artifact
+
+            artifact = processes.broadcast_from_main(look)
+            if artifact is None and stage.one_process:
+                artifact = processes.broadcast_from_main(lambda: self._make(stage))
+            elif artifact is None:
+                made = self._make(stage) if processes.is_main_process() else self._take_part(stage)
+                artifact = processes.broadcast_from_main(lambda: made)
+            assert artifact is not None
+            if not processes.is_main_process():
+                _await(artifact.path)
+        if artifact.computed:
+            self.computed.add(stage.fingerprint)
+        how = "computed in {:.1f} s" if artifact.computed else "read (cost {:.1f} s)"
+        log.info("%s: %s", name, how.format(artifact.cost.seconds))
+        if frames:
+            frames[-1].inputs.update(artifact.charged())
+        return artifact
+
+    def find(self, stage: Stage) -> Artifact | None:
+        """The artefact if it is published; never makes it, waits for it, or records it as an input.
+
+        For its cost alone: its files are not compared with their checksums.
+        """
+        with self._storage_errors():
+            return self._read(stage, contents=False)
+
+    def folder(self, stage: Stage) -> Path:
+        """Where the stage's artefact lies once it is published."""
+        return self.root / stage.kind / stage.fingerprint[:32]
+
+    def carry_out(self, stage: Stage, folder: Path, meter: Meter, inputs: list[Artifact]) -> None:
+        """Do the stage's work in an empty folder."""
+        stage.run(folder, meter, *inputs)
+
+    def remove_dead_drafts(self) -> None:
+        """Remove what dead processes were writing: the temporary folders whose lock nobody holds."""
+        self._cleaned = True
+        for draft in (self.root / "tmp").glob("*-*"):
+            lock = FileLock(self.root / "locks" / f"{draft.name[:32]}.lock", timeout=0)
+            with suppress(OSError, Timeout), lock:  # a live process, or a store that is only read
+                shutil.rmtree(draft)
+
+    def remove(self, artifact: Path) -> None:
+        """Take a published folder out of the store, atomically for readers."""
+        with self._lock(artifact.name, str(artifact)):
+            draft = self.root / "tmp" / f"{artifact.name}-{uuid.uuid4().hex}"
+            draft.parent.mkdir(exist_ok=True)
+            os.rename(artifact, draft)
+            shutil.rmtree(draft)
+
+    def held_locks(self) -> list[Path]:
+        """The locks that some process holds."""
+        held = []
+        for file in (self.root / "locks").glob("*.lock"):
+            try:
+                with FileLock(file, timeout=0):
+                    pass
+            except Timeout:
+                held.append(file)
+        return held
+
+    def attempts(self, stage: Stage) -> Path:
+        """The file that records failed attempts at the stage."""
+        return self.root / "attempts" / f"{stage.fingerprint[:32]}.json"
+
+    def checkpoints(self, stage: Stage) -> Path:
+        """The folder for the stage's checkpoints, removed once its artefact is published."""
+        return self.root / "checkpoints" / stage.fingerprint[:32]
+
+    def _read(self, stage: Stage, *, contents: bool = True) -> Artifact | None:
+        folder = self.folder(stage)
+        if not (folder / "manifest.json").exists():
+            return None
+        manifest, artifact = read_manifest(folder)
+        check_sizes(folder, manifest)
+        if contents:
+            _check_contents_once(folder, (folder / "manifest.json").stat().st_mtime_ns)
+        return artifact
+
+    def _make(self, stage: Stage) -> Artifact:
+        prefix = f"{stage.fingerprint[:32]}-"
+        for dead in (self.root / "tmp").glob(f"{prefix}*"):  # we hold the lock, so its writer is dead
+            shutil.rmtree(dead, ignore_errors=True)
+        draft = self.root / "tmp" / f"{prefix}{uuid.uuid4().hex}"
+        draft.mkdir(parents=True)
+        folder = self.folder(stage)
+        try:
+            with self._frame(stage) as (frame, inputs):
+                with attempt(self.attempts(stage), frame.meter) as failed:
+                    with frame.meter:
+                        self.carry_out(stage, draft, frame.meter, inputs)
+                    facts = {
+                        "stage": stage.kind,
+                        "version": stage.version,
+                        "fingerprint": stage.fingerprint,
+                        "label": stage.label,
+                        "key": stage.key(),
+                        "failed_attempts": failed,
+                        "workers": self.workers,
+                        "processes": 1 if stage.one_process else processes.world_size(),
+                    }
+                    write_manifest(draft, facts, frame.meter.cost, frame.inputs)
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    if folder.exists():  # without a manifest, or it would have been read
+                        shutil.rmtree(folder)
+                    os.rename(draft, folder)
+                shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return replace(read_manifest(folder)[1], computed=True)
+
+    def _take_part(self, stage: Stage) -> None:
+        """Another process's part of what the main one makes; the files it writes are discarded."""
+        with TemporaryDirectory() as discarded, self._frame(stage) as (frame, inputs), frame.meter:
+            self.carry_out(stage, Path(discarded), frame.meter, inputs)
+
+    @contextmanager
+    def _frame(self, stage: Stage) -> Iterator[tuple[_Frame, list[Artifact]]]:
+        """Record what is read from the store inside as an input of the stage; first the stage's own inputs."""
+        frame = _Frame(stage.fingerprint, Meter(self.checkpoints(stage)))
+        outer = _frames.set((*_frames.get(), frame))
+        try:
+            yield frame, [self.get(stage) for stage in stage.inputs]
+        finally:
+            _frames.reset(outer)
+
+    @contextmanager
+    def _lock(self, fingerprint: str, name: str) -> Iterator[None]:
+        locks = self.root / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / f"{fingerprint[:32]}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%s: waiting for another process", name)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        """Say in one sentence what is wrong with the store's disk or folder; other errors pass unchanged."""
+        try:
+            yield
+        except Exception as error:
+            filename = getattr(error, "filename", None)
+            where = self.root if filename is None else Path(str(filename))
+            ours = where.is_relative_to(self.root) or self.root.is_relative_to(where)
+            if _error_number(error) not in _STORAGE_ERRORS or not ours:
+                raise
+            raise UserError(
+                f"the store in {self.root} cannot be used ({getattr(error, 'strerror', None) or error}: {where}); "
+                "mend that or name another folder with store_dir=PATH"
+            ) from error
+
+
+def _await(folder: Path) -> None:
+    """Wait until this process sees what another has published: a network file system may take a while."""
+    deadline = time.monotonic() + VISIBLE
+    while not (folder / "manifest.json").exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{folder} was published by another process of this run and cannot be seen here: store_dir must be "
+                "a folder that all of them share."
+            )
+        time.sleep(0.1)
+
+
+@cache
+def _check_contents_once(folder: Path, made: int) -> None:
+    """Once a process for each artefact, known by its time `made`: it takes about as long as loading."""
+    check_contents(folder, read_manifest(folder)[0])
+
+
+def _error_number(error: Exception) -> int | None:
+    """The errno of an OSError, or of the same failure as safetensors' Rust code words it."""
+    if isinstance(error, OSError):
+        return error.errno
+    rust = re.search(r"\(os error (\d+)\)", str(error))
+    return int(rust[1]) if rust else None
