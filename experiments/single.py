@@ -165,17 +165,18 @@ class Run:
         return _latest[known]
 
     def _tokenize(self) -> dict[str, TokenizedSamples]:
-        target, form = self.family.target.tokenizer(), self.family.prompt_format
-        train = {"target": tokenize(self.train, target, form)}
-        small, selecting = self.selecting.small.tokenizer(), self.selecting.prompt_format
-        train["small"] = tokenize(self.train, small, selecting)
+        target, selecting = self.family.target.tokenizer(), self.selecting
+        train = {"target": tokenize(self.train, target, **self.family.reading)}
+        train["small"] = tokenize(self.train, selecting.small.tokenizer(), **selecting.reading)
         if self.transferred:
-            train["selecting"] = tokenize(self.train, self.selecting.target.tokenizer(), selecting)
-        keep = fitting(list(train.values()), self.settings.max_length, self.task.too_long)
+            train["selecting"] = tokenize(self.train, selecting.target.tokenizer(), **selecting.reading)
+        windows = {"target": self.family.target.window(), "small model": selecting.small.window()}
+        if self.transferred:
+            windows["target that selects"] = selecting.target.window()
+        keep = fitting(list(train.values()), self.settings.max_length, self.task.too_long, windows)
         train = {role: samples.take(keep) for role, samples in train.items()}
-        test = tokenize(self.test, target, form)
-        window = getattr(self.family.target.config().get_text_config(), "max_position_embeddings", None)
-        asked = answerable(test, self.task.max_new_tokens, window, self.task.too_long)
+        test = tokenize(self.test, target, **self.family.reading)
+        asked = answerable(test, self.task.max_new_tokens, windows["target"], self.task.too_long)
         return {"selecting": train["target"], **train, "test": test.take(asked)}
 
     @cached_property
@@ -244,7 +245,7 @@ def _models(family: Family) -> dict[str, Any]:
     """What a family's answers depend on."""
     return {
         "models": {"target": family.target.identity(), "small": family.small.identity()},
-        "prompt_format": family.prompt_format,
+        **family.reading,
     }
 
 

@@ -47,7 +47,8 @@ def dataset_pool(
         finetune: how roles are fine-tuned; None: as in the paper, in the target's precision.
 
     Raises:
-        UserError: bad rows, a sample that does not fit `finetune.max_length`, or a model that cannot be had.
+        UserError: bad rows, a sample that does not fit `finetune.max_length` or a model's window, or a model that
+            cannot be had.
     """
     kept = Store(store)
     of_target = _spec(target, kept)
@@ -56,8 +57,10 @@ def dataset_pool(
     settings = finetune or FinetuneSettings(precision=family.target.dtype)
     task = Task("dataset", prompt, answer, metrics=(), max_new_tokens=1, data_dir="", id_field=id_field)
     samples = task.samples((f"row {i}", row) for i, row in enumerate(data))
-    for_small, for_target = (tokenize(samples, m.tokenizer(), prompt_format) for m in (family.small, family.target))
-    fitting([for_small, for_target], settings.max_length, "refuse")
+    models = (family.small, family.target)
+    for_small, for_target = (tokenize(samples, model.tokenizer(), **family.reading) for model in models)
+    windows = {"small model": family.small.window(), "target": family.target.window()}
+    fitting([for_small, for_target], settings.max_length, "refuse", windows)
     return Pool(for_small, for_target, family, settings, kept, seed=0)
 
 

@@ -8,6 +8,7 @@ not comparable with theirs, differences between methods are (section 5.1).
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from functools import partial
@@ -36,7 +37,7 @@ Metric = Callable[[Sequence[str], References], tuple[float, list[float]]]
 def _rouge(name: str, predictions: Sequence[str], references: References) -> tuple[float, list[float]]:
     """F1 of rouge-score with Porter stemming, the best over a sample's references; headline: the mean.
 
-    Lin, ROUGE (2004). The package keeps the letters a-z and digits alone: for English text.
+    Lin, ROUGE (2004). The package keeps the letters a-z and digits alone: `check_metrics` refuses other scripts.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -103,11 +104,32 @@ METRICS: dict[str, Metric] = {
 """From predictions and references to the headline and one value a sample."""
 
 
+# Scripts without spaces between words, as Unicode names their characters.
+_UNSPACED = ("CJK ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATA", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ")
+
+
+def unread_letters(metric: str, text: str) -> float:
+    """The share of a text's letters (Unicode categories L and M) that the metric's tokenizer cannot compare.
+
+    ROUGE drops every letter but a-z. BLEU's tokenizer "13a" splits at spaces and ASCII punctuation, so that a
+    sentence in a script without spaces is a single token.
+    """
+    letters = [character for character in text if unicodedata.category(character)[0] in "LM"]
+    if metric.startswith("rouge"):
+        unread = sum(not "a" <= character <= "z" for character in "".join(letters).lower())
+    elif metric == "bleu":
+        unread = sum(unicodedata.name(character, "").startswith(_UNSPACED) for character in letters)
+    else:
+        unread = 0
+    return unread / max(len(letters), 1)
+
+
 def check_metrics(names: Sequence[str], samples: Sequence[Sample] = ()) -> None:
     """Refuse, before any model loads, metrics that `measure` could not compute.
 
     Raises:
-        UserError: no metric, an unknown one, or `exact_match` on a reference without a number.
+        UserError: no metric, an unknown one, `exact_match` on a reference without a number, or one whose tokenizer
+            cannot compare more than a tenth of a reference's letters (`unread_letters`).
     """
     choices = ", ".join(METRICS)
     if isinstance(names, str) or not names:
@@ -115,6 +137,14 @@ def check_metrics(names: Sequence[str], samples: Sequence[Sample] = ()) -> None:
     for name in names:
         if name not in METRICS:
             raise UserError(f"task.metrics names {name!r}, which is unknown: choose from {choices}.")
+    for sample in samples:
+        for name in names:
+            unread = max((unread_letters(name, text) for text in sample.references), default=0.0)
+            if unread > 0.1:
+                raise UserError(
+                    f"task.metrics {name} cannot compare {unread:.0%} of the letters in a reference of sample "
+                    f"{sample.id!r}: take chrf instead, which reads every script, or take the sample out."
+                )
     if "exact_match" in names:
         for sample in samples:
             if all(final_number(text) is None for text in sample.references):
@@ -221,9 +251,9 @@ def _answered(base: Any, config: Any, stop: set[int], prompts: dict[int, Sequenc
     output = base.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     answers = {}
     for i, row in zip(prompts, output[:, width:].tolist(), strict=True):
+        # Padding comes behind an end token alone: before one, the token that pads was written by the model.
         end = next((at for at, token in enumerate(row) if token in stop), len(row))
-        tokens = [token for token in row[:end] if token != config.pad_token_id]
-        answers[i] = Answer(tokens, min(end + 1, len(row)))
+        answers[i] = Answer(row[:end], min(end + 1, len(row)))
     return answers
 
 
@@ -246,6 +276,9 @@ def evaluated(
         "prompts": samples.prompts(),
         "max_new_tokens": max_new_tokens,
     }
+    ends = {row[-1] for row in samples.input_ids}
+    if further := sorted(ends - {spec.tokenizer().eos_token_id}):
+        key["end_tokens"] = further
 
     def make(folder: Path, cost: Meter) -> None:
         model = load_tuned(spec, tuned.path, kind) if tuned else spec.load()
@@ -259,7 +292,7 @@ def evaluated(
             samples.prompts(),
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
-            end_tokens={row[-1] for row in samples.input_ids},
+            end_tokens=ends,
             meter=cost,
         )
         texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from staff.runtime import processes
+from staff.data.chat import DATE, check_chat
 from staff.errors import UserError
-from staff.weights import ATTENTIONS, NO_CODE, load_safetensors, reason
+from staff.models.weights import ATTENTIONS, NO_CODE, load_safetensors, reason
 
 if TYPE_CHECKING:
     from staff.artifacts import Artifact
@@ -149,6 +149,11 @@ class ModelSpec:
 
         return self._from_pretrained(AutoConfig.from_pretrained, **NO_CODE)
 
+    def window(self) -> int | None:
+        """How many tokens the model has positions for; None where its configuration sets no limit."""
+        positions = getattr(self.config().get_text_config(), "max_position_embeddings", None)
+        return positions if positions and positions > 0 else None
+
     def tokenizer(self) -> Any:
         """The model's tokenizer. One without a pad token pads with its end token: padding is masked anyway."""
         from transformers import AutoTokenizer
@@ -232,12 +237,16 @@ class Family:
     Attributes:
         prompt_format: "plain", the prompt as the task renders it; "chat", as the user's turn in the chat template
             of each model's tokenizer.
+        date: the day (YYYY-MM-DD) for chat templates that print today's.
+        template_options: further variables of the chat templates, such as {"enable_thinking": False}.
     """
 
     name: str
     target: ModelSpec
     small: ModelSpec
     prompt_format: str = "plain"
+    date: str = DATE
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     def held(self, quantization: str | None, sharded: bool) -> Family:
         """The family with both models held in memory so."""
@@ -247,6 +256,15 @@ class Family:
     def __post_init__(self) -> None:
         if self.prompt_format not in PROMPT_FORMATS:
             raise UserError(f"family.prompt_format={self.prompt_format!r}: choose {' or '.join(PROMPT_FORMATS)}.")
+        check_chat(self.date, self.template_options)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How both models read a sample: the arguments of `staff.tokens.tokenize`, less those without effect."""
+        if self.prompt_format == "plain":
+            return {"prompt_format": "plain"}
+        told = {"date": self.date, "template_options": dict(self.template_options)}
+        return {"prompt_format": self.prompt_format, **told}
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from staff.chat import DATE, ChatTemplate
 from staff.data import Sample
 from staff.errors import UserError
 from staff.runtime.progress import progress
@@ -63,15 +64,23 @@ class TokenizedSamples:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def tokenize(samples: Sequence[Sample], tokenizer: Any, prompt_format: str = "plain") -> TokenizedSamples:
+def tokenize(
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    prompt_format: str = "plain",
+    *,
+    date: str = DATE,
+    template_options: Mapping[str, Any] | None = None,
+) -> TokenizedSamples:
     """Tokenise prompt and answer apart and join them, so that no token spans their border.
 
     Args:
         prompt_format: "plain": begin token, prompt, answer, end token; "chat": the same with the text and the end
             of turn of the tokenizer's chat template.
+        date, template_options: what the chat template is told, as in `staff.models.Family`.
 
     Raises:
-        UserError: a tokenizer without an end token, or without a chat template that shows the answer as it is.
+        UserError: a tokenizer without an end token, or without a chat template that shows every answer as it is.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -81,12 +90,9 @@ def tokenize(samples: Sequence[Sample], tokenizer: Any, prompt_format: str = "pl
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end, texts = tokenizer.eos_token_id, [(s.prompt, s.answer) for s in samples]
     if prompt_format == "chat":
-        begin = []  # the template has it
-        *_, after = _turn("question", "answer", tokenizer)
-        (closing,) = _tokens([after.strip()], tokenizer)
-        if closing and closing[0] in tokenizer.all_special_ids:
-            end = closing[0]
-        texts = [_turn(s.prompt, s.answer, tokenizer)[:2] for s in samples]
+        template = ChatTemplate(tokenizer, date, template_options)
+        begin, end = [], template.end  # the template has a begin token of its own
+        texts = [template.turn(s.id, s.prompt, s.answer) for s in samples]
     rows, prompt_lengths = [], []
     with progress(len(texts), "tokenise") as bar:
         # Some at a time: until it is done with a text, a tokenizer keeps far more of it than its tokens.
@@ -104,34 +110,23 @@ def _tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _turn(prompt: str, answer: str, tokenizer: Any) -> tuple[str, str, str]:
-    """What a chat model reads before its answer, the answer as the template shows it, and what follows it."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template: set family.prompt_format=plain, or "
-            "name an instruction-tuned model."
-        )
-    answer, question = answer.strip(), {"role": "user", "content": prompt}
-    before = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-    answered = [question, {"role": "assistant", "content": answer}]
-    whole = tokenizer.apply_chat_template(answered, tokenize=False)
-    shown, found, after = whole.removeprefix(before).partition(answer)
-    if not whole.startswith(before) or not found or shown.strip():
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path} does not put an answer as it is behind its prompt: set "
-            "family.prompt_format=plain."
-        )
-    return before, shown + answer, after
-
-
-def fitting(tokenized: Sequence[TokenizedSamples], max_length: int, too_long: str) -> np.ndarray:
-    """Positions of the samples that fit `max_length` for every tokenizer given.
+def fitting(
+    tokenized: Sequence[TokenizedSamples],
+    max_length: int,
+    too_long: str,
+    windows: Mapping[str, int | None] | None = None,
+) -> np.ndarray:
+    """Positions of the samples that fit `max_length`, and the window of the model that reads them.
 
     A sample that one model would cut is handled the same way for all: refused by name, or dropped from all.
+
+    Args:
+        windows: by the name of the model that reads each of `tokenized`, the most tokens it has positions for
+            (None: without limit).
     """
     longest = np.max([t.lengths for t in tokenized], axis=0)
-    keep = np.flatnonzero(longest <= max_length)
-    over = np.flatnonzero(longest > max_length)
+    fits = longest <= max_length
+    over = np.flatnonzero(~fits)
     if len(over) and too_long == "refuse":
         worst = over[np.argmax(longest[over])]
         raise UserError(
@@ -139,9 +134,21 @@ def fitting(tokenized: Sequence[TokenizedSamples], max_length: int, too_long: st
             f"{tokenized[0].ids[worst]!r} with {longest[worst]} tokens: raise it, or drop what does not fit "
             "(task.too_long=drop)."
         )
-    if not len(keep):
+    if not fits.any():
         raise UserError(f"finetune.max_length={max_length} leaves no sample: raise it.")
-    return keep
+    for (name, window), samples in zip((windows or {}).items(), tokenized, strict=windows is not None):
+        beyond = np.flatnonzero(fits & (samples.lengths > (window or np.inf)))
+        if len(beyond) and too_long == "refuse":
+            worst = beyond[np.argmax(samples.lengths[beyond])]
+            raise UserError(
+                f"the {name} reads {window} tokens, too few for {len(beyond)} training sample(s), the longest "
+                f"being {samples.ids[worst]!r} with {samples.lengths[worst]} tokens: take it out, or set "
+                "task.too_long=drop."
+            )
+        fits[beyond] = False
+        if not fits.any():
+            raise UserError(f"no training sample fits the {window} tokens that the {name} reads: shorten them.")
+    return np.flatnonzero(fits)
 
 
 def answerable(test: TokenizedSamples, max_new_tokens: int, window: int | None, too_long: str) -> np.ndarray:
