@@ -52,14 +52,14 @@ log = logging.getLogger(__name__)
 
 Make = Callable[[Path, Meter], None]
 
-STAGE_VERSIONS = {"finetune": 1, "scores": 1, "coreset": 1, "evaluation": 1, "model": 1}
+STAGE_VERSIONS = {"finetune": 2, "scores": 1, "coreset": 1, "evaluation": 1, "model": 1}
 """Part of every fingerprint: raised when a stage's code computes something else than before."""
 
 _READING = ("staff/models.py", "staff/adapters.py", "staff/data.py", "staff/tokens.py")
 STAGE_SOURCES: dict[str, tuple[str, ...]] = {
     "finetune": (
         *("staff/finetune.py", "staff/checkpoints.py", "staff/online.py", "staff/trainer.py", "staff/gradients.py"),
-        *_READING,
+        *("staff/training_warnings.py", *_READING),
     ),
     "scores": ("staff/pool.py", "staff/scoring.py", "staff/gradients.py", *_READING),
     "coreset": ("staff/pool.py", "staff/regions.py", "staff/selection.py"),
