@@ -18,7 +18,7 @@ from staff.cost import Meter, scoring_flops
 from staff.errors import UserError
 from staff.finetune import ONLINE_SCORES, FinetuneSettings, finetune_key, finetuned, stand_in
 from staff.models import PRECISIONS, Family, LoraSpec, ModelSpec, plain
-from staff.selection import Coreset, Draws, SelectionMethod, source_digest
+from staff.selection import Coreset, Draws, SelectionMethod, run_method, source_digest
 from staff.tokens import TokenizedSamples
 
 log = logging.getLogger(__name__)
@@ -255,9 +255,7 @@ class Pool:
         }
 
         def make(folder: Path, cost: Meter) -> None:
-            coreset = method.select(self, budget, Draws(self.seed, self.ids))
-            if len(np.unique(coreset.indices)) != budget:
-                raise RuntimeError(f"{type(method).__name__} selected {len(coreset.indices)}, not {budget}")
+            coreset = run_method(method, self, budget, Draws(self.seed, self.ids))
             coreset.save(folder, self.ids)
 
         artifact = self.store.get("coreset", key, make, label=f"select by {type(method).__name__}")
