@@ -21,7 +21,7 @@ import pandas as pd
 
 from baselines.el2n import VARIANTS
 from staff.runtime.progress import progress
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
 
 BLOCK_ROWS = 256  # samples whose neighbours are searched at once: 100 MB of distances at N = 100,000
 
@@ -51,7 +51,6 @@ class D2:
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for an EL2N score or an embedding that is not finite, by the sample's id."""
-        check_budget(budget, len(pool.ids))
         signals = pool.signals(("el2n", "embedding"), "target_tuned", variant=self.variant)
         el2n = check_scores(signals["el2n"], pool.ids, "EL2N score")
         features = np.asarray(signals["embedding"], dtype=np.float32)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_scores
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_scores
 
 VARIANTS = ("standard", "official")
 
@@ -39,6 +39,5 @@ class EL2N:
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a score that is not finite, by the sample's id."""
-        check_budget(budget, len(pool.ids))
         scores = el2n_scores(pool, self.variant)
         return Coreset(rng.highest_first(scores)[:budget], scores={"el2n": scores})

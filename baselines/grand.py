@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_scores
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_scores
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class GraNd:
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a score that is negative or not finite, by the sample's id."""
-        check_budget(budget, len(pool.ids))
         options = {"gradient": self.gradient, "fresh_adapter": self.fresh_adapter}
         scores = check_scores(pool.scores("effort", "target_tuned", **options), pool.ids, "GraNd score", minimum=0)
         return Coreset(rng.highest_first(scores)[:budget], scores={"grand": scores})

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from staff.errors import UserError
-from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, check_budget, check_range
+from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, check_range, run_method
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class RandomLength:
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for what the reference refuses, and for one that does not keep to the budget."""
-        check_budget(budget, len(pool.ids))
-        reference = self.reference.select(pool, budget, rng)
+        reference = run_method(self.reference, pool, budget, rng)
         if len(reference.indices) != budget:
             raise UserError(
                 f"method.reference selects {len(reference.indices)} samples whatever the pruning rate: choose one "

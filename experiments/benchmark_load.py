@@ -42,7 +42,7 @@ from omegaconf import DictConfig
 from experiments.run import CONF, run
 from staff.cost import Meter, processor_name
 from staff.pool import ROLES, ArrayPool
-from staff.selection import Draws
+from staff.selection import Draws, run_method
 
 OUTPUT = Path("results/benchmarks/load.md")
 SIZES = (25_000, 50_000, 100_000, 200_000)
@@ -131,7 +131,7 @@ def measure(size: int, folder: Path) -> dict[str, Measured]:
         method: Any = instantiate(composed(folder, f"method={name}").method, _convert_="all")
         budget = size - int(getattr(method, "pruning_rate", 0.5) * size)
         with stages(f"select by {name}"):
-            coreset = method.select(at_hand, budget, Draws(0, at_hand.ids))
+            coreset = run_method(method, at_hand, budget, Draws(0, at_hand.ids))
             coreset.save(folder, at_hand.ids)
         samples = pd.read_parquet(folder / "samples.parquet")
         samples.insert(2, "answer_tokens", pool.answer_lengths)

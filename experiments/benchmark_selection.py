@@ -24,7 +24,7 @@ from baselines.ccs import CCS
 from baselines.d2 import D2
 from staff.cost import Cost, Meter
 from staff.pool import ArrayPool
-from staff.selection import Coreset, Draws, ScorePool, SelectionMethod
+from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, run_method
 from staff.speculative import Staff
 
 OUTPUT = Path("results/benchmarks/selection.md")
@@ -99,7 +99,7 @@ def measure(case: Case) -> Measured:
     pool = ArrayPool([f"sample {i}" for i in range(case.size)], scores)
     started = time.process_time()
     with Meter() as meter:
-        coreset = case.method.select(pool, case.size // 2, Draws(0, pool.ids))
+        coreset = run_method(case.method, pool, case.size // 2, Draws(0, pool.ids))
     return Measured(meter.cost, time.process_time() - started, coreset.indices)
 
 

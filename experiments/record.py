@@ -35,7 +35,8 @@ def write(run: Run, chosen: Artifact, coreset: Coreset, tuned: Artifact | None, 
     answers = answers.assign(references=asked)
     answers.join(per_sample).to_parquet(run.folder / "predictions.parquet")
     _write_samples(run, coreset)
-    _training(run, chosen, tuned).to_csv(run.folder / "training.csv", index=False)
+    trainings = _trainings(run, chosen, tuned)
+    _curves(trainings).to_csv(run.folder / "training.csv", index=False)
     record = {
         "run": {
             "name": run.name,
@@ -49,6 +50,7 @@ def write(run: Run, chosen: Artifact, coreset: Coreset, tuned: Artifact | None, 
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
         "metrics": {**metrics, "output_tokens": sum(answers["tokens"]) / len(answers)},
+        "warnings": [f"{label}: {text}" for label, history in trainings for text in history["warnings"]],
         "overhead": _overhead(run, chosen, tuned),
         "finetuning": _cost(tuned),
         "evaluation": _cost(answered),
@@ -94,13 +96,22 @@ def _write_samples(run: Run, coreset: Coreset) -> None:
         coreset.diagnostics.to_csv(run.folder / "regions.csv", index=False)
 
 
-def _training(run: Run, chosen: Artifact, tuned: Artifact | None) -> pd.DataFrame:
-    """The curves of every fine-tuning that the run rests on: the target's, and those that selection read."""
+def _trainings(run: Run, chosen: Artifact, tuned: Artifact | None) -> list[tuple[str, dict[str, Any]]]:
+    """Label and training.json of every fine-tuning that the run rests on: those that selection read, and the
+    target's."""
     charges = {**chosen.charged(), **({} if tuned is None else tuned.charged())}
-    trainings = {f: charge.label for f, charge in charges.items() if charge.stage == "finetune"}
+    folder = run.store.root / "finetune"
+    return [
+        (charge.label, json.loads((folder / fingerprint[:32] / "training.json").read_text()))
+        for fingerprint, charge in charges.items()
+        if charge.stage == "finetune"
+    ]
+
+
+def _curves(trainings: list[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
+    """Loss, learning rate and gradient norm of every training by step."""
     curves = []
-    for fingerprint, label in trainings.items():
-        history = json.loads((run.store.root / "finetune" / fingerprint[:32] / "training.json").read_text())
+    for label, history in trainings:
         steps = [entry for entry in history["log"] if "loss" in entry]
         curves.append(pd.DataFrame(steps, columns=["step", "epoch", "loss", "learning_rate", "grad_norm"]))
         curves[-1].insert(0, "training", label)

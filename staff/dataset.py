@@ -13,7 +13,7 @@ from staff.finetune import FinetuneSettings
 from staff.made import handed_over, materialise
 from staff.models import Family, ModelSpec
 from staff.pool import Pool
-from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, budget_of, check_flags
+from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, budget_of, check_flags, run_method
 from staff.tokens import fitting, tokenize
 
 Model = str | Path | ModelSpec | tuple[Any, Any]
@@ -75,7 +75,7 @@ def select(pool: ScorePool, method: SelectionMethod, pruning_rate: float, seed: 
     budget = budget_of(method, pruning_rate, len(pool.ids))
     if isinstance(pool, Pool):
         return replace(pool, seed=seed).select(method, budget)[1]
-    return method.select(pool, budget, Draws(seed, pool.ids))
+    return run_method(method, pool, budget, Draws(seed, pool.ids))
 
 
 def _spec(model: Model, store: Store) -> ModelSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import zlib
@@ -19,8 +20,12 @@ from staff.cost import Meter, training_flops
 from staff.errors import UserError
 from staff.models import PRECISIONS, QUANTIZATIONS, LoraSpec, ModelSpec, plain
 from staff.tokens import TokenizedSamples
+from staff.training_warnings import checksums, training_warnings
+
+log = logging.getLogger(__name__)
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+WARMUP_STARTS = ("first_step", "zero")
 MATCHES = ("epochs", "steps")
 ONLINE_SCORES = "online.safetensors"
 
@@ -38,7 +43,11 @@ class FinetuneSettings:
         small_epochs: T, passes over the whole pool, for the small model.
         match: what fine-tuning on a coreset has in common with fine-tuning on the whole pool: the "epochs", or the
             optimiser "steps", for which it passes over the coreset more often.
-        warmup_ratio: fraction of the steps in which the learning rate rises.
+        scheduler: how the learning rate goes on after warm-up; one of `SCHEDULERS`, as transformers defines them.
+        warmup_ratio: fraction of the steps in which the learning rate rises, rounded up to whole steps.
+        warmup_start: where it rises from; "first_step": the k-th of w warm-up steps has k / w of the rate; "zero":
+            (k - 1) / w, transformers' own schedule and that of the authors' code, in which the first step changes
+            nothing, and neither does a fine-tuning of one step. For exact comparisons.
         max_length: cut-off in tokens; a sample that does not fit is refused or dropped (task.too_long).
         precision: "float32", or "bfloat16" for autocast.
         length_grouped: batches of samples of similar length: less padding, less random batches.
@@ -59,6 +68,7 @@ class FinetuneSettings:
     match: str = "epochs"
     scheduler: str = "cosine"
     warmup_ratio: float = 0.1
+    warmup_start: str = "first_step"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_length: int = 1024
@@ -96,6 +106,8 @@ class FinetuneSettings:
             raise UserError(f"finetune.match={self.match!r} is unknown: choose {' or '.join(MATCHES)}.")
         if self.scheduler not in SCHEDULERS:
             raise UserError(f"finetune.scheduler={self.scheduler!r}: choose {', '.join(SCHEDULERS)}.")
+        if self.warmup_start not in WARMUP_STARTS:
+            raise UserError(f"finetune.warmup_start={self.warmup_start!r}: choose {' or '.join(WARMUP_STARTS)}.")
         if self.batch_size % self.device_batch_size:
             raise UserError(
                 f"finetune.device_batch_size={self.device_batch_size} must divide finetune.batch_size="
@@ -229,11 +241,13 @@ def finetune(
         spec.tokenizer(),
         samples.ids,
         efforts,
+        warmup_start=settings.warmup_start,
         args=_arguments(settings, epochs, seed, len(samples), checkpoints),
         train_dataset=_rows(samples),
         callbacks=[Progress(spec.name, len(samples)), saved],
     )
     trainer.remove_callback(PrinterCallback)
+    before = checksums(model)
     result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
     seconds = saved.seconds  # those of the steps, before the model is saved
     if not math.isfinite(result.training_loss):
@@ -248,7 +262,17 @@ def finetune(
     if efforts is not None:
         efforts.bring_together()
         efforts.save(folder / ONLINE_SCORES)
-    history = {"seconds": seconds, "trainable_parameters": trained, "loss": result.training_loss}
+    steps = trainer.state.global_step
+    warnings = training_warnings(steps, moved=checksums(model) != before)
+    for warning in warnings:
+        log.warning("fine-tuning %s on %d samples: %s", spec.name, len(samples), warning)
+    history = {
+        "seconds": seconds,
+        "steps": steps,
+        "trainable_parameters": trained,
+        "loss": result.training_loss,
+        "warnings": warnings,
+    }
     (folder / "training.json").write_text(json.dumps({**history, "log": trainer.state.log_history}, indent=1))
     del trainer, model
     if torch.cuda.is_available():

@@ -37,7 +37,8 @@ class ScorePool(Protocol):
 
 class SelectionMethod(Protocol):
     """Chooses `budget` of the pool's samples. Implementations are frozen dataclasses whose fields are the
-    method's hyper-parameters; a value out of range is refused in `__post_init__`."""
+    method's hyper-parameters; a value out of range is refused in `__post_init__`. `run_method` calls them, checking
+    the budget beforehand and the selection afterwards."""
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset: ...
 
@@ -160,6 +161,33 @@ def budget_of(method: SelectionMethod, pruning_rate: float, pool_size: int) -> i
     whatever the pruning rate (everything, nothing, a list made before)."""
     fixed = getattr(method, "fixed_size", None)
     return budget_for(pruning_rate, pool_size) if fixed is None else fixed(pool_size)
+
+
+def run_method(method: SelectionMethod, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
+    """The coreset that `method` selects: exactly `budget` distinct samples of the pool, or as many as the method's
+    own `fixed_size`. Every caller selects by this function, so that a method need not check any of it.
+
+    Raises:
+        UserError: a budget outside [1, pool size], or, by the method's name, a selection that is not as asked for.
+    """
+    size, name = len(pool.ids), type(method).__name__
+    fixed = getattr(method, "fixed_size", None)
+    if fixed is None:
+        check_budget(budget, size)
+    wanted = budget if fixed is None else fixed(size)
+    coreset = method.select(pool, budget, rng)
+    if not isinstance(coreset, Coreset):
+        raise UserError(f"{name}.select returned a {type(coreset).__name__}: it must return a Coreset.")
+    outside = coreset.indices[(coreset.indices < 0) | (coreset.indices >= size)]
+    if len(outside):
+        raise UserError(f"{name}.select chose position {outside[0]}, but the pool's are 0 to {size - 1}: mend it.")
+    positions, times = np.unique(coreset.indices, return_counts=True)
+    if len(positions) and times.max() > 1:
+        twice = positions[times.argmax()]
+        raise UserError(f"{name}.select chose position {twice} {times.max()} times: each sample may come once.")
+    if len(positions) != wanted:
+        raise UserError(f"{name}.select chose {len(positions)} samples, not the {wanted} of the budget: mend it.")
+    return coreset
 
 
 def source_digest(method: SelectionMethod) -> str:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -58,7 +59,23 @@ class Shares(Sampler[list[int]]):
 
 class SharingTrainer(Trainer):
     """The Trainer whose steps hold the same samples in several processes as in one. Its own way would fill up the
-    last step of an epoch with samples that were seen already."""
+    last step of an epoch with samples that were seen already.
+
+    Args:
+        warmup_start: of the learning rate, as in `staff.finetune.FinetuneSettings`.
+    """
+
+    def __init__(self, *, warmup_start: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._warmup_start = warmup_start
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        known = self.lr_scheduler is not None
+        theirs = super().create_scheduler(num_training_steps, optimizer)
+        if not known and self._warmup_start == "first_step":
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = rising_from_first_step(theirs, warmup)
+        return self.lr_scheduler
 
     def get_train_dataloader(self) -> DataLoader:
         if processes.world_size() == 1:
@@ -75,6 +92,16 @@ class SharingTrainer(Trainer):
             rows, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=args.dataloader_pin_memory
         )
         return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+
+def rising_from_first_step(scheduler: Any, warmup: int) -> LambdaLR:
+    """The schedule of `scheduler`, a LambdaLR whose rate rises from zero over `warmup` steps, with these one step
+    ahead: the k-th has k / warmup of the rate. What follows is as before; a constant rate stays constant."""
+
+    def ahead(factor: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: factor(step + 1 if step < warmup else step)
+
+    return LambdaLR(scheduler.optimizer, [ahead(factor) for factor in scheduler.lr_lambdas])
 
 
 class AnswerTrainer(SharingTrainer):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import contract
 import numpy as np
 import pytest
+from contract import CONF, METHODS, AnyPool, method_named, select
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
@@ -23,52 +24,10 @@ from baselines.grand import GraNd
 from baselines.random import Random
 from baselines.random_length import RandomLength
 from staff.errors import UserError
-from staff.pool import ROLES, ArrayPool
-from staff.selection import Coreset, Draws, SelectionMethod, source_digest
+from staff.pool import ArrayPool
+from staff.selection import SelectionMethod, source_digest
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 GOLDEN = Path(__file__).parent / "golden"
-METHODS = sorted({path.stem for path in (CONF / "method").glob("*.yaml")} - {"precomputed"})  # which needs a file
-SIGNALS = ("effort", "el2n", "loss")
-
-
-@cache
-def method_named(name: str) -> SelectionMethod:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return instantiate(compose("config", overrides=[f"method={name}"]).method, _convert_="all")
-
-
-class AnyPool(ArrayPool):
-    """Answers every signal of every model role, and remembers whether it was asked."""
-
-    def __init__(self, n: int, seed: int = 0, constant: bool = False):
-        rng = np.random.default_rng(seed)
-        keys = [(signal, role) for role in ROLES for signal in (*SIGNALS, "embedding")]
-        shapes = [(n, 8) if signal == "embedding" else n for signal, _ in keys]
-        values = [np.full(shape, 0.5) if constant else rng.lognormal(0, 0.5, shape) for shape in shapes]
-        lengths = np.full(n, 9) if constant else rng.integers(3, 60, n)
-        super().__init__([f"sample {i}" for i in range(n)], dict(zip(keys, values)), lengths)
-        self.asked = False
-
-    def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray:
-        self.asked = True
-        return super().scores(signal, model, indices, **options)
-
-    def reordered(self, order: np.ndarray) -> ArrayPool:
-        scores = {key: values[order] for key, values in self._scores.items()}
-        return ArrayPool([self.ids[i] for i in order], scores, self.answer_lengths[order])
-
-
-def select(method: SelectionMethod, pool: ArrayPool, budget: int, seed: int = 0) -> Coreset:
-    return method.select(pool, budget, Draws(seed, pool.ids))
-
-
-def expected_size(method: SelectionMethod, n: int, budget: int) -> int:
-    return method.fixed_size(n) if hasattr(method, "fixed_size") else budget  # type: ignore[attr-defined]
-
-
-def largest_budget(method: SelectionMethod, n: int) -> int:
-    return n - int(getattr(method, "drop_hardest", 0) * n)
 
 
 # ---------------------------------------------------------------- the contract
@@ -77,56 +36,19 @@ def largest_budget(method: SelectionMethod, n: int) -> int:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("constant", [False, True], ids=["scores differ", "scores are constant"])
 def test_every_method_selects_exactly_the_budget_of_distinct_samples(name: str, constant: bool):
-    method = method_named(name)
-    for n in (1, 2, 7, 150):
-        pool, most = AnyPool(n, constant=constant), largest_budget(method, n)
-        for budget in sorted({1, (most + 1) // 2, most}):
-            indices = select(method, pool, budget).indices
-            assert len(indices) == expected_size(method, n, budget)
-            assert (np.diff(indices) > 0).all() and set(indices) <= set(range(n))
+    contract.selects_exactly_the_budget_of_distinct_samples(method_named(name), constant)
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("constant", [False, True], ids=["scores differ", "scores are constant"])
 def test_every_method_selects_by_seed_and_id_and_not_by_the_order_of_the_pool(name: str, constant: bool):
-    method, pool = method_named(name), AnyPool(150, constant=constant)
-    chosen = {pool.ids[i] for i in select(method, pool, 40).indices}
-    assert {pool.ids[i] for i in select(method, pool, 40).indices} == chosen
-    for order in (np.arange(150)[::-1], np.random.default_rng(5).permutation(150)):
-        other = pool.reordered(order)
-        assert {other.ids[i] for i in select(method, other, 40).indices} == chosen
+    contract.selects_by_seed_and_id_and_not_by_the_order_of_the_pool(method_named(name), constant)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_that_asks_for_scores_refuses_nan_by_the_name_of_the_sample(name: str):
-    pool, method = AnyPool(150), method_named(name)
-    for values in pool._scores.values():
-        values[31] = np.nan
-    try:
-        select(method, pool, 40)
-    except UserError as error:
-        assert "'sample 31' is nan" in str(error)
-    else:
-        assert not pool.asked
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_refuses_a_budget_that_cannot_be_met(name: str):
-    method = method_named(name)
-    if hasattr(method, "fixed_size"):
-        return
-    for budget in (0, 151):
-        with pytest.raises(UserError, match=f"a budget of {budget} samples"):
-            select(method, AnyPool(150), budget)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_reports_a_value_for_each_sample_and_what_can_be_saved(name: str, tmp_path: Path):
-    pool = AnyPool(150)
-    coreset = select(method_named(name), pool, 40)
-    assert all(values.shape == (150,) for values in coreset.scores.values())
-    coreset.save(tmp_path, pool.ids)
-    assert Coreset.load(tmp_path).diagnostics.equals(coreset.diagnostics)
+@pytest.mark.parametrize("check", contract.OTHERS, ids=lambda check: check.__name__)
+def test_every_method_keeps_the_rest_of_the_contract(name: str, check: Callable[[SelectionMethod], None]):
+    check(method_named(name))
 
 
 def test_methods_name_every_hyper_parameter_in_their_yaml():

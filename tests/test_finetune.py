@@ -18,10 +18,11 @@ from staff.adapters import load_tuned
 from staff.cost import Meter
 from staff.data import Sample
 from staff.errors import UserError
-from staff.finetune import FinetuneSettings, finetune
+from staff.finetune import SCHEDULERS, FinetuneSettings, finetune
 from staff.models import LoraSpec, ModelSpec
 from staff.scoring import Asked, score_samples
 from staff.tokens import TokenizedSamples, tokenize
+from staff.training_warnings import MIN_STEPS
 
 SPEC = ModelSpec("pkg://staff/assets/tiny/small")
 SETTINGS = FinetuneSettings(
@@ -101,6 +102,55 @@ def test_equal_steps_pass_over_a_coreset_as_often_as_makes_up_for_its_size(sampl
     finetune(SPEC, few, settings, settings.coreset_epochs(5, 12), 0, tmp_path / "few", Meter())
     logs = [json.loads((tmp_path / f / "training.json").read_text())["log"] for f in ("whole", "few")]
     assert logs[0][-1]["step"] == logs[1][-1]["step"] == 6
+
+
+def rates(folder: Path) -> list[float]:
+    """The learning rate of every step."""
+    log = json.loads((folder / "training.json").read_text())["log"]
+    return [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_the_kth_of_w_warm_up_steps_has_k_of_w_parts_of_the_rate_and_the_rest_is_the_trainers(
+    samples, tmp_path, scheduler
+):
+    settings = replace(SETTINGS, scheduler=scheduler, warmup_ratio=0.5)  # 3 steps of 6
+    tuned(samples, tmp_path / "ours", settings)
+    tuned(samples, tmp_path / "theirs", replace(settings, warmup_start="zero"))
+    ours, theirs = rates(tmp_path / "ours"), rates(tmp_path / "theirs")
+    full = [1e-3] * 6
+    rising = full if scheduler == "constant" else [1e-3 / 3, 2e-3 / 3, 1e-3]
+    from_zero = full if scheduler == "constant" else [0, 1e-3 / 3, 2e-3 / 3]
+    assert len(ours) == 6 and ours[:3] == pytest.approx(rising[:3]) and ours[3:] == pytest.approx(theirs[3:])
+    assert theirs[:3] == pytest.approx(from_zero[:3])
+
+
+def test_a_fine_tuning_of_one_step_trains_and_says_that_it_is_short(samples, tmp_path, caplog):
+    (tmp_path / "one").mkdir()
+    finetune(SPEC, samples.take(range(4)), SETTINGS, 1, 0, tmp_path / "one", Meter())
+    weights = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert max(float(weight.abs().max()) for name, weight in weights.items() if "lora_B" in name) > 1e-4
+    told = json.loads((tmp_path / "one" / "training.json").read_text())
+    assert told["steps"] == 1 and told["warnings"] == ["only 1 optimiser step, fewer than 10."]
+    assert "fine-tuning small on 4 samples: only 1 optimiser step" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_fine_tuning_that_moved_no_weight_says_so(samples, tmp_path, kind):
+    (tmp_path / "none").mkdir()
+    settings = replace(SETTINGS, kind=kind, warmup_start="zero")
+    finetune(SPEC, samples.take(range(4)), settings, 1, 0, tmp_path / "none", Meter())
+    assert any("no trainable weight moved" in w for w in warnings(tmp_path / "none"))
+
+
+def test_a_fine_tuning_of_enough_steps_has_no_warning(samples, tmp_path):
+    (tmp_path / "enough").mkdir()
+    finetune(SPEC, samples, SETTINGS, math.ceil(MIN_STEPS / 3), 0, tmp_path / "enough", Meter())
+    assert warnings(tmp_path / "enough") == []
+
+
+def warnings(folder: Path) -> list[str]:
+    return json.loads((folder / "training.json").read_text())["warnings"]
 
 
 def far(first: dict, second: dict) -> float:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from contract import METHODS, expected_size, largest_budget, method_named, select
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from test_baselines import METHODS, expected_size, largest_budget, method_named, select
 
 from baselines.precomputed import Precomputed
 from staff.data import Sample, Task, read_json_lines

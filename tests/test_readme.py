@@ -6,23 +6,60 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import contract
+import numpy as np
 import pytest
 from conftest import ROOT, SMALL
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+
+import baselines
+from staff import select
+from staff.selection import SelectionMethod
 
 README = (ROOT / "README.md").read_text()
+
+
+def write_worked_example(root: Path) -> None:
+    """Put both blocks of the worked example where the README says."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (yaml,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    for name, text in (("baselines/highest_loss.py", code), ("conf/method/highest_loss.yaml", yaml)):
+        assert f"`{name}`" in README
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.fixture
+def worked_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SelectionMethod]:
+    """The method as its configuration makes it, out of folders beside the real ones."""
+    write_worked_example(tmp_path)
+    monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path / "baselines")])
+    overrides = ["method=highest_loss", f"hydra.searchpath=[file://{tmp_path / 'conf'}]"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield instantiate(compose("config", overrides=overrides).method, _convert_="all")
+    del sys.modules["baselines.highest_loss"], baselines.highest_loss  # type: ignore[attr-defined]
+
+
+def test_the_worked_example_of_a_method_keeps_the_contract_of_every_method(worked_example: SelectionMethod):
+    for check in contract.OF_ANY_SCORES:
+        for constant in (False, True):
+            check(worked_example, constant)
+    for check in contract.OTHERS:
+        check(worked_example)
+    pool = contract.AnyPool(150)
+    hardest = np.argsort(-pool.scores("loss", "target"))[:15]
+    assert select(pool, worked_example, pruning_rate=0.9).indices.tolist() == sorted(hardest)
 
 
 def test_the_worked_example_of_a_method_runs_as_written(tmp_path: Path):
     for folder in ("staff", "baselines", "experiments", "conf"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (yaml,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "baselines/highest_loss.py").write_text(code)
-    (tmp_path / "conf/method/highest_loss.yaml").write_text(yaml)
+    write_worked_example(tmp_path)
     command = [sys.executable, "-m", "experiments.run", "method=highest_loss", "tracking=none", *SMALL]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, run_shrunk
 
-from experiments.report import overhead, performance
+from experiments.report import cautions, overhead, overview, performance
 from experiments.report.__main__ import left_over, summary, write
 from experiments.report.comparisons import mean, of_finetuning, pairs
 from experiments.report.figures import _spread_labels, overlap
@@ -68,7 +68,7 @@ def copied(
         place[leaf] = value
     folder = results / "runs" / name
     write_record(folder, record)
-    table = pd.DataFrame({"id": [f"t{i}" for i in range(len(answers))], "prediction": "an answer"})
+    table = pd.DataFrame({"id": [f"t{i}" for i in range(len(answers))], "prediction": [f"{a}" for a in answers]})
     table.assign(references=[["a reference"]] * len(table), rougeL=answers).to_parquet(
         folder / "predictions.parquet"
     )
@@ -108,6 +108,7 @@ def test_a_report_of_real_and_copied_runs_is_whole_and_every_file_can_be_read(re
     names = {file.stem.removesuffix("-tiny-dialogsum") for file in tmp_path.glob("tables/*.md")}
     assert names == {
         "performance",
+        "warnings",
         "differences",
         "gains",
         "paper",
@@ -129,6 +130,38 @@ def test_a_report_of_real_and_copied_runs_is_whole_and_every_file_can_be_read(re
     made = [tmp_path / "report.html", *tmp_path.glob("tables/*"), *tmp_path.glob("figures/*")]
     command = f"python -m experiments.report --results {tmp_path}".encode()
     assert [file for file in made if command not in file.read_bytes()] == [], "each names the command that makes it"
+
+
+def test_short_fine_tunings_and_seeds_with_the_same_answers_are_shown(real: Path, tmp_path: Path):
+    short = "fine-tune target on 8 samples: only 1 optimiser step, fewer than 10."
+    for seed in range(3):
+        same = {"evaluation__fingerprint": f"model {seed}"}
+        copied(real, tmp_path, "random", 0.5, (seed, seed), np.arange(8.0), warnings=[short][:seed], **same)
+        copied(real, tmp_path, "staff", 0.5, (seed, seed), np.arange(8.0) + seed, warnings=[], **same)
+        copied(real, tmp_path, "raw", 1.0, (seed, seed), np.arange(8.0), warnings=[])
+    page = write(tmp_path, collect(tmp_path)).read_text()
+    shown = cautions.table(only_context(tmp_path))
+    assert shown is not None and shown.cells.to_dict("records") == [
+        {"method": "random", "pruning rate": "p = 0.5", "seeds": "1, 2", "warning": short},
+        {
+            "method": "random",
+            "pruning rate": "p = 0.5",
+            "seeds": "0, 1, 2",
+            "warning": "3 seeds, and the same answer to every test sample: these runs count as one",
+        },
+    ]
+    assert short in page and short in (tmp_path / "tables/warnings-tiny-dialogsum.md").read_text()
+    alike, other = (mean(only_context(tmp_path), method, 0.5) for method in ("random", "staff"))
+    assert alike is not None and (alike.half, alike.units) == (None, 1) and other is not None and other.units == 3
+
+
+def test_a_run_of_few_steps_says_so_in_its_record_and_in_the_table_at_its_end(real: Path):
+    record = json.loads((real / "metrics.json").read_text())
+    assert record["warnings"] == [
+        "fine-tune small on 24 samples: only 3 optimiser steps, fewer than 10.",
+        "fine-tune target on 12 samples: only 2 optimiser steps, fewer than 10.",
+    ]
+    assert all(f"warning: {real.name}: {text}" in overview([real]) for text in record["warnings"])
 
 
 def test_a_large_difference_is_marked_and_chance_is_not(real: Path, tmp_path: Path):
@@ -308,7 +341,7 @@ def test_runs_without_their_predictions_have_means_but_no_differences(real: Path
 def test_measured_and_estimated_ratios_are_kept_apart(real: Path, tmp_path: Path):
     answers = np.full(4, 20.0)
     for seed, (basis, ratio) in enumerate((("measured", 0.5), ("estimated from FLOPs", 3.0))):
-        changes = {"overhead__str": ratio, "overhead__str_basis": basis}
+        changes = {"overhead__str": ratio, "overhead__str_basis": basis, "overhead__seconds": 9.0}
         copied(real, tmp_path, "staff", 0.5, (seed, seed), answers, **changes)
     table = overhead.overhead(only_context(tmp_path))
     assert table is not None

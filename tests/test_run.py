@@ -153,6 +153,7 @@ def test_a_precision_for_scoring_alone_makes_other_scores_of_the_same_fine_tunin
         ("finetune.learning_rate=fast", "finetune.learning_rate='fast' must be a positive number"),
         ("finetune.batch_size=0", "finetune.batch_size=0 must be a whole number"),
         ("finetune.scheduler=foo", "finetune.scheduler='foo': choose cosine"),
+        ("finetune.warmup_start=one", "finetune.warmup_start='one': choose first_step or zero"),
         ("finetune.warmup_ratio=7", "finetune.warmup_ratio=7 must be a number of at least 0 and at most 1"),
         ("finetune.lora.rank=0", "LoRA rank=0 must be a whole number of at least 1"),
         ("task.max_new_tokens=null", "task.max_new_tokens=None must be a whole number"),

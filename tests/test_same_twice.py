@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_baselines import METHODS, AnyPool, method_named
+from contract import METHODS, AnyPool, method_named
 from test_sweep import SHRUNK, finish, records, start
 
 import staff.finetune
 import staff.pool
 from staff.pool import ArrayPool
-from staff.selection import Draws
+from staff.selection import Draws, run_method
 from staff.trainer import AnswerTrainer
 
 
@@ -90,7 +90,7 @@ def test_rounding_of_the_scores_moves_a_sample_across_an_edge_and_no_more(name: 
     scores = {key: values * (1 + rng.uniform(-1e-5, 1e-5, values.shape)) for key, values in pool._scores.items()}
     moved = ArrayPool(pool.ids, scores, pool.answer_lengths)
     method, budget, draws = method_named(name), len(pool.ids) // 2, Draws(0, pool.ids)
-    one, other = (method.select(p, budget, draws).indices for p in (pool, moved))
+    one, other = (run_method(method, p, budget, draws).indices for p in (pool, moved))
     assert len(one) == 0 or jaccard(one, other) >= 0.99
 
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from staff.errors import UserError
+from staff.pool import ArrayPool
 from staff.regions import equal_width_edges, regions_left, serving_order, share_out, shares_of_ratio, stratify
-from staff.selection import Coreset, Draws, budget_for, check_scores
+from staff.selection import Coreset, Draws, budget_for, check_scores, run_method
 
 IDS = [f"sample {i}" for i in range(1000)]
 
@@ -162,6 +163,46 @@ def test_a_bad_score_is_refused_by_the_name_of_its_sample(value: float, said: st
 def test_scores_of_the_wrong_number_are_refused():
     with pytest.raises(UserError, match="1000 samples"):
         check_scores(np.ones(999), IDS, "effort")
+
+
+class Fixed:
+    """Returns what it is told to, whatever is asked."""
+
+    def __init__(self, chosen: object) -> None:
+        self.chosen = chosen
+
+    def select(self, pool: ArrayPool, budget: int, rng: Draws) -> object:
+        return self.chosen
+
+
+class Two(Fixed):
+    def fixed_size(self, pool_size: int) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "sentence"),
+    [
+        (Fixed(Coreset(np.arange(3))), 0, "a budget of 0 samples cannot be met: 10 are eligible"),
+        (Fixed(Coreset(np.arange(3))), 11, "a budget of 11 samples cannot be met: 10 are eligible"),
+        (Fixed(Coreset(np.arange(3))), 4, "Fixed.select chose 3 samples, not the 4 of the budget"),
+        (Fixed(Coreset(np.array([1, 2, 2, 5]))), 4, "Fixed.select chose position 2 2 times"),
+        (Fixed(Coreset(np.arange(10) < 4)), 4, "Fixed.select chose position 0 6 times"),  # a mask
+        (Fixed(Coreset(np.array([0, 10]))), 2, "Fixed.select chose position 10, but the pool's are 0 to 9"),
+        (Fixed(Coreset(np.array([-1, 0]))), 2, "Fixed.select chose position -1, but the pool's are 0 to 9"),
+        (Fixed(np.arange(4)), 4, "Fixed.select returned a ndarray: it must return a Coreset"),
+        (Two(Coreset(np.arange(3))), 3, "Two.select chose 3 samples, not the 2 of the budget"),
+    ],
+)
+def test_a_selection_that_is_not_what_was_asked_for_is_refused_by_the_methods_name(method, budget, sentence):
+    pool = ArrayPool(IDS[:10], {})
+    with pytest.raises(UserError, match=sentence):
+        run_method(method, pool, budget, Draws(0, pool.ids))
+
+
+def test_a_method_of_its_own_size_may_have_any_whatever_the_budget():
+    pool = ArrayPool(IDS[:10], {})
+    assert run_method(Two(Coreset(np.array([7, 3]))), pool, 9, Draws(0, pool.ids)).indices.tolist() == [3, 7]  # type: ignore[arg-type]
 
 
 def test_a_coreset_is_sorted_and_survives_saving(tmp_path):

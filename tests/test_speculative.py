@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from baselines.ccs import CCS
 from staff.errors import UserError
 from staff.pool import ArrayPool
-from staff.selection import Coreset, Draws
+from staff.selection import Coreset, Draws, run_method
 from staff.speculative import Staff
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ def pool_of(small: np.ndarray, target: np.ndarray, ids: list[str] | None = None)
 
 
 def select(method: Staff, pool: ArrayPool, budget: int, seed: int = 0) -> Coreset:
-    return method.select(pool, budget, Draws(seed, pool.ids))
+    return run_method(method, pool, budget, Draws(seed, pool.ids))
 
 
 # ---------------------------------------------------------------- the authors' code
@@ -75,7 +75,7 @@ def test_agrees_with_the_authors_code(path: Path):
         region_of[positions] = region
     np.testing.assert_array_equal(region_of, golden["region_of"])
 
-    coreset = method.select(pool, len(golden["coreset"]), draws)
+    coreset = run_method(method, pool, len(golden["coreset"]), draws)
     assert coreset.indices.tolist() == sorted(golden["coreset"])
     assert coreset.filled == len(fill)
     table = coreset.diagnostics
@@ -209,7 +209,7 @@ def test_without_verification_staff_is_ccs_on_the_same_scores():
     scores = np.random.default_rng(0).lognormal(size=500)
     pool = ArrayPool([f"{i}" for i in range(500)], {("effort", "small"): scores, ("el2n", "target_tuned"): scores})
     staff = select(Staff(verification_budget=0), pool, 100)
-    ccs = CCS().select(pool, 100, Draws(0, pool.ids))
+    ccs = run_method(CCS(), pool, 100, Draws(0, pool.ids))
     assert abs(len(staff.diagnostics) - len(ccs.diagnostics)) <= 2  # 1.0001 max, and edges closed below
     assert len(np.intersect1d(staff.indices, ccs.indices)) > 90
 

@@ -33,7 +33,10 @@ def overview(folders: Sequence[Path]) -> str:
     if len(set(lines["seed"])) == 1:
         lines = lines.drop(columns="seed")
     where = "\n".join(f"  {folder}/metrics.json" for folder in folders)
-    return f"\n{lines.to_string(index=False)}\n\n{STR_NOTE}\n{where}"
+    warned = "".join(
+        f"\nwarning: {record['run']['name']}: {text}" for record in records for text in record.get("warnings", ())
+    )
+    return f"\n{lines.to_string(index=False)}\n\n{STR_NOTE}\n{where}{warned}"
 
 
 def _line(record: dict[str, Any]) -> dict[str, Any]:

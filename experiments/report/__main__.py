@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.report import overhead, performance
+from experiments.report import cautions, overhead, performance
 from experiments.report.comparisons import pairs
 from experiments.report.records import collect, contexts
 from experiments.report.settings import told_apart
@@ -24,12 +24,14 @@ def write(results: Path, table: pd.DataFrame) -> Path:
     """Write everything under `results` that the records in `table` give; the page's path."""
     from experiments.report import figures, page
 
-    table.drop(columns="stages").to_csv(results / "metrics.csv", index=False)
+    flat = table.drop(columns="stages").assign(warnings=table["warnings"].str.join(" "))
+    flat.to_csv(results / "metrics.csv", index=False)
     paper = pd.read_csv(PAPER)
     sections = []
     for context in contexts(table, results / "runs"):
         found = pairs(context)
         tables = [*performance.tables(context, found, paper), *overhead.tables(context), similarity(context)]
+        tables.insert(1, cautions.table(context))
         tables = [table.headed(context.varied) for table in tables if table is not None]
         drawn = figures.draw(context, results / "figures")
         for each in tables:
@@ -98,6 +100,8 @@ def main() -> None:
         )
     page = write(arguments.results, table)
     print(f"{summary(table)}\n\n{len(table)} runs: {arguments.results / 'metrics.csv'}, tables/, figures/, {page}")
+    if warned := int(table["warnings"].astype(bool).sum()):
+        print(f"{warned} runs with warnings: {arguments.results / 'tables'}/warnings-*.md")
     for file in left_over(arguments.results):
         print(f"not written by this report: {file}")
     failures, missing = unfinished(arguments.results)

@@ -70,7 +70,7 @@ def mean(context: Context, variant: str, rate: float) -> Mean | None:
     if runs.empty:
         return None
     draws = [runs.groupby(unit)[context.metric].mean().to_numpy(np.float64) for unit in units(runs)]
-    if runs["answers"].nunique() == 1:
+    if runs["answers"].nunique() == 1 or any(len(alike) == len(runs) for alike in context.same_answers(runs)):
         return Mean(float(draws[0].mean()), None, 1)
     halves = [t_interval(values)[1] for values in draws]
     half = None if None in halves else float(np.hypot.reduce(np.array(halves)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def _row(file: Path) -> dict[str, Any]:
         **{f"finetuning_{name}": finetuning.get(name) for name in ("seconds", "flops", "peak_memory_bytes")},
         **record["counts"],
         "stages": record["overhead"]["stages"],
+        "warnings": record.get("warnings", []),
         **{name: record["provenance"][name] for name in ("git_commit", "git_dirty", "concurrent_workers")},
         "answers": record["evaluation"]["fingerprint"],
         "selects": record["config"]["method"]["_target_"],
@@ -92,6 +94,7 @@ class Context:
     folder: Path
     varied: str = "method"
     _values: dict[str, pd.Series] = field(default_factory=dict)
+    _texts: dict[str, str] = field(default_factory=dict)
 
     @property
     def made_by(self) -> str:
@@ -148,6 +151,25 @@ class Context:
                 ids, values = table["id"].to_pylist(), table[self.metric].to_numpy()
                 self._values[run] = pd.Series(values, index=ids)
         return self._values[run]
+
+    def same_answers(self, runs: pd.DataFrame) -> list[pd.DataFrame]:
+        """Those of `runs` that were fine-tuned apart and yet answer alike word by word, two or more to a group."""
+        found = []
+        for _, alike in runs.groupby(self.metric):
+            if alike["answers"].nunique() > 1:  # by two models
+                groups = alike.groupby(alike["name"].map(self._predictions).replace("", None))
+                found += [group for _, group in groups if group["answers"].nunique() > 1]
+        return found
+
+    def _predictions(self, run: str) -> str:
+        """The digest of a run's answers; empty where they are gone."""
+        if run not in self._texts:
+            file = self.folder / run / "predictions.parquet"
+            self._texts[run] = ""
+            if file.is_file():
+                texts = read_table(file, columns=["id", "prediction"]).to_pydict()
+                self._texts[run] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        return self._texts[run]
 
 
 def _natural(text: str) -> list[str | float]:
