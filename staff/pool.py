@@ -14,7 +14,8 @@ import numpy as np
 from staff.data.tokens import TokenizedSamples
 from staff.data.views import DataView
 from staff.errors import UserError
-from staff.models.spec import Family, ModelSpec
+from staff.models.family import Family
+from staff.models.spec import ModelSpec
 from staff.models.state import ModelState
 from staff.scoring.signal import Signal
 from staff.scoring.stage import Score, ScoringSettings, read_scores

@@ -1,0 +1,6 @@
+"""Models: which, how they are loaded, prepared and adapted, and in which state they are asked."""
+
+from staff.models.adapters import LoraSpec as LoraSpec
+from staff.models.depth import DepthPruning as DepthPruning
+from staff.models.family import Family as Family
+from staff.models.spec import ModelSpec as ModelSpec

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from staff.errors import UserError
-from staff.models.spec import LoraSpec, ModelSpec
+from staff.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A LoRA adapter: rank r, alpha (scaling is alpha / r), dropout, and the linear layers it is put on."""
+
+    rank: int
+    alpha: int
+    dropout: float = 0.0
+    targets: str | Sequence[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise UserError(f"LoRA rank={self.rank!r} must be a whole number of at least 1.")
+        for name, high in (("alpha", 1e9), ("dropout", 1.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
+                raise UserError(f"LoRA {name}={value!r} must be a number of at least 0 and at most {high:g}.")
 
 
 def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 from staff.errors import UserError
-from staff.models.spec import Family, ModelSpec
+from staff.models.depth import keep_blocks
+from staff.models.family import Family
+from staff.models.spec import ModelSpec
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage
@@ -171,21 +172,3 @@ def _weights_digest(model: Any) -> str:
         digest.update(name.encode())
         digest.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def keep_blocks(model: Any, kept: Sequence[int]) -> None:
-    """Leave a causal language model only the blocks at these increasing indices; all other weights stay.
-
-    Depth pruning without a healing of its own (Kim et al., Shortened LLaMA, 2024): fine-tuning follows anyway.
-    """
-    from torch.nn import ModuleList
-
-    config, depth = model.config, model.config.num_hidden_layers
-    blocks = next(m for m in model.modules() if isinstance(m, ModuleList) and len(m) == depth)
-    remaining = [blocks[index] for index in kept]
-    del blocks[:]
-    blocks.extend(remaining)
-    config.num_hidden_layers = len(kept)
-    for name, value in config.to_dict().items():
-        if "layer" in name and isinstance(value, list) and len(value) == depth:  # such as layer_types
-            setattr(config, name, [value[index] for index in kept])

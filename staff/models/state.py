@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from staff.errors import UserError
-from staff.models.adapters import fresh_lora, load_trained, replace_lora
-from staff.models.spec import LoraSpec, ModelSpec
+from staff.models.adapters import LoraSpec, fresh_lora, load_trained, replace_lora
+from staff.models.spec import ModelSpec
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage
 

@@ -22,6 +22,7 @@ from staff.errors import UserError
 from staff.scoring.positions import Positions, last_block, last_block_at, model_name, scoring_mode, widened
 from staff.scoring.signal import check_parameters
 
+
 @dataclass(frozen=True)
 class LayerGradient:
     """What backpropagation leaves of one linear layer: inputs x (B, T, in) and output gradients g (B, T, out).

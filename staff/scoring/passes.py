@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from staff.data.tokens import TokenizedSamples
+from staff.data.tokens import IGNORED, TokenizedSamples
 from staff.errors import UserError
 from staff.models.spec import is_sharded
 from staff.runtime import processes
@@ -27,7 +27,7 @@ from staff.scoring.gradients import (
     gradient_layers,
     gradient_parameters,
 )
-from staff.scoring.positions import IGNORED, Positions, last_block_at, scoring_mode, token_losses
+from staff.scoring.positions import Positions, last_block_at, scoring_mode, token_losses
 from staff.scoring.signal import Signal, gradient_of
 from staff.store.cost import Meter
 
@@ -248,8 +248,8 @@ def _run_alone(model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal
 
 def _padded(batch: TokenizedSamples, pad_token_id: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids and labels, (B, T) each, padded to the right, and lengths (B,)."""
-    rows = [torch.tensor(row) for row in batch.input_ids]
-    labels = [torch.tensor(batch.labels(i)) for i in range(len(batch))]
+    rows = [torch.from_numpy(batch.row(i).astype(np.int64)) for i in range(len(batch))]
+    labels = [torch.from_numpy(batch.labels(i)) for i in range(len(batch))]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id).to(device)
     padded = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
     return input_ids, padded, torch.as_tensor(batch.lengths, device=device)

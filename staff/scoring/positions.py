@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from staff.data.tokens import IGNORED
 from staff.errors import UserError
-
-IGNORED = -100
-"""The label of a token that is not predicted, as transformers has it."""
 
 # Decoders whose block feeds `input_layernorm` to the attention alone, and whose attention is causal and ends
 # in `o_proj`; everything else in them works on one position at a time. Checked layer by layer in the tests.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from staff.errors import UserError
-from staff.models.spec import LoraSpec
+from staff.models.adapters import LoraSpec
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,7 +11,8 @@ import numpy as np
 
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.models.spec import PRECISIONS, LoraSpec
+from staff.models.adapters import LoraSpec
+from staff.models.spec import PRECISIONS
 from staff.models.state import FreshAdapter, ModelState, check_mergeable
 from staff.scoring.signal import Signal, gradient_of
 from staff.store.cost import Meter

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from staff.errors import UserError
-from staff.models.spec import LoraSpec
+from staff.models.adapters import LoraSpec
 from staff.scoring.signal import GradientOf, Signal
 
 if TYPE_CHECKING:

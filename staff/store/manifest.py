@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from staff.store.cost import Cost
 from staff.errors import UserError
+from staff.store.cost import Cost
 
 
 class Charge(NamedTuple):

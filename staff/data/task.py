@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
-from string import Formatter
 from typing import Any
 
+from staff.data.rows import read_json_lines
+from staff.data.templates import lookup, render, shortened, text_of
 from staff.errors import UserError
-from staff.models import local_path
+from staff.runtime.paths import local_path
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Task:
             if sample.id in samples:
                 if self.id_field:
                     raise UserError(
-                        f"{where}: the id {_short(sample.id)!r} comes twice (task.id_field={self.id_field}); "
+                        f"{where}: the id {shortened(sample.id)!r} comes twice (task.id_field={self.id_field}); "
                         "ids must be unique."
                     )
                 # Without ids of their own, copies of one text are told apart by their count.
@@ -146,13 +144,13 @@ class Task:
         return ((f"{self.hub}[{split}] row {i + 1}", dict(row)) for i, row in enumerate(data))  # type: ignore[arg-type]
 
     def _sample(self, row: Mapping[str, Any], where: str, split: str) -> Sample:
-        prompt = _render(self.prompt, row, where, "task.prompt")
+        prompt = render(self.prompt, row, where, "task.prompt")
         references: tuple[str, ...] = ()
         if split == "test" and self.references:
-            references = tuple(_text(row, [name], where, "task.references") for name in self.references)
+            references = tuple(text_of(row, [name], where, "task.references") for name in self.references)
             answer = references[0]
         else:
-            answer = _render(self.answer, row, where, "task.answer")
+            answer = render(self.answer, row, where, "task.answer")
             references = (answer.strip(),)
         for name, text, template in (("prompt", prompt, self.prompt), ("answer", answer, self.answer)):
             if not text.strip():
@@ -170,96 +168,19 @@ def _asked_once(samples: Iterable[Sample]) -> list[Sample]:
     return list(by_prompt.values())
 
 
-def read_json_lines(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """Rows of a JSON Lines file, each with its place ("file, line n") for messages; blank lines are skipped."""
-    if not path.is_file():
-        raise UserError(f"{path} is not there: task.data_dir must be a folder that holds {path.name}.")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8.") from None
-            except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
-                said = "nested too deep" if isinstance(error, RecursionError) else str(error)
-                said = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else said
-                raise UserError(f"{where}: not JSON ({said}); each line must be one JSON object.") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: a {type(row).__name__}, not an object; each line must be {{...}}.")
-            yield where, row
-
-
-def _lookup(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str) -> Any:
-    """The value at `path`, a field and the keys below it."""
-    value: Any = row
-    for depth, name in enumerate(path):
-        if not isinstance(value, Mapping) or name not in value:
-            has = ", ".join(" ".join(str(field).split()) for field in sorted(row, key=str)) or "none"
-            raise UserError(
-                f"{where}: no field {_spelt(path[: depth + 1])} (wanted by {setting}); it has {_short(has)}."
-            )
-        value = value[name]
-    return value
-
-
-def _text(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str) -> str:
-    value = _lookup(row, path, where, setting)
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise UserError(f"{where}: field {_spelt(path)} is {kind}, not text (wanted by {setting}).")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell what no text may hold
-        raise UserError(
-            f"{where}: field {_spelt(path)} has half a surrogate pair (character {error.start + 1}); mend the text."
-        ) from None
-    return value
-
-
 def _id(row: Mapping[str, Any], field: str, where: str) -> str:
-    value = _lookup(row, [field], where, "task.id_field")
+    value = lookup(row, [field], where, "task.id_field")
     if type(value) is int:
         return str(value)
     if value == "" or not isinstance(value, str):
         kind = type(value).__name__ if value != "" else "empty"
         raise UserError(f"{where}: field {field!r} is {kind}, no id (wanted by task.id_field).")
-    return _text(row, [field], where, "task.id_field")
+    return text_of(row, [field], where, "task.id_field")
 
 
-def _render(template: str, row: Mapping[str, Any], where: str, setting: str) -> str:
-    parts = _parsed(template, setting)
-    return "".join(text + (_text(row, path, where, setting) if path else "") for text, path in parts)
-
-
-@cache
-def _parsed(template: str, setting: str) -> list[tuple[str, list[str]]]:
-    """The template as pieces of text, each with the path of the field that follows it, if one does.
-
-    Nothing but fields is understood: what else `str.format` offers would reach into Python's objects.
-    """
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise UserError(f"{setting}={template!r} is not a template ({error}); write fields as {{field}}.") from None
-    parsed = []
-    for text, name, form, conversion in parts:
-        if name is not None and (form or conversion or not re.fullmatch(r"[^.\[\]]+(\[[^\[\]]+\])*", name)):
-            spelt = f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
-            raise UserError(f"{setting}={template!r}: {spelt!r} names no field; write {{field}} or {{field[key]}}.")
-        parsed.append((text, [part.rstrip("]") for part in name.split("[")] if name else []))
-    return parsed
-
-
-def _spelt(path: Sequence[str]) -> str:
-    """A path as a template has it, quoted."""
-    return repr(_short(path[0] + "".join(f"[{key}]" for key in path[1:])))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}..."
+def data_digest(samples: Sequence[Sample]) -> str:
+    """SHA-256 of what the samples are, wherever they were read from."""
+    return hashlib.sha256(json.dumps([asdict(s) for s in samples]).encode()).hexdigest()
 
 
 def _content_id(prompt: str, answer: str) -> str:

@@ -9,32 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from staff.errors import UserError
+from staff.models.family import DATE, check_chat
 
 log = logging.getLogger(__name__)
 
-DATE = "2024-07-26"
-"""The day that a template is told when it asks for today's, so that a prompt is the same tomorrow."""
-
 # Stand for a sample in the probe of a template: unlikely in a template's own text, changed by any change of case.
 _QUESTION, _ANSWER = "Qx7Question", "Qx7Answer"
-
-
-def check_chat(date: Any, options: Any) -> None:
-    """Refuse what a chat template cannot be told.
-
-    Raises:
-        UserError: a date that is not ISO 8601 (YYYY-MM-DD), or options that are no mapping with text keys.
-    """
-    try:
-        valid = datetime.strptime(date, "%Y-%m-%d").strftime("%Y-%m-%d") == date
-    except (TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise UserError(f"family.date={date!r} must be a day as YYYY-MM-DD, such as {DATE}.")
-    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-        raise UserError(
-            f"family.template_options={options!r} must map names to values, such as {{enable_thinking: false}}."
-        )
 
 
 class ChatTemplate:

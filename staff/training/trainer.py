@@ -15,17 +15,20 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from staff.runtime import processes
+from staff.data.tokens import IGNORED
 from staff.errors import UserError
-from staff.gradients import ARCHITECTURES, IGNORED, Positions, last_block, last_block_at, token_losses
-from staff.online import OnlineEfforts
+from staff.runtime import processes
+from staff.scoring.positions import ARCHITECTURES, Positions, last_block, last_block_at
+from staff.training.objective import Objective
+from staff.training.online import OnlineEfforts
 
 log = logging.getLogger(__name__)
 
 
-class Shares(Sampler[list[int]]):
-    """The batches of one process: of every step's samples, which are those that one process alone would take, every
-    world-th, `device_batch_size` at a time. All processes get as many batches, some of them empty.
+class ShardedBatches(Sampler[list[int]]):
+    """The batches of one process: its shard of every step's samples, `device_batch_size` at a time.
+
+    A step's samples are those that a single process would take. All processes get equally many batches; some are empty.
 
     Args:
         order: of the samples in an epoch; rank 0's counts.
@@ -48,21 +51,21 @@ class Shares(Sampler[list[int]]):
         order = processes.broadcast_from_main(lambda: order)
         for start in range(0, len(order), self._step):
             step = order[start : start + self._step]
-            share = processes.shard(step)
+            shard = processes.shard(step)
             for batch in range(self._batches(len(step))):
-                yield share[batch * self._device : (batch + 1) * self._device]
+                yield shard[batch * self._device : (batch + 1) * self._device]
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self._order), self._step)
         return whole * self._batches(self._step) + self._batches(rest)
 
 
-class SharingTrainer(Trainer):
-    """The Trainer whose steps hold the same samples in several processes as in one. Its own way would fill up the
+class ShardingTrainer(Trainer):
+    """The Trainer whose steps hold the same samples in several processes as in one. Its own sampler would fill up the
     last step of an epoch with samples that were seen already.
 
     Args:
-        warmup_start: of the learning rate, as in `staff.finetune.FinetuneSettings`.
+        warmup_start: of the learning rate, as in `staff.training.settings.FinetuneSettings`.
     """
 
     def __init__(self, *, warmup_start: str, **settings: Any) -> None:
@@ -87,7 +90,7 @@ class SharingTrainer(Trainer):
             order: Any = LengthGroupedSampler(step, dataset=rows, lengths=list(rows["length"]))
         else:
             order = SeedableRandomSampler(rows, data_seed=args.data_seed)
-        batches: Any = Shares(order, step, device_batch)
+        batches: Any = ShardedBatches(order, step, device_batch)
         loader = DataLoader(
             rows, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=args.dataloader_pin_memory
         )
@@ -104,18 +107,27 @@ def rising_from_first_step(scheduler: Any, warmup: int) -> LambdaLR:
     return LambdaLR(scheduler.optimizer, [ahead(factor) for factor in scheduler.lr_lambdas])
 
 
-class AnswerTrainer(SharingTrainer):
+class AnswerTrainer(ShardingTrainer):
     """The Trainer's loss at less work: no logits of the prompt, which for a long prompt and a large vocabulary are
     most of the memory and, for a small model, much of the time.
 
     Args:
         ids: of the training samples; a batch tells by "row" which of them it holds.
+        objective: the loss of an answer token.
         efforts: watches the last epoch.
     """
 
-    def __init__(self, *, ids: Sequence[str], efforts: OnlineEfforts | None = None, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.ids, self.efforts = ids, efforts
+    def __init__(
+        self,
+        *,
+        tokenizer: Any,
+        ids: Sequence[str],
+        objective: Objective,
+        efforts: OnlineEfforts | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(data_collator=_collator(tokenizer), **settings)
+        self.ids, self.objective, self.efforts = ids, objective, efforts
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None
@@ -127,15 +139,24 @@ class AnswerTrainer(SharingTrainer):
         watching, rows = nullcontext(), inputs["row"]
         if self.efforts is not None and len(rows) and self.state.epoch >= self.args.num_train_epochs - 1:
             watching = self.efforts.watching(rows, positions, tokens)
-        with watching, last_block_at(self.accelerator.unwrap_model(model), positions):
-            # No attention mask: padding is on the right, where a causal model does not look from a label.
-            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[0]
-        losses = token_losses(logits, positions.targets)
+        with watching:
+            logits = self._answer_logits(model, inputs, positions)
+        losses = self.objective.compute(logits, positions.targets)
         total = losses.sum()
         with processes.raise_on_all_ranks():
             if not torch.isfinite(total):
                 self._refuse(positions.mean(losses), rows)
         return total / tokens
+
+    def _answer_logits(self, model: Any, inputs: Any, positions: Positions) -> Tensor:
+        """(L, V), where answer tokens are predicted."""
+        plain = self.accelerator.unwrap_model(model)
+        if plain.config.model_type not in ARCHITECTURES:
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            return positions.gather(outputs.logits)[0]
+        with last_block_at(plain, positions):
+            # No attention mask: padding is on the right, where a causal model does not look from a label.
+            return model(input_ids=inputs["input_ids"], use_cache=False).logits[0]
 
     def _refuse(self, losses: Tensor, rows: Tensor) -> None:
         name = self.ids[int(rows[int((~torch.isfinite(losses)).nonzero()[0])])]
@@ -160,34 +181,27 @@ class Progress(TrainerCallback):
             log.info("  step %d of %d, loss %.3f", state.global_step, state.max_steps, logs["loss"])
 
 
-def trainer_for(
-    model: Any, tokenizer: Any, ids: Sequence[str], efforts: OnlineEfforts | None, **settings: Any
-) -> Any:
-    """An AnswerTrainer, or for an architecture that it does not know, transformers' own."""
-    if model.config.model_type not in ARCHITECTURES:
-        return SharingTrainer(model=model, data_collator=_collator(tokenizer, rows=False), **settings)
-    collator = _collator(tokenizer, rows=True)
-    return AnswerTrainer(model=model, ids=ids, efforts=efforts, data_collator=collator, **settings)
-
-
 def checkpoint_blocks(model: Any) -> None:
-    """Gradient checkpointing of every block but the last of those that `last_block_at` knows: its hooks are gone
-    when a block is run again, and its memory is needed before the first of the others is."""
+    """Turn on gradient checkpointing for every block but the last that `last_block_at` knows: its hooks are gone when
+    a block is run again, and its memory is needed before that of the others."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.config.model_type in ARCHITECTURES:
         last_block(model).gradient_checkpointing = False
 
 
-def _collator(tokenizer: Any, rows: bool) -> Callable[[list[dict[str, Any]]], Any]:
-    """Pads to the longest sample; with `rows` a batch also tells which samples it holds. One without samples gets a
-    token without a label: the processes have to go through as many passes, and this one adds nothing."""
+def _collator(tokenizer: Any) -> Callable[[list[dict[str, Any]]], Any]:
+    """Pads to the longest sample, and tells by "row" which samples a batch holds. A batch without samples gets a token
+    without a label: all processes go through equally many passes, and this one adds nothing."""
     pad = DataCollatorForSeq2Seq(tokenizer)
-    silent = [{"input_ids": [tokenizer.pad_token_id], "labels": [IGNORED]}]
+    empty = {"input_ids": [tokenizer.pad_token_id], "prompt_length": 1}
 
     def collate(features: list[dict[str, Any]]) -> Any:
-        batch = pad([{name: feature[name] for name in ("input_ids", "labels")} for feature in features or silent])
-        if rows:
-            batch["row"] = torch.tensor([feature["row"] for feature in features], dtype=torch.int64)
+        samples = [
+            {"input_ids": f["input_ids"], "labels": [IGNORED] * (n := f["prompt_length"]) + f["input_ids"][n:]}
+            for f in features or [empty]
+        ]
+        batch = pad(samples)
+        batch["row"] = torch.tensor([feature["row"] for feature in features], dtype=torch.int64)
         return batch
 
     return collate

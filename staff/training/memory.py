@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from staff.runtime import processes
-from staff.adapters import fresh_lora
+from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.finetune import FinetuneSettings
-from staff.models import ModelSpec
-from staff.tokens import TokenizedSamples
+from staff.models.adapters import fresh_lora
+from staff.models.spec import ModelSpec
+from staff.runtime import processes
+from staff.training.settings import FinetuneSettings
 
 NF4_BYTES = 0.5 + 0.127 / 8
 """A weight in NF4 with doubly quantised constants (Dettmers et al. 2023, section 3)."""
@@ -53,7 +53,7 @@ def finetuning_memory(
     config = model.config.get_text_config()
     lora = settings.kind == "lora"
     weights = _weight_bytes(model, spec.quantization) if lora else 4 * model.num_parameters()
-    if spec.in_parts:  # and, in full, the block that runs and the one fetched for when it is done
+    if spec.is_partitioned:  # and, in full, the block that runs and the one fetched for when it is done
         weights = weights // processes.world_size() + 2 * weights // config.num_hidden_layers
     if lora:
         fresh_lora(model, settings.lora, seed=0)

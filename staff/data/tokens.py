@@ -1,0 +1,216 @@
+"""Samples as a model reads them: tokenised once, for scorer and trainer alike, and checked against their limits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from staff.data.chat import ChatTemplate
+from staff.data.task import Sample, data_digest
+from staff.errors import UserError
+from staff.models.family import DATE
+from staff.models.spec import ModelSpec
+from staff.runtime.progress import progress
+from staff.store.cost import Meter
+from staff.store.manifest import Artifact
+from staff.store.stage import Stage, plain
+
+IGNORED = -100
+"""The label of a token that is not predicted, as transformers has it."""
+
+
+@dataclass(frozen=True)
+class TokenizedSamples:
+    """Samples as one model reads them: begin token (where the tokenizer has one), prompt, answer, end token.
+
+    Attributes:
+        ids: the samples' ids.
+        tokens: the token ids of all samples, one sample after the other, shape (sum of lengths,), int32.
+        offsets: sample i has tokens[offsets[i]:offsets[i + 1]], shape (N + 1,).
+        prompt_lengths: tokens before the first answer token, shape (N,).
+        begin: how many begin tokens stand before every prompt.
+    """
+
+    ids: Sequence[str]
+    tokens: np.ndarray = field(repr=False)
+    offsets: np.ndarray = field(repr=False)
+    prompt_lengths: np.ndarray = field(repr=False)
+    begin: int = 0
+
+    @classmethod
+    def of_rows(
+        cls, ids: Sequence[str], rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], begin: int = 0
+    ) -> TokenizedSamples:
+        """From one row of token ids a sample."""
+        offsets = np.cumsum([0, *map(len, rows)])
+        tokens = np.concatenate([np.empty(0, np.int32), *(np.asarray(row, np.int32) for row in rows)])
+        return cls(ids, tokens, offsets, np.asarray(prompt_lengths, np.int64), begin)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def row(self, i: int) -> np.ndarray:
+        """The token ids of sample i, shape (length,)."""
+        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+
+    def labels(self, i: int) -> np.ndarray:
+        """Token ids on the answer and its end token, -100 on the prompt (unshifted, as transformers wants)."""
+        labels = self.row(i).astype(np.int64)
+        labels[: self.prompt_lengths[i]] = IGNORED
+        return labels
+
+    def prompts(self) -> list[list[int]]:
+        return [self.row(i)[:n].tolist() for i, n in enumerate(self.prompt_lengths)]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, shape (N,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def answer_lengths(self) -> np.ndarray:
+        """Tokens of each answer, the end token included, shape (N,)."""
+        return self.lengths - self.prompt_lengths
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that samples end with, each once."""
+        return np.unique(self.tokens[self.offsets[1:] - 1]).tolist()
+
+    def take(self, indices: Iterable[int] | np.ndarray) -> TokenizedSamples:
+        """The samples at these positions, in this order."""
+        at = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
+        tokens, offsets = self._gathered(self.offsets[at], self.lengths[at])
+        return replace(
+            self,
+            ids=[self.ids[i] for i in at.tolist()],
+            tokens=tokens,
+            offsets=offsets,
+            prompt_lengths=self.prompt_lengths[at],
+        )
+
+    def without_prompts(self) -> TokenizedSamples:
+        """The answers alone, behind the begin tokens."""
+        starts = self.offsets[:-1] + self.prompt_lengths
+        tokens, offsets = self._gathered(starts, self.answer_lengths)
+        if self.begin:
+            opening = self.tokens[self.offsets[:-1, None] + np.arange(self.begin)]
+            tokens = np.insert(tokens, np.repeat(offsets[:-1], self.begin), opening.ravel())
+            offsets = offsets + self.begin * np.arange(len(offsets))
+        lengths = np.full(len(self), self.begin, dtype=np.int64)
+        return replace(self, tokens=tokens, offsets=offsets, prompt_lengths=lengths)
+
+    def all_as_answer(self) -> TokenizedSamples:
+        """The same tokens, with the prompt counted as part of the answer."""
+        return replace(self, prompt_lengths=np.full(len(self), self.begin, dtype=np.int64))
+
+    def _gathered(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens from each of `starts` on, and their offsets."""
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        return np.asarray(self.tokens[positions]), offsets
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of ids and tokens."""
+        digest = hashlib.sha256(json.dumps([list(self.ids), self.begin]).encode())
+        for array, kind in ((self.tokens, np.int32), (self.offsets, np.int64), (self.prompt_lengths, np.int64)):
+            digest.update(np.ascontiguousarray(array, dtype=kind).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Tokens(Stage):
+    """Samples tokenised. What rests on them is named by the tokens themselves (`TokenizedSamples.fingerprint`)."""
+
+    kind: ClassVar[str] = "tokens"
+    version: ClassVar[int] = 1
+    one_process: ClassVar[bool] = True
+
+    samples: Sequence[Sample] = field(repr=False)
+    spec: ModelSpec
+    reading: Mapping[str, Any]
+    """How they are read: `staff.models.family.Family.reading`."""
+
+    @property
+    def label(self) -> str:
+        return f"tokenise {len(self.samples)} samples for {self.spec.name}"
+
+    def key(self) -> dict[str, Any]:
+        return {
+            "samples": data_digest(self.samples),
+            "tokenizer": self.spec.tokenizer_identity(),
+            "reading": plain(dict(self.reading)),
+        }
+
+    def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        tokenized = tokenize(self.samples, self.spec.tokenizer(), **self.reading)
+        np.save(folder / "tokens.npy", tokenized.tokens)
+        np.save(folder / "offsets.npy", tokenized.offsets)
+        np.save(folder / "prompt_lengths.npy", tokenized.prompt_lengths)
+        (folder / "samples.json").write_text(json.dumps({"ids": list(tokenized.ids), "begin": tokenized.begin}))
+
+
+def read_tokens(tokens: Artifact) -> TokenizedSamples:
+    """What `Tokens` stored; the token ids stay on the disk until they are used."""
+    samples = json.loads((tokens.path / "samples.json").read_text())
+    return TokenizedSamples(
+        samples["ids"],
+        np.load(tokens.path / "tokens.npy", mmap_mode="r"),
+        np.load(tokens.path / "offsets.npy"),
+        np.load(tokens.path / "prompt_lengths.npy"),
+        samples["begin"],
+    )
+
+
+def tokenize(
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    prompt_format: str = "plain",
+    *,
+    date: str = DATE,
+    template_options: Mapping[str, Any] | None = None,
+) -> TokenizedSamples:
+    """Tokenise prompt and answer apart and join them, so that no token spans their border.
+
+    Args:
+        prompt_format: "plain": begin token, prompt, answer, end token; "chat": the same with the text and the end
+            of turn of the tokenizer's chat template.
+        date, template_options: for the chat template, as in `staff.models.family.Family`.
+
+    Raises:
+        UserError: a tokenizer without an end token, or without a chat template that shows every answer as it is.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no end token, without which no answer ends; set "
+            "eos_token in its tokenizer_config.json."
+        )
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end, texts = tokenizer.eos_token_id, [(s.prompt, s.answer) for s in samples]
+    if prompt_format == "chat":
+        template = ChatTemplate(tokenizer, date, template_options)
+        begin, end = [], template.end  # the template has a begin token of its own
+        texts = [template.turn(s.id, s.prompt, s.answer) for s in samples]
+    rows, prompt_lengths = [], []
+    with progress(len(texts), "tokenise") as bar:
+        # Some at a time: until it is done with a text, a tokenizer keeps far more of it than its tokens.
+        for start in range(0, len(texts), 1000):
+            prompts, answers = zip(*texts[start : start + 1000], strict=True)
+            for p, a in zip(_tokens(prompts, tokenizer), _tokens(answers, tokenizer), strict=True):
+                rows.append(np.array([*begin, *p, *a, end], dtype=np.int32))
+                prompt_lengths.append(len(begin) + len(p))
+            bar.update(len(prompts))
+    return TokenizedSamples.of_rows([s.id for s in samples], rows, prompt_lengths, len(begin))
+
+
+def _tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of each text alone; what is too long is told in our own words."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,0 +1,67 @@
+"""A small model made of some of the target's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from staff.errors import UserError
+
+
+@dataclass(frozen=True)
+class DepthPruning:
+    """Which of the target's blocks make up a small model, for a family that has none of its own.
+
+    Attributes:
+        keep_layers: indices of the blocks, increasing; or how many, evenly spaced with the first and the last
+            among them; None for no small model of this kind.
+    """
+
+    keep_layers: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        given = [self.keep_layers] if isinstance(self.keep_layers, int) else self.keep_layers or []
+        if isinstance(given, str) or not all(type(index) is int for index in given):
+            raise UserError(f"{self._setting} must be a number of blocks or a list of block indices: 2 or [0,3].")
+
+    @property
+    def _setting(self) -> str:
+        return f"family.small.from_target.keep_layers={self.keep_layers!r}"
+
+    def indices(self, depth: int) -> list[int]:
+        """The blocks to keep of a target with `depth` of them.
+
+        Raises:
+            UserError: none, or more than there are; an index that does not exist or is out of order.
+        """
+        if isinstance(self.keep_layers, int):
+            if not 1 <= self.keep_layers <= depth:
+                raise UserError(f"{self._setting} must lie between 1 and {depth}, the blocks of the target.")
+            return np.linspace(0, depth - 1, self.keep_layers).round().astype(int).tolist()
+        kept = list(self.keep_layers or [])
+        if not kept or kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < depth:
+            raise UserError(
+                f"{self._setting} must be increasing indices of blocks: the target has 0 to {depth - 1}."
+            )
+        return kept
+
+
+def keep_blocks(model: Any, kept: Sequence[int]) -> None:
+    """Leave a causal language model only the blocks at these increasing indices; all other weights stay.
+
+    Depth pruning without a healing of its own (Kim et al., Shortened LLaMA, 2024): fine-tuning follows anyway.
+    """
+    from torch.nn import ModuleList
+
+    config, depth = model.config, model.config.num_hidden_layers
+    blocks = next(m for m in model.modules() if isinstance(m, ModuleList) and len(m) == depth)
+    remaining = [blocks[index] for index in kept]
+    del blocks[:]
+    blocks.extend(remaining)
+    config.num_hidden_layers = len(kept)
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == depth:  # such as layer_types
+            setattr(config, name, [value[index] for index in kept])

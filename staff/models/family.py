@@ -1,0 +1,71 @@
+"""A family: the target LLM and its small sibling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+
+from staff.errors import UserError
+from staff.models.spec import ModelSpec
+
+PROMPT_FORMATS = ("plain", "chat")
+
+DATE = "2024-07-26"
+"""The day that a template is told when it asks for today's, so that a prompt is the same tomorrow."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A target LLM and a small model of the same family; every run names both.
+
+    Attributes:
+        prompt_format: "plain", the prompt as the task renders it; "chat", as the user's turn in the chat template
+            of each model's tokenizer.
+        date: the day (YYYY-MM-DD) for chat templates that print today's.
+        template_options: further variables of the chat templates, such as {"enable_thinking": False}.
+    """
+
+    name: str
+    target: ModelSpec
+    small: ModelSpec
+    prompt_format: str = "plain"
+    date: str = DATE
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_loading(self, quantization: str | None, sharded: bool) -> Family:
+        """The family with both models loaded in 4 bits, or with weights that the processes share out."""
+        target, small = (replace(s, quantization=quantization, sharded=sharded) for s in (self.target, self.small))
+        return replace(self, target=target, small=small)
+
+    def __post_init__(self) -> None:
+        if self.prompt_format not in PROMPT_FORMATS:
+            raise UserError(f"family.prompt_format={self.prompt_format!r}: choose {' or '.join(PROMPT_FORMATS)}.")
+        check_chat(self.date, self.template_options)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How both models read a sample: the arguments of `staff.data.tokens.tokenize` that have an effect."""
+        if self.prompt_format == "plain":
+            return {"prompt_format": "plain"}
+        told = {"date": self.date, "template_options": dict(self.template_options)}
+        return {"prompt_format": self.prompt_format, **told}
+
+
+def check_chat(date: Any, options: Any) -> None:
+    """Refuse what a chat template cannot be told.
+
+    Raises:
+        UserError: a date that is not ISO 8601 (YYYY-MM-DD), or options that are no mapping with text keys.
+    """
+    try:
+        valid = datetime.strptime(date, "%Y-%m-%d").strftime("%Y-%m-%d") == date
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise UserError(f"family.date={date!r} must be a day as YYYY-MM-DD, such as {DATE}.")
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise UserError(
+            f"family.template_options={options!r} must map names to values, such as {{enable_thinking: false}}."
+        )

@@ -1,0 +1,235 @@
+"""The stage that fine-tunes a model on samples, with the loss on the answer tokens alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from staff.data.tokens import TokenizedSamples
+from staff.errors import UserError
+from staff.models.adapters import LoraSpec, fresh_lora
+from staff.models.flops import training_flops
+from staff.models.spec import ModelSpec
+from staff.models.state import Training
+from staff.runtime import processes
+from staff.scoring.stage import placeholder
+from staff.store.cost import Meter
+from staff.store.manifest import Artifact
+from staff.training.settings import FinetuneSettings
+from staff.training.warnings import checksums, training_warnings
+
+log = logging.getLogger(__name__)
+
+ONLINE_SCORES = "online.safetensors"
+EPOCHS = "epochs"
+"""Folder of the adapters at the ends of all epochs but the last."""
+
+
+@dataclass(frozen=True)
+class Finetune(Training):
+    """A model fine-tuned on samples: a LoRA adapter (or all weights), and the log of its training.
+
+    The trainer is given the very tokens that the scorer sees. A long training resumes from its last checkpoint.
+
+    Attributes:
+        epochs: passes over the samples, whole or not.
+        online: None, or the parameters whose gradients give every sample's effort in the last epoch
+            (`staff.training.online`).
+    """
+
+    kind: ClassVar[str] = "finetune"
+    version: ClassVar[int] = 3
+
+    spec: ModelSpec
+    samples: TokenizedSamples
+    settings: FinetuneSettings
+    epochs: float
+    seed: int
+    online: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.online and self.settings.kind != "lora":
+            kind = self.settings.kind
+            raise UserError(f"scores online are gradients of adapters: they need finetune=lora, not {kind}.")
+
+    @property
+    def label(self) -> str:
+        online = ", scoring online" if self.online else ""
+        return f"fine-tune {self.spec.name} on {len(self.samples)} samples{online}"
+
+    @property
+    def adapter(self) -> LoraSpec | None:
+        return self.settings.lora if self.settings.kind == "lora" else None
+
+    def key(self) -> dict[str, Any]:
+        return {
+            "model": self.spec.identity(),
+            "samples": self.samples.fingerprint,
+            "settings": self.settings.key(),
+            "epochs": self.epochs,
+            "seed": self.seed,
+            "online": self.online,
+        }
+
+    def checkpoint(self, folder: Path, epoch: int) -> Path:
+        if self.adapter is None:
+            raise UserError(
+                f"fine-tuning all weights keeps no model of epoch {epoch}: choose finetune=lora, whose adapters are "
+                "kept at the end of every epoch."
+            )
+        return folder / EPOCHS / str(epoch)
+
+    def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        import torch
+        from transformers import PrinterCallback
+
+        from staff.training.checkpoints import Checkpoints, EpochAdapters
+        from staff.training.online import OnlineEfforts
+        from staff.training.trainer import AnswerTrainer, Progress, checkpoint_blocks
+
+        settings, samples = self.settings, self.samples
+        model = self.spec.load()
+        model = fresh_lora(model, settings.lora, self.seed) if settings.kind == "lora" else model.float()
+        efforts = OnlineEfforts(model, self.online, len(samples)) if self.online else None
+        work = meter.checkpoints or folder / "checkpoints"
+        saved = Checkpoints(work, meter, efforts)
+        callbacks: list[Any] = [Progress(self.spec.name, len(samples)), saved]
+        if self.adapter is not None:
+            callbacks.append(EpochAdapters(work / EPOCHS, self.epochs))
+        if settings.gradient_checkpointing:
+            checkpoint_blocks(model)
+        trainer = AnswerTrainer(
+            model=model,
+            tokenizer=self.spec.tokenizer(),
+            ids=samples.ids,
+            objective=settings.objective,
+            efforts=efforts,
+            warmup_start=settings.warmup_start,
+            args=self._arguments(work),
+            train_dataset=_rows(samples),
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        before = checksums(model)
+        result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
+        seconds = saved.seconds  # those of the steps, before the model is saved
+        if not math.isfinite(result.training_loss):
+            raise UserError(
+                f"fine-tuning {self.spec.path} ended with a loss of {result.training_loss}: lower "
+                f"finetune.learning_rate={settings.learning_rate}."
+            )
+        self._count(meter, _trainable(model))
+        if processes.is_main_process():
+            model.save_pretrained(folder)
+            if (work / EPOCHS).is_dir():
+                shutil.move(work / EPOCHS, folder / EPOCHS)
+        if efforts is not None:
+            efforts.all_gather()
+            efforts.save(folder / ONLINE_SCORES)
+        self._write_history(folder, trainer.state, result, seconds, model, moved=checksums(model) != before)
+        del trainer, model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        model = self.spec.shapes()
+        if self.adapter is not None:
+            fresh_lora(model, self.adapter, self.seed)
+        self._count(meter, _trainable(model))
+        if self.online:
+            from safetensors.numpy import save_file
+
+            save_file({"effort": placeholder(len(self.samples), self.label)}, folder / ONLINE_SCORES)
+
+    def epoch_flops(self, trained: int) -> float:
+        """FLOPs of one epoch in which so many parameters are trained: logits where there are labels, the last block
+        in full (it is run at fewer positions)."""
+        adapter_parameters = None if self.adapter is None else trained
+        lengths, answers = self.samples.lengths, self.samples.answer_lengths
+        return training_flops(self.spec.config(), lengths, answers, adapter_parameters=adapter_parameters)
+
+    def _count(self, meter: Meter, trained: int) -> None:
+        tokens = round(int(self.samples.lengths.sum()) * self.epochs)
+        meter.add(flops=self.epoch_flops(trained) * self.epochs, tokens_forward=tokens, tokens_backward=tokens)
+
+    def _write_history(
+        self, folder: Path, state: Any, result: Any, seconds: float, model: Any, moved: bool
+    ) -> None:
+        warnings = training_warnings(state.global_step, moved)
+        for warning in warnings:
+            log.warning("fine-tuning %s on %d samples: %s", self.spec.name, len(self.samples), warning)
+        history = {
+            "seconds": seconds,
+            "steps": state.global_step,
+            "trainable_parameters": _trainable(model),
+            "loss": result.training_loss,
+            "warnings": warnings,
+            "log": state.log_history,
+        }
+        (folder / "training.json").write_text(json.dumps(history, indent=1))
+
+    def _arguments(self, checkpoints: Path) -> Any:
+        import torch
+        from transformers import TrainingArguments
+
+        settings = self.settings
+        steps = math.ceil(settings.steps(len(self.samples)) * self.epochs)
+        at_once, accumulated = settings.on_each_device(processes.world_size())
+        return TrainingArguments(
+            output_dir=str(checkpoints),
+            num_train_epochs=self.epochs,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=accumulated,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.scheduler,
+            warmup_steps=math.ceil(settings.warmup_ratio * steps),
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            bf16=settings.precision == "bfloat16",
+            train_sampling_strategy="group_by_length" if settings.length_grouped else "random",
+            seed=self.seed,
+            data_seed=self.seed,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=max(1, steps // 50),
+            logging_nan_inf_filter=False,  # a loss that is not finite must show
+            remove_unused_columns=False,
+            save_strategy="no",  # `Checkpoints` says when
+            report_to="none",
+            ddp_find_unused_parameters=False,
+            disable_tqdm=not sys.stderr.isatty(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+
+
+def read_online_efforts(trained: Artifact) -> np.ndarray:
+    """The efforts that `Finetune` took online, (N,) float64."""
+    from safetensors.numpy import load_file
+
+    return load_file(trained.path / ONLINE_SCORES)["effort"]
+
+
+def _rows(samples: TokenizedSamples) -> Any:
+    """The samples as a data set; token ids are shared with `samples`, not copied."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    offsets = pa.array(samples.offsets, pa.int64())
+    columns = {
+        "input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(samples.tokens)),
+        "prompt_length": pa.array(samples.prompt_lengths),
+        "length": pa.array(samples.lengths),
+        "row": pa.array(np.arange(len(samples))),
+    }
+    return Dataset(pa.table(columns))
+
+
+def _trainable(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
