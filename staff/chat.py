@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
@@ -23,7 +24,7 @@ def check_chat(date: Any, options: Any) -> None:
     """Refuse what a chat template cannot be told.
 
     Raises:
-        UserError: a date that is not ISO 8601 (YYYY-MM-DD), or options that are no mapping with text keys.
+        UserError: a date that is not YYYY-MM-DD, or options that are neither None nor a mapping with text keys.
     """
     try:
         valid = datetime.strptime(date, "%Y-%m-%d").strftime("%Y-%m-%d") == date
@@ -31,7 +32,7 @@ def check_chat(date: Any, options: Any) -> None:
         valid = False
     if not valid:
         raise UserError(f"family.date={date!r} must be a day as YYYY-MM-DD, such as {DATE}.")
-    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+    if options is not None and not (isinstance(options, Mapping) and all(isinstance(n, str) for n in options)):
         raise UserError(
             f"family.template_options={options!r} must map names to values, such as {{enable_thinking: false}}."
         )
@@ -49,7 +50,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, date: str = DATE, options: Mapping[str, Any] | None = None) -> None:
-        check_chat(date, options or {})
+        check_chat(date, options)
         self.name = tokenizer.name_or_path
         if not tokenizer.chat_template:
             raise UserError(
@@ -67,7 +68,7 @@ class ChatTemplate:
                 *(self.name, opened, shown),
             )
         for name in options or {}:
-            if name not in self._text:
+            if not re.search(rf"\b{re.escape(name)}\b", self._text):
                 log.warning("family.template_options: the chat template of %s has no variable %r", self.name, name)
 
     def turn(self, id: str, prompt: str, answer: str) -> tuple[str, str]:

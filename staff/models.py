@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -247,7 +247,7 @@ class Family:
     small: ModelSpec
     prompt_format: str = "plain"
     date: str = DATE
-    template_options: Mapping[str, Any] = field(default_factory=dict)
+    template_options: Mapping[str, Any] | None = None
 
     def held(self, quantization: str | None, sharded: bool) -> Family:
         """The family with both models held in memory so."""
@@ -264,7 +264,7 @@ class Family:
         """How both models read a sample: the arguments of `staff.tokens.tokenize`, less those without effect."""
         if self.prompt_format == "plain":
             return {"prompt_format": "plain"}
-        told = {"date": self.date, "template_options": dict(self.template_options)}
+        told = {"date": self.date, "template_options": dict(self.template_options or {})}
         return {"prompt_format": self.prompt_format, **told}
 
 
