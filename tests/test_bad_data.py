@@ -265,3 +265,32 @@ def test_a_pool_of_one_sample_or_of_equal_ones_goes_through_every_stage(run, tmp
     record = run("method=staff", *data, "pruning_rate=0")
     assert record["coreset"]["size"] == len(rows)
     assert 0 <= record["metrics"]["rougeL"] <= 100
+
+
+def test_a_run_refuses_or_drops_training_samples_beyond_the_small_models_window_before_a_model_loads(
+    run, tmp_path: Path, monkeypatch
+):
+    from transformers import AutoConfig
+
+    small = tmp_path / "small"
+    shutil.copytree(ModelSpec(TINY).local, small)
+    config = AutoConfig.from_pretrained(small)
+    config.max_position_embeddings = 200
+    config.save_pretrained(small)
+    asked = ["method=random", f"family.small.path={small}", "task.test_limit=2"]
+    load = ModelSpec.load
+    monkeypatch.setattr(ModelSpec, "load", lambda spec: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=r"the small model reads 200 tokens, too few for \d+ training sample"):
+        run(*asked)
+    monkeypatch.setattr(ModelSpec, "load", load)
+    record = run(*asked, "task.too_long=drop")
+    assert 0 < record["counts"]["selected"] < 6
+
+
+def test_a_model_without_a_field_for_its_window_reads_any_length(tmp_path: Path):
+    from transformers import AutoConfig
+
+    for kind, window in (("bloom", None), ("mamba", None), ("gpt2", 64)):
+        sizes = {"n_positions": 64} if kind == "gpt2" else {}
+        AutoConfig.for_model(kind, **sizes).save_pretrained(tmp_path / kind)
+        assert ModelSpec(str(tmp_path / kind)).window() == window

@@ -97,6 +97,22 @@ def test_a_sample_that_one_tokenizer_would_cut_is_refused_or_dropped_for_both(tm
     assert fitting([short, long], 30, "drop").tolist() == [0]
 
 
+def test_a_training_sample_beyond_one_models_window_is_refused_or_dropped_for_all(tmp_path: Path):
+    tokenizer = ModelSpec("pkg://staff/assets/tiny/target").tokenizer()
+    samples = task_of(tmp_path, GOOD, {"question": "why " * 40, "answer": "because"}).load("train")
+    both = [tokenize(samples, tokenizer)] * 2
+    longest = both[0].lengths[1]
+    windows = {"target": None, "small model": int(longest) - 1}
+    sentence = f"the small model reads {longest - 1} tokens, too few for 1 training sample.*{samples[1].id}.*=drop"
+    with pytest.raises(UserError, match=sentence):
+        fitting(both, 1024, "refuse", windows)
+    assert fitting(both, 1024, "drop", windows).tolist() == [0]
+    windows["small model"] += 1
+    assert fitting(both, 1024, "refuse", windows).tolist() == [0, 1]
+    with pytest.raises(UserError, match="no training sample fits the 3 tokens that the target reads"):
+        fitting(both, 1024, "drop", {"target": 3, "small model": None})
+
+
 def test_labels_cover_the_answer_and_its_end_token_alone(tmp_path: Path):
     tokenizer = ModelSpec("pkg://staff/assets/tiny/target").tokenizer()
     tokens = tokenize(task_of(tmp_path, GOOD).load("train"), tokenizer)

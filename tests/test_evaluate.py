@@ -73,6 +73,22 @@ def test_generation_stops_at_the_end_tokens_of_tokenizer_and_model_and_leaves_th
     assert generate(model, tokenizer, PROMPTS[1:2], max_new_tokens=12, batch_tokens=100) == [free[:3]]
 
 
+def test_a_token_that_pads_stays_where_the_model_wrote_it_and_goes_behind_the_end(model):
+    free = {i: one_at_a_time(model, PROMPTS[i], set(), 12) for i in range(len(PROMPTS))}
+    written = free[1][2]
+    expected = [one_at_a_time(model, prompt, {2}, 12) for prompt in PROMPTS]
+    assert any(written in answer for answer in expected)
+    tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=written)
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_tokens=10_000) == expected
+    # As the end token, or as padding behind the end of a batch's shorter answers, it is no part of an answer.
+    end = next(token for answer in free.values() for token in answer[3:9] if token not in answer[:3])
+    expected = [one_at_a_time(model, prompt, {end, 2}, 12) for prompt in PROMPTS]
+    assert len({len(answer) for answer in expected}) > 1
+    for pad in (end, written):
+        tokenizer = SimpleNamespace(eos_token_id=end, pad_token_id=pad)
+        assert generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_tokens=10_000) == expected
+
+
 def test_sampling_settings_of_a_model_change_nothing_warn_of_nothing_and_are_kept(model, caplog, recwarn):
     expected = generate(model, TOKENIZER, PROMPTS, max_new_tokens=8, batch_tokens=200)
     own = GenerationConfig(
@@ -218,6 +234,39 @@ def test_exact_match_is_refused_where_a_reference_has_no_number():
     check_metrics(["rougeL"], [good, bad])
     with pytest.raises(UserError, match=r"'b7'.*no number"):
         check_metrics(["exact_match"], [good, bad])
+
+
+@pytest.mark.parametrize(
+    ("metric", "text", "refused"),
+    [
+        ("rougeL", "Бүгін ауа райы жылы болады.", True),
+        ("rouge1", "今天天气很暖和。", True),
+        ("rouge2", "नमस्ते दुनिया", True),
+        ("rougeL", "Café crème: ça va très bien", True),
+        ("rougeL", "The café in Zürich opens early in the morning.", False),
+        ("rougeL", "3.5 + 4 = 7.5 (42 %)", False),
+        ("rougeL", "SHOUTING ABOUT NOTHING", False),
+        ("bleu", "今天天气很暖和。", True),
+        ("bleu", "今日はとても暖かいです。", True),
+        ("bleu", "コーヒー", True),
+        ("bleu", "วันนี้อากาศอบอุ่น", True),
+        ("bleu", "Бүгін ауа райы жылы болады.", False),
+        ("bleu", "오늘은 날씨가 매우 따뜻합니다", False),
+        ("chrf", "今天天气很暖和。", False),
+        ("chrf", "Бүгін ауа райы жылы болады.", False),
+    ],
+)
+def test_a_metric_that_cannot_read_a_references_script_is_refused_with_one_that_can(metric, text, refused):
+    samples = [Sample("a", "?", "yes", ("yes",)), Sample("b7", "?", text, ("yes", text))]
+    if not refused:
+        check_metrics([metric], samples)
+        if len(text.split()) > 3:
+            assert measure([metric], [text], [(text,)])[0][metric] == pytest.approx(100)
+        return
+    with pytest.raises(UserError, match=rf"task\.metrics {metric} cannot compare .*'b7': take chrf instead"):
+        check_metrics([metric], samples)
+    check_metrics(["chrf"], samples)
+    assert measure(["chrf"], [text], [(text,)])[0]["chrf"] == pytest.approx(100)
 
 
 def test_checking_metrics_loads_no_model_library():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
@@ -29,7 +30,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, date: str = DATE, options: Mapping[str, Any] | None = None) -> None:
-        check_chat(date, options or {})
+        check_chat(date, options)
         self.name = tokenizer.name_or_path
         if not tokenizer.chat_template:
             raise UserError(
@@ -47,7 +48,7 @@ class ChatTemplate:
                 *(self.name, opened, shown),
             )
         for name in options or {}:
-            if name not in self._text:
+            if not re.search(rf"\b{re.escape(name)}\b", self._text):
                 log.warning("family.template_options: the chat template of %s has no variable %r", self.name, name)
 
     def turn(self, id: str, prompt: str, answer: str) -> tuple[str, str]:

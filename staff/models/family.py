@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -32,7 +32,7 @@ class Family:
     small: ModelSpec
     prompt_format: str = "plain"
     date: str = DATE
-    template_options: Mapping[str, Any] = field(default_factory=dict)
+    template_options: Mapping[str, Any] | None = None
 
     def with_loading(self, quantization: str | None, sharded: bool) -> Family:
         """The family with both models loaded in 4 bits, or with weights that the processes share out."""
@@ -49,15 +49,15 @@ class Family:
         """How both models read a sample: the arguments of `staff.data.tokens.tokenize` that have an effect."""
         if self.prompt_format == "plain":
             return {"prompt_format": "plain"}
-        told = {"date": self.date, "template_options": dict(self.template_options)}
+        told = {"date": self.date, "template_options": dict(self.template_options or {})}
         return {"prompt_format": self.prompt_format, **told}
 
 
 def check_chat(date: Any, options: Any) -> None:
-    """Refuse what a chat template cannot be told.
+    """Refuse what a chat template cannot be given.
 
     Raises:
-        UserError: a date that is not ISO 8601 (YYYY-MM-DD), or options that are no mapping with text keys.
+        UserError: a date that is not YYYY-MM-DD, or options that are neither None nor a mapping with text keys.
     """
     try:
         valid = datetime.strptime(date, "%Y-%m-%d").strftime("%Y-%m-%d") == date
@@ -65,7 +65,7 @@ def check_chat(date: Any, options: Any) -> None:
         valid = False
     if not valid:
         raise UserError(f"family.date={date!r} must be a day as YYYY-MM-DD, such as {DATE}.")
-    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+    if options is not None and not (isinstance(options, Mapping) and all(isinstance(n, str) for n in options)):
         raise UserError(
             f"family.template_options={options!r} must map names to values, such as {{enable_thinking: false}}."
         )
