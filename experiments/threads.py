@@ -30,4 +30,5 @@ def share_cores(workers: int) -> str:
     if workers > 1 and NUMBER not in os.environ:
         os.environ[NUMBER] = str(max(1, cores() // workers))
         return f"each with {os.environ[NUMBER]} of {cores()} cores"
-    return f"each with {NUMBER}={os.environ[NUMBER]}" if NUMBER in os.environ else "with as many threads as torch chooses"
+    chosen = os.environ.get(NUMBER)
+    return f"each with {NUMBER}={chosen}" if chosen else "with as many threads as torch chooses"
