@@ -29,6 +29,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from experiments import threads
 from staff.runtime import processes
 from staff.errors import UserError
 
@@ -71,8 +72,10 @@ class Sweep(Callback):
         os.environ[PROCESS] = str(os.getpid())
         basic = "basic" in config.hydra.launcher._target_
         jobs = config.hydra.launcher.get("n_jobs", 1 if basic else 0)
-        os.environ[WORKERS] = str(os.cpu_count() if jobs < 0 else jobs)
-        log.info("a sweep of %s jobs", os.environ[TOTAL])
+        workers = threads.cores() if jobs < 0 else jobs
+        os.environ[WORKERS] = str(workers)
+        several = f", {workers} at a time, {threads.share_cores(workers)}" if workers else ""
+        log.info("a sweep of %s jobs%s", os.environ[TOTAL], several)
 
 
 def end() -> None:
