@@ -8,6 +8,7 @@ inside a stratum. STAFF is this with unequal shares.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,8 @@ class CCS:
             the STAFF authors' code has 0.
         variant: of EL2N, see `baselines.el2n.el2n_scores`.
     """
+
+    version: ClassVar[int] = 1
 
     num_strata: int = 50
     beta: float = 0.0

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -38,6 +39,8 @@ class D2:
         variant: of EL2N, see `baselines.el2n.el2n_scores`.
     """
 
+    version: ClassVar[int] = 1
+
     num_neighbors: int = 5
     gamma: float = 0.1
     features: str = "normalised"
@@ -51,9 +54,9 @@ class D2:
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for an EL2N score or an embedding that is not finite, by the sample's id."""
-        signals = pool.signals(("el2n", "embedding"), "target_tuned", variant=self.variant)
-        el2n = check_scores(signals["el2n"], pool.ids, "EL2N score")
-        features = np.asarray(signals["embedding"], dtype=np.float32)
+        el2n, features = pool.ask(["el2n", "embedding"], of="target_tuned", variant=self.variant)
+        el2n = check_scores(el2n, pool.ids, "EL2N score")
+        features = np.asarray(features, dtype=np.float32)
         norms = check_scores(np.linalg.norm(features, axis=1), pool.ids, "the norm of the embedding")
         # In an order drawn by id, ties of distance and of value, and rounding too, fall alike in every order of
         # the pool.

@@ -7,6 +7,7 @@ a Data Diet"), carried over to language models: the mean over the answer tokens 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,7 +22,7 @@ def el2n_scores(pool: ScorePool, variant: str) -> np.ndarray:
     `variant`: "standard", or "official", what the STAFF authors' code computes in its place: the root mean square
     of raw logits minus one-hot, without the shift by one token.
     """
-    return check_scores(pool.scores("el2n", "target_tuned", variant=variant), pool.ids, "EL2N score")
+    return check_scores(pool.ask("el2n", of="target_tuned", variant=variant), pool.ids, "EL2N score")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class EL2N:
     Attributes:
         variant: see `el2n_scores`.
     """
+
+    version: ClassVar[int] = 1
 
     variant: str = "standard"
 

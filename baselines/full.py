@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from staff.selection import Coreset, Draws, ScorePool
 @dataclass(frozen=True)
 class Full:
     """Every sample, whatever the pruning rate."""
+
+    version: ClassVar[int] = 1
 
     def fixed_size(self, pool_size: int) -> int:
         return pool_size
@@ -23,6 +26,8 @@ class Full:
 @dataclass(frozen=True)
 class Raw:
     """No sample: the target LLM as it is, without fine-tuning."""
+
+    version: ClassVar[int] = 1
 
     def fixed_size(self, pool_size: int) -> int:
         return 0

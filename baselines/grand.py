@@ -6,7 +6,7 @@ cross-entropy of the answer tokens, and the gradient that of the adapters.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_scores
 
@@ -22,6 +22,8 @@ class GraNd:
             place, as in `staff.speculative.Staff` (with last_v_b what the STAFF authors' code calls GraNd).
     """
 
+    version: ClassVar[int] = 1
+
     gradient: str = "all_lora"
     fresh_adapter: dict[str, Any] | None = None
 
@@ -30,6 +32,6 @@ class GraNd:
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a score that is negative or not finite, by the sample's id."""
-        options = {"gradient": self.gradient, "fresh_adapter": self.fresh_adapter}
-        scores = check_scores(pool.scores("effort", "target_tuned", **options), pool.ids, "GraNd score", minimum=0)
+        options = {"parameters": self.gradient, "fresh_adapter": self.fresh_adapter}
+        scores = check_scores(pool.ask("effort", of="target_tuned", **options), pool.ids, "GraNd score", minimum=0)
         return Coreset(rng.highest_first(scores)[:budget], scores={"grand": scores})

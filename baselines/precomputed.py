@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from staff.errors import UserError
-from staff.models import local_path
+from staff.runtime.paths import local_path
 from staff.selection import Coreset, Draws, ScorePool
 
 COLUMNS = ("id", "position")
@@ -34,6 +34,8 @@ class Precomputed:
             authors' for DialogSum index 13,014 samples drawn from all its splits, not the 12,460 for training),
             so they ask for it.
     """
+
+    version: ClassVar[int] = 1
 
     path: str | None = None
     pool_size: int | None = None

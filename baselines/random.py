@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from staff.selection import Coreset, Draws, ScorePool
 @dataclass(frozen=True)
 class Random:
     """Uniform without replacement; scores nothing and costs nothing."""
+
+    version: ClassVar[int] = 1
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         return Coreset(rng.choose("pick", np.arange(len(pool.ids)), budget))

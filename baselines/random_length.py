@@ -9,6 +9,7 @@ gains over it is gained by more than length, and what it gains over `random` bey
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,8 @@ class RandomLength:
         num_bins: intervals of answer length with about equally many samples of the pool, within which lengths count
             as equal. The more there are, the closer the lengths, and the more samples are shared by necessity.
     """
+
+    version: ClassVar[int] = 1
 
     reference: SelectionMethod
     num_bins: int = 20

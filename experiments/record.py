@@ -11,29 +11,24 @@ import numpy as np
 import pandas as pd
 
 from staff import tracking
+from staff.evaluation.stage import read_measured
 from staff.runtime import processes
-from staff.artifacts import Artifact, Charges
-from staff.cost import Cost
-from staff.evaluate import measure, read_predictions
-from staff.finetune import epoch_flops, finetune_key
-from staff.manifest import read_manifest
 from staff.selection import Coreset
+from staff.store.cost import Cost
+from staff.store.manifest import Artifact, Charges, read_manifest
 
 if TYPE_CHECKING:
-    from experiments.single import Run
+    from experiments.single import Outcome, Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def write(run: Run, chosen: Artifact, coreset: Coreset, tuned: Artifact | None, answered: Artifact) -> Path:
-    """Write what the run is told by into its folder and, last, metrics.json; then mirror it."""
+def write(run: Run, outcome: Outcome) -> Path:
+    """Write the tables of a run into its folder and, last, metrics.json; then mirror it."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    answers = read_predictions(answered)
-    references = {sample.id: sample.references for sample in run.test}
-    asked = [references[id] for id in answers["id"]]
-    metrics, per_sample = measure(run.task.metrics, answers["prediction"].tolist(), asked)
-    answers = answers.assign(references=asked)
-    answers.join(per_sample).to_parquet(run.folder / "predictions.parquet")
+    chosen, coreset, tuned, answered = outcome.chosen, outcome.coreset, outcome.tuned, outcome.answered
+    metrics, answers = read_measured(outcome.measured)
+    answers.to_parquet(run.folder / "predictions.parquet")
     _write_samples(run, coreset)
     trainings = _trainings(run, chosen, tuned)
     _curves(trainings).to_csv(run.folder / "training.csv", index=False)
@@ -87,7 +82,7 @@ def _write_samples(run: Run, coreset: Coreset) -> None:
     """samples.parquet: every sample of the pool, whether it was selected, the length of its answer and its
     scores; coreset.csv: those selected; regions.csv: what the method tells of its regions."""
     selected = np.isin(np.arange(len(run.pool.ids)), coreset.indices)
-    ids, lengths = run.pool.ids, run.pool.for_target.answer_lengths
+    ids, lengths = run.pool.ids, run.pool.answer_lengths
     table = pd.DataFrame({"id": ids, "selected": selected, "answer_tokens": lengths, **coreset.scores})
     table.to_parquet(run.folder / "samples.parquet")
     chosen = table[selected].drop(columns=["selected", "answer_tokens"])
@@ -159,16 +154,14 @@ def _made(folder: Path) -> dict[str, int | None]:
 def _full_finetuning(run: Run, tuned: Artifact | None) -> tuple[float | None, float | None, str | None]:
     """Seconds and FLOPs to fine-tune the target on the whole pool; the seconds measured, or estimated from the
     FLOPs of the coreset's fine-tuning and its speed."""
-    settings, samples = run.settings, run.tokenized["target"]
-    key = finetune_key(run.family.target, samples, settings, settings.epochs, run.cfg.finetune_seed)
-    full = run.store.find("finetune", key)
-    if full is not None:
-        return full.cost.seconds, full.cost.flops, "measured"
+    full = run.full_finetuning
+    made = run.store.find(full)
+    if made is not None:
+        return made.cost.seconds, made.cost.flops, "measured"
     if tuned is None:
         return None, None, None
     training = json.loads((tuned.path / "training.json").read_text())
-    adapter = training["trainable_parameters"] if settings.kind == "lora" else None
-    flops = epoch_flops(run.family.target, samples, adapter) * settings.epochs
+    flops = full.epoch_flops(training["trainable_parameters"]) * full.epochs
     longer = flops / tuned.cost.flops
     return tuned.cost.seconds + training["seconds"] * (longer - 1), flops, "estimated from FLOPs"
 

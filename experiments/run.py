@@ -42,10 +42,8 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
             return this.folder
         this.check_machine()
         log.info("%s: a coreset of %d from %d samples", this.name, this.budget, len(this.pool.ids))
-        chosen, coreset = this.select()
-        tuned = this.finetune(coreset)
-        answered = this.evaluate(tuned)
-        return processes.broadcast_from_main(lambda: record.write(this, chosen, coreset, tuned, answered))
+        outcome = this.carry_out()
+        return processes.broadcast_from_main(lambda: record.write(this, outcome))
 
 
 @hydra.main(config_path=CONF, config_name="config", version_base="1.3")

@@ -1,15 +1,13 @@
-"""One run, from its configuration to the answers of its model. What it leaves in its folder: record.py."""
+"""One run: from its configuration to the stages that it consists of. What it leaves in its folder: record.py."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
 from functools import cached_property
@@ -22,33 +20,40 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
 from staff import tracking
-from staff.runtime import processes
-from staff.artifacts import STAGE_VERSIONS, Artifact, Store
-from staff.data import Sample, Task
+from staff.data.limits import answerable, fitting
+from staff.data.task import Task, data_digest
+from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
 from staff.errors import UserError
-from staff.evaluate import check_metrics, evaluated
-from staff.finetune import FinetuneSettings, finetuned
-from staff.made import materialise
-from staff.memory import check_fits
-from staff.models import Family, check_quantization
-from staff.pool import Pool, ScoringSettings
-from staff.selection import Coreset, SelectionMethod, budget_of, check_flags, source_digest
-from staff.tokens import TokenizedSamples, answerable, fitting, tokenize
+from staff.evaluation.generator import Generator
+from staff.evaluation.metrics import check_metrics, named_metric
+from staff.evaluation.stage import Generate, Measure
+from staff.models.family import Family
+from staff.models.prepare import prepare
+from staff.models.spec import check_quantization
+from staff.models.state import ModelState
+from staff.pool import Pool, Select, Slice
+from staff.runtime import processes
+from staff.scoring.stage import ScoringSettings
+from staff.selection import Coreset, SelectionMethod, budget_of, check_flags
+from staff.store.manifest import Artifact, digest
+from staff.store.store import Store
+from staff.training.memory import check_fits
+from staff.training.settings import FinetuneSettings
+from staff.training.stage import Finetune
 
 log = logging.getLogger("staff")
 
-# What does not change a run's numbers, or is known better by content than by name; by dotted name.
-NOT_IN_FINGERPRINT = (
-    *("tracking", "results_dir", "store_dir", "scoring", "evaluation", "seed"),
-    *("method.path", "task.data_dir", "finetune.fsdp"),
-)
-_latest: dict[str, dict[str, TokenizedSamples]] = {}
-"""The tokenised samples of this process's latest run, under what they depend on."""
+
+@dataclass(frozen=True)
+class PlannedSamples:
+    """The samples of a coreset that is not selected yet: known by the stage that will select them."""
+
+    fingerprint: str
 
 
 class Run:
-    """Checks its configuration and reads its data when made; loads a model only when a stage needs one, or when
-    the model itself is yet to be made (from GGUF, or from the target).
+    """Checks its configuration and reads its data when made. It loads a model only when a stage needs one, or when
+    the model itself is yet to be prepared (from GGUF, or from the target).
 
     Raises:
         UserError: bad configuration or data.
@@ -61,6 +66,7 @@ class Run:
         check_flags(self.method)
         self.settings: FinetuneSettings = instantiate(cfg.finetune, _convert_="all")
         self.scoring: ScoringSettings = instantiate(cfg.scoring)
+        self.generator: Generator = instantiate(cfg.evaluation, _convert_="all")
         family: Family = instantiate(cfg.family, _convert_="all")
         selecting: Family | None = instantiate(cfg.get("selection_family"), _convert_="all")
         self.task: Task = instantiate(cfg.task, _convert_="all")
@@ -68,60 +74,45 @@ class Run:
         for name in ("selection_seed", "finetune_seed"):
             if type(cfg[name]) is not int or not 0 <= cfg[name] < 2**32:
                 raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0 and below 2^32.")
-        tokens = cfg.evaluation.batch_tokens
-        if tokens is not None and (type(tokens) is not int or tokens < 1):
-            raise UserError(f"evaluation.batch_tokens={tokens!r} must be null or a whole number of at least 1.")
         self.train, self.test = self.task.load("train"), self.task.load("test")
         check_metrics(self.task.metrics, self.test)
         kept = budget_of(self.method, cfg.pruning_rate, len(self.train))  # refuses a bad rate
         fixed = hasattr(self.method, "fixed_size")
         self.pruning_rate = float(1 - Fraction(kept, len(self.train))) if fixed else cfg.pruning_rate
         self.store = store or Store(sweep.folder_of(cfg, "store_dir"), workers=sweep.workers())
-        held = (self.settings.quantization, self.settings.fsdp)
-        self.family = materialise(family, self.store).held(*held)
-        self.selecting = self.family
-        if selecting:
-            self.selecting = materialise(selecting, self.store).held(*held)
+        loading = (self.settings.quantization, self.settings.fsdp)
+        self.family = prepare(family, self.store).with_loading(*loading)
+        self.selecting = prepare(selecting, self.store).with_loading(*loading) if selecting else self.family
         self.started = datetime.now(UTC)
         if self.overlap:
             log.warning("%d of %d test prompts are also in the pool", self.overlap, len(self.test))
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration; a method with a size of its own shows the pruning rate that comes to."""
+        """The resolved configuration; a method with a size of its own shows the pruning rate that it comes to."""
         config = OmegaConf.to_container(self.cfg, resolve=True)
         assert isinstance(config, dict)
         return {**{str(k): v for k, v in config.items()}, "pruning_rate": self.pruning_rate}
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of exactly what determines the run's numbers."""
-        content = {**self.config, "family": None, "selection_family": None}
-        for setting in NOT_IN_FINGERPRINT:
-            group, _, name = setting.partition(".")
-            if name:
-                content[group] = {k: v for k, v in content[group].items() if k != name}
-            else:
-                del content[group]
-        # Samples are known by their content: the commit they came from says nothing more, and not to those offline.
-        data = {split: self.identity["data"][split] for split in ("train", "test")}
-        content["identity"] = {**self.identity, "data": data}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """Of the stages that the run ends in: the selection, and the answers of the target fine-tuned on it."""
+        planned = PlannedSamples(self.selection.fingerprint)
+        tuned = self._finetuning(planned, self.budget) if self.budget else None  # type: ignore[arg-type]
+        return digest({"run": [self.selection.fingerprint, self.answering(tuned).fingerprint]})
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Data and models by their content, and the versions of the stages' code."""
+        """Data and models by their content, for the record."""
+        selection = {"selection": _reading(self.selecting)} if self.transferred else {}
         return {
             "data": {
                 "train": data_digest(self.train),
                 "test": data_digest(self.test),
                 "source": self.task.source(),
             },
-            **_models(self.family),
-            **({"selection": _models(self.selecting)} if self.transferred else {}),
-            "method": source_digest(self.method),
-            "scoring_dtype": self.scoring.dtype,
-            "stage_versions": STAGE_VERSIONS,
+            **_reading(self.family),
+            **selection,
         }
 
     @cached_property
@@ -133,11 +124,11 @@ class Run:
     @cached_property
     def transferred(self) -> bool:
         """Whether the models that select are of another family than the one fine-tuned on their coreset."""
-        return _models(self.selecting) != _models(self.family)
+        return _reading(self.selecting) != _reading(self.family)
 
     @property
     def name(self) -> str:
-        """What the run's folder is called: one name, though an option of a group may be a path."""
+        """Name of the run's folder."""
         parts = [self.choices.get(group) or "custom" for group in ("family", "task", "method")]
         if self.transferred:
             parts[0] = f"{self.choices.get('family@selection_family') or 'custom'}-to-{parts[0]}"
@@ -154,49 +145,71 @@ class Run:
 
     @cached_property
     def tokenized(self) -> dict[str, TokenizedSamples]:
-        """The training samples for the small model and for the target; for the target of the family that selects,
-        as a rule the same; and the test samples for the target. Runs of a sweep that have them in common and
-        follow each other share them."""
-        texts = [self.identity["data"], _models(self.family), _models(self.selecting)]
-        limits = [self.settings.max_length, self.task.too_long, self.task.max_new_tokens]
-        if (known := json.dumps([texts, limits])) not in _latest:
-            _latest.clear()
-            _latest[known] = self._tokenize()
-        return _latest[known]
-
-    def _tokenize(self) -> dict[str, TokenizedSamples]:
-        target, selecting = self.family.target.tokenizer(), self.selecting
-        train = {"target": tokenize(self.train, target, **self.family.reading)}
-        train["small"] = tokenize(self.train, selecting.small.tokenizer(), **selecting.reading)
-        if self.transferred:
-            train["selecting"] = tokenize(self.train, selecting.target.tokenizer(), **selecting.reading)
-        windows = {"target": self.family.target.window(), "small model": selecting.small.window()}
-        if self.transferred:
-            windows["target that selects"] = selecting.target.window()
+        """The training samples for the small model, for the target, and for the target of the family that selects (as
+        a rule the same); and the test samples for the target."""
+        family, selecting = self.family, self.selecting
+        readers = {"target": family, "small": selecting, **({"selecting": selecting} if self.transferred else {})}
+        specs = {name: f.small if name == "small" else f.target for name, f in readers.items()}
+        train = {
+            name: read_tokens(self.store.get(Tokens(self.train, specs[name], f.reading)))
+            for name, f in readers.items()
+        }
+        names = {"target": "target", "small": "small model", "selecting": "target that selects"}
+        windows = {names[name]: specs[name].window() for name in train}
         keep = fitting(list(train.values()), self.settings.max_length, self.task.too_long, windows)
-        train = {role: samples.take(keep) for role, samples in train.items()}
-        test = tokenize(self.test, target, **self.family.reading)
+        if len(keep) < len(self.train):
+            train = {name: samples.take(keep) for name, samples in train.items()}
+        test = read_tokens(self.store.get(Tokens(self.test, family.target, family.reading)))
         asked = answerable(test, self.task.max_new_tokens, windows["target"], self.task.too_long)
         return {"selecting": train["target"], **train, "test": test.take(asked)}
 
     @cached_property
     def pool(self) -> Pool:
-        for_small, for_target = self.tokenized["small"], self.tokenized["selecting"]
-        seed = self.cfg.selection_seed
-        return Pool(for_small, for_target, self.selecting, self.settings, self.store, seed, self.scoring)
+        slices = {"pool": Slice(self.tokenized["small"], self.tokenized["selecting"])}
+        return Pool(slices, self.selecting, self.settings, self.store, self.cfg.selection_seed, self.scoring)
 
     @property
     def budget(self) -> int:
         return budget_of(self.method, self.cfg.pruning_rate, len(self.pool.ids))
 
+    @cached_property
+    def selection(self) -> Select:
+        return Select(self.method, self.pool, self.budget)
+
+    def finetuning(self, coreset: Coreset) -> Finetune | None:
+        """The target's fine-tuning on the coreset; None where that is empty."""
+        if not len(coreset.indices):
+            return None
+        return self._finetuning(self.tokenized["target"].take(coreset.indices), len(coreset.indices))
+
+    def _finetuning(self, samples: TokenizedSamples, size: int) -> Finetune:
+        epochs = self.settings.coreset_epochs(size, len(self.pool.ids))
+        return Finetune(self.family.target, samples, self.settings, epochs, self.cfg.finetune_seed)
+
+    @property
+    def full_finetuning(self) -> Finetune:
+        """The target's fine-tuning on the whole pool."""
+        settings, samples = self.settings, self.tokenized["target"]
+        return Finetune(self.family.target, samples, settings, settings.epochs, self.cfg.finetune_seed)
+
+    def answering(self, tuned: Finetune | None) -> Generate:
+        """The answers of the fine-tuned target, or of the raw one."""
+        state = ModelState(self.family.target, tuned)
+        return Generate(state, self.tokenized["test"], self.generator, self.task.max_new_tokens)
+
+    def measuring(self, answering: Generate) -> Measure:
+        metrics = [named_metric(name) for name in self.task.metrics]
+        return Measure(answering, metrics, {sample.id: sample.references for sample in self.test})
+
     def locked(self) -> AbstractContextManager[Any]:
         """Keeps two workers of a sweep from carrying out the same run side by side."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder.parent / f".{self.name}.lock") if processes.is_main_process() else nullcontext()
+        lock = self.folder.parent / f".{self.name}.lock"
+        return FileLock(lock) if processes.is_main_process() else nullcontext()
 
     @contextmanager
     def failure_noted(self) -> Iterator[None]:
-        """Leave the traceback of a failure beside where the record would be, and drop that of an earlier one."""
+        """Write the traceback of a failure to where the record would be, and remove that of an earlier one."""
         note = self.folder / "failure.txt"
         if processes.is_main_process():
             note.unlink(missing_ok=True)
@@ -218,37 +231,30 @@ class Run:
             for spec, samples in ((small, self.tokenized["small"]), (target, self.tokenized["target"])):
                 check_fits(spec, samples, self.settings)
 
-    def select(self) -> tuple[Artifact, Coreset]:
-        return self.pool.select(self.method, self.budget)
-
-    def finetune(self, coreset: Coreset) -> Artifact | None:
-        """The target fine-tuned on the coreset; the raw target where that is empty."""
-        if not len(coreset.indices):
-            return None
-        samples = self.tokenized["target"].take(coreset.indices)
-        epochs = self.settings.coreset_epochs(len(samples), len(self.pool.ids))
-        return finetuned(self.store, self.family.target, samples, self.settings, epochs, self.cfg.finetune_seed)
-
-    def evaluate(self, tuned: Artifact | None) -> Artifact:
-        return evaluated(
-            self.store,
-            self.family.target,
-            tuned,
-            self.tokenized["test"],
-            kind=self.settings.kind,
-            max_new_tokens=self.task.max_new_tokens,
-            batch_tokens=self.cfg.evaluation.batch_tokens,
-        )
+    def carry_out(self) -> Outcome:
+        """Run every stage, or read it."""
+        chosen = self.store.get(self.selection)
+        coreset = Coreset.load(chosen.path)
+        tuning = self.finetuning(coreset)
+        tuned = None if tuning is None else self.store.get(tuning)
+        answering = self.answering(tuning)
+        answered = self.store.get(answering)
+        measured = self.store.get(self.measuring(answering))
+        return Outcome(chosen, coreset, tuned, answered, measured)
 
 
-def _models(family: Family) -> dict[str, Any]:
-    """What a family's answers depend on."""
-    return {
-        "models": {"target": family.target.identity(), "small": family.small.identity()},
-        **family.reading,
-    }
+@dataclass(frozen=True)
+class Outcome:
+    """What the stages of a run led to; `tuned` is None for the raw target."""
+
+    chosen: Artifact
+    coreset: Coreset
+    tuned: Artifact | None
+    answered: Artifact
+    measured: Artifact
 
 
-def data_digest(samples: Sequence[Sample]) -> str:
-    """What the samples are, wherever they were read from."""
-    return hashlib.sha256(json.dumps([asdict(s) for s in samples]).encode()).hexdigest()
+def _reading(family: Family) -> dict[str, Any]:
+    """A family's models, and how they read samples."""
+    models = {"target": family.target.identity(), "small": family.small.identity()}
+    return {"models": models, **family.reading}

@@ -8,21 +8,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from staff.arrays import ArrayPool as ArrayPool
     from staff.dataset import dataset_pool as dataset_pool
     from staff.dataset import select as select
     from staff.errors import UserError as UserError
-    from staff.finetune import FinetuneSettings as FinetuneSettings
-    from staff.models import ModelSpec as ModelSpec
-    from staff.pool import ArrayPool as ArrayPool
+    from staff.models.spec import ModelSpec as ModelSpec
     from staff.pool import Pool as Pool
     from staff.selection import Coreset as Coreset
     from staff.speculative import Staff as Staff
+    from staff.training.settings import FinetuneSettings as FinetuneSettings
 
 _HOME = {
-    "ArrayPool": "staff.pool",
+    "ArrayPool": "staff.arrays",
     "Coreset": "staff.selection",
-    "FinetuneSettings": "staff.finetune",
-    "ModelSpec": "staff.models",
+    "FinetuneSettings": "staff.training.settings",
+    "ModelSpec": "staff.models.spec",
     "Pool": "staff.pool",
     "Staff": "staff.speculative",
     "UserError": "staff.errors",

@@ -9,7 +9,7 @@ import numpy as np
 
 from staff.errors import UserError
 from staff.scoring.signal import Signal
-from staff.signals import NAMED, named
+from staff.signals import NAMED, named, named_all
 
 Asked = str | Signal
 Signals = Mapping[tuple[Asked, str], np.ndarray]
@@ -76,7 +76,7 @@ class ArrayPool:
             UserError: the pool does not have the signal, with these options, of this model.
         """
         if isinstance(signal, Sequence) and not isinstance(signal, str):
-            return [self.ask(one, of, at, view, **options) for one in signal]
+            return [self.ask(one, of, at, view) for one in named_all(signal, options)]
         if view not in self._views:
             raise UserError(f"the pool has no {view} slice: give ArrayPool {view}=....")
         known, wanted = self._views[view], _signal(signal, options)

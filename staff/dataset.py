@@ -1,4 +1,4 @@
-"""Use without Hydra: a pool out of a data set and models, at hand or by name, and a selection in one call."""
+"""Use without Hydra: a pool from a data set and models, given as objects or by name, and a selection in one call."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from staff.artifacts import Store
-from staff.data import Task
-from staff.finetune import FinetuneSettings
-from staff.made import handed_over, materialise
-from staff.models import Family, ModelSpec
-from staff.pool import Pool
+from staff.data.limits import fitting
+from staff.data.task import Task
+from staff.data.tokens import Tokens, read_tokens
+from staff.models.family import Family
+from staff.models.prepare import from_objects, prepare
+from staff.models.spec import ModelSpec
+from staff.pool import Pool, Slice
 from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, budget_of, check_flags, run_method
-from staff.tokens import fitting, tokenize
+from staff.store.store import Store
+from staff.training.settings import FinetuneSettings
 
 Model = str | Path | ModelSpec | tuple[Any, Any]
 """A folder or a name on the hub (loaded in float32); a `ModelSpec`, which also names precision and revision; or a
@@ -35,38 +37,39 @@ def dataset_pool(
 ) -> Pool:
     """A pool of a data set's rows, in their order: position i of a coreset is row i.
 
-    Roles that a method asks for are fine-tuned on first need, and everything is kept in `store`. A model that is
-    handed over as an object is written there once and left as it is.
+    Models are fine-tuned when a method first asks for them, and every result is kept in `store`. A model that is
+    given as an object is saved there once and left as it is.
 
     Args:
         data: a `datasets.Dataset`, or any iterable of rows.
         small: the small model; None: the target in its place, for methods that ask the target alone.
-        prompt, answer: templates over a row's fields, as in `staff.data.Task`; by default the columns of TRL.
+        prompt, answer: templates over a row's fields, as in `staff.data.task.Task`; by default the columns of TRL.
         id_field: field with the rows' ids; None: ids are made from the texts.
-        prompt_format: "plain" or "chat", as in `staff.models.Family`.
-        finetune: how roles are fine-tuned; None: as in the paper, in the target's precision.
+        prompt_format: "plain" or "chat", as in `staff.models.family.Family`.
+        finetune: how models are fine-tuned; None: as in the paper, in the target's precision.
 
     Raises:
         UserError: bad rows, a sample that does not fit `finetune.max_length` or a model's window, or a model that
-            cannot be had.
+            cannot be loaded.
     """
     kept = Store(store)
     of_target = _spec(target, kept)
     of_small = of_target if small is None else _spec(small, kept)
-    family = materialise(Family("custom", of_target, of_small, prompt_format), kept)
+    family = prepare(Family("custom", of_target, of_small, prompt_format), kept)
     settings = finetune or FinetuneSettings(precision=family.target.dtype)
     task = Task("dataset", prompt, answer, metrics=(), max_new_tokens=1, data_dir="", id_field=id_field)
     samples = task.samples((f"row {i}", row) for i, row in enumerate(data))
     models = (family.small, family.target)
-    for_small, for_target = (tokenize(samples, model.tokenizer(), **family.reading) for model in models)
+    for_small, for_target = (read_tokens(kept.get(Tokens(samples, m, family.reading))) for m in models)
     windows = {"small model": family.small.window(), "target": family.target.window()}
     fitting([for_small, for_target], settings.max_length, "refuse", windows)
-    return Pool(for_small, for_target, family, settings, kept, seed=0)
+    return Pool({"pool": Slice(for_small, for_target)}, family, settings, kept, seed=0)
 
 
 def select(pool: ScorePool, method: SelectionMethod, pruning_rate: float, seed: int = 0) -> Coreset:
-    """The coreset that `method` chooses when the fraction `pruning_rate` of the pool is removed; its `indices` are
-    positions in the pool. `seed` reaches every draw, and of a pool with models also their fine-tuning.
+    """The coreset that `method` chooses when the fraction `pruning_rate` of the pool is removed.
+
+    Its `indices` are positions in the pool. `seed` reaches every draw, and in a pool with models their fine-tuning.
 
     Raises:
         UserError: a rate outside [0, 1), and what the method refuses.
@@ -80,5 +83,5 @@ def select(pool: ScorePool, method: SelectionMethod, pruning_rate: float, seed: 
 
 def _spec(model: Model, store: Store) -> ModelSpec:
     if isinstance(model, tuple):
-        return handed_over(*model, store)
+        return from_objects(*model, store)
     return model if isinstance(model, ModelSpec) else ModelSpec(str(model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
@@ -20,7 +20,7 @@ from staff.models.state import ModelState
 from staff.scoring.signal import Signal
 from staff.scoring.stage import Score, ScoringSettings, read_scores
 from staff.selection import Coreset, Draws, SelectionMethod, run_method
-from staff.signals import named
+from staff.signals import named_all
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage, identity, plain
@@ -62,7 +62,7 @@ class Pool:
     settings: FinetuneSettings
     store: Store
     seed: int
-    scoring: ScoringSettings = ScoringSettings()
+    scoring: ScoringSettings = field(default_factory=ScoringSettings)
 
     @property
     def ids(self) -> Sequence[str]:
@@ -115,13 +115,13 @@ class Pool:
                 passes of the last epoch.
             at: positions in the slice, shape (n,); the answer then has n rows. None: all samples.
             view: "pool", or "dev" for the validation slice.
-            options: fields of the signal.
+            options: fields of the signal; of several, each takes those that it has.
 
         Raises:
             UserError: an unknown signal, option, model or slice; a model that cannot be scored.
         """
         several = isinstance(signal, Sequence) and not isinstance(signal, str)
-        signals = tuple(named(one, **options) for one in (signal if several else [signal]))
+        signals = named_all(signal if several else [signal], options)
         name, _, moment = of.partition("@")
         if moment == "online":
             answers = [self._online(name, signals, at)]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,13 +24,20 @@ class ScorePool(Protocol):
     def ids(self) -> Sequence[str]: ...
 
     @property
+    def lengths(self) -> np.ndarray: ...
+
+    @property
     def answer_lengths(self) -> np.ndarray: ...
 
-    def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray: ...
+    @property
+    def groups(self) -> np.ndarray | None: ...
 
-    def signals(
-        self, signals: Sequence[str], model: str, indices: np.ndarray | None = None, **options: Any
-    ) -> dict[str, np.ndarray]: ...
+    @property
+    def dev_groups(self) -> np.ndarray | None: ...
+
+    def ask(
+        self, signal: Any, of: str, at: np.ndarray | None = None, view: str = "pool", **options: Any
+    ) -> Any: ...
 
 
 class SelectionMethod(Protocol):
@@ -188,16 +193,6 @@ def run_method(method: SelectionMethod, pool: ScorePool, budget: int, rng: Draws
     if len(positions) != wanted:
         raise UserError(f"{name}.select chose {len(positions)} samples, not the {wanted} of the budget: mend it.")
     return coreset
-
-
-def source_digest(method: SelectionMethod) -> str:
-    """Of the file that defines the method: a mended method does not read what its earlier form selected. A method
-    among its fields counts as well, by class and file, and so does what a method reads, by its `content_digest`."""
-    inner = [value for value in vars(method).values() if hasattr(value, "select")]
-    parts = [inspect.getsource(sys.modules[type(method).__module__])]
-    parts += [part for other in inner for part in (type(other).__qualname__, source_digest(other))]
-    parts.append(getattr(method, "content_digest", ""))
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def check_scores(scores: np.ndarray, ids: Sequence[str], name: str, minimum: float = -np.inf) -> np.ndarray:

@@ -6,32 +6,29 @@ each region are scored again on the target LLM (verification); the ratio
 
     V_i = sum of target scores / sum of small-model scores     over the verified samples of region i
 
-tells where the small model's judgement falls short of the target's, and the budget m is shared out by it, smallest
-region first.
+tells how far the small model underrates region i. The budget m is shared out by it, smallest region first.
 
-The paper's formulas and the authors' released code differ, so one class has three presets in `conf/method`:
+The paper's formulas and the authors' released code differ, so there are three presets in `conf/method`:
 
 - `staff_paper`, to the letter: a region gets floor(m_left V_i / regions left), gradients over all LoRA parameters.
-- `staff_official`, as the released code computes: scores min-max normalised, the hardest tenth dropped, regions of
-  b_v or fewer not verified, budgets by the share of V, the highest scored of a region first.
+- `staff_official`, as the released code computes; its differences are in `baselines/staff_official.py`.
 - `staff`, the default: the paper's reading in all but two fields. Raw V depends on the scale of the two models'
-  gradients (a target with gradients five times smaller would leave most of the budget unspent, one with larger
-  ones would spend it all on the first regions), so V is scaled at every step to average one over the regions left,
-  which is CCS where all V are equal (but for a sample here and there, by rounding). And the gradient is that of the
-  last block's v_proj lora_B, with which the published numbers were computed and which costs no more than a forward
-  pass.
+  gradients: a target with gradients five times smaller would leave most of the budget unspent, one with larger ones
+  would spend it all on the first regions. So V is scaled at every step to average one over the regions left, which
+  is CCS where all V are equal (up to rounding). And the gradient is that of the last block's v_proj lora_B, with
+  which the published numbers were computed and which costs no more than a forward pass.
 
-The last region served, which is the largest, takes what is left up to its size, whatever its ratio. Where the
-released code computes the size of the coreset as int(N x kept fraction), `staff.selection.budget_for` gives the
-same number at every rate of the paper, and the exact one elsewhere. The released code loads the target in 8 bit for
-verification; here it has the precision of its family.
+The last region served, which is the largest, takes what is left up to its size, whatever its ratio.
+`staff.selection.budget_for` gives the size of the coreset in exact arithmetic; at every rate of the paper it is the
+released code's int(N x kept fraction). The released code loads the target in 8 bit for verification; here it has
+the precision of its family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -56,70 +53,53 @@ class Staff:
 
     Attributes:
         num_regions: K, regions of equal score width (section 4.1: 50).
-        verification_budget: b_v, samples of each region scored again on the target (section 4.1: 10); 0 leaves
+        verification_budget: b_v, samples of each region scored again on the target (section 4.1: 10). 0 leaves
             verification out, and all ratios are one (the paper's ablation).
         budget_rule: "share": floor(m_left V_i / sum of V over the regions left); "ratio": floor(m_left V_i /
             regions left), the paper's formula.
         pick: "random": uniform inside a region; "highest": highest score first (released code).
-        leftover: where regions did not use up the budget; "repeat": the pass is repeated over regions not yet
-            full; "uniform": a uniform draw from all eligible samples (released code).
         gradient: "last_v_b": last block's v_proj lora_B (released code); "all_lora": all LoRA parameters (paper);
             "all_linear": all weights of linear layers, adapters merged into them.
         signal: what either model is asked for: "effort" (the paper); for the ablation of scoring functions "el2n",
-            "loss" or "perplexity", which `gradient` and `fresh_adapter` say nothing of.
-        speculation: whose scores the regions rest on; "small": the small model's (the paper); for the ablation of
+            "loss" or "perplexity", for which `gradient` is ignored.
+        speculation: whose scores the regions rest on; "small": the small model's (the paper). For the ablation of
             speculation "target": the raw target's own, which leave nothing to verify, or "none": random numbers
             that count as one each in the ratios, so that V_i is the mean of the target's scores.
         scores: "pass": the small model scores after its fine-tuning (the paper); "online": its scores are taken
-            from the backward passes of its last epoch (`staff.online`).
-        fresh_adapter: None: scores are taken with fine-tuning's own LoRA (tuned on the small model, fresh on the
-            raw target); otherwise {rank, alpha, targets} of a fresh one put in its place on both (released code:
-            rank 81, alpha 16, q_proj and v_proj, which undoes the small model's tuning there).
-        normalise: min-max normalise the scores of either model over the pool; the target then scores every sample,
-            so no overhead is saved (released code).
-        drop_hardest: fraction of highest-scored samples dropped beforehand (released code: 0.1).
-        verify_small_regions: also verify regions of no more than b_v samples (released code: false, such regions
-            get an equal share).
-        edge_dtype: precision of the regions' edges; float32 in the released code, where a sample above the last
-            edge belongs to no region.
+            from the backward passes of its last epoch.
+        drop_hardest: fraction of highest-scored samples dropped beforehand. Equal-width regions served smallest
+            first take nearly every outlier at high pruning rates.
     """
+
+    version: ClassVar[int] = 1
 
     num_regions: int = 50
     verification_budget: int = 10
     budget_rule: str = "share"
     pick: str = "random"
-    leftover: str = "repeat"
     gradient: str = "last_v_b"
     signal: str = "effort"
     speculation: str = "small"
     scores: str = "pass"
-    fresh_adapter: dict[str, Any] | None = None
-    normalise: bool = False
     drop_hardest: float = 0.0
-    verify_small_regions: bool = True
-    edge_dtype: str = "float64"
 
     def __post_init__(self) -> None:
         check_range(self, "num_regions", 1, whole=True)
         check_range(self, "verification_budget", 0, whole=True)
         check_range(self, "drop_hardest", 0, 0.99)
-        if self.fresh_adapter is not None and set(self.fresh_adapter) != {"rank", "alpha", "targets"}:
-            raise UserError(f"method.fresh_adapter={self.fresh_adapter} must have rank, alpha and targets.")
         check_choice(self, "budget_rule", ("share", "ratio"))
         check_choice(self, "pick", ("random", "highest"))
-        check_choice(self, "leftover", ("repeat", "uniform"))
         check_choice(self, "gradient", ("last_v_b", "all_lora", "all_linear"))
         check_choice(self, "signal", ("effort", "el2n", "loss", "perplexity"))
         check_choice(self, "speculation", ("small", "target", "none"))
         check_choice(self, "scores", ("pass", "online"))
-        if self.scores == "online" and (self.gradient == "all_linear" or self.fresh_adapter is not None):
-            raise UserError("method.scores=online is by fine-tuning's own LoRA: change gradient or fresh_adapter.")
+        if self.scores == "online" and self.gradient == "all_linear":
+            raise UserError("method.scores=online is by fine-tuning's own LoRA: change method.gradient=all_linear.")
         if self.scores == "online" and (self.signal, self.speculation) != ("effort", "small"):
             raise UserError(
                 f"method.scores=online gives the small model's effort: leave out signal={self.signal} and "
                 f"speculation={self.speculation}, or set method.scores=pass."
             )
-        check_choice(self, "edge_dtype", ("float64", "float32"))
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Score, stratify, verify, share out, pick. A negative or infinite score is refused by its sample."""
@@ -127,22 +107,19 @@ class Staff:
         if self.speculation == "none":
             speculative, counted = rng.priorities("regions") / 2.0**64, np.ones(len(pool.ids))
         else:
-            speculative = counted = self._scores(pool, self.speculation)
+            speculative = counted = self.scored(pool, self.speculation)
         eligible = rng.all_but_highest(speculative, self.drop_hardest)
         regions, members = self.regions(speculative, eligible)
         probes = self.probes(members, rng)
-        verified = self._scores(pool, "target", probes)
+        verified = self.scored(pool, "target", probes)
         ratios, notes = verification_ratios(counted, verified, probes)
-        if self.normalise:
-            named = ("speculative", counted), ("target's", verified)
-            notes += tuple(f"the {name} scores are constant: taken as 1." for name, s in named if s.min() == 1)
         sizes = np.array([len(m) for m in members])
         budgets, filled = self.budgets(sizes, ratios, budget)
         picks = [self.pick_from(m, speculative, b, rng) for m, b in zip(members, budgets)]
         picked = np.concatenate([np.empty(0, dtype=np.int64), *picks])
         if len(picked) < budget:
-            rest = np.setdiff1d(eligible, picked)
             filled = budget - len(picked)
+            rest = np.setdiff1d(eligible, picked)
             picked = np.concatenate([picked, rng.choose("fill", rest, filled)])
         diagnostics = pd.DataFrame(
             {
@@ -157,56 +134,55 @@ class Staff:
             }
         )
         scores = {"speculative": speculative, "verified": verified}
-        return Coreset(picked, diagnostics, scores, filled, notes)
+        return Coreset(picked, diagnostics, scores, filled, notes + self.notes(counted, verified))
 
-    def _scores(self, pool: ScorePool, model: str, probes: Sequence[np.ndarray] | None = None) -> np.ndarray:
+    def scored(self, pool: ScorePool, model: str, probes: Sequence[np.ndarray] | None = None) -> np.ndarray:
         """The signal of every sample, or of the probes alone (NaN elsewhere), shape (N,)."""
         name = "target's score" if model == "target" else "speculative score"
         ids = pool.ids
-        if probes is None or self.normalise:
-            scores = check_scores(self._ask(pool, model), ids, name, minimum=0)
-            return min_max(scores) if self.normalise else scores
+        if probes is None:
+            return check_scores(self.ask(pool, model), ids, name, minimum=0)
         scores = np.full(len(ids), np.nan)
         asked = np.sort(np.concatenate([*probes, np.empty(0, dtype=np.int64)]))
         if len(asked):
-            answer = self._ask(pool, model, asked)
+            answer = self.ask(pool, model, asked)
             scores[asked] = check_scores(answer, [ids[int(i)] for i in asked], name, minimum=0)
         return scores
 
-    def _ask(self, pool: ScorePool, model: str, indices: np.ndarray | None = None) -> np.ndarray:
+    def ask(self, pool: ScorePool, model: str, at: np.ndarray | None = None) -> np.ndarray:
+        """The signal of a model for the samples `at` these positions."""
         if self.signal == "perplexity":
-            return np.exp(pool.scores("loss", model, indices))
+            return np.exp(pool.ask("loss", model, at))
         if self.signal != "effort":
-            return pool.scores(self.signal, model, indices)
-        options: dict[str, Any] = {"gradient": self.gradient, "fresh_adapter": self.fresh_adapter}
+            return pool.ask(self.signal, model, at)
         if model == "small" and self.scores == "online":
-            options["online"] = True
-        return pool.scores("effort", model, indices, **options)
+            model = "small@online"
+        return pool.ask("effort", model, at, **self.effort_options())
+
+    def effort_options(self) -> dict[str, Any]:
+        """Fields of the signal "effort"."""
+        return {"parameters": self.gradient}
 
     def regions(self, speculative: np.ndarray, eligible: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Regions that are not empty in serving order, and each one's members (positions in the pool)."""
-        scores = speculative[eligible].astype(self.edge_dtype)
-        edges = equal_width_edges(scores.min(), scores.max(), self.num_regions, self.edge_dtype)
+        scores = speculative[eligible]
+        edges = equal_width_edges(scores.min(), scores.max(), self.num_regions)
         return serving_order(stratify(scores, edges), eligible)
 
     def probes(self, members: list[np.ndarray], rng: Draws) -> list[np.ndarray]:
         """The samples of each region to verify on the target: min(b_v, size) at random."""
         most = 0 if self.speculation == "target" else self.verification_budget
-        smallest = 1 if self.verify_small_regions else most + 1
-        wanted = [most if len(m) >= smallest else 0 for m in members]
-        return [rng.choose("verification", m, count) for m, count in zip(members, wanted)]
+        return [rng.choose("verification", m, most) for m in members]
 
     def budgets(self, sizes: np.ndarray, ratios: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
         """Each region's budget, shape (regions,), and how many of it are single samples given when a pass gave
-        nothing. With leftover="uniform" there is one pass, and the budgets may fall short of `budget`."""
+        nothing. The pass over the regions is repeated until the budget is spent or every region is full."""
         budgets, filled = np.zeros(len(sizes), dtype=np.int64), 0
         while (left := budget - budgets.sum()) > 0:
             open_ = np.flatnonzero(sizes > budgets)
             if not len(open_):  # what is left lies in no region
                 break
-            given = share_out(left, (sizes - budgets)[open_], *self._shares(ratios[open_]))
-            if self.leftover == "uniform":
-                return given, 0
+            given = share_out(left, (sizes - budgets)[open_], *self.shares(ratios[open_]))
             if not given.any():
                 highest = np.argsort(-np.nan_to_num(ratios[open_], nan=1.0), kind="stable")[:left]
                 given[highest] = 1
@@ -214,7 +190,8 @@ class Staff:
             budgets[open_] += given
         return budgets, filled
 
-    def _shares(self, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def shares(self, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weights and totals for `share_out`."""
         if self.budget_rule == "share":
             return shares_of_ratio(ratios)
         return np.nan_to_num(ratios, nan=1.0), regions_left(len(ratios))
@@ -225,6 +202,10 @@ class Staff:
             return rng.choose("pick", members, count)
         order = np.lexsort((rng.priorities("ties")[members], -speculative[members]))
         return members[order[:count]]
+
+    def notes(self, speculative: np.ndarray, verified: np.ndarray) -> tuple[str, ...]:
+        """What a reader of the result should know of the scores."""
+        return ()
 
 
 def verification_ratios(
@@ -248,9 +229,3 @@ def verification_ratios(
         ratios[asked] = 1.0
         notes += ("all verification ratios are zero: taken as 1.",)
     return ratios, notes
-
-
-def min_max(scores: np.ndarray) -> np.ndarray:
-    """Scores scaled to [0, 1] over the pool; a constant score becomes one throughout."""
-    low, high = scores.min(), scores.max()
-    return (scores - low) / (high - low) if high > low else np.ones_like(scores)

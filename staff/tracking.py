@@ -69,7 +69,7 @@ def environment(root: Path) -> dict[str, Any]:
 
     Imports nothing: GPUs are named only where torch is already loaded.
     """
-    from staff.cost import processor_name
+    from staff.runtime.machine import processor_name
 
     top = _git(root, "rev-parse", "--show-toplevel")
     ours = top is not None and Path(top).resolve() == root.resolve()  # not of a project that we are installed in

@@ -10,6 +10,7 @@ A method names a signal, `pool.ask("loss", of="small")`, or is given one as a fi
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from importlib import import_module
 from typing import Any
@@ -32,17 +33,33 @@ def named(signal: str | Signal, **options: Any) -> Signal:
     Raises:
         UserError: an unknown name, or an option that the signal does not have.
     """
-    if isinstance(signal, str):
-        if signal not in NAMED:
-            raise UserError(f"signal={signal!r} is unknown: choose one of {', '.join(NAMED)}.")
-        module, _, name = NAMED[signal].partition(".")
-        kind = getattr(import_module(f"staff.signals.{module}"), name)
-        made = kind()
-    else:
-        made = signal
-    known = [field.name for field in fields(made)]  # type: ignore[arg-type]
+    return named_all([signal], options)[0]
+
+
+def named_all(signals: Sequence[str | Signal], options: Mapping[str, Any]) -> tuple[Signal, ...]:
+    """The signals of these names, each with those of the options that it has.
+
+    Raises:
+        UserError: an unknown name, or an option that none of the signals has.
+    """
+    plain = [_plain(signal) for signal in signals]
+    known = [{field.name for field in fields(signal)} for signal in plain]  # type: ignore[arg-type]
     for option in options:
-        if option not in known:
-            has = ", ".join(known) or "none"
-            raise UserError(f"signal {made.name!r} has no option {option!r}: it has {has}.")
-    return replace(made, **options) if options else made  # type: ignore[type-var]
+        if not any(option in names for names in known):
+            has = ", ".join(sorted(set().union(*known))) or "none"
+            raise UserError(
+                f"signal {', '.join(repr(signal.name) for signal in plain)} has no option {option!r}: it has {has}."
+            )
+    return tuple(
+        replace(signal, **{option: value for option, value in options.items() if option in names})  # type: ignore
+        for signal, names in zip(plain, known, strict=True)
+    )
+
+
+def _plain(signal: str | Signal) -> Signal:
+    if not isinstance(signal, str):
+        return signal
+    if signal not in NAMED:
+        raise UserError(f"signal={signal!r} is unknown: choose one of {', '.join(NAMED)}.")
+    module, _, name = NAMED[signal].partition(".")
+    return getattr(import_module(f"staff.signals.{module}"), name)()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -91,8 +91,13 @@ def identity(part: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON holds it: dataclasses as dictionaries, tuples as lists, parts with behaviour by `identity`."""
+    """`value` as JSON holds it: tuples as lists, dataclasses as dictionaries, those with behaviour by `identity`."""
     if is_dataclass(value) and not isinstance(value, type):
-        behaves = any(hasattr(value, name) for name in ("select", "compute"))
-        return identity(value) if behaves else json.loads(json.dumps(asdict(value)))
-    return json.loads(json.dumps(value))
+        if any(hasattr(value, name) for name in ("select", "compute")):
+            return identity(value)
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value

@@ -1,0 +1,88 @@
+"""STAFF as its authors' released code computes it, for exact comparisons.
+
+Differences to the paper, each a field or a method here: scores are min-max normalised over the pool, small and target
+each, so that the target scores every sample and no overhead is saved; the highest-scored tenth is dropped; regions
+have float32 edges, above the last of which a sample belongs to no region; regions of b_v or fewer samples are not
+verified and get an equal share; inside a region the highest scored come first; what is left over is a uniform draw.
+The released code fine-tunes the small model and then re-initialises its adapters on q_proj and v_proj (an accident
+that `fresh_adapter` repeats), with rank 81 and alpha 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from staff.errors import UserError
+from staff.regions import equal_width_edges, serving_order, share_out, stratify
+from staff.selection import Draws, ScorePool, check_range, check_scores
+from staff.speculative import Staff
+
+
+@dataclass(frozen=True)
+class StaffOfficial(Staff):
+    """`Staff` with the fields that exist only to reproduce the released code.
+
+    Attributes:
+        verification_fraction: verify int(fraction x size) samples of a region in place of b_v. The released code's
+            option `verify_sample_rate` means a tenth, whatever its value. None: b_v, and only in larger regions.
+        normalise: min-max normalise the scores of either model over the pool.
+        fresh_adapter: {rank, alpha, targets} of a fresh adapter in place of fine-tuning's on both models.
+    """
+
+    verification_fraction: float | None = None
+    normalise: bool = True
+    fresh_adapter: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.verification_fraction is not None:
+            check_range(self, "verification_fraction", 0, 1)
+        if self.fresh_adapter is not None and set(self.fresh_adapter) != {"rank", "alpha", "targets"}:
+            raise UserError(f"method.fresh_adapter={self.fresh_adapter} must have rank, alpha and targets.")
+        if self.fresh_adapter is not None and (self.scores == "online" or self.gradient == "all_linear"):
+            raise UserError(
+                f"method.fresh_adapter is a LoRA adapter for a scoring pass: leave it out with scores={self.scores} "
+                f"and gradient={self.gradient}."
+            )
+
+    def scored(self, pool: ScorePool, model: str, probes: Sequence[np.ndarray] | None = None) -> np.ndarray:
+        if not self.normalise:
+            return super().scored(pool, model, probes)
+        name = "target's score" if model == "target" else "speculative score"
+        return min_max(check_scores(self.ask(pool, model), pool.ids, name, minimum=0))
+
+    def effort_options(self) -> dict[str, Any]:
+        return {"parameters": self.gradient, "fresh_adapter": self.fresh_adapter}
+
+    def regions(self, speculative: np.ndarray, eligible: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        scores = speculative[eligible].astype(np.float32)
+        edges = equal_width_edges(scores.min(), scores.max(), self.num_regions, "float32")
+        return serving_order(stratify(scores, edges), eligible)
+
+    def probes(self, members: list[np.ndarray], rng: Draws) -> list[np.ndarray]:
+        if self.verification_fraction is None:
+            most = 0 if self.speculation == "target" else self.verification_budget
+            counts = [most if len(m) > most else 0 for m in members]
+        else:
+            counts = [int(len(m) * self.verification_fraction) for m in members]
+        return [rng.choose("verification", m, count) for m, count in zip(members, counts)]
+
+    def budgets(self, sizes: np.ndarray, ratios: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
+        """One pass over the regions; the budgets may fall short of `budget`."""
+        return share_out(budget, sizes, *self.shares(ratios)), 0
+
+    def notes(self, speculative: np.ndarray, verified: np.ndarray) -> tuple[str, ...]:
+        if not self.normalise:
+            return ()
+        named = ("speculative", speculative), ("target's", verified)
+        return tuple(f"the {name} scores are constant: taken as 1." for name, s in named if s.min() == 1)
+
+
+def min_max(scores: np.ndarray) -> np.ndarray:
+    """Scores scaled to [0, 1] over the pool; a constant score becomes one throughout."""
+    low, high = scores.min(), scores.max()
+    return (scores - low) / (high - low) if high > low else np.ones_like(scores)

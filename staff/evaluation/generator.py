@@ -1,0 +1,175 @@
+"""Generators: how a model answers prompts. One implementation, greedy decoding; another engine is a new file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+from staff.errors import UserError
+from staff.models.spec import is_sharded
+from staff.runtime import processes
+from staff.runtime.progress import progress
+
+if TYPE_CHECKING:
+    from staff.store.cost import Meter
+
+
+class Generator(Protocol):
+    """Answers prompts. A frozen dataclass; `key` is what its answers depend on."""
+
+    def key(self) -> dict[str, Any]: ...
+
+    def generate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        end_tokens: Iterable[int] = (),
+        meter: Meter | None = None,
+    ) -> list[list[int]]:
+        """The new token ids of every prompt, in the order given, without end and padding tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Greedy decoding, so that two evaluations of the same weights agree.
+
+    Attributes:
+        batch_tokens: as in `generate`.
+    """
+
+    version: ClassVar[int] = 1
+
+    batch_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        tokens = self.batch_tokens
+        if tokens is not None and (type(tokens) is not int or tokens < 1):
+            raise UserError(f"evaluation.batch_tokens={tokens!r} must be null or a whole number of at least 1.")
+
+    def key(self) -> dict[str, Any]:
+        return {"greedy": self.version}
+
+    def generate(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[int]]:
+        return generate(model, tokenizer, prompts, batch_tokens=self.batch_tokens, **how)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_tokens: int | None,
+    end_tokens: Iterable[int] = (),
+    meter: Meter | None = None,
+) -> list[list[int]]:
+    """Continue every prompt greedily until an end token or `max_new_tokens`.
+
+    The result does not depend on `batch_tokens` in float32, nor on the sampling, beam or penalty settings a model
+    brings in its generation configuration; its end tokens, several in some chat models, are kept beside the
+    tokenizer's. Processes of one run share the prompts out.
+
+    Args:
+        model: a causal language model, with or without adapters.
+        prompts: rows of token ids, of any lengths.
+        batch_tokens: upper bound of (longest prompt + max_new_tokens) x batch; a prompt beyond it goes alone. None:
+            8192 on a processor, where more wait for the longest answer (results/benchmarks/generation.md), 32768 on
+            a GPU.
+        end_tokens: further ones, such as a chat template's end of turn.
+        meter: told the real tokens processed, and their FLOPs as those of one forward pass over prompt and
+            continuation with logits at the generated tokens. That is exact for the linear layers; attention, in
+            which a decoding step sees only its past, counts up to twice what was needed, as in training.
+
+    Returns:
+        The new token ids of every prompt, in the order given, without end and padding tokens.
+    """
+    import torch
+
+    # Adapters sit inside the base model, whose generation configuration is the one that is read.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, was_training = base.generation_config, base.training
+    config, stop = _greedy(tokenizer, own, max_new_tokens, end_tokens)
+    answers: dict[int, Answer] = {}
+    base.generation_config = config
+    base.eval()
+    try:
+        budget = batch_tokens or (8192 if base.device.type == "cpu" else 32768)
+        with processes.raise_on_all_ranks(apart=not is_sharded(base)), torch.inference_mode():
+            batches = _batches(prompts, max_new_tokens, budget, together=is_sharded(base))
+            with progress(sum(map(len, batches)), "answers") as bar:
+                for batch in batches:
+                    answers |= _answered(base, config, stop, {i: prompts[i] for i in batch})
+                    bar.update(len(batch))
+    finally:
+        base.generation_config = own
+        base.train(was_training)
+    for others in processes.all_gather(answers):
+        answers |= others
+    if meter is not None:
+        from staff.models.flops import forward_flops
+
+        processed = [
+            len(prompts[i]) + answer.generated - 1 for i, answer in answers.items()
+        ]  # the last is not read
+        generated = [answer.generated for answer in answers.values()]
+        meter.add(forward_flops(base.config, processed, generated), tokens_forward=sum(processed))
+    return [answers[i].tokens for i in range(len(prompts))]
+
+
+class Answer(NamedTuple):
+    """Token ids without end and padding, and how many were generated, the end token included."""
+
+    tokens: list[int]
+    generated: int
+
+
+def _answered(base: Any, config: Any, stop: set[int], prompts: dict[int, Sequence[int]]) -> dict[int, Answer]:
+    """Answers to the prompts of one batch, by the same keys."""
+    import torch
+
+    width = max(len(prompt) for prompt in prompts.values())
+    ids = torch.full((len(prompts), width), config.pad_token_id, device=base.device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts.values()):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, device=base.device)
+        mask[row, width - len(prompt) :] = 1
+    output = base.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    answers = {}
+    for i, row in zip(prompts, output[:, width:].tolist(), strict=True):
+        # Padding comes behind an end token alone: before one, the token that pads was written by the model.
+        end = next((at for at, token in enumerate(row) if token in stop), len(row))
+        answers[i] = Answer(row[:end], min(end + 1, len(row)))
+    return answers
+
+
+def _greedy(tokenizer: Any, own: Any, max_new_tokens: int, end_tokens: Iterable[int]) -> tuple[Any, set[int]]:
+    """A generation configuration with nothing of the model's own but its end tokens, and those tokens."""
+    from transformers import GenerationConfig
+
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    stop = {token for token in (tokenizer.eos_token_id, *ends, *end_tokens) if token is not None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=pad
+    )
+    return config, stop
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens: int, together: bool
+) -> list[list[int]]:
+    """Positions of this process's prompts in batches of like length; longest first: what does not fit in memory
+    fails at once. With `together` all processes get as many batches, the last ones of the shortest prompt."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    left, batches = processes.shard(order), []
+    while left:
+        size = max(1, batch_tokens // (len(prompts[left[0]]) + max_new_tokens))
+        batches.append(left[:size])
+        left = left[size:]
+    most = max(processes.all_gather(len(batches))) if together else 0
+    return batches + [order[-1:]] * (most - len(batches))

@@ -1,0 +1,60 @@
+"""The metrics of answers. Every shipped one is on the scale from 0 to 100, as in the paper's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+import pandas as pd
+
+from staff.data.task import Sample
+from staff.errors import UserError
+from staff.evaluation.metrics.metric import Metric, References
+
+NAMED = {
+    "rouge1": "rouge.Rouge",
+    "rouge2": "rouge.Rouge",
+    "rougeL": "rouge.Rouge",
+    "bleu": "corpus.Bleu",
+    "chrf": "corpus.Chrf",
+    "exact_match": "numbers.ExactNumber",
+}
+"""The shipped metrics by name: module and class in this package."""
+
+
+def named_metric(name: str) -> Metric:
+    """The metric of this name, or of this dotted path to a class of your own, such as "mymetrics.Accuracy".
+
+    Raises:
+        UserError: there is none.
+    """
+    module, _, kind = f"staff.evaluation.metrics.{NAMED[name]}".rpartition(".") if name in NAMED else name.rpartition(".")
+    try:
+        return getattr(import_module(module), kind)(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"task.metrics names {name!r}, which is unknown: choose from {', '.join(NAMED)}, or give the dotted path "
+            f"of a class of your own ({error})."
+        ) from None
+
+
+def check_metrics(names: Sequence[str], samples: Sequence[Sample] = ()) -> None:
+    """Refuse, before any model loads, metrics that could not be measured.
+
+    Raises:
+        UserError: no metric, an unknown one, or one that cannot measure a sample.
+    """
+    if isinstance(names, str) or not names:
+        choices = ", ".join(NAMED)
+        raise UserError(f"task.metrics={names!r} must be a list of one or more of {choices}, such as [rougeL].")
+    for metric in [named_metric(name) for name in names]:
+        metric.check(samples)
+
+
+def measure(
+    metrics: Sequence[Metric], predictions: Sequence[str], references: References
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """The headline value of every metric, and a table with a row a sample and a column a metric."""
+    values = {metric.name: metric.measure(predictions, references) for metric in metrics}
+    headline = {name: float(value) for name, (value, _) in values.items()}
+    return headline, pd.DataFrame({name: scores for name, (_, scores) in values.items()})

@@ -1,0 +1,63 @@
+"""BLEU and chrF, as sacrebleu computes them (Post 2018)."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, ClassVar
+
+from staff.evaluation.metrics.metric import Metric, References, Values, letters_of
+
+# Scripts without spaces between words, as Unicode names their characters.
+_UNSPACED = ("CJK ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATA", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ")
+
+
+@dataclass(frozen=True)
+class Corpus(Metric):
+    """A metric of sacrebleu with its defaults; headline: the corpus value, not a mean."""
+
+    version: ClassVar[int] = 1
+
+    def measure(self, predictions: Sequence[str], references: References) -> Values:
+        corpus, sentence = self._scorers()
+        streams = list(zip_longest(*references))  # one stream for the first references, one for the second, ...
+        scores = [
+            sentence.sentence_score(prediction, targets).score
+            for targets, prediction in zip(references, predictions, strict=True)
+        ]
+        return corpus.corpus_score(predictions, streams).score, scores
+
+    def _scorers(self) -> tuple[Any, Any]:
+        """Of the corpus, and of a sentence."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Bleu(Corpus):
+    """BLEU. A sentence's own value leaves out n-gram orders that it is too short for (`effective_order`).
+
+    The tokenizer "13a" splits at spaces and ASCII punctuation, so that a sentence in a script without spaces is a
+    single token: such references are refused.
+    """
+
+    def _scorers(self) -> tuple[Any, Any]:
+        from sacrebleu.metrics.bleu import BLEU
+
+        return BLEU(force=True), BLEU(effective_order=True)  # force: no advice on tokenised input
+
+    def unread_letters(self, text: str) -> float:
+        letters = letters_of(text)
+        unread = sum(unicodedata.name(character, "").startswith(_UNSPACED) for character in letters)
+        return unread / max(len(letters), 1)
+
+
+@dataclass(frozen=True)
+class Chrf(Corpus):
+    """chrF, on characters: for every script."""
+
+    def _scorers(self) -> tuple[Any, Any]:
+        from sacrebleu.metrics.chrf import CHRF
+
+        return CHRF(), CHRF()

@@ -1,0 +1,61 @@
+"""What a metric is. Each is a file of this folder; one of your own is named by its dotted path."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from staff.data.task import Sample
+from staff.errors import UserError
+
+References = Sequence[tuple[str, ...]]
+Values = tuple[float, list[float]]
+"""The headline, and one value a sample."""
+
+UNREAD = 0.1
+"""The share of a reference's letters above which a metric that cannot compare them is refused."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Compares answers with references, each with one or more; from 0 to 100 unless it says otherwise.
+
+    Attributes:
+        name: as in `task.metrics`.
+        version: raised when the numbers change.
+        higher_is_better: the metric's direction.
+    """
+
+    version: ClassVar[int]
+    higher_is_better: ClassVar[bool] = True
+
+    name: str
+
+    def measure(self, predictions: Sequence[str], references: References) -> Values:
+        """The headline value, and one value a sample."""
+        raise NotImplementedError
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Refuse samples that the metric cannot measure.
+
+        Raises:
+            UserError: by the sample's id.
+        """
+        for sample in samples:
+            unread = max((self.unread_letters(text) for text in sample.references), default=0.0)
+            if unread > UNREAD:
+                raise UserError(
+                    f"task.metrics {self.name} cannot compare {unread:.0%} of the letters in a reference of sample "
+                    f"{sample.id!r}: take chrf instead, which reads every script, or take the sample out."
+                )
+
+    def unread_letters(self, text: str) -> float:
+        """The share of a text's letters that the metric's tokenizer cannot compare."""
+        return 0.0
+
+
+def letters_of(text: str) -> list[str]:
+    """The letters and marks of a text (Unicode categories L and M)."""
+    return [character for character in text if unicodedata.category(character)[0] in "LM"]

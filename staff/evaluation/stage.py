@@ -1,0 +1,130 @@
+"""The stages that answer test prompts and measure the answers.
+
+The authors sampled and used another tokeniser for ROUGE, so absolute values are not comparable with theirs;
+differences between methods are (section 5.1).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+
+from staff.data.tokens import TokenizedSamples
+from staff.evaluation.generator import Generator
+from staff.evaluation.metrics import measure
+from staff.evaluation.metrics.metric import Metric
+from staff.models.flops import forward_flops
+from staff.models.state import ModelState
+from staff.store.cost import Meter
+from staff.store.manifest import Artifact
+from staff.store.stage import Stage, identity, plain
+
+PREDICTIONS = "predictions.parquet"
+METRICS = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Generate(Stage):
+    """The answers of a model to the prompts of samples."""
+
+    kind: ClassVar[str] = "evaluation"
+    version: ClassVar[int] = 2
+
+    state: ModelState
+    samples: TokenizedSamples
+    generator: Generator
+    max_new_tokens: int
+
+    @property
+    def label(self) -> str:
+        return f"answer {len(self.samples)} test prompts, {self.state.words}"
+
+    @property
+    def inputs(self) -> tuple[Stage, ...]:
+        return self.state.inputs
+
+    def key(self) -> dict[str, Any]:
+        return {
+            "state": self.state.key(),
+            "samples": self.samples.fingerprint,
+            "generator": self.generator.key(),
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        spec, model = self.state.spec, self.state.load(*inputs)
+        # Merged weights would be rounded to 4 bits again.
+        if self.state.adapted and not spec.quantization and not spec.is_partitioned:
+            model = model.merge_and_unload()
+        tokenizer = spec.tokenizer()
+        answers = self.generator.generate(
+            model,
+            tokenizer,
+            self.samples.prompts(),
+            max_new_tokens=self.max_new_tokens,
+            end_tokens=self.samples.end_tokens,
+            meter=meter,
+        )
+        texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        table = {"id": self.samples.ids, "prediction": texts, "tokens": [len(answer) for answer in answers]}
+        pd.DataFrame(table).to_parquet(folder / PREDICTIONS)
+
+    def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        """At most: no answer ends early."""
+        processed = (self.samples.prompt_lengths + self.max_new_tokens - 1).tolist()
+        flops = forward_flops(self.state.spec.config(), processed, self.max_new_tokens * len(processed))
+        meter.add(flops, tokens_forward=sum(processed))
+
+
+def read_predictions(answered: Artifact) -> pd.DataFrame:
+    """The answers that `Generate` stored: a row a sample, with its id, prediction and number of tokens."""
+    return pd.read_parquet(answered.path / PREDICTIONS)
+
+
+@dataclass(frozen=True)
+class Measure(Stage):
+    """Metrics of stored answers. Nothing is generated again for a new metric, and no other fingerprint changes.
+
+    Attributes:
+        references: by the sample's id.
+    """
+
+    kind: ClassVar[str] = "metrics"
+    version: ClassVar[int] = 1
+    one_process: ClassVar[bool] = True
+
+    answers: Generate
+    metrics: Sequence[Metric]
+    references: dict[str, tuple[str, ...]] = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        return f"measure {', '.join(metric.name for metric in self.metrics)}"
+
+    @property
+    def inputs(self) -> tuple[Stage, ...]:
+        return (self.answers,)
+
+    def key(self) -> dict[str, Any]:
+        return {"metrics": [identity(metric) for metric in self.metrics], "references": plain(self.references)}
+
+    def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        answers = read_predictions(inputs[0])
+        answers["references"] = [self.references[id] for id in answers["id"]]
+        headline, per_sample = measure(self.metrics, answers["prediction"].tolist(), answers["references"].tolist())
+        answers.join(per_sample).to_parquet(folder / PREDICTIONS)
+        (folder / METRICS).write_text(json.dumps(headline))
+
+    def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
+        """Nothing: there are no answers."""
+
+
+def read_measured(measured: Artifact) -> tuple[dict[str, float], pd.DataFrame]:
+    """What `Measure` stored: the headline of every metric; and a row a sample, with id, prediction, number of tokens,
+    references and the value of every metric."""
+    return json.loads((measured.path / METRICS).read_text()), pd.read_parquet(measured.path / PREDICTIONS)
