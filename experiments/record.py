@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from experiments import campaign
 from staff import distributed, tracking
 from staff.artifacts import Artifact, Charges
 from staff.cost import Cost
@@ -87,8 +88,7 @@ def _write_samples(run: Run, coreset: Coreset) -> None:
     ids, lengths = run.pool.ids, run.pool.for_target.answer_lengths
     table = pd.DataFrame({"id": ids, "selected": selected, "answer_tokens": lengths, **coreset.scores})
     table.to_parquet(run.folder / "samples.parquet")
-    chosen = table[selected].drop(columns=["selected", "answer_tokens"])
-    chosen.to_csv(run.folder / "coreset.csv", index=False)
+    (run.folder / "coreset.csv").write_text(campaign.coreset(table), "utf-8")
     if len(coreset.diagnostics):
         coreset.diagnostics.to_csv(run.folder / "regions.csv", index=False)
 
