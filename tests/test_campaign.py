@@ -217,3 +217,13 @@ def test_any_number_and_any_text_come_back(tmp_path_factory, numbers: list[float
     samples = packed_runs(results)["a"].samples()
     assert samples is not None
     np.testing.assert_array_equal(samples["el2n"], numbers)
+
+
+def test_the_committed_results_are_small():
+    said = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    if said.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in said.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
+    results = [file for file in files if file.is_relative_to(ROOT / "results")]
+    assert len(files) < 450 and sum(file.stat().st_size for file in results) < 12e6
+    assert [file for file in results if "runs" in file.parts or file.suffix == ".html"] == []
