@@ -15,7 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.report import read
+from experiments.recorded import RecordedRun, recorded_runs
+from staff.errors import UserError
 
 MACHINE = ("cpu", "gpus", "python", "versions")
 
@@ -27,19 +28,17 @@ def compare(first: Path, again: Path) -> pd.DataFrame:
     are; jaccard of the two coresets; the task's metric in both. Where the run was not made again, all but the
     first are missing.
     """
+    others = recorded_runs(again)
     rows = []
-    for file in sorted(first.glob("runs/*/metrics.json")):
-        other = again / "runs" / file.parent.name
-        rows.append({"run": file.parent.name})
-        if (other / "metrics.json").is_file():
-            rows[-1] |= _compared(file.parent, other)
+    for name, run in recorded_runs(first).items():
+        rows.append({"run": name, **(_compared(run, others[name]) if name in others else {})})
     return pd.DataFrame(rows, columns=["run", "equal", "machine", "jaccard", "first", "again"])
 
 
-def _compared(first: Path, again: Path) -> dict[str, Any]:
-    records = [read(folder / "metrics.json") for folder in (first, again)]
-    chosen = [_selected(folder) for folder in (first, again)]
-    answers = [_answers(folder) for folder in (first, again)]
+def _compared(first: RecordedRun, again: RecordedRun) -> dict[str, Any]:
+    records = [run.record() for run in (first, again)]
+    chosen = [_selected(run) for run in (first, again)]
+    answers = [_answers(run) for run in (first, again)]
     metrics, machines = [record["metrics"] for record in records], [record["provenance"] for record in records]
     name = records[0]["run"]["metric"]
     return {
@@ -51,25 +50,31 @@ def _compared(first: Path, again: Path) -> dict[str, Any]:
     }
 
 
-def _selected(folder: Path) -> set[str]:
-    pool = pd.read_parquet(folder / "samples.parquet", columns=["id", "selected"])
-    return set(pool.loc[pool["selected"], "id"])
+def _selected(run: RecordedRun) -> set[str]:
+    pool = run.samples()
+    return set() if pool is None else set(pool.loc[pool["selected"], "id"])
 
 
-def _answers(folder: Path) -> pd.DataFrame:
-    return pd.read_parquet(folder / "predictions.parquet", columns=["id", "prediction"])
+def _answers(run: RecordedRun) -> pd.DataFrame:
+    answers = run.predictions(["id", "prediction"])
+    if answers is None:
+        raise UserError(f"{run.name} has no predictions.parquet: restore it, or carry out the run again.")
+    return answers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("first", type=Path, help="folder that holds the runs/ that were there first")
-    parser.add_argument("again", type=Path, help="folder that holds the runs/ that were made again")
+    parser.add_argument("first", type=Path, help="results folder with the runs that were there first")
+    parser.add_argument("again", type=Path, help="results folder with the runs that were made again")
     arguments = parser.parse_args()
-    table = compare(arguments.first, arguments.again)
+    try:
+        table = compare(arguments.first, arguments.again)
+    except UserError as error:
+        sys.exit(f"compare: {error}")
     if table.empty:
-        sys.exit(f"{arguments.first}/runs holds no record: name the results folder that is to be compared with.")
+        sys.exit(f"{arguments.first} holds no record: name the results folder that is to be compared with.")
     print(table.to_string(index=False, na_rep="-"))
     equal, machine = table["equal"].tolist(), table["machine"].tolist()
     missing = sum(found not in (True, False) for found in equal)

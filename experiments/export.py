@@ -18,11 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from experiments.report import read
+from experiments.recorded import RecordedRun, recorded_run
 from experiments.single import data_digest
 from staff.data import Sample, Task
 from staff.errors import UserError
@@ -31,6 +30,8 @@ from staff.errors import UserError
 def export(run: Path, form: str, output: Path | None = None) -> Path:
     """Write the coreset of the run in folder `run` to `output` (RUN/coreset-FORM by default), and return that.
 
+    The run may have been packed into the tables of its results folder.
+
     Args:
         form: a key of `WRITERS`.
 
@@ -38,22 +39,21 @@ def export(run: Path, form: str, output: Path | None = None) -> Path:
         UserError: no recorded run, an empty coreset, data that has changed since, or an `output` that exists.
     """
     output = output or run / f"coreset-{form}"
-    if not all((run / name).is_file() for name in ("metrics.json", "samples.parquet")):
-        raise UserError(f"{run} holds no metrics.json with a samples.parquet: name the folder of a recorded run.")
+    recorded = recorded_run(run)
     if output.exists():
         raise UserError(f"{output} exists: remove it, or name another folder with --output.")
-    record = read(run / "metrics.json")
-    samples = chosen_samples(run, record)
+    record = recorded.record()
+    samples = chosen_samples(recorded)
     output.mkdir(parents=True)
     WRITERS[form](samples, output)
     (output / "README.md").write_text(card(record, HOW_TO_READ[form]), "utf-8")
     return output
 
 
-def chosen_samples(run: Path, record: dict[str, Any]) -> list[Sample]:
+def chosen_samples(run: RecordedRun) -> list[Sample]:
     """The coreset's samples in the pool's order, read anew from the run's own data."""
-    pool = pd.read_parquet(run / "samples.parquet", columns=["id", "selected"])
-    chosen = set(pool.loc[pool["selected"], "id"])
+    record, pool = run.record(), run.samples()
+    chosen = set() if pool is None else set(pool.loc[pool["selected"], "id"])
     if not chosen:
         raise UserError(f"{run.name} selected no sample: export a run with a coreset.")
     task: Task = instantiate(OmegaConf.create(record["config"]["task"]), _convert_="all")

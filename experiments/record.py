@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from experiments import campaign
 from staff import tracking
 from staff.evaluation.stage import read_measured
 from staff.runtime import processes
@@ -85,8 +86,7 @@ def _write_samples(run: Run, coreset: Coreset) -> None:
     ids, lengths = run.pool.ids, run.pool.answer_lengths
     table = pd.DataFrame({"id": ids, "selected": selected, "answer_tokens": lengths, **coreset.scores})
     table.to_parquet(run.folder / "samples.parquet")
-    chosen = table[selected].drop(columns=["selected", "answer_tokens"])
-    chosen.to_csv(run.folder / "coreset.csv", index=False)
+    (run.folder / "coreset.csv").write_text(campaign.coreset(table), "utf-8")
     if len(coreset.diagnostics):
         coreset.diagnostics.to_csv(run.folder / "regions.csv", index=False)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.recorded import recorded_runs
 from staff.artifacts import STAGE_VERSIONS, Store
 from staff.attempts import lost
 from staff.errors import UserError
@@ -79,11 +80,11 @@ def _entry(folder: Path, contents: bool) -> Entry:
 
 def needed(results: Sequence[Path]) -> Counter[str]:
     """By fingerprint, how many records under these folders rest on the artefact."""
-    records = [file for folder in results for file in folder.glob("runs/*/metrics.json")]
+    records = [run.text("metrics.json") or "" for folder in results for run in recorded_runs(folder).values()]
     if not records:
-        where = ", ".join(f"{folder}/runs" for folder in results)
+        where = ", ".join(map(str, results))
         raise UserError(f"{where} holds no record, so nothing says what is needed: name the folders by --results.")
-    return Counter(name for file in records for name in set(re.findall(r'"([0-9a-f]{64})"', file.read_text())))
+    return Counter(name for text in records for name in set(re.findall(r'"([0-9a-f]{64})"', text)))
 
 
 def show(store: Path, results: Sequence[Path]) -> None:

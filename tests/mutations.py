@@ -155,6 +155,13 @@ MUTATIONS = (
         "tests/test_distributed.py::test_two_processes_fine_tune_to_the_weights_of_one",
     ),
     Mutation(
+        "digits lost in packing",
+        "experiments/campaign.py",
+        "values.astype(np.float64)]",
+        "values.astype(np.float32).astype(np.float64)]",
+        "tests/test_campaign.py::test_packed_runs_are_read_as_they_were_from_their_folders",
+    ),
+    Mutation(
         "weights beside the folder",
         "staff/weights.py",
         'if not str(name).endswith(".safetensors") or len(Path(name).parts) > 1:',

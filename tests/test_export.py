@@ -11,7 +11,9 @@ import datasets
 import pytest
 from conftest import ROOT
 
+from experiments.campaign import pack
 from experiments.export import WRITERS, chosen_samples, export
+from experiments.recorded import recorded_run
 from staff.errors import UserError
 from staff.models import ModelSpec
 from staff.tokens import tokenize
@@ -54,7 +56,7 @@ def test_a_coreset_goes_through_trl_as_the_tokens_that_the_run_was_fine_tuned_on
     )
     tokenizer = TARGET.tokenizer()
     trainer = SFTTrainer(TARGET.load(), arguments, train_dataset=data, processing_class=tokenizer)
-    ours = tokenize(chosen_samples(recorded, record_of(recorded)), tokenizer)
+    ours = tokenize(chosen_samples(recorded_run(recorded)), tokenizer)
     assert trainer.train_dataset is not None and len(trainer.train_dataset) == 6
     for i, theirs in enumerate(trainer.train_dataset):
         assert [tokenizer.bos_token_id, *theirs["input_ids"]] == ours.input_ids[i]
@@ -81,6 +83,14 @@ def test_every_format_holds_the_same_samples_and_a_card(results: Path, recorded:
         ):
             assert fact in card
         assert str(results) not in card, "no folder of whoever made it"
+
+
+def test_the_coreset_of_a_packed_run_is_that_of_its_folder(recorded: Path, tmp_path: Path):
+    pack({recorded.name: recorded_run(recorded)}, tmp_path)
+    first, again = export(recorded, "jsonl", tmp_path / "first"), export(tmp_path / "runs" / recorded.name, "jsonl")
+    assert again == tmp_path / "runs" / recorded.name / "coreset-jsonl"
+    for file in ("train.jsonl", "README.md"):
+        assert (first / file).read_text() == (again / file).read_text()
 
 
 def test_an_exported_list_of_ids_fine_tunes_as_the_run_did(run, results: Path, recorded: Path, tmp_path: Path):

@@ -75,9 +75,23 @@ def test_the_tree_and_the_method_table_are_complete():
         assert f"`{preset.stem}`" in README
 
 
+DOCUMENTS = [
+    file for file in sorted(ROOT.glob("**/*.md")) if not set(file.parts) & {".venv", "node_modules", "build"}
+]
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_link_in_a_document_leads_to_a_file(file: Path):
+    links = re.findall(r"\]\(([^)\s]+)\)", file.read_text())
+    local = [
+        link.partition("#")[0] for link in links if "://" not in link and not link.startswith(("#", "mailto:"))
+    ]
+    assert [link for link in local if not (file.parent / link).exists()] == []
+
+
 def commands() -> list[tuple[str, str]]:
     """Every line of every shell block in a README, with the file it stands in; continued lines as one."""
-    files = [file for file in sorted(ROOT.glob("**/README.md")) if not set(file.parts) & {".venv", "node_modules"}]
+    files = [file for file in DOCUMENTS if file.name == "README.md"]
     blocks = [(file, block) for file in files for block in re.findall(r"```sh\n(.*?)```", file.read_text(), re.S)]
     lines = [(file, line) for file, block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [(str(file.relative_to(ROOT)), line) for file, line in lines if line.strip()]

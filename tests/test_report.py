@@ -21,6 +21,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT, run_shrunk
 
+from experiments.campaign import pack
+from experiments.recorded import recorded_runs
 from experiments.report import cautions, overhead, overview, performance
 from experiments.report.__main__ import left_over, summary, write
 from experiments.report.comparisons import mean, of_finetuning, pairs
@@ -91,7 +93,7 @@ def grid(
 
 
 def only_context(results: Path) -> Context:
-    context, *ablated = contexts(collect(results), results / "runs")
+    context, *ablated = contexts(collect(results), results)
     assert "method" not in [other.varied for other in ablated]
     return context
 
@@ -223,7 +225,7 @@ def test_runs_that_differ_in_anything_but_the_seed_are_never_averaged(real: Path
         2 * ["staff num_regions=50 finetune.learning_rate=0.003"]
         + 2 * ["staff num_regions=50 finetune.learning_rate=0.5"]
     )
-    centre, *ablated = contexts(table, tmp_path / "runs")
+    centre, *ablated = contexts(table, tmp_path)
     means = {(c.varied, v): mean(c, v, 0.5).value for c in (centre, *ablated) for v in c.variants}  # type: ignore[union-attr]
     assert means == {
         ("method", "staff"): 20.5,
@@ -274,7 +276,7 @@ def test_what_all_ablations_have_in_common_is_the_method_and_each_ablation_has_i
     ran("staff", 24, config__method__fresh_adapter={"rank": 4, "alpha": 16, "targets": ["v_proj"]})
     transferred = {"identity__selection": {"models": "other"}, "run__selection_family": "tiny_small"}
     ran("staff", 25, config__selection_family={"name": "tiny_small"}, **transferred)
-    main, *ablated = contexts(collect(tmp_path), tmp_path / "runs")
+    main, *ablated = contexts(collect(tmp_path), tmp_path)
     assert main.variants == ["random", "staff"]
     assert {c.title.split(": ")[1]: c.variants for c in ablated} == {
         "num_regions of staff, verification_budget=10": ["5", "50", "100"],
@@ -291,7 +293,7 @@ def test_a_grid_of_two_settings_is_compared_as_a_whole(real: Path, tmp_path: Pat
         for probes in (1, 10):
             changes = {"config__method__num_regions": regions, "config__method__verification_budget": probes}
             copied(real, tmp_path, "staff", 0.5, (0, 0), np.full(4, 20.0), **changes)
-    (context,) = contexts(collect(tmp_path), tmp_path / "runs")
+    (context,) = contexts(collect(tmp_path), tmp_path)
     assert len(context.variants) == 4
 
 
@@ -325,7 +327,7 @@ def test_region_similarity_is_told_where_the_target_scored_every_sample(real: Pa
 def test_two_test_sets_of_one_task_never_share_a_table(real: Path, tmp_path: Path):
     for digest in ("a" * 64, "b" * 64):
         copied(real, tmp_path, "staff", 0.5, (0, 0), np.full(4, 20.0), identity__data__test=digest)
-    assert len(contexts(collect(tmp_path), tmp_path / "runs")) == 2
+    assert len(contexts(collect(tmp_path), tmp_path)) == 2
 
 
 def test_runs_without_their_predictions_have_means_but_no_differences(real: Path, tmp_path: Path):
@@ -375,7 +377,7 @@ def test_the_interval_of_a_grid_knows_of_fine_tuning_though_no_selection_differs
 def test_runs_that_answered_other_test_samples_stand_in_tables_of_their_own(real: Path, tmp_path: Path):
     for seed, dropped in enumerate((0, 0, 3)):
         copied(real, tmp_path, "staff", 0.5, (seed, seed), np.full(4, 20.0), counts__test_dropped_too_long=dropped)
-    found = contexts(collect(tmp_path), tmp_path / "runs")
+    found = contexts(collect(tmp_path), tmp_path)
     assert [len(context.runs) for context in found if context.varied == "method"] == [2, 1]
     assert "without 3" in found[-1].title
 
@@ -482,6 +484,26 @@ def test_the_same_records_give_the_same_files(real: Path, tmp_path: Path):
     second = dict(written())
     assert [name for name in first if first[name] != second.get(name)] == []
     assert left_over(tmp_path) == [stale]
+
+
+def test_a_report_of_a_packed_campaign_is_that_of_its_run_folders(real: Path, tmp_path: Path):
+    grid(real, tmp_path / "folders", {"raw": -5, "full": 0, "random": -2, "staff": 3}, seeds=2)
+    copied(real, tmp_path / "folders", "staff", 0.5, (0, 0), np.full(8, 30.0), config__method__num_regions=20)
+    pack(recorded_runs(tmp_path / "folders"), tmp_path / "tables")
+    texts, reports = [], []
+    for results in (tmp_path / "folders", tmp_path / "tables"):
+        texts.append(summary(table := collect(results)))
+        write(results, table)
+        files = [
+            results / "metrics.csv",
+            results / "report.html",
+            *results.glob("tables/*"),
+            *results.glob("*/*.svg"),
+        ]
+        named = {file.relative_to(results): file.read_text().replace(str(results), "RESULTS") for file in files}
+        reports.append({name: re.sub(r"base64,[\w+/=]+", "", text) for name, text in named.items()})
+    assert texts[0] == texts[1]
+    assert len(reports[0]) > 20 and [name for name in reports[0] if reports[0][name] != reports[1].get(name)] == []
 
 
 def test_a_thousand_records_are_reported_in_seconds(real: Path, tmp_path: Path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.golden import recorded
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -23,7 +24,6 @@ from staff.gradients import Positions
 from staff.scoring import Asked, el2n_scores, score_samples
 from staff.tokens import TokenizedSamples
 
-GOLDEN = Path(__file__).parent / "golden" / "el2n_a.npz"
 TINY = Path(scoring.__file__).parent / "assets" / "tiny" / "small"
 BROKEN_TOKEN = 60
 
@@ -266,7 +266,7 @@ def test_unknown_settings_are_refused() -> None:
 
 
 def test_el2n_equals_the_recorded_values() -> None:
-    golden = np.load(GOLDEN, allow_pickle=False)
+    golden = recorded("el2n")["a"]
     logits, labels = torch.from_numpy(golden["logits"]), torch.from_numpy(golden["labels"])
     predictions, answers = Positions.of_predictions(labels), Positions.of_answers(labels)
     standard = el2n_scores(predictions.gather(logits)[0], predictions)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.golden import recorded
 
 from baselines.ccs import CCS
 from staff.errors import UserError
@@ -32,7 +32,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "random regions": {"speculation": "none"},
     "target's own scores": {"speculation": "target"},
 }
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("staff_*.npz"))
+VECTORS = recorded("staff")
 
 
 def pool_of(small: np.ndarray, target: np.ndarray, ids: list[str] | None = None) -> ArrayPool:
@@ -60,9 +60,9 @@ class Recorded(Draws):
         return chosen
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_agrees_with_the_authors_code(path: Path):
-    golden = np.load(path, allow_pickle=False)
+@pytest.mark.parametrize("case", VECTORS)
+def test_agrees_with_the_authors_code(case: str):
+    golden = VECTORS[case]
     pool = pool_of(golden["overall"], golden["target"])
     fill = golden["coreset"][golden["n_before_fill"] :]
     draws = Recorded(pool.ids, verification=golden["verify_idx"], fill=fill)
@@ -87,7 +87,7 @@ def test_agrees_with_the_authors_code(path: Path):
 
 
 def test_all_vectors_are_there():
-    assert len(GOLDEN) == 12
+    assert len(VECTORS) == 12
 
 
 # ---------------------------------------------------------------- any input

@@ -8,6 +8,8 @@ import pytest
 from test_store_failures import KILLED_WHILE_WRITING, flip_a_bit, run, wait_for
 
 from experiments import store as tool
+from experiments.campaign import pack
+from experiments.recorded import recorded_runs
 from staff import artifacts
 from staff.artifacts import Artifact, Store
 
@@ -60,6 +62,11 @@ def test_list_shows_size_age_cost_and_how_many_records_need_it(made, results, mo
     assert rows["needed"][3:6] == [made["needed"].fingerprint[:8], "0.6", "0.0"]
     assert (rows["needed"][-1], rows["forgotten"][-1]) == ("1", "0") and rows["old"][-2:] == ["older", "version"]
     assert "3 artefacts, 1.8 MB; they cost 0.0 s" in out
+
+
+def test_a_packed_record_needs_its_artefacts_too(made, results, tmp_path):
+    pack(recorded_runs(results), tmp_path / "packed")
+    assert tool.needed([tmp_path / "packed"]) == tool.needed([results])
 
 
 def test_list_shows_attempts_that_led_to_nothing(made, results, tmp_path, monkeypatch, capsys):

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from staff.errors import UserError
+from experiments.recorded import read
 
 STR_NOTE = "STR: selection time / time to fine-tune the target on the whole pool (~ estimated from FLOPs)."
-
-
-def read(file: Path) -> dict[str, Any]:
-    """The record in a metrics.json."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{file} is damaged ({error}): delete it, and the run's command records it again."
-        ) from None
 
 
 def overview(folders: Sequence[Path]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.recorded import recorded_runs
 from experiments.report import cautions, overhead, performance
 from experiments.report.comparisons import pairs
 from experiments.report.records import collect, contexts
@@ -28,7 +29,7 @@ def write(results: Path, table: pd.DataFrame) -> Path:
     flat.to_csv(results / "metrics.csv", index=False)
     paper = pd.read_csv(PAPER)
     sections = []
-    for context in contexts(table, results / "runs"):
+    for context in contexts(table, results):
         found = pairs(context)
         tables = [*performance.tables(context, found, paper), *overhead.tables(context), similarity(context)]
         tables.insert(1, cautions.table(context))
@@ -65,6 +66,7 @@ def summary(table: pd.DataFrame) -> str:
 
 def unfinished(results: Path) -> tuple[list[str], list[str]]:
     """Jobs of sweeps and single runs that failed, and jobs of sweeps that were never finished."""
+    recorded = recorded_runs(results)
     expected: dict[str, None] = {}
     failed: dict[str, str] = {}
     done: set[str] = set()
@@ -75,17 +77,19 @@ def unfinished(results: Path) -> tuple[list[str], list[str]]:
             word = json.loads(file.read_text())
             if "failure" in word:
                 failed[word["job"]] = word["failure"]
-            elif (results / "runs" / Path(word["folder"]).name / "metrics.json").is_file():
+            elif Path(word["folder"]).name in recorded:
                 done.add(word["job"])
     failures = [f"{job}: {why}" for job, why in failed.items() if job not in done]
     alone = [file.parent for file in sorted(results.glob("runs/*/failure.txt"))]
-    failures += [f"{f.name}: see {f / 'failure.txt'}" for f in alone if not (f / "metrics.json").is_file()]
+    failures += [f"{f.name}: see {f / 'failure.txt'}" for f in alone if f.name not in recorded]
     return failures, [job for job in expected if job not in done and job not in failed]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/ and sweeps/")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="folder with runs/ or the tables of a campaign"
+    )
     parser.add_argument(
         "--allow-missing", action="store_true", help="a partial look: failed or missing runs are no error"
     )

@@ -246,7 +246,7 @@ def overlap(context: Context) -> Made:
 def _coresets(context: Context, variant: str, rate: float) -> dict[int, set[str]]:
     """The ids of the samples that were selected, by selection seed."""
     runs = context.cells[variant, rate].set_index("selection_seed")["name"]
-    tables = {int(str(seed)): _samples(context.folder / str(name)) for seed, name in runs.items()}
+    tables = {int(str(seed)): context.recorded[str(name)].samples() for seed, name in runs.items()}
     return {seed: set(t.loc[t["selected"], "id"]) for seed, t in tables.items() if t is not None}
 
 
@@ -260,8 +260,8 @@ def length(context: Context) -> Made:
     """Each method's score against the length of the answer, pool and coreset."""
     rate, runs = context.shown
     panels = []
-    for variant, folder in runs.items():
-        samples = _samples(folder)
+    for variant, run in runs.items():
+        samples = run.samples()
         if samples is None or "answer_tokens" not in samples:
             continue
         score = next((c for c in samples if c not in ("id", "selected", "answer_tokens")), None)
@@ -318,16 +318,11 @@ def _spearman(a: pd.Series, b: pd.Series) -> float:
     return float(stats.spearmanr(a, b, nan_policy="omit").statistic)
 
 
-def _samples(folder: Path) -> pd.DataFrame | None:
-    file = folder / "samples.parquet"
-    return pd.read_parquet(file) if file.is_file() else None
-
-
 def _staffs_run(context: Context) -> tuple[str, float, pd.DataFrame, pd.DataFrame] | None:
     """The shown run of STAFF whose scores and regions are known."""
     rate, runs = context.shown
-    for variant, folder in runs.items():
-        samples, regions = _samples(folder), folder / "regions.csv"
-        if context.is_staff(variant) and samples is not None and regions.is_file() and "verified" in samples:
-            return variant, rate, samples, pd.read_csv(regions)
+    for variant, run in runs.items():
+        samples, regions = run.samples(), run.regions()
+        if context.is_staff(variant) and samples is not None and regions is not None and "verified" in samples:
+            return variant, rate, samples, regions
     return None

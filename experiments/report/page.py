@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.recorded import RecordedRun
 from experiments.report.figures import Drawn
 from experiments.report.records import Context, report_command
 from experiments.report.tables import Table, is_text, metric
@@ -84,14 +85,13 @@ def _table(table: Table) -> dict[str, Any]:
     return {"heads": list(kinds.items()), "rows": rows, "caption": table.caption}
 
 
-def _answers(context: Context, runs: dict[str, Path]) -> list[dict[str, Any]]:
+def _answers(context: Context, runs: dict[str, RecordedRun]) -> list[dict[str, Any]]:
     """The first test samples: references, and what each method's run answered."""
     columns = ["id", "prediction", "references", context.metric]
     shown: dict[str, dict[str, Any]] = {}
-    for variant, folder in runs.items():
-        file = folder / "predictions.parquet"
-        answered = pd.read_parquet(file) if file.is_file() else pd.DataFrame()
-        if not set(columns) <= set(answered.columns):
+    for variant, run in runs.items():
+        answered = run.predictions(columns)
+        if answered is None or not set(columns) <= set(answered.columns):
             continue
         for id, text, references, value in answered[columns].head(SAMPLES).itertuples(index=False):
             sample = shown.setdefault(str(id), {"id": id, "references": list(references), "answers": []})

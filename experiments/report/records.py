@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pyarrow.parquet import read_table
 
-from experiments.report import read
+from experiments.campaign import fields
+from experiments.recorded import RecordedRun, recorded_runs
 from experiments.report.settings import SEEDS, ablations, texts, variants
 
 
 def collect(results: Path) -> pd.DataFrame:
     """All records under `results`: a row per run, with every setting in which the runs differ."""
-    rows = [_row(file) for file in sorted(results.glob("runs/*/metrics.json"))]
+    rows = [_row(run.record()) for run in recorded_runs(results).values()]
     table = pd.DataFrame(rows)
     settings = [column for column in table.columns if str(column).startswith("setting.")]
     constant = [column for column in settings if texts(table, column).nunique() == 1]
@@ -32,8 +31,7 @@ def report_command(results: Path) -> str:
     return "python -m experiments.report" + ("" if results == Path("results") else f" --results {results}")
 
 
-def _row(file: Path) -> dict[str, Any]:
-    record = read(file)
+def _row(record: dict[str, Any]) -> dict[str, Any]:
     overhead = {f"overhead_{k}": v for k, v in record["overhead"].items() if not isinstance(v, list)}
     finetuning = record["finetuning"] or {}
     return {
@@ -49,7 +47,7 @@ def _row(file: Path) -> dict[str, Any]:
         "selects": record["config"]["method"]["_target_"],
         "num_regions": record["config"]["method"].get("num_regions"),
         "test_set": _test_set(record),
-        **dict(_settings(_configured(record))),
+        **dict(fields(_configured(record), "setting.")),
     }
 
 
@@ -67,14 +65,6 @@ def _configured(record: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _settings(values: dict[str, Any], prefix: str = "setting.") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _settings(value, f"{prefix}{name}.")
-        elif value is not None:
-            yield f"{prefix}{name}", json.dumps(value) if isinstance(value, list | dict) else value
-
-
 @dataclass(frozen=True, eq=False)
 class Context:
     """The runs of one family on one task's test set by one metric: what may stand in one table.
@@ -83,7 +73,8 @@ class Context:
         title: for a reader.
         name: for a file.
         runs: a row per run, with its `variant`.
-        folder: where the runs' folders lie.
+        results: the results folder.
+        recorded: the runs in it, by name.
         varied: what the variants are: methods, or the values of this setting of one method (an ablation).
     """
 
@@ -91,7 +82,8 @@ class Context:
     name: str
     metric: str
     runs: pd.DataFrame
-    folder: Path
+    results: Path
+    recorded: Mapping[str, RecordedRun]
     varied: str = "method"
     _values: dict[str, pd.Series] = field(default_factory=dict)
     _texts: dict[str, str] = field(default_factory=dict)
@@ -99,7 +91,7 @@ class Context:
     @property
     def made_by(self) -> str:
         """The command that makes tables and figures out of these runs."""
-        return report_command(self.folder.parent)
+        return report_command(self.results)
 
     @cached_property
     def variants(self) -> list[str]:
@@ -132,24 +124,21 @@ class Context:
         return [v for v in self.variants if not self.is_staff(v) and v not in ("raw target", "full")]
 
     @cached_property
-    def shown(self) -> tuple[float, dict[str, Path]]:
+    def shown(self) -> tuple[float, dict[str, RecordedRun]]:
         """A pruning rate (that of most methods, the highest of these) and each selecting method's run at the lowest
         seed: what figures of single coresets show."""
         selecting = [*self.baselines, *filter(self.is_staff, self.variants)]
         count = {rate: sum((v, rate) in self.cells for v in selecting) for rate in self.rates}
         rate = max(count, key=lambda rate: (count[rate], rate))
         runs = {v: self.cells[v, rate].sort_values(SEEDS).iloc[0] for v in selecting if (v, rate) in self.cells}
-        return rate, {v: self.folder / str(run["name"]) for v, run in runs.items()}
+        return rate, {v: self.recorded[str(run["name"])] for v, run in runs.items()}
 
     def answers(self, run: str) -> pd.Series:
         """The metric of each test sample, by id; empty where a run's predictions are gone."""
         if run not in self._values:
-            file = self.folder / run / "predictions.parquet"
-            self._values[run] = pd.Series(dtype=float)
-            if file.is_file():
-                table = read_table(file, columns=["id", self.metric])  # pandas takes three times as long
-                ids, values = table["id"].to_pylist(), table[self.metric].to_numpy()
-                self._values[run] = pd.Series(values, index=ids)
+            answers = self.recorded[run].predictions(["id", self.metric])
+            known = pd.Series(dtype=float) if answers is None else answers.set_index("id")[self.metric]
+            self._values[run] = known
         return self._values[run]
 
     def same_answers(self, runs: pd.DataFrame) -> list[pd.DataFrame]:
@@ -164,11 +153,9 @@ class Context:
     def _predictions(self, run: str) -> str:
         """The digest of a run's answers; empty where they are gone."""
         if run not in self._texts:
-            file = self.folder / run / "predictions.parquet"
-            self._texts[run] = ""
-            if file.is_file():
-                texts = read_table(file, columns=["id", "prediction"]).to_pydict()
-                self._texts[run] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+            answers = self.recorded[run].predictions(["id", "prediction"])
+            known = "" if answers is None else answers.to_json(orient="values")
+            self._texts[run] = hashlib.sha256(known.encode()).hexdigest() if known else ""
         return self._texts[run]
 
 
@@ -178,22 +165,23 @@ def _natural(text: str) -> list[str | float]:
     return [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def contexts(table: pd.DataFrame, folder: Path) -> list[Context]:
+def contexts(table: pd.DataFrame, results: Path) -> list[Context]:
     """The runs that may be compared with one another, a context each; after those by method, the ablations."""
     several = table.groupby(["family", "task"], dropna=False)[["metric", "test_set"]].transform("nunique") > 1
     # Two metrics or test sets of one task never share a table.
     table = table.assign(part=np.where(several["metric"], " by " + table["metric"], ""))
     table["part"] += np.where(several["test_set"], " test set " + table["test_set"], "")
+    recorded = recorded_runs(results)
     found = []
     for (family, task, part), runs in table.groupby(["family", "task", "part"], dropna=False):
         family, task = (str(n) if n == n and n is not None else "custom" for n in (family, task))
         metric, title, name = runs["metric"].iloc[0], f"{task}{part}, {family} family", f"{family}-{task}{part}"
         compared, ablated = ablations(runs)
         compared = compared.assign(variant=variants(compared))
-        found.append(Context(title, _file_name(name), metric, compared, folder))
+        found.append(Context(title, _file_name(name), metric, compared, results, recorded))
         for each in ablated:
             own, file = f"{title}: {each.title}", _file_name(f"{name}-{each.title}")
-            found.append(Context(own, file, metric, each.runs, folder, each.setting))
+            found.append(Context(own, file, metric, each.runs, results, recorded, each.setting))
     return found
 
 

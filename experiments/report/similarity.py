@@ -59,9 +59,8 @@ def similarity(context: Context) -> Table | None:
 
 def _similarities(context: Context, runs: pd.DataFrame) -> Iterator[dict[str, float]]:
     for run in runs.to_dict("records"):
-        file = context.folder / run["name"] / "samples.parquet"
-        scores = pd.read_parquet(file, columns=["speculative", "verified"]) if file.is_file() else pd.DataFrame()
-        if len(scores) and not scores.isna().any(axis=None):
-            both = scores.to_numpy().T
+        samples = context.recorded[run["name"]].samples()
+        if samples is not None and not samples[["speculative", "verified"]].isna().any(axis=None):
+            both = samples[["speculative", "verified"]].to_numpy().T
             count = int(run["num_regions"])
             yield {"regions": count, **region_similarity(both[0], both[1], count)}
