@@ -1,11 +1,11 @@
-"""What a sweep will take, before it is paid for: `python -m experiments.plan OVERRIDES --gpu h100`.
+"""What a sweep will take, before it is paid for: `staff-plan OVERRIDES --gpu h100`.
 
-The overrides are those of the sweep. Its runs are carried out on a store in which every stage, instead of being
-made, is counted from shapes: no weights are loaded, and what runs share is counted once because it has one key.
-Scores are stand-ins, so two things are not exact: STAFF's verification is counted at its most, K b_v samples, and a
-coreset that scores choose as one of average samples. Answers are counted at full length. `~` marks all three.
-Seconds come from a GPU's peak and an assumed utilisation, or, with --calibrate, from the stages themselves on a few
-samples on the present machine. Ranking (such as the neighbours of D2) is not in them.
+The overrides are those of the sweep. Its runs are carried out as a dry run: on a store in which every stage is
+estimated from shapes instead of run. No weights are loaded, and what runs share is counted once because it is one
+stage. Scores are placeholders, so two things are not exact: STAFF's verification is counted at its most, K b_v
+samples, and a coreset that scores choose as one of average samples. Answers are counted at full length. `~` marks all
+three. Seconds come from a GPU's peak and an assumed utilisation, or, with --calibrate, from the stages themselves on
+a few samples on this machine. Ranking (such as the neighbours of D2) is not in them.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from experiments import sweep
 from experiments.run import CONF
 from experiments.single import Run
-from staff.artifacts import Artifact, Make, Store
-from staff.cost import Cost
-from staff.memory import finetuning_memory
 from staff.runtime.progress import progress
+from staff.store.cost import Cost, Meter
+from staff.store.manifest import Artifact
+from staff.store.stage import Stage
+from staff.store.store import Store
+from staff.training.memory import finetuning_memory
 
 
 class Gpu(NamedTuple):
@@ -60,32 +62,30 @@ UTILISATION = {"finetune": 0.4, "scores": 0.24, "evaluation": 0.05}
 are assumed; decoding is bound by memory, not by arithmetic. A model too small to fill the GPU reaches less."""
 FEW = (16, 48)
 """Samples of the pool that stages are calibrated on."""
-KIND = ("model", "settings", "signals", "gradient", "variant", "fresh_adapter", "max_new_tokens", "online")
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlannedStage:
     """A stage of the sweep.
 
     Attributes:
-        kind: what stages with the same speed have in common.
+        speed: what stages with the same speed have in common.
         precision: that it computes in.
         exact: its FLOPs do not depend on scores or answers.
         made: the sweep's own store has it already.
     """
 
     stage: str
-    fingerprint: str
     label: str
-    kind: str
+    speed: str
     precision: str
     cost: Cost
     exact: bool
     made: bool
 
 
-class Foresight(Store):
-    """A store in which stages are foreseen, and told as `stages` by fingerprint.
+class DryRunStore(Store):
+    """A store in which stages are estimated, and listed in `stages` by fingerprint.
 
     Args:
         root: a temporary folder.
@@ -95,52 +95,53 @@ class Foresight(Store):
     def __init__(self, root: Path, real: Store) -> None:
         super().__init__(root)
         self.real = real
-        self.stages: dict[str, Stage] = {}
+        self.stages: dict[str, PlannedStage] = {}
         self.certain: set[str] = set()
         """Fingerprints of the samples that are known without scores."""
         self._asked = 0
 
-    def get(
-        self, stage: str, key: dict[str, Any], make: Make, *, label: str = "", foresee: Make | None = None
-    ) -> Artifact:
-        # What a method asks second it may have decided by the first answer.
-        self._asked = 0 if stage == "coreset" else self._asked + (stage == "scores")
-        second = stage == "scores" and self._asked > 1
-        artifact = super().get(stage, key, foresee or make, label=label)
-        if stage in UTILISATION:
-            exact = key.get("samples") in self.certain and not second
-            made = self.real.find(stage, key) is not None
-            fingerprint, kind = artifact.fingerprint, kind_of(stage, key)
-            precision, cost = precision_of(key), artifact.cost
-            self.stages[fingerprint] = Stage(stage, fingerprint, label, kind, precision, cost, exact, made)
+    def carry_out(self, stage: Stage, folder: Path, meter: Meter, inputs: list[Artifact]) -> None:
+        stage.estimate(folder, meter, *inputs)
+
+    def get(self, stage: Stage) -> Artifact:
+        # What a method asks second may depend on the first answer.
+        self._asked = 0 if stage.kind == "coreset" else self._asked + (stage.kind == "scores")
+        second = stage.kind == "scores" and self._asked > 1
+        artifact = super().get(stage)
+        if stage.kind in UTILISATION:
+            exact = stage.key()["samples"] in self.certain and not second
+            made = self.real.find(stage) is not None
+            self.stages[stage.fingerprint] = PlannedStage(
+                stage.kind, stage.label, speed_of(stage), precision_of(stage), artifact.cost, exact, made
+            )
         return artifact
 
 
-class Timed(Store):
-    """A store that also tells FLOPs and seconds of what it made, by the kind of stage."""
+class TimedStore(Store):
+    """A store that also lists FLOPs and seconds of what it made, by what determines the speed."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.times: list[tuple[str, Cost]] = []
 
-    def get(
-        self, stage: str, key: dict[str, Any], make: Make, *, label: str = "", foresee: Make | None = None
-    ) -> Artifact:
-        artifact = super().get(stage, key, make, label=label)
-        if stage in UTILISATION and artifact.computed:
-            self.times.append((kind_of(stage, key), artifact.cost))
+    def get(self, stage: Stage) -> Artifact:
+        artifact = super().get(stage)
+        if stage.kind in UTILISATION and artifact.computed:
+            self.times.append((speed_of(stage), artifact.cost))
         return artifact
 
 
-def kind_of(stage: str, key: dict[str, Any]) -> str:
-    """Stage, model and settings, without samples, epochs and seed."""
-    tuned = key.get("tuned") is not None
-    return json.dumps([stage, {name: key[name] for name in KIND if name in key}, tuned], sort_keys=True)
+def speed_of(stage: Stage) -> str:
+    """Kind, model and settings, without samples, epochs and seed."""
+    settings = {name: value for name, value in stage.key().items() if name not in ("samples", "epochs", "seed")}
+    return json.dumps([stage.kind, settings, bool(stage.inputs)], sort_keys=True)
 
 
-def precision_of(key: dict[str, Any]) -> str:
-    """That in which a stage's matrix products are computed, nearly all of them: frozen weights keep their own."""
-    narrow = key["model"]["dtype"] == "bfloat16" or "quantization" in key["model"]
+def precision_of(stage: Stage) -> str:
+    """The precision of nearly all of a stage's matrix products: frozen weights keep their own."""
+    key = stage.key()
+    model = key["model"] if "model" in key else key["state"]["model"]
+    narrow = model["dtype"] == "bfloat16" or "quantization" in model
     settings = key.get("settings", {"kind": "lora", "precision": "float32"})
     narrow = settings["precision"] == "bfloat16" or (settings["kind"] == "lora" and narrow)
     return "bfloat16" if narrow else "float32"
@@ -167,15 +168,16 @@ def composed(job: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
     return cfg, choices
 
 
-def foreseen(cfg: DictConfig, choices: dict[str, Any], store: Foresight) -> Run:
-    """Carry out the run on a store that foresees."""
+def dry_run(cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> Run:
+    """Carry out the run on a store that estimates."""
     run = Run(cfg, choices, store)
     tokenized = run.tokenized
     store.certain |= {samples.fingerprint for samples in tokenized.values()}
     chosen, coreset = run.select()
     if all(charge.stage == "coreset" for charge in chosen.charged().values()):
         store.certain.add(tokenized["target"].take(coreset.indices).fingerprint)
-    run.evaluate(run.finetune(coreset))
+    tuning = run.finetuning(coreset)
+    store.get(run.answering(tuning))
     return run
 
 
@@ -189,21 +191,20 @@ def needed(run: Run) -> dict[str, int]:
 
 
 def calibrated(runs: Sequence[list[str]]) -> dict[str, tuple[float, float]]:
-    """Seconds of a stage as (constant, per FLOP) by its kind: measured on a few samples with the real models."""
+    """Seconds of a stage as (constant, per FLOP) by its `speed`: measured on a few samples with the real models."""
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for few in FEW:
         with tempfile.TemporaryDirectory() as folder:
             short = [f"task.train_limit={few}", f"task.test_limit={few // 4}", f"results_dir={folder}"]
-            real, foresight = Timed(Path(folder) / "real"), Foresight(Path(folder) / "plan", Store(folder))
+            real, dry = TimedStore(Path(folder) / "real"), DryRunStore(Path(folder) / "plan", Store(folder))
             for job in runs:
                 cfg, choices = composed([*job, *short, "tracking=none"])
-                foreseen(cfg, choices, foresight)
-                run = Run(cfg, choices, real)
-                run.evaluate(run.finetune(run.select()[1]))
-            at_full_length = {s.kind: s.cost.flops for s in foresight.stages.values() if s.stage == "evaluation"}
-            for kind, cost in real.times:
-                points[kind].append((at_full_length.get(kind, cost.flops), cost.seconds))
-    return {kind: _line(np.array(measured)) for kind, measured in points.items()}
+                dry_run(cfg, choices, dry)
+                Run(cfg, choices, real).carry_out()
+            at_full_length = {s.speed: s.cost.flops for s in dry.stages.values() if s.stage == "evaluation"}
+            for speed, cost in real.times:
+                points[speed].append((at_full_length.get(speed, cost.flops), cost.seconds))
+    return {speed: _line(np.array(measured)) for speed, measured in points.items()}
 
 
 def _line(points: np.ndarray) -> tuple[float, float]:
@@ -216,9 +217,9 @@ def _line(points: np.ndarray) -> tuple[float, float]:
     return constant, slope
 
 
-def seconds_of(stage: Stage, gpu: Gpu | None, speeds: dict[str, tuple[float, float]]) -> float:
-    if stage.kind in speeds:
-        constant, slope = speeds[stage.kind]
+def seconds_of(stage: PlannedStage, gpu: Gpu | None, speeds: dict[str, tuple[float, float]]) -> float:
+    if stage.speed in speeds:
+        constant, slope = speeds[stage.speed]
         return constant + slope * stage.cost.flops
     if gpu is None:
         return float("nan")
@@ -226,7 +227,7 @@ def seconds_of(stage: Stage, gpu: Gpu | None, speeds: dict[str, tuple[float, flo
     return stage.cost.flops / (peak * UTILISATION[stage.stage])
 
 
-def table(stages: Sequence[Stage], seconds: Sequence[float]) -> pd.DataFrame:
+def table(stages: Sequence[PlannedStage], seconds: Sequence[float]) -> pd.DataFrame:
     """A row for each kind of stage: how many, how many of them lie in the store, FLOPs and hours of the others."""
     rows = pd.DataFrame(
         {
@@ -252,28 +253,28 @@ def table(stages: Sequence[Stage], seconds: Sequence[float]) -> pd.DataFrame:
 
 def plan(
     overrides: Sequence[str], gpu: Gpu | None, calibrate: bool
-) -> tuple[list[Stage], list[float], dict[str, int]]:
+) -> tuple[list[PlannedStage], list[float], dict[str, int]]:
     """The stages of a sweep, the seconds of each, and the bytes that fine-tuning its models takes."""
     memory: dict[str, int] = {}
-    telling: list[list[str]] = []
+    calibrating: list[list[str]] = []
     with tempfile.TemporaryDirectory() as folder:
-        store: Foresight | None = None
+        store: DryRunStore | None = None
         for job, cfg, choices in jobs(overrides):
-            store = store or Foresight(Path(folder), Store(sweep.folder_of(cfg, "store_dir")))
-            kinds = {stage.kind for stage in store.stages.values()}
-            run = foreseen(cfg, choices, store)
-            if {stage.kind for stage in store.stages.values()} - kinds:
-                telling.append(job)
+            store = store or DryRunStore(Path(folder), Store(sweep.folder_of(cfg, "store_dir")))
+            speeds_before = {stage.speed for stage in store.stages.values()}
+            run = dry_run(cfg, choices, store)
+            if {stage.speed for stage in store.stages.values()} - speeds_before:
+                calibrating.append(job)
             memory |= {name: max(size, memory.get(name, 0)) for name, size in needed(run).items()}
         assert store is not None
         stages = list(store.stages.values())
     with initialize_config_dir(CONF, version_base="1.3"):
-        speeds = calibrated(telling) if calibrate else {}
+        speeds = calibrated(calibrating) if calibrate else {}
     return stages, [seconds_of(stage, gpu, speeds) for stage in stages], memory
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.plan", description=__doc__)
+    parser = argparse.ArgumentParser(prog="staff-plan", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="as for the sweep itself")
     parser.add_argument("--gpu", choices=GPUS, help="hours on this GPU, at an assumed utilisation")
     parser.add_argument("--calibrate", action="store_true", help="hours on this machine, measured on a few samples")

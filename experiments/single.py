@@ -176,6 +176,11 @@ class Run:
     def selection(self) -> Select:
         return Select(self.method, self.pool, self.budget)
 
+    def select(self) -> tuple[Artifact, Coreset]:
+        """The coreset, and its artefact, whose charges are the selection overhead."""
+        chosen = self.store.get(self.selection)
+        return chosen, Coreset.load(chosen.path)
+
     def finetuning(self, coreset: Coreset) -> Finetune | None:
         """The target's fine-tuning on the coreset; None where that is empty."""
         if not len(coreset.indices):
@@ -233,8 +238,7 @@ class Run:
 
     def carry_out(self) -> Outcome:
         """Run every stage, or read it."""
-        chosen = self.store.get(self.selection)
-        coreset = Coreset.load(chosen.path)
+        chosen, coreset = self.select()
         tuning = self.finetuning(coreset)
         tuned = None if tuning is None else self.store.get(tuning)
         answering = self.answering(tuning)

@@ -13,7 +13,7 @@ from staff.data.tokens import Tokens, read_tokens
 from staff.models.family import Family
 from staff.models.prepare import from_objects, prepare
 from staff.models.spec import ModelSpec
-from staff.pool import Pool, Slice
+from staff.pool import Pool, Select, Slice
 from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, budget_of, check_flags, run_method
 from staff.store.store import Store
 from staff.training.settings import FinetuneSettings
@@ -77,7 +77,8 @@ def select(pool: ScorePool, method: SelectionMethod, pruning_rate: float, seed: 
     check_flags(method)
     budget = budget_of(method, pruning_rate, len(pool.ids))
     if isinstance(pool, Pool):
-        return replace(pool, seed=seed).select(method, budget)[1]
+        chosen = pool.store.get(Select(method, replace(pool, seed=seed), budget))
+        return Coreset.load(chosen.path)
     return run_method(method, pool, budget, Draws(seed, pool.ids))
 
 

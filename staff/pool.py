@@ -19,7 +19,7 @@ from staff.models.spec import ModelSpec
 from staff.models.state import ModelState
 from staff.scoring.signal import Signal
 from staff.scoring.stage import Score, ScoringSettings, read_scores
-from staff.selection import Coreset, Draws, SelectionMethod, run_method
+from staff.selection import Draws, SelectionMethod, run_method
 from staff.signals import named_all
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
@@ -156,11 +156,6 @@ class Pool:
         """The fine-tuning of the small model or the target on the whole pool."""
         epochs = self.settings.small_epochs if name == "small" else self.settings.epochs
         return Finetune(self._spec(name), self._samples(name), self.settings, epochs, self.seed, online)
-
-    def select(self, method: SelectionMethod, budget: int) -> tuple[Artifact, Coreset]:
-        """The method's coreset and its artefact, whose charges are the selection overhead."""
-        artifact = self.store.get(Select(method, self, budget))
-        return artifact, Coreset.load(artifact.path)
 
     def key(self) -> dict[str, Any]:
         """All that answers depend on, as JSON holds it."""
