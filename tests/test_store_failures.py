@@ -220,13 +220,13 @@ except ValueError as error:
 
 
 def test_what_an_older_version_of_a_stage_made_is_not_read_and_a_sentence_says_so(store, monkeypatch, caplog):
-    old = store.get("scores", KEY, write_scores)
-    monkeypatch.setitem(artifacts.STAGE_VERSIONS, "scores", 2)
+    old, version = store.get("scores", KEY, write_scores), artifacts.STAGE_VERSIONS["scores"]
+    monkeypatch.setitem(artifacts.STAGE_VERSIONS, "scores", version + 1)
     caplog.set_level(logging.INFO, "staff.artifacts")
     new = store.get("scores", KEY, write_scores, label="effort")
     assert new.computed and new.path != old.path
     assert caplog.messages[0].startswith(
-        f"effort: version 1 of this stage made it in {old.path}, which is not read"
+        f"effort: version {version} of this stage made it in {old.path}, which is not read"
     )
 
 
