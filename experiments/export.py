@@ -22,8 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from experiments.recorded import RecordedRun, recorded_run
-from experiments.single import data_digest
-from staff.data import Sample, Task
+from staff.data.task import Sample, Task, data_digest
 from staff.errors import UserError
 
 

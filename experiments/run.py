@@ -18,8 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
-from staff.runtime import processes
 from staff.errors import UserError
+from staff.runtime import processes
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 log = logging.getLogger("staff")

@@ -1,9 +1,9 @@
-"""What lies in a store of artefacts: `python -m experiments.store list`, `verify` and `prune`.
+"""The artefacts of a store: `staff-store list`, `verify` and `prune`.
 
-list     every artefact: size, age, what it cost, what attempts that led to nothing took, how many records need it.
+list     every artefact: size, age, cost, seconds of failed attempts, how many records need it.
 verify   compares every file with its checksum.
-prune    removes what no record needs, what is damaged, what an older version of a stage made, and checkpoints of
-         fine-tunings that were not finished. It says what it would remove; with --yes it does.
+prune    removes artefacts that no record needs, that are damaged or of an older version of their stage, and
+         checkpoints of unfinished fine-tunings. It says what it would remove; with --yes it does.
 """
 
 from __future__ import annotations
@@ -22,10 +22,19 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.recorded import recorded_runs
-from staff.artifacts import STAGE_VERSIONS, Store
-from staff.attempts import lost
+from staff.data.tokens import Tokens
 from staff.errors import UserError
-from staff.manifest import check_contents, check_sizes, read_manifest
+from staff.evaluation.stage import Generate, Measure
+from staff.models.prepare import ConvertGguf
+from staff.pool import Select
+from staff.scoring.stage import Score
+from staff.store.attempts import failed_attempts
+from staff.store.manifest import check_contents, check_sizes, read_manifest
+from staff.store.store import RESERVED, Store
+from staff.training.stage import Finetune
+
+VERSIONS = {stage.kind: stage.version for stage in (ConvertGguf, Tokens, Finetune, Score, Select, Generate, Measure)}
+"""The present version of every shipped stage, by kind."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +48,14 @@ class Entry:
     size: int = 0  # bytes
     age: float = 0.0  # days
     seconds: float = 0.0
-    lost: float = 0.0  # seconds of attempts that led to nothing
+    failed: float = 0.0  # seconds of failed attempts
     older: bool = False
     damage: str = ""
 
 
 def entries(store: Path, *, contents: bool = False) -> list[Entry]:
     """Every artefact in the store, by stage and age; `contents`: its files compared with their checksums."""
-    manifests = [file for stage in STAGE_VERSIONS for file in store.glob(f"{stage}/*/manifest.json")]
+    manifests = [f for f in store.glob("*/*/manifest.json") if f.parts[-3] not in RESERVED]
     found = [_entry(file.parent, contents) for file in manifests]
     return sorted(found, key=lambda entry: (entry.stage, -entry.age))
 
@@ -72,8 +81,8 @@ def _entry(folder: Path, contents: bool) -> Entry:
         size,
         (datetime.now(UTC) - datetime.fromisoformat(manifest["created"])).total_seconds() / 86400,
         artifact.cost.seconds,
-        sum(attempt["seconds"] for attempt in manifest.get("lost_attempts", [])),
-        manifest["version"] < STAGE_VERSIONS[artifact.stage],
+        sum(attempt["seconds"] for attempt in manifest.get("failed_attempts", [])),
+        manifest["version"] < VERSIONS.get(artifact.stage, 0),
         damage,
     )
 
@@ -101,7 +110,7 @@ def show(store: Path, results: Sequence[Path]) -> None:
             "MB": f"{entry.size / 1e6:.1f}",
             "days old": f"{entry.age:.1f}",
             "cost (s)": f"{entry.seconds:.1f}",
-            "lost (s)": f"{entry.lost:.1f}" if entry.lost else "-",
+            "failed (s)": f"{entry.failed:.1f}" if entry.failed else "-",
             "records": records[entry.fingerprint],
             "": "damaged" if entry.damage else "older version" if entry.older else "",
         }
@@ -111,7 +120,7 @@ def show(store: Path, results: Sequence[Path]) -> None:
         print(pd.DataFrame(rows).to_string(index=False))
     print(f"{_sum(found)}; they cost {sum(entry.seconds for entry in found):.1f} s")
     for file in sorted(store.glob("attempts/*.json")):
-        attempts = lost(file)
+        attempts = failed_attempts(file)
         seconds = sum(attempt["seconds"] for attempt in attempts)
         print(f"not finished: {file.stem[:8]}, {len(attempts)} attempt(s), {seconds:.1f} s")
 
@@ -143,7 +152,7 @@ def prune(store: Path, results: Sequence[Path], really: bool) -> None:
         return
     shared = Store(store)
     shared.remove_dead_drafts()
-    if held := shared.at_work():
+    if held := shared.held_locks():
         raise UserError(f"a process is at work in {store} ({held[0].name}); prune when it is done.")
     for entry in doomed:
         shared.remove(entry.folder)

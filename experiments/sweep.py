@@ -30,8 +30,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from experiments import threads
-from staff.runtime import processes
 from staff.errors import UserError
+from staff.runtime import processes
 
 FOLDER, TOTAL, WORKERS = "STAFF_SWEEP_FOLDER", "STAFF_SWEEP_TOTAL", "STAFF_SWEEP_WORKERS"
 PROCESS = "STAFF_SWEEP_PROCESS"

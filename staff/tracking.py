@@ -36,18 +36,22 @@ PACKAGES = (
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
-    """Write `record` to `folder`/metrics.json, whole or not at all, and return the path.
-
-    The file is strict JSON: what is not finite becomes null, NumPy values become plain ones, paths text. Any
-    other type is a TypeError.
-    """
+    """Write `record` to `folder`/metrics.json, whole or not at all, and return the path."""
     path = folder / "metrics.json"
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False)
     temporary = folder / f".metrics.{os.getpid()}.json"
-    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.write_text(as_json(record), encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def as_json(record: Mapping[str, Any]) -> str:
+    """A record as strict JSON: values that are not finite become null, NumPy values plain ones, paths text.
+
+    Raises:
+        TypeError: any other type.
+    """
+    return json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
