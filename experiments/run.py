@@ -8,13 +8,12 @@ import select
 import sys
 import traceback
 import warnings
-from concurrent.futures import BrokenExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
@@ -48,39 +47,29 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
         return distributed.from_first(lambda: record.write(this, chosen, coreset, tuned, answered))
 
 
-@hydra.main(config_path=CONF, config_name="config", version_base="1.3")
-def _job(cfg: DictConfig) -> None:
-    job = HydraConfig.get()
-    choices: Any = OmegaConf.to_container(job.runtime.choices)
-    if job.mode is None or job.mode.name != "MULTIRUN":
-        try:
-            folder = run(cfg, choices)
-        except Exception as error:
-            _leave(error)
-        if distributed.first():
-            print(sweep.table([folder]))
-        return
-    if distributed.launched():
-        how = "start `torchrun ... -m experiments.run` once a configuration, without --multirun"
-        _leave(UserError(f"torchrun is for one run: {how}, or let a cluster do so: hydra/launcher=cluster."))
-    distributed.start()  # where a launcher has started several tasks for this job
-    with sweep.begin_job(job.job.num) if distributed.first() else nullcontext(True) as wanted:
-        if distributed.from_first(lambda: wanted):
-            _work(cfg, choices, job)
-    distributed.end()
-
-
-def _work(cfg: DictConfig, choices: dict[str, Any], job: Any) -> None:
-    """A job of a sweep, of which one process leaves word."""
-    result: Path | Exception
+def job(cfg: DictConfig) -> Path | None:
+    """One job of Hydra's: the only one, whose error ends the process, or one of a sweep, which has others do that
+    are still to come."""
+    hydra_config = HydraConfig.get()
+    choices: Any = OmegaConf.to_container(hydra_config.runtime.choices)
+    if hydra_config.mode is RunMode.MULTIRUN:
+        if distributed.launched():
+            how = "start `torchrun ... -m experiments.run` once a configuration, without --multirun"
+            _leave(UserError(f"torchrun is for one run: {how}, or let a cluster do so: hydra/launcher=cluster."))
+        distributed.start()  # where a launcher has started several tasks for this job
+        return run(cfg, choices)
     try:
-        result = run(cfg, choices)
-        speaks = distributed.first()
-    except Exception as error:  # one failing job must not stop the others
-        result, speaks = error, distributed.speaks_of_failure()
-    if speaks:
-        sweep.report_job(job.job.num, " ".join(job.overrides.task), result)
-        distributed.told()
+        folder = run(cfg, choices)
+    except Exception as error:
+        _leave(error)
+    if distributed.first():
+        print(sweep.table([folder]))
+    return None
+
+
+def run_hydra() -> None:
+    """Carry out the command line."""
+    hydra.main(config_path=CONF, config_name="config", version_base="1.3")(job)()
 
 
 def main() -> None:
@@ -92,9 +81,8 @@ def main() -> None:
     _quiet()
     try:
         distributed.start()
-        while sweep.go_on(_killed()):
-            pass
-        sweep.end()
+        run_hydra()
+        failed = sweep.end()
         distributed.end()
     except KeyboardInterrupt:
         if distributed.first():
@@ -106,16 +94,7 @@ def main() -> None:
             distributed.leave(1)
         sweep.end()
         _leave(error)
-    sys.exit(sweep.exit_status())
-
-
-def _killed() -> BrokenExecutor | None:
-    """Carry out the command; what a launcher says of a worker that was killed."""
-    try:
-        _job()
-    except BrokenExecutor as error:
-        return error
-    return None
+    sys.exit(1 if failed else 0)
 
 
 def _reader_gone() -> bool:

@@ -30,7 +30,7 @@ SHRUNK = (
     "tracking=none",
 )
 GRID = ("method=full,staff,ccs", "pruning_rate=0.5,0.75")
-PARALLEL = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+PARALLEL = ("hydra/launcher=local", "hydra.launcher.workers=2")
 
 
 def start(results: Path, *arguments: str) -> subprocess.Popen:
