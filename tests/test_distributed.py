@@ -188,7 +188,6 @@ FAILS = """
 import atexit, os, sys, time
 from staff import distributed
 from staff.errors import UserError
-distributed.GRACE = 1.0
 distributed.start()
 def refuse():
     raise UserError("no such model")
@@ -212,8 +211,10 @@ except RuntimeError as error:
     if distributed.speaks_of_failure():
         print("said:", error, file=sys.stderr)
         distributed.told()
-    atexit.register(os.abort)  # as a thread of gloo's may, when Python ends
-    distributed.leave(1)
+    if sys.argv[2] != "goes on":
+        atexit.register(os.abort)  # as a thread of gloo's may, when Python ends
+        distributed.leave(1)
+    distributed.end()
 """
 
 
@@ -233,10 +234,13 @@ def together(*command: str) -> list[tuple[int, str]]:
     return list(zip([process.returncode for process in running], said, strict=True))
 
 
-@pytest.mark.parametrize(("failing", "other"), [(1, "waits"), (0, "waits"), (0, "fails too")])
-def test_what_fails_in_one_process_ends_them_all_and_is_said_once(failing: int, other: str):
+@pytest.mark.parametrize(
+    ("failing", "other", "ends"), [(1, "waits", 1), (0, "waits", 1), (0, "fails too", 1), (0, "goes on", 0)]
+)
+def test_what_fails_in_one_process_ends_them_all_and_is_said_once(failing: int, other: str, ends: int):
+    """ "goes on": as a job of a sweep that fails in every process, none of which is to be ended."""
     (first, said), (second, also_said) = together("-c", FAILS, str(failing), other)
-    assert (first, second) == (1, 1)
+    assert (first, second) == (ends, ends)
     expected = [f"{rank} no such model\n{rank} sample 7 is not finite\n" for rank in (0, 1)]
     expected[failing] += "said: a defect\n"
     assert [said, also_said] == expected, "and no word of torch's about a lost connection"
