@@ -2,12 +2,12 @@
 
     staff -m hydra/launcher=local hydra.launcher.workers=2 ...
 
-A worker is a fresh process that stays for several jobs, since importing torch takes seconds. One that dies fails the
-job it had and nothing else; another takes its place. Workers end with the process that started them, however that
-ends.
+A worker is a fresh process that stays for several jobs, since importing torch takes seconds. If it dies, the job it
+had fails, the others go on, and a new process takes its place. Workers end when their parent process ends, even if
+that is killed.
 
-Hydra finds launchers in the namespace package `hydra_plugins` alone, which is why this file lies here. It imports
-every module there whenever any application starts: torch is imported late.
+Hydra finds launchers only in the namespace package `hydra_plugins`, and imports every module there whenever any
+application starts. So this file lies here, and imports torch late.
 """
 
 import logging
@@ -33,15 +33,16 @@ log = logging.getLogger(__name__)
 
 
 class LocalLauncher(Launcher):
-    """Runs each job in one of several worker processes, each with a GPU of its own and its part of the threads.
+    """Runs each job in one of several worker processes. Each has a GPU of its own and its part of the threads.
 
-    The task function must be found by its name in its module, undecorated: workers are told where it is.
+    The task function must be importable by its name, undecorated: workers receive its name.
 
     Args:
-        workers: how many; None: one for each GPU, or one where there is none. More workers than GPUs share them.
+        workers: number of worker processes; None: one per GPU, or one on a machine without. If there are more
+            workers than GPUs, they share them.
 
     Raises:
-        UserError: `workers` is something else.
+        UserError: `workers` is not a positive whole number.
     """
 
     config: DictConfig
@@ -57,11 +58,10 @@ class LocalLauncher(Launcher):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs.
+        """Run the jobs and return their results, in order.
 
-        Returns:
-            What each job came to, in their order. The job of a worker that died has failed, with a `UserError` that
-            says how; the callbacks' `on_job_end` has heard of it here, as of all others in their worker.
+        A job whose worker died is returned as failed, with a `UserError` that says how the worker ended. Its
+        `on_job_end` callbacks are called in this process; those of all other jobs in their worker.
         """
         gpus = visible_gpus()
         count = self.workers or len(gpus) or 1
@@ -75,18 +75,21 @@ class LocalLauncher(Launcher):
                     if waiting and not worker.job:
                         number, overrides = waiting.popleft()
                         log.info("\t#%d : %s", number, " ".join(filter_overrides(overrides)))
-                        worker.begin(self._composed(number, overrides, count))
+                        worker.start_job(self._compose(number, overrides, count))
                 busy = [worker for worker in workers if worker.job]
                 wait([worker.connection for worker in busy], timeout=1)
                 for worker in busy:
-                    if (result := worker.result()) is not None:
-                        returns[worker.finish().hydra.job.num] = result
+                    job = worker.job
+                    if job and (result := worker.result()):
+                        returns[job.hydra.job.num] = result
         finally:
             for worker in workers:
-                worker.end()
+                worker.stop()
+            for worker in workers:
+                worker.join()
         return [returns[number] for number in sorted(returns)]
 
-    def _composed(self, number: int, overrides: Sequence[str], workers: int) -> DictConfig:
+    def _compose(self, number: int, overrides: Sequence[str], workers: int) -> DictConfig:
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
@@ -95,7 +98,7 @@ class LocalLauncher(Launcher):
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls the GPUs that this process may use."""
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         import torch
@@ -105,37 +108,34 @@ def visible_gpus() -> list[str]:
 
 
 def environment(number: int, workers: int, gpus: Sequence[str]) -> dict[str, str]:
-    """What worker `number` has in its environment beside what it inherits; what the user has set stays, but for the
-    list of GPUs."""
+    """The variables that worker `number` does not inherit. Threads that the user has set are left alone."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Threads that spin while they wait slow the other workers down.
+    # OpenMP's threads spin while they wait by default, which slows the other workers down.
     threads = {"OMP_NUM_THREADS": str(max(1, cores // workers)), "OMP_WAIT_POLICY": "passive"}
     own = {name: value for name, value in threads.items() if name not in os.environ}
     return {**own, "CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else own
 
 
 class _Worker:
-    """A place for one job at a time, and the process that works there: started for the first job, and anew for the
-    first one after it died."""
-
-    connection: Connection
+    """Runs one job at a time in a process of its own, started for its first job, and again after it has died."""
 
     def __init__(self, number: int, environment: dict[str, str], launcher: LocalLauncher) -> None:
         self.number, self.environment = number, environment
         self.context, self.task_function = launcher.hydra_context, launcher.task_function
         self.process: Any = None
+        self.connection: Any = None
         self.job: DictConfig | None = None
 
-    def begin(self, job: DictConfig) -> None:
+    def start_job(self, job: DictConfig) -> None:
         if self.process is None or not self.process.is_alive():
             self._start()
         self.job = job
-        with suppress(BrokenPipeError):  # it has died since; `result` will tell
+        with suppress(BrokenPipeError):  # it has just died, as `result` will find
             self.connection.send(job)
 
     def _start(self) -> None:
         known = " ".join(f"{name}={value}" for name, value in self.environment.items())
-        log.info("worker %d: a new process%s", self.number, known and f" with {known}")
+        log.info("worker %d: a new process%s", self.number, f" with {known}" if known else "")
         spawn = multiprocessing.get_context("spawn")
         self.connection, theirs = spawn.Pipe()
         self.process = spawn.Process(
@@ -143,49 +143,49 @@ class _Worker:
             args=(self.number, theirs, self.context, self.task_function, str(version.getbase())),
             name=f"worker {self.number}",
         )
-        # libgomp and CUDA read the environment once, before any code of ours could set it.
-        with env_override(self.environment), _deaf_to_interrupts():
+        # Set before the process starts: OpenMP and CUDA read their variables once, when they are loaded.
+        with env_override(self.environment), _ignoring_interrupts():
             self.process.start()
         theirs.close()
 
     def result(self) -> JobReturn | None:
-        """What the job came to; None while it is running."""
+        """The result of the job, after which the worker is free for another; None while the job is running."""
         alive = self.process.is_alive()
         try:
-            if self.connection.poll():
-                return self.connection.recv()
-        except (EOFError, OSError):  # it died: the other end is closed
+            result = self.connection.recv() if self.connection.poll() else None
+        except (EOFError, OSError):  # the process has died, which closed the other end
+            result, alive = None, False
+        if result is None and not alive:
             self.process.join()
-            alive = False
-        return None if alive else self._lost()
+            result = self._failure()
+        if result is not None:
+            self.job = None
+        return result
 
-    def _lost(self) -> JobReturn:
+    def _failure(self) -> JobReturn:
         assert self.job is not None
         overrides = list(self.job.hydra.overrides.task)
-        lost = JobReturn(overrides=overrides, hydra_cfg=self.job, status=JobStatus.FAILED)
-        lost.return_value = UserError(f"its worker process {_end_of(self.process.exitcode)}.")
-        self.context.callbacks.on_job_end(config=self.job, job_return=lost)
-        return lost
+        failure = JobReturn(overrides=overrides, hydra_cfg=self.job, status=JobStatus.FAILED)
+        failure.return_value = UserError(f"its worker process {_describe_exit(self.process.exitcode)}.")
+        self.context.callbacks.on_job_end(config=self.job, job_return=failure)
+        return failure
 
-    def finish(self) -> DictConfig:
-        """The job that is done; the worker is free for another."""
-        assert self.job is not None
-        job, self.job = self.job, None
-        return job
+    def stop(self) -> None:
+        """Have the process end: an idle one by closing its connection, a busy one by SIGTERM."""
+        if self.process is not None:
+            self.connection.close()
+            if self.job:
+                self.process.terminate()
 
-    def end(self) -> None:
-        """End the process: one that has nothing to do in its own way, one at work at once."""
-        if self.process is None:
-            return
-        self.connection.close()
-        if self.job:
-            self.process.terminate()
-        self.process.join(timeout=10)
-        self.process.kill()
-        self.process.join()
+    def join(self) -> None:
+        """Wait for the process to end; one that has not within ten seconds is killed."""
+        if self.process is not None:
+            self.process.join(timeout=10)
+            self.process.kill()
+            self.process.join()
 
 
-def _end_of(exitcode: int) -> str:
+def _describe_exit(exitcode: int) -> str:
     if exitcode >= 0:
         return f"ended with exit status {exitcode}"
     name = signal.Signals(-exitcode).name
@@ -193,8 +193,8 @@ def _end_of(exitcode: int) -> str:
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes started meanwhile ignore Ctrl-C, which a terminal sends to all of them: their parent ends them."""
+def _ignoring_interrupts() -> Iterator[None]:
+    """Processes started meanwhile ignore Ctrl-C, which a terminal sends to them too: their parent ends them."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -203,7 +203,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 def _work(number: int, connection: Connection, context: HydraContext, task: TaskFunction, base: str) -> None:
-    """A worker's life: jobs come by the connection until that is closed, and what they come to goes back."""
+    """The main function of a worker: run the jobs that arrive, until the connection is closed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     version.setbase(base)
     setup_globals()
@@ -212,7 +212,7 @@ def _work(number: int, connection: Connection, context: HydraContext, task: Task
             config = connection.recv()
         except EOFError:
             return
-        _sign_log_lines(f"[worker {number}, job {config.hydra.job.num}]")
+        _prefix_log_lines(f"[worker {number}, job {config.hydra.job.num}]")
         connection.send(
             run_job(
                 task_function=task,
@@ -231,12 +231,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _sign_log_lines(signature: str) -> None:
-    """Whatever format the log has, let its messages begin with the signature."""
+def _prefix_log_lines(prefix: str) -> None:
+    """Put `prefix` before every message of this process's log, whatever the format of its handlers."""
 
-    def signed(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    def prefixed(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = logging.LogRecord(*args, **kwargs)
-        record.msg = f"{signature} {record.msg}"
+        record.msg = f"{prefix} {record.msg}"
         return record
 
-    logging.setLogRecordFactory(signed)
+    logging.setLogRecordFactory(prefixed)

@@ -212,13 +212,13 @@ def speaks_of_failure() -> bool:
     if _group is None:
         return True
     if _group.speaks is None:
-        _group.speaks = False
-        with suppress(Exception):  # the store is gone with the process that held it, which told or was killed
+        _group.speaks = False  # where the store is gone with its process, which told what failed or was killed
+        with suppress(Exception):
             _group.store.set(f"failed {_group.rank}", "")
             _group.speaks = _group.store.add("failures", 1) == 1
             if not _group.speaks:
                 _group.store.wait(["told"], timedelta(seconds=GRACE))
-    return _group.speaks
+    return bool(_group.speaks)
 
 
 def told() -> None:

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("staff", "baselines", "experiments", "hydra_plugins", "conf", "tests", "results/paper", "pyproject.toml", "README.md")
+COPIED = (
+    *("staff", "baselines", "experiments", "hydra_plugins", "conf", "tests", "results/paper"),
+    *("pyproject.toml", "README.md"),
+)
 
 
 @dataclass(frozen=True)
@@ -199,8 +202,8 @@ MUTATIONS = (
     Mutation(
         "a dead worker ends the sweep",
         "hydra_plugins/staff_launcher.py",
-        "        return None if alive else self._lost()\n",
-        "        assert alive\n",
+        "            result = self._failure()\n",
+        "            raise ChildProcessError\n",
         "tests/test_launcher.py::test_a_job_whose_worker_dies_fails_alone_and_says_how",
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""The launcher for one machine, under a small application of Hydra's: what a worker is given, and how it may end."""
+"""The launcher for one machine, with a small Hydra application: what its workers are given, and how they end."""
 
 import json
 import os
@@ -87,7 +87,7 @@ JOBS = ("waits", "SIGKILL", "SIGSEGV", "exits", "raises", "done", "done", "done"
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
-    """Folder, words and process of a sweep whose jobs end in every way, in two workers over two pretended GPUs."""
+    """Folder, output and process of a sweep whose jobs end in every way, in two workers with two pretended GPUs."""
     folder = tmp_path_factory.mktemp("ended")
     with start(folder, f"do={','.join(JOBS)}", CUDA_VISIBLE_DEVICES="0,1") as sweep:
         out, err = sweep.communicate(timeout=60)
@@ -116,12 +116,12 @@ def test_two_workers_stay_over_several_jobs_and_are_replaced_where_they_die(ende
 
 def test_each_worker_has_a_gpu_of_its_own_and_its_part_of_the_threads(ended):
     folder, out, _ = ended
-    assert {worker["workers"] for worker in told(folder, "begun")} == {2}, "one for each GPU, as nothing else was said"
+    assert {worker["workers"] for worker in told(folder, "begun")} == {2}, "by default one per GPU"
     first, second, *others = (worker["environment"] for worker in told(folder, "begun"))
     assert {first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]} == {"0", "1"}
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    for environment in (first, second, *others):
-        assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == (threads, "passive")
+    for worker in (first, second, *others):
+        assert (worker["OMP_NUM_THREADS"], worker["OMP_WAIT_POLICY"]) == (threads, "passive")
     for number in "01":
         assert f"worker {number}: a new process with OMP_NUM_THREADS={threads}" in out
         assert f"CUDA_VISIBLE_DEVICES={number}" in out

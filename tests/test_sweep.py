@@ -174,7 +174,8 @@ def test_a_job_that_is_killed_or_raises_fails_alone_and_the_same_command_resumes
     assert sweep.returncode == 1 and "2 of 3 jobs failed; the same command runs what is missing" in out
     assert "Traceback" not in out + err and "Error executing job" not in err, "each is told once"
     failed = [line for line in out.splitlines() if line.startswith("failed: ")]
-    for line, said in zip(failed, ("Dies: its worker process was killed by SIGKILL", "Raises: RuntimeError: a defect")):
+    reasons = ("Dies: its worker process was killed by SIGKILL", "Raises: RuntimeError: a defect")
+    for line, said in zip(failed, reasons, strict=True):
         assert f"method._target_=fails.{said}" in line
         assert Path(line.split("traceback: ")[1].rstrip(")")).is_file()
     (record,) = tmp_path.glob("runs/*/metrics.json")
