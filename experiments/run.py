@@ -8,18 +8,17 @@ import select
 import sys
 import traceback
 import warnings
-from concurrent.futures import BrokenExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
-from staff.errors import UserError
 from staff.runtime import processes
+from staff.errors import UserError
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 log = logging.getLogger("staff")
@@ -46,39 +45,29 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
         return processes.broadcast_from_main(lambda: record.write(this, outcome))
 
 
-@hydra.main(config_path=CONF, config_name="config", version_base="1.3")
-def _job(cfg: DictConfig) -> None:
-    job = HydraConfig.get()
-    choices: Any = OmegaConf.to_container(job.runtime.choices)
-    if job.mode is None or job.mode.name != "MULTIRUN":
-        try:
-            folder = run(cfg, choices)
-        except Exception as error:
-            _leave(error)
-        if processes.is_main_process():
-            print(sweep.table([folder]))
-        return
-    if processes.launched():
-        how = "start `torchrun ... -m experiments.run` once a configuration, without --multirun"
-        _leave(UserError(f"torchrun is for one run: {how}, or let a cluster do so: hydra/launcher=cluster."))
-    processes.start()  # where a launcher has started several tasks for this job
-    with sweep.begin_job(job.job.num) if processes.is_main_process() else nullcontext(True) as wanted:
-        if processes.broadcast_from_main(lambda: wanted):
-            _work(cfg, choices, job)
-    processes.end()
-
-
-def _work(cfg: DictConfig, choices: dict[str, Any], job: Any) -> None:
-    """A job of a sweep, of which one process leaves word."""
-    result: Path | Exception
+def job(cfg: DictConfig) -> Path | None:
+    """One job of Hydra's: the only one, whose error ends the process, or one of a sweep, which has others do that
+    are still to come."""
+    hydra_config = HydraConfig.get()
+    choices: Any = OmegaConf.to_container(hydra_config.runtime.choices)
+    if hydra_config.mode is RunMode.MULTIRUN:
+        if processes.launched():
+            how = "start `torchrun ... -m experiments.run` once a configuration, without --multirun"
+            _leave(UserError(f"torchrun is for one run: {how}, or let a cluster do so: hydra/launcher=cluster."))
+        processes.start()  # where a launcher has started several tasks for this job
+        return run(cfg, choices)
     try:
-        result = run(cfg, choices)
-        speaks = processes.is_main_process()
-    except Exception as error:  # one failing job must not stop the others
-        result, speaks = error, processes.claims_error_report()
-    if speaks:
-        sweep.report_job(job.job.num, " ".join(job.overrides.task), result)
-        processes.report_done()
+        folder = run(cfg, choices)
+    except Exception as error:
+        _leave(error)
+    if processes.is_main_process():
+        print(sweep.table([folder]))
+    return None
+
+
+def run_hydra() -> None:
+    """Carry out the command line."""
+    hydra.main(config_path=CONF, config_name="config", version_base="1.3")(job)()
 
 
 def main() -> None:
@@ -90,9 +79,8 @@ def main() -> None:
     _quiet()
     try:
         processes.start()
-        while sweep.go_on(_killed()):
-            pass
-        sweep.end()
+        run_hydra()
+        failed = sweep.end()
         processes.end()
     except KeyboardInterrupt:
         if processes.is_main_process():
@@ -104,16 +92,7 @@ def main() -> None:
             processes.leave(1)
         sweep.end()
         _leave(error)
-    sys.exit(sweep.exit_status())
-
-
-def _killed() -> BrokenExecutor | None:
-    """Carry out the command; what a launcher says of a worker that was killed."""
-    try:
-        _job()
-    except BrokenExecutor as error:
-        return error
-    return None
+    sys.exit(1 if failed else 0)
 
 
 def _reader_gone() -> bool:

@@ -8,42 +8,34 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import multiprocessing
 import os
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
-from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, suppress
-from functools import cache
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from experiments import threads
-from staff.errors import UserError
 from staff.runtime import processes
+from staff.errors import UserError
 
-FOLDER, TOTAL, WORKERS = "STAFF_SWEEP_FOLDER", "STAFF_SWEEP_TOTAL", "STAFF_SWEEP_WORKERS"
-PROCESS = "STAFF_SWEEP_PROCESS"
-ALONE = "alone"
+FOLDER = "STAFF_SWEEP_FOLDER"
 _NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory"  # torch's word for it on a processor, a plain RuntimeError
 )
 _NOT_WRITABLE = (errno.EACCES, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 _CUT_OFF = ("Connection closed by peer", "Connection reset by peer")
 log = logging.getLogger("staff")
-_failed = 0
-_at_work = threading.Lock()
 
 
 def folder_of(config: DictConfig, name: str) -> Path:
@@ -58,143 +50,93 @@ def folder_of(config: DictConfig, name: str) -> Path:
 
 
 class Sweep(Callback):
-    """Hydra tells it when a sweep starts and ends."""
+    """Keeps the folder of a sweep, told by Hydra when the sweep begins and when a job has begun or ended.
+
+    The folder's path is in the environment, which every launcher hands on to the processes of its jobs.
+    """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if FOLDER in os.environ or processes.launched():  # once more, for the jobs that are left; or refused
+        if processes.launched():  # refused by the first job
             return
         folder = Path(str(config.results_dir)).absolute()
         folder = folder / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir(parents=True)
-        expected = expected_jobs(config)
-        (folder / "jobs.draft").write_text(json.dumps(expected))
-        os.environ[FOLDER], os.environ[TOTAL] = str(folder), str(len(expected))
-        os.environ[PROCESS] = str(os.getpid())
-        basic = "basic" in config.hydra.launcher._target_
-        jobs = config.hydra.launcher.get("n_jobs", 1 if basic else 0)
-        workers = threads.cores() if jobs < 0 else jobs
-        os.environ[WORKERS] = str(workers)
-        several = f", {workers} at a time, {threads.share_cores(workers)}" if workers else ""
-        log.info("a sweep of %s jobs%s", os.environ[TOTAL], several)
+        jobs = expected_jobs(config)
+        (folder / "jobs.draft").write_text(json.dumps(jobs))
+        os.environ[FOLDER] = str(folder)
+        log.info("a sweep of %d jobs", len(jobs))
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if FOLDER in os.environ:
+            _expect_jobs(Path(os.environ[FOLDER]))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if FOLDER not in os.environ:
+            return
+        failed = job_return.status is JobStatus.FAILED
+        if processes.claims_error_report() if failed else processes.is_main_process():
+            # The public `return_value` would raise what failed; Hydra's own callbacks read this as well.
+            report_job(config.hydra.job.num, " ".join(config.hydra.overrides.task), job_return._return_value)
+            processes.report_done()
+        processes.end()
+        # Told already: Hydra would raise the first failure once more, after the last job.
+        job_return.return_value, job_return.status = None, JobStatus.COMPLETED
 
 
-def end() -> None:
-    """The table of a sweep and what failed; also where the launcher itself broke down."""
-    global _failed
-    if FOLDER not in os.environ:
-        return
-    folder, total = Path(os.environ.pop(FOLDER)), int(os.environ[TOTAL])
-    jobs = [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9]*.json"))]
-    if not jobs:
-        return
-    failures = [job for job in jobs if "failure" in job]
-    _failed = total - len(jobs) + len(failures)
-    print(table([Path(job["folder"]) for job in jobs if "folder" in job]))
-    for job in failures:
-        print(f"failed: {job['job']}: {job['failure']} (traceback: {job['traceback']})")
-    if _failed:
-        print(f"{_failed} of {total} jobs failed; the same command runs what is missing.")
-
-
-def workers() -> int | None:
-    """How many jobs of the sweep run at the same time on this machine; None where the launcher does not say."""
-    return int(os.environ.get(WORKERS, "1")) or None
-
-
-def exit_status() -> int:
-    """0 if no job of this process's sweep failed."""
-    return 1 if _failed else 0
-
-
-@contextmanager
-def begin_job(number: int) -> Iterator[bool]:
-    """Around a job's work: whether it is to be done now.
-
-    A worker that is killed takes its fellows with it, and nobody can tell which job was too much. All that were at
-    work are left until the others are done, and then have the machine to themselves, one after the other.
-    """
-    sweep = Path(os.environ[FOLDER])
-    if multiprocessing.current_process().name.startswith("Loky"):
-        _end_with_parent()
-    with suppress(FileNotFoundError):  # another job was first; a sweep whose jobs never ran expects none
-        (sweep / "jobs.draft").rename(sweep / "jobs.json")
-    begun, alone = sweep / f"{number:05d}.begun", sweep / ALONE
-    if begun.with_suffix(".json").exists() or (begun.exists() and not alone.exists()):
-        yield False
-    elif alone.exists():
-        with _at_work, FileLock(alone):
-            # Whose worker is killed lets go of the lock before its fellows are taken along.
-            wanted = not any(other.read_text() == ALONE for other in _unfinished(sweep))
-            if wanted:
-                begun.write_text(ALONE)
-            yield wanted
-    else:
-        begun.touch()
-        with _at_work:
-            yield True
-
-
-@cache
-def _end_with_parent() -> None:
-    """Have this worker of joblib's end, once its job is done, if the sweep's own process is gone: it would wait for
-    ever."""
-
-    def watch() -> None:
-        while os.getppid() == int(os.environ[PROCESS]):
-            time.sleep(1)
-        with _at_work:
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def go_on(killed: BrokenExecutor | None) -> bool:
-    """Whether the sweep's command is to be carried out once more for jobs that are left, after its workers came to
-    an end or one was `killed`, which is raised where nothing can be gained by that."""
-    if FOLDER not in os.environ:
-        if killed:
-            raise killed
-        return False
-    sweep = Path(os.environ[FOLDER])
-    left = _unfinished(sweep)
-    if killed is None:
-        if left:
-            (sweep / ALONE).touch()
-        return bool(left)
-    guilty = [begun for begun in left if begun.read_text() == ALONE]
-    new = [begun for begun in left if not begun.read_text()]
-    if not guilty and not new:
-        raise killed
-    for begun in new:
-        begun.write_text("left for later")
-    log.warning("a worker was killed by the system (out of memory?): %d job(s) left for later", len(new))
-    for begun in guilty:
-        number = int(begun.stem)
-        job = json.loads((sweep / "jobs.json").read_text())[number]
-        report_job(number, job, UserError("the worker was killed by the system (out of memory?); it was alone."))
-    return True
-
-
-def _unfinished(sweep: Path) -> list[Path]:
-    return [begun for begun in sorted(sweep.glob("*.begun")) if not begun.with_suffix(".json").exists()]
+def _expect_jobs(folder: Path) -> None:
+    """A sweep none of whose jobs ever began, since its configuration is refused, expects none."""
+    with suppress(FileNotFoundError):  # another job was first
+        (folder / "jobs.draft").rename(folder / "jobs.json")
 
 
 def report_job(number: int, job: str, result: Path | Exception) -> None:
     """Leave word of a finished job: the folder of its record, or what made it fail."""
-    sweep = Path(os.environ[FOLDER])
+    folder = Path(os.environ[FOLDER])
+    _expect_jobs(folder)
     word: dict[str, Any] = {"job": job}
     if isinstance(result, Exception):
-        file = sweep / f"{number:05d}.traceback.txt"
+        file = folder / f"{number:05d}.traceback.txt"
         file.write_text("".join(traceback.format_exception(result)))
         sentence = sentence_of(result) or f"{type(result).__name__}: {result}"
         word |= {"failure": sentence, "traceback": str(file)}
         log.error("failed: %s: %s", job, sentence)
     else:
         word |= {"folder": str(result)}
-    draft = sweep / f"{number:05d}.draft"
+    draft = folder / f"{number:05d}.draft"
     draft.write_text(json.dumps(word))
-    draft.rename(sweep / f"{number:05d}.json")
-    log.info("%d of %s jobs done", len(list(sweep.glob("[0-9]*.json"))), os.environ[TOTAL])
+    draft.rename(folder / f"{number:05d}.json")
+    total = len(json.loads((folder / "jobs.json").read_text()))
+    log.info("%d of %d jobs done", len(list(folder.glob("[0-9]*.json"))), total)
+
+
+def end() -> int:
+    """Print the table of a sweep and what failed, also where the launcher itself broke down.
+
+    Returns:
+        How many of its jobs are not done; 0 where there is no sweep.
+    """
+    folder = Path(os.environ.pop(FOLDER, ""))
+    if not (folder / "jobs.json").is_file():
+        return 0
+    total = len(json.loads((folder / "jobs.json").read_text()))
+    jobs = [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9]*.json"))]
+    done = [Path(job["folder"]) for job in jobs if "folder" in job]
+    if done:
+        print(table(done))
+    for job in jobs:
+        if "failure" in job:
+            print(f"failed: {job['job']}: {job['failure']} (traceback: {job['traceback']})")
+    if len(done) < total:
+        print(f"{total - len(done)} of {total} jobs failed; the same command runs what is missing.")
+    return total - len(done)
+
+
+def workers() -> int | None:
+    """How many jobs of the sweep run at the same time on this machine; None where the launcher does not say."""
+    if FOLDER not in os.environ:
+        return 1
+    launcher = HydraConfig.get().launcher
+    return launcher.get("workers", 1 if launcher._target_.endswith("BasicLauncher") else None)
 
 
 def sentence_of(error: BaseException | None) -> str | None:

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("staff", "baselines", "experiments", "conf", "tests", "results/paper", "pyproject.toml", "README.md")
+COPIED = (
+    *("staff", "baselines", "experiments", "hydra_plugins", "conf", "tests", "results/paper"),
+    *("pyproject.toml", "README.md"),
+)
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ MUTATIONS = (
     Mutation(
         "failure ends well",
         "experiments/run.py",
-        "sys.exit(sweep.exit_status())",
+        "sys.exit(1 if failed else 0)",
         "sys.exit(0)",
         "tests/test_run.py::test_a_sweep_by_submitit_goes_on_past_a_failing_job_names_it_and_exits_with_an_error",
     ),
@@ -204,25 +207,25 @@ MUTATIONS = (
         "tests/test_honest_failure.py::test_a_hub_that_cannot_be_reached_is_one_line_and_the_same_command_resumes",
     ),
     Mutation(
-        "killed workers end the sweep",
-        "experiments/sweep.py",
-        "    if not guilty and not new:\n",
-        "    if True:\n",
-        "tests/test_sweep.py::test_a_worker_that_the_system_kills_fails_its_job_alone_and_the_same_command_resumes",
+        "a dead worker ends the sweep",
+        "hydra_plugins/staff_launcher.py",
+        "            result = self._failure()\n",
+        "            raise ChildProcessError\n",
+        "tests/test_launcher.py::test_a_job_whose_worker_dies_fails_alone_and_says_how",
     ),
     Mutation(
         "workers outlive their sweep",
-        "experiments/sweep.py",
-        "        _end_with_parent()\n    with suppress",
-        "        pass\n    with suppress",
-        "tests/test_sweep.py::test_a_sweep_that_is_killed_alone_and_with_its_workers_ends_with_the_same_records",
+        "hydra_plugins/staff_launcher.py",
+        "    threading.Thread(target=_end_with_parent, daemon=True).start()\n",
+        "",
+        "tests/test_launcher.py::test_workers_end_with_their_sweep",
     ),
     Mutation(
-        "a job is blamed for the end of another",
+        "a failed job ends the sweep",
         "experiments/sweep.py",
-        "            if wanted:\n                begun.write_text(ALONE)\n            yield wanted\n",
-        "            begun.write_text(ALONE)\n            yield True\n",
-        "tests/test_sweep.py::test_a_worker_that_the_system_kills_fails_its_job_alone_and_the_same_command_resumes",
+        "job_return.return_value, job_return.status = None, JobStatus.COMPLETED",
+        "pass",
+        "tests/test_sweep.py::test_a_job_that_is_killed_or_raises_fails_alone_and_the_same_command_resumes",
     ),
     Mutation(
         "a W&B that does not answer",

@@ -138,8 +138,7 @@ def test_two_processes_fine_tune_to_the_weights_of_one(results):
     for one, two in files(results, "*/*/finetune/*/*model.safetensors"):
         alone, together = load_file(one), load_file(two)
         for name, weights in alone.items():
-            # Adam's first step divides each gradient by its own size: where that is nearly zero, rounding is seen.
-            assert np.linalg.norm(together[name] - weights) <= 3e-4 * np.linalg.norm(weights), name
+            assert np.abs(together[name] - weights).max() <= 1e-3 * np.abs(weights).max(), name
 
 
 def test_the_losses_of_two_processes_are_those_of_one(results):
@@ -189,7 +188,6 @@ FAILS = """
 import atexit, os, sys, time
 from staff.runtime import processes
 from staff.errors import UserError
-processes.GRACE = 1.0
 processes.start()
 def refuse():
     raise UserError("no such model")
@@ -213,8 +211,10 @@ except RuntimeError as error:
     if processes.claims_error_report():
         print("said:", error, file=sys.stderr)
         processes.report_done()
-    atexit.register(os.abort)  # as a thread of gloo's may, when Python ends
-    processes.leave(1)
+    if sys.argv[2] != "goes on":
+        atexit.register(os.abort)  # as a thread of gloo's may, when Python ends
+        processes.leave(1)
+    processes.end()
 """
 
 
@@ -234,10 +234,13 @@ def together(*command: str) -> list[tuple[int, str]]:
     return list(zip([process.returncode for process in running], said, strict=True))
 
 
-@pytest.mark.parametrize(("failing", "other"), [(1, "waits"), (0, "waits"), (0, "fails too")])
-def test_what_fails_in_one_process_ends_them_all_and_is_said_once(failing: int, other: str):
+@pytest.mark.parametrize(
+    ("failing", "other", "ends"), [(1, "waits", 1), (0, "waits", 1), (0, "fails too", 1), (0, "goes on", 0)]
+)
+def test_what_fails_in_one_process_ends_them_all_and_is_said_once(failing: int, other: str, ends: int):
+    """ "goes on": as a job of a sweep that fails in every process, none of which is to be ended."""
     (first, said), (second, also_said) = together("-c", FAILS, str(failing), other)
-    assert (first, second) == (1, 1)
+    assert (first, second) == (ends, ends)
     expected = [f"{rank} no such model\n{rank} sample 7 is not finite\n" for rank in (0, 1)]
     expected[failing] += "said: a defect\n"
     assert [said, also_said] == expected, "and no word of torch's about a lost connection"

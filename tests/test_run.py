@@ -234,7 +234,7 @@ def test_results_that_cannot_be_written_are_one_sentence(tmp_path: Path):
 def test_help_lists_groups_and_options_without_importing_torch():
     code = (
         "import atexit, sys, experiments.run as r; sys.argv[1:] = ['--help'];"
-        "atexit.register(lambda: print('torch' in sys.modules)); r._job()"
+        "atexit.register(lambda: print('torch' in sys.modules)); r.run_hydra()"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "staff_official" in ended.stdout and ended.stdout.strip().endswith("False")

@@ -30,7 +30,7 @@ SHRUNK = (
     "tracking=none",
 )
 GRID = ("method=full,staff,ccs", "pruning_rate=0.5,0.75")
-PARALLEL = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+PARALLEL = ("hydra/launcher=local", "hydra.launcher.workers=2")
 
 
 def start(results: Path, *arguments: str) -> subprocess.Popen:
@@ -146,33 +146,43 @@ def test_a_sweep_that_is_killed_alone_and_with_its_workers_ends_with_the_same_re
     assert set(computed(said).values()) == {1}, "two workers compute what both need once"
 
 
-DIES = """
+FAILS = """
 import os, signal
 from baselines.random import Random
 
 class Dies(Random):
     def select(self, pool, budget, rng):
-        if os.environ["DIES"] == "yes":
+        if os.environ["FAILS"] == "yes":
             os.kill(os.getpid(), signal.SIGKILL)
+        return super().select(pool, budget, rng)
+
+class Raises(Random):
+    def select(self, pool, budget, rng):
+        if os.environ["FAILS"] == "yes":
+            raise RuntimeError("a defect")
         return super().select(pool, budget, rng)
 """
 
 
-def test_a_worker_that_the_system_kills_fails_its_job_alone_and_the_same_command_resumes(tmp_path, monkeypatch):
-    (tmp_path / "dies.py").write_text(DIES)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("DIES", "yes")
-    jobs = ("method=random", "pruning_rate=0.5", "method._target_=dies.Dies,baselines.random.Random")
+def test_a_job_that_is_killed_or_raises_fails_alone_and_the_same_command_resumes(tmp_path, monkeypatch):
+    (tmp_path / "fails.py").write_text(FAILS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setenv("FAILS", "yes")
+    methods = "method._target_=fails.Dies,fails.Raises,baselines.random.Random"
+    jobs = ("method=random", "pruning_rate=0.5", methods)
     out, err = (sweep := start(tmp_path, *jobs, *PARALLEL)).communicate(timeout=300)
-    assert sweep.returncode == 1 and "1 of 2 jobs failed; the same command runs what is missing" in out
-    said = "method._target_=dies.Dies: the worker was killed by the system (out of memory?); it was alone."
-    (failed,) = [line for line in out.splitlines() if line.startswith("failed: ")]
-    assert said in failed and "Traceback" not in out + err
-    assert Path(failed.split("traceback: ")[1].rstrip(")")).is_file()
-    assert len(records(tmp_path)) == 1
-    monkeypatch.setenv("DIES", "no")
-    finish(start(tmp_path, *jobs))
-    assert len(records(tmp_path)) == 2
+    assert sweep.returncode == 1 and "2 of 3 jobs failed; the same command runs what is missing" in out
+    assert "Traceback" not in out + err and "Error executing job" not in err, "each is told once"
+    failed = [line for line in out.splitlines() if line.startswith("failed: ")]
+    reasons = ("Dies: its worker process was killed by SIGKILL", "Raises: RuntimeError: a defect")
+    for line, said in zip(failed, reasons, strict=True):
+        assert f"method._target_=fails.{said}" in line
+        assert Path(line.split("traceback: ")[1].rstrip(")")).is_file()
+    (record,) = tmp_path.glob("runs/*/metrics.json")
+    assert json.loads(record.read_text())["provenance"]["concurrent_workers"] == 2
+    monkeypatch.setenv("FAILS", "no")
+    said = finish(start(tmp_path, *jobs))
+    assert len(records(tmp_path)) == 3 and said.count("recorded already") == 1
 
 
 def test_the_report_averages_over_seeds_alone_and_tells_what_is_missing(undisturbed: Path, tmp_path: Path):

@@ -2,24 +2,22 @@
 
 All of them do the same, with two exceptions. What is counted in samples (scoring, the batches of fine-tuning,
 answering) is shared out, and what comes of it is brought together. And the process of rank 0 alone writes:
-artefacts, records, logs. A process that fails says so in the store through which the processes found each other;
-those that wait for it, which nothing else would ever tell, watch that store and end as well.
+artefacts, records, logs. The first process to fail claims, in the store through which the processes found each
+other, that it tells of the failure; then it ends with a status that is not zero. That cuts the connections of those
+that wait for it, and torchrun and SLURM end whoever is still at work.
 
 Without `start`, one process is the whole world, and every function here does nothing, at no cost.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -30,8 +28,8 @@ from staff.errors import UserError
 Sharded = TypeVar("Sharded", list, np.ndarray)
 T = TypeVar("T")
 
-GRACE = 10.0
-"""Seconds that a process has to end by itself after another has failed."""
+GRACE = 5.0
+"""Seconds that a process that failed waits for another: to tell of it, or to fail as well."""
 
 
 @dataclass
@@ -41,19 +39,8 @@ class _Group:
     store: Any
     control: Any
     """A process group of its own for messages, so that none is taken for a gradient."""
-    over: threading.Event = field(default_factory=threading.Event)
     speaks: bool | None = None
-    """Whether this process is the one to say what went wrong."""
-
-    def __post_init__(self) -> None:
-        self._watcher = threading.Thread(target=_watch, args=(self,), daemon=True)
-        self._watcher.start()
-        atexit.register(self.rest)  # a thread in the midst of a call to torch ends a process by SIGABRT
-
-    def rest(self) -> None:
-        """Watch no more."""
-        self.over.set()
-        self._watcher.join()
+    """Whether this process is the one to say what went wrong; None while nothing did."""
 
 
 _group: _Group | None = None
@@ -81,6 +68,7 @@ def start() -> None:
         logging.disable(logging.CRITICAL)
         warnings.simplefilter("ignore")
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost connection is told with a stack
     import torch
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
@@ -90,7 +78,7 @@ def start() -> None:
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     store, _, _ = next(rendezvous("env://"))
-    # As long as it takes: one waits for another's artefact for hours, and who fails says so.
+    # As long as it takes: one waits for another's artefact for hours, and who fails ends.
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if gpu else "gloo",
         store=PrefixStore("group", store),
@@ -103,7 +91,8 @@ def start() -> None:
 
 
 def end() -> None:
-    """Wait for the others, and leave them."""
+    """Leave the others, once they are done too. After a failure that they do not come to by themselves, which they
+    may wait for without end, this process ends."""
     global _group
     if _group is None:
         return
@@ -111,20 +100,15 @@ def end() -> None:
 
     if _group.speaks is None:
         distributed.barrier(_group.control)
-        _group.rest()
         distributed.destroy_process_group()
-    _group = None
-
-
-def _watch(group: _Group) -> None:
-    while not group.over.wait(1.0):
+    else:
         try:
-            failed = group.store.check(["failed"])
-        except Exception:  # the store is gone with the process that held it
-            failed = True
-        if failed and not group.over.wait(GRACE):
-            _shutdown(group)
-            os._exit(1)
+            _group.store.wait([f"failed {rank}" for rank in range(_group.world_size)], timedelta(seconds=GRACE))
+        except distributed.DistNetworkError:  # the process that holds the store has ended, and waited before that
+            pass
+        except distributed.DistStoreError:
+            leave(1)
+    _group = None
 
 
 def rank() -> int:
@@ -223,44 +207,25 @@ def _portable(error: Exception) -> Exception:
 
 
 def claims_error_report() -> bool:
-    """To be asked where an error has ended the run: True in one process, which is to tell of it and then to call
-    `report_done`; in the others False, once that was done."""
+    """To be asked where an error has ended the run: True in the process that is to tell of it and then to call
+    `report_done`; False in the others, once that was done."""
     if _group is None:
         return True
-    group = _group
-    if group.speaks is None:
-        group.rest()
-        try:
-            group.speaks = group.store.add("failures", 1) == 1
-            group.store.set("failed", "")
-        except Exception:  # the store is gone: nobody can know whether another has spoken
-            group.speaks = True
-    if not group.speaks:
+    if _group.speaks is None:
+        _group.speaks = False  # where the store is gone with its process, which told what failed or was killed
         with suppress(Exception):
-            group.store.wait(["told"], timedelta(seconds=GRACE))
-        _shutdown(group)
-    return bool(group.speaks)
+            _group.store.set(f"failed {_group.rank}", "")
+            _group.speaks = _group.store.add("failures", 1) == 1
+            if not _group.speaks:
+                _group.store.wait(["told"], timedelta(seconds=GRACE))
+    return bool(_group.speaks)
 
 
 def report_done() -> None:
     """What went wrong has been told: the others may end."""
-    if _group is not None:
-        with suppress(Exception):
+    if _group is not None and _group.speaks:
+        with suppress(Exception):  # the store is gone, and nobody waits for it
             _group.store.set("told", "")
-        _shutdown(_group)
-
-
-def _shutdown(group: _Group) -> None:
-    """To be called before a process ends after a failure. The one that holds the store ends last: who waits for a
-    word there would hear of a lost connection instead."""
-    with suppress(Exception):
-        if group.rank:
-            group.store.set(f"ended {group.rank}", "")
-            return
-        others = [f"ended {rank}" for rank in range(1, group.world_size)]
-        deadline = time.monotonic() + GRACE + 2  # who waits in vain for this process is ended by its watcher
-        while not group.store.check(others) and time.monotonic() < deadline:
-            time.sleep(0.05)
 
 
 def leave(status: int) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
 import sys
 from typing import Any
 
@@ -31,7 +32,8 @@ def progress(total: int, what: str, unit: str = "sample") -> tqdm:
         what: is being done, in a word or two.
     """
     shown: dict[str, Any] = {"total": total, "desc": what, "unit": unit}
-    if sys.stderr.isatty():
+    # Bars of several worker processes would overwrite each other.
+    if sys.stderr.isatty() and multiprocessing.parent_process() is None:
         return tqdm(**shown)
     line = "{desc}: {n} of {total} {unit}s, {elapsed} gone, {remaining} to go"
     seldom: dict[str, Any] = {"delay": EVERY, "mininterval": EVERY, "miniters": 1}

@@ -1,0 +1,170 @@
+"""The launcher for one machine, with a small Hydra application: what its workers are given, and how they end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from hydra_plugins.staff_launcher import LocalLauncher, environment, visible_gpus
+from staff.errors import UserError
+
+APPLICATION = """
+import json, logging, os, signal, time
+from pathlib import Path
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+
+HERE = Path(__file__).parent
+
+class Listener(Callback):
+    def on_job_end(self, config, job_return, **kwargs):
+        told = {"by": os.getpid(), "error": str(job_return._return_value)}
+        (HERE / f"{config.hydra.job.num}.ended").write_text(json.dumps(told))
+
+def job(cfg):
+    number = HydraConfig.get().job.num
+    logging.getLogger("app").info("%s begins", cfg.do)
+    worker = {"pid": os.getpid(), "workers": HydraConfig.get().launcher.workers, "environment": dict(os.environ)}
+    (HERE / "draft").mkdir(exist_ok=True)
+    (HERE / "draft" / str(number)).write_text(json.dumps(worker))
+    (HERE / "draft" / str(number)).rename(HERE / f"{number}.begun")
+    if cfg.do.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, cfg.do))
+    elif cfg.do == "exits":
+        os._exit(3)
+    elif cfg.do == "raises":
+        raise ValueError("a defect")
+    elif cfg.do == "waits":
+        while len(list(HERE.glob("*.begun"))) < cfg.until:
+            time.sleep(0.01)
+    return number
+
+if __name__ == "__main__":
+    hydra.main(config_path=str(HERE), config_name="app", version_base="1.3")(job)()
+"""
+CONFIGURATION = f"""
+do: waits
+until: 2 # jobs that have begun
+defaults: [_self_, override hydra/launcher: local]
+hydra:
+  searchpath: ["file://{ROOT / "conf"}"]
+  sweep: {{dir: "sweep", subdir: "."}}
+  callbacks: {{listener: {{_target_: __main__.Listener}}}}
+"""
+
+
+def start(folder: Path, *overrides: str, **environment: str) -> subprocess.Popen:
+    (folder / "app.py").write_text(APPLICATION)
+    (folder / "app.yaml").write_text(CONFIGURATION)
+    free = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "CUDA_"))}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "app.py", "-m", *overrides],
+        cwd=folder,
+        env={**free, "PYTHONPATH": str(ROOT), **environment},
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def told(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(folder.glob(f"*.{kind}"))]
+
+
+JOBS = ("waits", "SIGKILL", "SIGSEGV", "exits", "raises", "done", "done", "done")
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
+    """Folder, output and process of a sweep whose jobs end in every way, in two workers with two pretended GPUs."""
+    folder = tmp_path_factory.mktemp("ended")
+    with start(folder, f"do={','.join(JOBS)}", CUDA_VISIBLE_DEVICES="0,1") as sweep:
+        out, err = sweep.communicate(timeout=60)
+    assert sweep.returncode == 1 and "killed by SIGKILL" in err, "Hydra raises the first failure, after all jobs"
+    return folder, out, sweep.pid
+
+
+def test_a_job_whose_worker_dies_fails_alone_and_says_how(ended):
+    folder, _, parent = ended
+    assert len(told(folder, "begun")) == len(JOBS)
+    lost = {job: end["error"] for job, end in zip(JOBS, told(folder, "ended")) if end["by"] == parent}
+    assert lost == {
+        "SIGKILL": "its worker process was killed by SIGKILL (out of memory?).",
+        "SIGSEGV": "its worker process was killed by SIGSEGV.",
+        "exits": "its worker process ended with exit status 3.",
+    }
+    others = [end["error"] for end in told(folder, "ended") if end["by"] != parent]
+    assert others == ["0", "a defect", "5", "6", "7"], "of the workers themselves: what each job returned or raised"
+
+
+def test_two_workers_stay_over_several_jobs_and_are_replaced_where_they_die(ended):
+    folder, _, parent = ended
+    workers = {worker["pid"] for worker in told(folder, "begun")}
+    assert 4 <= len(workers) <= 5 and parent not in workers
+
+
+def test_each_worker_has_a_gpu_of_its_own_and_its_part_of_the_threads(ended):
+    folder, out, _ = ended
+    assert {worker["workers"] for worker in told(folder, "begun")} == {2}, "by default one per GPU"
+    first, second, *others = (worker["environment"] for worker in told(folder, "begun"))
+    assert {first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]} == {"0", "1"}
+    threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    for worker in (first, second, *others):
+        assert (worker["OMP_NUM_THREADS"], worker["OMP_WAIT_POLICY"]) == (threads, "passive")
+    for number in "01":
+        assert f"worker {number}: a new process with OMP_NUM_THREADS={threads}" in out
+        assert f"CUDA_VISIBLE_DEVICES={number}" in out
+
+
+def test_every_line_of_the_log_names_worker_and_job(ended):
+    _, out, _ = ended
+    lines = re.findall(r"\[worker ([01]), job (\d)\] (\w+) begins", out)
+    assert sorted((number, job) for _, number, job in lines) == [(str(n), job) for n, job in enumerate(JOBS)]
+    assert {worker for worker, _, _ in lines} == {"0", "1"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_sweep(how: signal.Signals, tmp_path: Path):
+    with start(tmp_path, "do=waits,waits", "until=3", "hydra.launcher.workers=2", CUDA_VISIBLE_DEVICES="") as sweep:
+        deadline = time.monotonic() + 30
+        while len(told(tmp_path, "begun")) < 2:
+            assert time.monotonic() < deadline and sweep.poll() is None
+            time.sleep(0.01)
+        if how is signal.SIGINT:  # Ctrl-C reaches all processes of a terminal
+            os.killpg(sweep.pid, how)
+        else:
+            sweep.send_signal(how)
+        _, err = sweep.communicate(timeout=20)  # until the last of them has closed it
+    assert sweep.returncode in (-how, 1) and err.count("Traceback") == (how is signal.SIGINT)
+
+
+def test_what_the_user_has_set_stays_and_more_workers_than_gpus_share_them(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert environment(1, 4, []) == {}
+    assert [environment(n, 3, ["4", "GPU-7"])["CUDA_VISIBLE_DEVICES"] for n in range(3)] == ["4", "GPU-7", "4"]
+
+
+@pytest.mark.parametrize(
+    ("named", "gpus"), [("0,2", ["0", "2"]), ("GPU-7f, MIG-1", ["GPU-7f", "MIG-1"]), ("", []), ("-1", [])]
+)
+def test_gpus_are_those_that_cuda_would_see(monkeypatch, named: str, gpus: list[str]):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_gpus() == gpus
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, "two", True])
+def test_a_number_of_workers_that_is_none_is_refused(workers):
+    with pytest.raises(UserError, match=rf"hydra.launcher.workers={workers!r} must be null or a whole number"):
+        LocalLauncher(workers)
