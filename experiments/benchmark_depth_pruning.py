@@ -24,10 +24,10 @@ import transformers
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 from scipy.stats import rankdata
+from staff.artifacts import Artifact, Store
 
 from experiments.run import CONF
 from experiments.single import Run
-from staff.artifacts import Artifact, Store
 
 
 class Noting(Store):

@@ -26,10 +26,10 @@ from unittest.mock import patch
 
 import numpy as np
 from scipy.stats import rankdata, spearmanr
+from staff.artifacts import Store
 
 from experiments.benchmarking import alternating, arguments, configured, row, table, write
 from experiments.single import Run
-from staff.artifacts import Store
 from staff.pool import Pool
 
 

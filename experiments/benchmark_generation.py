@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from staff.evaluate import generate
 
 from experiments.benchmarking import alternating, arguments, configured, row, table, write
 from experiments.single import Run
-from staff.evaluate import generate
 
 
 def plain(model: Any, tokenizer: Any, prompts: list[list[int]], new: int) -> list[list[int]]:

@@ -25,16 +25,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from staff.adapters import fresh_lora
+from staff.gradients import Positions, gradient_layers, layer_gradient_norms, token_losses
+from staff.tokens import TokenizedSamples
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from experiments.benchmark_scoring import batches_of, floor
 from experiments.benchmarking import alternating, arguments, configured, row, table, write
 from experiments.single import Run
-from staff.adapters import fresh_lora
-from staff.gradients import Positions, gradient_layers, layer_gradient_norms, token_losses
 from staff.scoring import Asked, score_samples, suited_batch_tokens
-from staff.tokens import TokenizedSamples
 
 
 class Case:

@@ -38,9 +38,9 @@ import pandas as pd
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from staff.cost import Meter, processor_name
 
 from experiments.run import CONF, run
-from staff.cost import Meter, processor_name
 from staff.pool import ROLES, ArrayPool
 from staff.selection import Draws, run_method
 

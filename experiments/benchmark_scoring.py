@@ -34,16 +34,16 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import spearmanr
+from staff.adapters import fresh_lora
+from staff.cost import Meter, forward_flops, scoring_flops
+from staff.gradients import Positions
+from staff.tokens import TokenizedSamples
 from torch.nn.functional import cross_entropy
 
 from experiments.benchmarking import alternating, arguments, clock, configured, row, table, write
 from experiments.single import Run
-from staff.adapters import fresh_lora
-from staff.cost import Meter, forward_flops, scoring_flops
-from staff.gradients import Positions
 from staff.models import LoraSpec, ModelSpec
 from staff.scoring import Asked, score_samples, suited_batch_tokens
-from staff.tokens import TokenizedSamples
 
 ADAPTER = LoraSpec(rank=81, alpha=16, dropout=0.0, targets=("q_proj", "v_proj"))
 EFFORT = Asked(("effort",))

@@ -19,10 +19,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from staff.cost import Cost, Meter
 
 from baselines.ccs import CCS
 from baselines.d2 import D2
-from staff.cost import Cost, Meter
 from staff.pool import ArrayPool
 from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, run_method
 from staff.speculative import Staff

@@ -17,10 +17,10 @@ import torch
 import transformers
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
+from staff.cost import processor_name
 
 from experiments.run import CONF
 from experiments.single import Run
-from staff.cost import processor_name
 
 FOLDER = Path("results/benchmarks")
 

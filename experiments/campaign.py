@@ -1,4 +1,4 @@
-"""Recorded runs as four tables: `python -m experiments.campaign pack RESULTS --into FOLDER`.
+"""Recorded runs as four tables: `staff-campaign pack RESULTS --into FOLDER`.
 
     runs.parquet         a row per run: every field of its record by dotted name, and the texts of metrics.json,
                          training.csv and regions.csv in columns of these names
@@ -226,7 +226,7 @@ def _unpack(results: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.campaign",
+        prog="staff-campaign",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

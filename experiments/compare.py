@@ -1,4 +1,4 @@
-"""Set records that were made again beside the first: `python -m experiments.compare results/tiny results/rebuilt`.
+"""Set records that were made again beside the first: `staff-compare results/tiny results/rebuilt`.
 
 Runs are matched by name, which holds the fingerprint of all that determines their numbers. On the same kind of
 processor and with the same versions every coreset, answer and metric must be equal; elsewhere rounding differs, a
@@ -64,7 +64,7 @@ def _answers(run: RecordedRun) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="staff-compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("first", type=Path, help="results folder with the runs that were there first")
     parser.add_argument("again", type=Path, help="results folder with the runs that were made again")

@@ -1,4 +1,4 @@
-"""Hand the coreset of a recorded run to others: `python -m experiments.export RUN --format jsonl`.
+"""Hand the coreset of a recorded run to others: `staff-export RUN --format jsonl`.
 
 Writes a folder with the chosen samples and README.md, the card that tells how they were chosen and at what cost:
 
@@ -141,7 +141,7 @@ them on.
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="staff-export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a recorded run, results/runs/NAME")
     parser.add_argument("--format", choices=WRITERS, required=True)

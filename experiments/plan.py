@@ -31,7 +31,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import sweep
-from experiments.run import CONF
+from experiments.configuration import CONF
 from experiments.single import Run
 from staff.runtime.progress import progress
 from staff.store.cost import Cost, Meter

@@ -1,4 +1,4 @@
-"""Send recorded runs to Weights & Biases, once there is a network: `python -m experiments.replay [FOLDER ...]`.
+"""Send recorded runs to Weights & Biases, once there is a network: `staff-replay [FOLDER ...]`.
 
 A page is found again by the run's fingerprint, so that a second time goes on the same page.
 """
@@ -13,7 +13,7 @@ from staff.tracking import log_to_wandb
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.replay", description=__doc__)
+    parser = argparse.ArgumentParser(prog="staff-replay", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="*", help="folders of runs; without any, all under --results")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
     arguments = parser.parse_args()

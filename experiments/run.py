@@ -17,10 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
-from staff.runtime import processes
+from experiments.configuration import CONF
 from staff.errors import UserError
+from staff.runtime import processes
 
-CONF = str(Path(__file__).resolve().parents[1] / "conf")
 log = logging.getLogger("staff")
 
 
@@ -52,7 +52,7 @@ def job(cfg: DictConfig) -> Path | None:
     choices: Any = OmegaConf.to_container(hydra_config.runtime.choices)
     if hydra_config.mode is RunMode.MULTIRUN:
         if processes.launched():
-            how = "start `torchrun ... -m experiments.run` once a configuration, without --multirun"
+            how = "start `torchrun --no-python ... staff` once a configuration, without --multirun"
             _leave(UserError(f"torchrun is for one run: {how}, or let a cluster do so: hydra/launcher=cluster."))
         processes.start()  # where a launcher has started several tasks for this job
         return run(cfg, choices)

@@ -26,8 +26,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from staff.runtime import processes
 from staff.errors import UserError
+from staff.runtime import processes
 
 FOLDER = "STAFF_SWEEP_FOLDER"
 _NO_MEMORY = (

@@ -1,4 +1,4 @@
-"""How many threads compute, and how they wait, said to OpenMP by the environment before torch loads it."""
+"""How many threads compute, and how they wait: set in the environment before torch loads OpenMP."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 
 NUMBER, WAITING = "OMP_NUM_THREADS", "OMP_WAIT_POLICY"
 ALSO_WAITING = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""By which GNU's and LLVM's OpenMP are told the same."""
+"""The variables of GNU's and LLVM's OpenMP for the same."""
 
 
 def wait_passively() -> None:
-    """Have threads sleep while they wait for each other, unless the user has said how they are to wait.
+    """Let threads sleep while they wait for each other, unless the user has set how they wait.
 
     By default they spin, and on a machine with other work take the time of those that they wait for. OpenMP reads
     this once, when it is loaded; workers inherit it.
@@ -24,11 +24,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def share_cores(workers: int) -> str:
-    """Give each of several workers of this machine, yet to be started, its share of the cores as threads, at least
-    one, unless the user has set OMP_NUM_THREADS; the choice in words. A single one is left to torch."""
-    if workers > 1 and NUMBER not in os.environ:
-        os.environ[NUMBER] = str(max(1, cores() // workers))
-        return f"each with {os.environ[NUMBER]} of {cores()} cores"
-    chosen = os.environ.get(NUMBER)
-    return f"each with {NUMBER}={chosen}" if chosen else "with as many threads as torch chooses"
+def of_worker(workers: int) -> dict[str, str]:
+    """Variables for one of several workers of this machine: its share of the cores as threads, at least one, unless
+    the user has set OMP_NUM_THREADS."""
+    return {} if NUMBER in os.environ else {NUMBER: str(max(1, cores() // workers))}

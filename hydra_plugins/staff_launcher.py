@@ -27,6 +27,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from experiments import threads
 from staff.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -109,10 +110,7 @@ def visible_gpus() -> list[str]:
 
 def environment(number: int, workers: int, gpus: Sequence[str]) -> dict[str, str]:
     """The variables that worker `number` does not inherit. Threads that the user has set are left alone."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # OpenMP's threads spin while they wait by default, which slows the other workers down.
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // workers)), "OMP_WAIT_POLICY": "passive"}
-    own = {name: value for name, value in threads.items() if name not in os.environ}
+    own = threads.of_worker(workers)
     return {**own, "CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else own
 
 

@@ -128,7 +128,7 @@ FORBIDDEN = {
     "pickle",
     "dill",
     "cloudpickle",
-    "joblib",
+
     "shelve",
     "marshal",
     "read_pickle",

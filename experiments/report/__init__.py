@@ -1,4 +1,4 @@
-"""Records into tables, figures and a page: `python -m experiments.report`; here, what a run prints at its end."""
+"""Records into tables, figures and a page: `staff-report`; here, what a run prints at its end."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def unfinished(results: Path) -> tuple[list[str], list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="staff-report", description=__doc__)
     parser.add_argument(
         "--results", type=Path, default=Path("results"), help="folder with runs/ or the tables of a campaign"
     )

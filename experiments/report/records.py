@@ -28,7 +28,7 @@ def collect(results: Path) -> pd.DataFrame:
 
 
 def report_command(results: Path) -> str:
-    return "python -m experiments.report" + ("" if results == Path("results") else f" --results {results}")
+    return "staff-report" + ("" if results == Path("results") else f" --results {results}")
 
 
 def _row(record: dict[str, Any]) -> dict[str, Any]:
