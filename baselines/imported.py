@@ -85,7 +85,7 @@ def _read_parquet(file: Path, column: str) -> pd.DataFrame:
 
 def _read_json(file: Path, column: str) -> pd.DataFrame:
     table = json.loads(file.read_text("utf-8-sig"), object_pairs_hook=list)
-    if not all(isinstance(row, tuple) for row in table):
+    if not isinstance(table, list) or not all(isinstance(row, tuple) for row in table):
         raise UserError(f"method.path={file} must hold a JSON object of scores by id.")
     return pd.DataFrame({"id": [id for id, _ in table], "score": [score for _, score in table]}, dtype=object)
 
