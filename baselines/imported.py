@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,13 +50,13 @@ class Imported:
         if file.suffix not in readers:
             raise UserError(f"{setting} is none of {', '.join(readers)}: convert it.")
         try:
-            table = readers[file.suffix](file, self.column)
+            rows = readers[file.suffix](file, self.column)
         except UserError:
             raise
         except Exception as error:  # a torn file can end in any error
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{setting} cannot be read ({said}); give a whole {file.suffix} file.") from error
-        return _unique(table, setting)
+        return _unique(rows, setting)
 
     @property
     def content_digest(self) -> str:
@@ -75,39 +76,39 @@ class Imported:
         return Coreset(take(scores, self.which, budget, rng), scores={"imported": scores})
 
 
-def _read_csv(file: Path, column: str) -> pd.DataFrame:
+Rows = list[tuple[Any, Any]]  # ids and scores
+
+
+def _read_csv(file: Path, column: str) -> Rows:
     return _columns(pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig"), file, column)
 
 
-def _read_parquet(file: Path, column: str) -> pd.DataFrame:
+def _read_parquet(file: Path, column: str) -> Rows:
     return _columns(pd.read_parquet(file), file, column)
 
 
-def _read_json(file: Path, column: str) -> pd.DataFrame:
-    table = json.loads(file.read_text("utf-8-sig"), object_pairs_hook=list)
-    if not isinstance(table, list) or not all(isinstance(row, tuple) for row in table):
+def _read_json(file: Path, column: str) -> Rows:
+    rows = json.loads(file.read_text("utf-8-sig"), object_pairs_hook=list)
+    if not isinstance(rows, list) or not all(isinstance(row, tuple) for row in rows):
         raise UserError(f"method.path={file} must hold a JSON object of scores by id.")
-    return pd.DataFrame({"id": [id for id, _ in table], "score": [score for _, score in table]}, dtype=object)
+    return rows
 
 
-def _columns(table: pd.DataFrame, file: Path, column: str) -> pd.DataFrame:
-    for field, name in (("id", "id"), ("column", column)):
+def _columns(table: pd.DataFrame, file: Path, column: str) -> Rows:
+    for name, mend in (("id", "name a column so"), (column, "set method.column to one of them")):
         if name not in table:
             has = ", ".join(map(str, table.columns)) or "none"
-            mend = "name a column so" if field == "id" else "set method.column to one of them"
             raise UserError(f"method.path={file} has no column {name!r}; it has {has}: {mend}.")
-    return table[["id", column]].set_axis(["id", "score"], axis=1)
+    return list(zip(table["id"], table[column]))
 
 
-def _unique(table: pd.DataFrame, setting: str) -> dict[str, float]:
-    ids = table["id"].astype(str)
-    if ids.duplicated().any():
-        twice = ids[ids.duplicated()].iloc[0]
-        raise UserError(f"{setting} lists {twice!r} more than once: give each id one score.")
-    scores = {}
-    for id, score in zip(ids, table["score"]):
+def _unique(rows: Rows, setting: str) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for id, score in rows:
+        if str(id) in scores:
+            raise UserError(f"{setting} lists {str(id)!r} more than once: give each id one score.")
         try:
-            scores[id] = float(score)
+            scores[str(id)] = float(score)
         except (TypeError, ValueError):
             raise UserError(f"{setting} gives {id!r} the score {score!r}: it must be a number.") from None
     return scores

@@ -89,4 +89,4 @@ def _farthest(distances: np.ndarray) -> tuple[np.ndarray, tuple[float, int]]:
     """The `WINDOW` farthest points, ascending, and the distance and negative position of the farthest other one."""
     order = np.argsort(-distances, kind="stable")
     window, rest = np.sort(order[:WINDOW]), order[WINDOW:]
-    return window, (distances[rest[0]], -int(rest[0])) if len(rest) else (-np.inf, 0)
+    return window, (float(distances[rest[0]]), -int(rest[0])) if len(rest) else (-np.inf, 0)
