@@ -176,6 +176,8 @@ def test_the_scores_of_a_coreset_can_be_imported(tmp_path: Path):
 def test_imported_scores_are_known_by_what_they_are_and_not_by_their_file(tmp_path: Path):
     digests = {Imported(str(write(tmp_path, suffix))).content_digest for suffix in (".json", ".csv", ".parquet")}
     assert len(digests) == 1
+    (tmp_path / "turned.json").write_text(json.dumps(dict(reversed(SCORES.items()))))
+    assert Imported(str(tmp_path / "turned.json")).content_digest in digests
     (tmp_path / "other.json").write_text(json.dumps({**SCORES, "sample 3": 1.5}))
     assert Imported(str(tmp_path / "other.json")).content_digest not in digests
 

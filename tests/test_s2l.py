@@ -147,6 +147,13 @@ def test_kmeans_clusters_alike_in_every_order(order: list[int]):
     np.testing.assert_array_equal(same, centroids)
 
 
+def test_a_cluster_that_loses_all_its_points_moves_to_the_farthest_one(monkeypatch: pytest.MonkeyPatch):
+    points = np.array([[0.0], [1], [2], [40]])
+    monkeypatch.setattr("baselines.kmeans._start", lambda *_: np.array([[1.0], [999]]))
+    labels, centroids = kmeans(points, 2, priorities(4))
+    assert labels.tolist() == [0, 0, 0, 1] and centroids.ravel().tolist() == [1, 40]
+
+
 def test_spherical_centroids_have_norm_one():
     points = np.random.default_rng(0).normal(size=(80, 6))
     points /= np.linalg.norm(points, axis=1, keepdims=True)
