@@ -71,7 +71,7 @@ class LESS:
         weights = mean_learning_rates(checkpoints) if rates is None else np.array(rates, dtype=np.float64)
         if len(weights) != checkpoints:
             raise UserError(
-                f"method.learning_rates has {len(weights)} rates, but there are {checkpoints} checkpoints: give each one."
+                f"method.learning_rates has {len(weights)} rates for {checkpoints} checkpoints: give one each."
             )
         labels = np.zeros(len(dev), dtype=int) if pool.dev_groups is None else np.asarray(pool.dev_groups)
         names, groups = np.unique(labels, return_inverse=True)

@@ -176,7 +176,7 @@ def test_bad_fields_are_refused(fields: dict[str, Any], said: str):
 
 
 def test_gradients_that_are_not_finite_and_too_few_learning_rates_are_refused():
-    with pytest.raises(UserError, match=r"learning_rates has 2 rates, but there are 3 checkpoints"):
+    with pytest.raises(UserError, match=r"learning_rates has 2 rates for 3 checkpoints: give one each"):
         select(LESS(learning_rates=[1, 1]), pool_of(10), 3)
     for view, name in (("pool", "'sample 4'"), ("dev", "'4 of the validation slice'")):
         pool = pool_of(10)

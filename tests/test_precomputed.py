@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from baselines.precomputed import Precomputed
-from baselines.random_length import RandomLength
+from baselines.random_matched import RandomMatched
 from staff.errors import UserError
 from staff.pool import ArrayPool
 from staff.selection import Draws, source_digest
@@ -121,8 +121,8 @@ def test_a_list_that_does_not_fit_is_refused_in_a_sentence(
 def test_a_list_is_refused_where_a_budget_asks_for_more(tmp_path: Path):
     path = written(tmp_path, "ids.json", ["d7", "d0", "d3"])
     with pytest.raises(UserError, match=r"ids.json lists 3 samples, not the 4 of the budget"):
-        RandomLength(Precomputed(path)).select(POOL, 4, Draws(0, POOL.ids))
-    assert len(RandomLength(Precomputed(path)).select(POOL, 3, Draws(0, POOL.ids)).indices) == 3
+        RandomMatched(Precomputed(path), ["length"]).select(POOL, 4, Draws(0, POOL.ids))
+    assert len(RandomMatched(Precomputed(path), ["length"]).select(POOL, 3, Draws(0, POOL.ids)).indices) == 3
 
 
 def test_a_run_on_the_coreset_of_another_run_reads_its_fine_tuning_and_its_answers(run, tmp_path: Path):

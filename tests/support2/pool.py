@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from staff.errors import UserError
-from staff.selection import Coreset, Draws
+from staff.selection import Coreset, Draws, check_budget
 
 DEV = 6  # samples of the validation slice
 
@@ -77,3 +78,20 @@ def select(method: Any, pool: Any, budget: int, seed: int = 0) -> Coreset:
 def chosen(method: Any, pool: Any, budget: int, seed: int = 0) -> set[str]:
     """The ids of the coreset."""
     return {pool.ids[i] for i in select(method, pool, budget, seed).indices}
+
+
+@dataclass(frozen=True)
+class HighestEffort:
+    """The plainest method that asks a model: a reference or an inner method for those that have one."""
+
+    def select(self, pool: Any, budget: int, rng: Draws) -> Coreset:
+        check_budget(budget, len(pool.ids))
+        scores = np.asarray(pool.ask("effort", of="small"))
+        return Coreset(rng.highest_first(scores)[:budget], scores={"effort": scores}, filled=1, notes=("a note",))
+
+
+def pool_where_short_answers_score_high(n: int = 400) -> StubPool:
+    lengths = np.random.default_rng(1).integers(5, 60, n)
+    scores = 100.0 / lengths + 0.1 * np.random.default_rng(2).random(n)
+    groups = np.where(np.random.default_rng(3).random(n) < 0.25, "poem", "prose")
+    return StubPool([f"sample {i}" for i in range(n)], {("effort", "small", "pool"): scores}, lengths, groups)
