@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -24,10 +23,7 @@ from baselines.embeddings import slice_ids, unit_rows
 from staff.errors import UserError
 from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
 
-WHOLE_BYTES = (
-    2**30
-)  # of the pool's gradients asked for at once; 100,000 samples take 13 GB, and are asked in blocks
-BLOCK = 4096  # samples
+BLOCK_BYTES = 2**29  # of projected gradients asked for at once; those of 100,000 samples would take 13 GB
 WARMUP = 0.1  # share of steps in which the cosine schedule of fine-tuning rises
 
 
@@ -97,12 +93,10 @@ class LESS:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Positions and their Adam directions. In an order drawn by id, rounding falls alike in every order of the
         pool."""
-        ask = partial(pool.ask, "projected_gradient", of=of, dim=self.dim, adam=True)
-        order = np.argsort(rng.priorities("ties"))
-        whole = ask() if len(order) * sample_bytes <= WHOLE_BYTES else None
-        for start in range(0, len(order), BLOCK):
-            at = order[start : start + BLOCK]
-            block = ask(at=at) if whole is None else whole[at]
+        order, size = np.argsort(rng.priorities("ties")), max(BLOCK_BYTES // sample_bytes, 1)
+        for start in range(0, len(order), size):
+            at = order[start : start + size]
+            block = pool.ask("projected_gradient", of=of, at=at, dim=self.dim, adam=True)
             yield at, _checked(block, [pool.ids[i] for i in at])
 
 

@@ -153,9 +153,9 @@ def test_blocks_give_what_one_question_gives():
     pool = pool_of(50)
     whole = select(LESS(), pool, 20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "WHOLE_BYTES", 0)
-        patch.setattr(module, "BLOCK", 7)
+        patch.setattr(module, "BLOCK_BYTES", 4 * 3 * 8 * 7)
         blocked = select(LESS(), pool, 20)
+    assert len(pool.asked) == 2 + 1 + 8  # the slice each time, everything at once, and blocks of seven
     assert whole.indices.tolist() == blocked.indices.tolist()
     np.testing.assert_allclose(whole.scores["influence"], blocked.scores["influence"], atol=1e-6)
 
