@@ -34,10 +34,18 @@ class StubPool:
         if isinstance(signal, list | tuple):
             return [self.ask(one, of, at, view, **options) for one in signal]
         self.asked.append((signal, of, view, options))
+        if signal == "in_context":
+            return self._in_context(of, view, **options)
         if (signal, of, view) not in self.answers:
             raise UserError(f"the pool has no {signal!r} of {of!r} for {view!r}.")
         values = self.answers[signal, of, view]
         return values if at is None else values[at]
+
+    def _in_context(self, of: str, view: str, demonstrations: np.ndarray, queries: np.ndarray) -> np.ndarray:
+        """Attention in proportion to a sample's loss, and as metric the probability of each query."""
+        loss, metric = self.answers["loss", of, "pool"], self.answers["probability", of, view]
+        attention = np.where(demonstrations >= 0, loss[demonstrations], np.nan)
+        return np.hstack([attention, np.where(queries >= 0, metric[queries % len(metric)], np.nan)])
 
     def reordered(self, order: np.ndarray) -> StubPool:
         answers = {key: v[order] if key[2] == "pool" else v for key, v in self.answers.items()}
