@@ -109,7 +109,7 @@ def aggregate(demonstrations: np.ndarray, attention: np.ndarray, metrics: np.nda
     """
     shown = demonstrations >= 0
     attention = np.where(shown, attention, 0)
-    usable = np.isfinite(attention).all(axis=1) & (attention >= 0).all(axis=1)
+    usable = np.all(np.isfinite(attention) & (attention >= 0), axis=1)
     attention = np.where(usable[:, None], attention, 0)
     count = shown.sum(axis=1, keepdims=True)
     total = attention.sum(axis=1, keepdims=True)

@@ -125,7 +125,7 @@ def _most_promising(gains: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     if count >= len(gains):
         return np.arange(len(gains)), np.arange(0), -np.inf
     by_gain = np.argpartition(-gains, count)
-    return np.sort(by_gain[:count]), np.sort(by_gain[count:]), gains[by_gain[count]]
+    return np.sort(by_gain[:count]), np.sort(by_gain[count:]), float(gains[by_gain[count]])
 
 
 def _lower(
@@ -225,17 +225,6 @@ def _apricot_kernel(x: np.ndarray, metric: str) -> np.ndarray:
         return (distances.max() - distances).astype(np.float32)
     unit = unit_rows(x)
     return ((unit @ unit.T) ** 2).astype(np.float32)
-
-
-def sparse_kernel(row: np.ndarray, col: np.ndarray, val: np.ndarray, size: int) -> np.ndarray:
-    """submodlib's sparse kernel as a dense one, (size, size): a candidate represents its own nearest neighbours.
-
-    The released code keeps k similarities of each row and reads them as if they were symmetric, so that the
-    neighbours of the candidate count, not the samples that have it as a neighbour.
-    """
-    kernel = np.zeros((size, size), dtype=np.float32)
-    kernel[col, row] = val
-    return kernel
 
 
 def superfiltering_official(

@@ -97,7 +97,7 @@ class LESS:
         for start in range(0, len(order), size):
             at = order[start : start + size]
             block = pool.ask("projected_gradient", of=of, at=at, dim=self.dim, adam=True)
-            yield at, _checked(block, [pool.ids[i] for i in at])
+            yield at, _checked(block, [str(pool.ids[i]) for i in at])
 
 
 def _checked(gradients: np.ndarray, ids: Sequence[str]) -> np.ndarray:
@@ -174,10 +174,10 @@ def adam_direction_official(
     `dtype`: "bfloat16" rounds the gradient's share of both moments as a bfloat16 model does; the moments themselves
     stay float32.
     """
-    cast = round_to_bfloat16 if dtype == "bfloat16" else np.float32
-    gradient = cast(gradient)
-    m = np.float32(0.9) * first + cast(np.float32(1 - 0.9) * gradient)
-    v = np.float32(0.999) * second + cast(np.float32(1 - 0.999) * cast(gradient**2))
+    gradient = _in_precision(gradient, dtype)
+    squares = _in_precision(gradient**2, dtype)
+    m = np.float32(0.9) * first + _in_precision(np.float32(1 - 0.9) * gradient, dtype)
+    v = np.float32(0.999) * second + _in_precision(np.float32(1 - 0.999) * squares, dtype)
     return m / np.sqrt(v + np.float32(1e-8))
 
 
@@ -193,12 +193,15 @@ def project_official(
         signs: (P, k), 1 and -1.
         dtype: "float32" or "bfloat16", of the model, in which products and norms are rounded.
     """
-    cast = round_to_bfloat16 if dtype == "bfloat16" else np.float32
     with np.errstate(over="ignore"):
-        halves = cast(gradients).astype(np.float16)
-    projected = cast(cast(halves) @ np.asarray(signs, dtype=np.float32))
-    norms = cast(np.sqrt((projected**2).sum(axis=1, keepdims=True)))
-    return projected, cast(projected / np.maximum(norms, np.float32(1e-12)))
+        halves = _in_precision(gradients, dtype).astype(np.float16)
+    projected = _in_precision(_in_precision(halves, dtype) @ np.asarray(signs, dtype=np.float32), dtype)
+    norms = _in_precision(np.sqrt((projected**2).sum(axis=1, keepdims=True)), dtype)
+    return projected, _in_precision(projected / np.maximum(norms, np.float32(1e-12)), dtype)
+
+
+def _in_precision(values: np.ndarray, dtype: str) -> np.ndarray:
+    return round_to_bfloat16(values) if dtype == "bfloat16" else np.asarray(values, dtype=np.float32)
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:

@@ -85,7 +85,7 @@ class GroupPool:
 
     def __init__(self, pool: ScorePool, members: np.ndarray):
         self._pool, self._members = pool, members
-        self.ids: Sequence[str] = [pool.ids[i] for i in members]
+        self.ids: Sequence[str] = [str(pool.ids[i]) for i in members]
         self.groups = None if pool.groups is None else np.asarray(pool.groups)[members]
         self.dev_groups = pool.dev_groups
 
