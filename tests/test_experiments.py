@@ -59,7 +59,7 @@ def test_the_jobs_of_an_ablation_differ_in_the_one_setting_that_its_comment_name
     differing = {n for n in names if any(each.get(n, missing) != settings[0].get(n, missing) for each in settings)}
     if ablation == "answer_length":
         methods = [job.method._target_.rsplit(".", 1)[1] for job in jobs]
-        assert methods == ["Random", "RandomLength", "Staff"]
+        assert methods == ["Random", "RandomMatched", "Staff"]
         assert {name.split(".")[0] for name in differing} == {"method"}
         assert jobs[1].method.reference == jobs[2].method
     else:

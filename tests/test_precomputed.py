@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from baselines.precomputed import Precomputed
-from baselines.random_length import RandomLength
+from baselines.random_matched import RandomMatched
 from staff.errors import UserError
 from staff.pool import ArrayPool
-from staff.selection import Draws, run_method, source_digest
+from staff.selection import Draws, run_method
 
 POOL = ArrayPool([f"d{i}" for i in range(9)], {}, np.arange(9))
 POSITIONS = [7, 0, 3]
@@ -121,8 +121,8 @@ def test_a_list_that_does_not_fit_is_refused_in_a_sentence(
 def test_a_list_is_refused_where_a_budget_asks_for_more(tmp_path: Path):
     path = written(tmp_path, "ids.json", ["d7", "d0", "d3"])
     with pytest.raises(UserError, match=r"ids.json lists 3 samples, not the 4 of the budget"):
-        run_method(RandomLength(Precomputed(path)), POOL, 4, Draws(0, POOL.ids))
-    assert len(run_method(RandomLength(Precomputed(path)), POOL, 3, Draws(0, POOL.ids)).indices) == 3
+        run_method(RandomMatched(Precomputed(path), ["length"]), POOL, 4, Draws(0, POOL.ids))
+    assert len(run_method(RandomMatched(Precomputed(path), ["length"]), POOL, 3, Draws(0, POOL.ids)).indices) == 3
 
 
 def test_a_run_on_the_coreset_of_another_run_reads_its_fine_tuning_and_its_answers(run, tmp_path: Path):

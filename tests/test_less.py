@@ -1,0 +1,185 @@
+"""LESS against recorded matching, Adam directions and projections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from support2.pool import StubPool, chosen, pool_of, select
+from support2.vectors import cases, vectors
+
+from baselines import less as module
+from baselines.less import (
+    LESS,
+    adam_direction,
+    adam_direction_official,
+    match_official,
+    mean_learning_rates,
+    project_official,
+    round_to_bfloat16,
+)
+from staff.errors import UserError
+
+MATCHING, ADAM, PROJECTIONS = (cases("less", starting=f"less_{name}") for name in ("match", "adam", "proj"))
+
+
+@pytest.mark.parametrize("case", MATCHING)
+def test_scores_and_selections_are_those_of_the_released_matching(case: str):
+    golden = vectors("less")[case]
+    scores, order = match_official(golden["train"], golden["val"], golden["weights"], int(golden["n_subtasks"]))
+    np.testing.assert_allclose(scores, golden["score"], atol=2e-6)
+    assert order.tolist() == golden["sorted_order"].tolist()
+    for name in ("top_p0.05", "top_p0.5", "top_num7"):
+        assert order[: len(golden[name])].tolist() == golden[name].tolist()
+
+
+@pytest.mark.parametrize("case", MATCHING)
+def test_the_method_selects_what_the_released_scripts_select(case: str):
+    golden = vectors("less")[case]
+    train, dev = (golden[name].astype(np.float32).swapaxes(0, 1) for name in ("train", "val"))
+    answers = {
+        ("projected_gradient", "small@epochs", "pool"): train,
+        ("projected_gradient", "small@epochs", "dev"): dev,
+    }
+    subtask = np.repeat(np.arange(int(golden["n_subtasks"])), dev.shape[0] // int(golden["n_subtasks"]))
+    pool = StubPool([f"{i}" for i in range(len(train))], answers, dev_groups=subtask.astype(str))
+    coreset = select(LESS(learning_rates=golden["weights"].tolist()), pool, len(golden["top_p0.5"]))
+    # The recorded gradients have norm 1 but for float16, so that cosines are inner products.
+    np.testing.assert_allclose(coreset.scores["influence"], golden["score"], atol=1e-3)
+    assert len(set(coreset.indices) & set(golden["top_p0.5"])) >= 0.98 * len(golden["top_p0.5"])
+
+
+def test_nan_comes_first_in_the_released_order_and_equal_scores_in_the_order_of_the_pool():
+    train = np.array([[[0.0], [1.0], [np.nan], [1.0]]])
+    _, order = match_official(train, np.ones((1, 1, 1)), np.ones(1), 1)
+    assert order.tolist() == [2, 1, 3, 0]
+
+
+@pytest.mark.parametrize("case", ADAM)
+def test_adam_directions_are_those_of_the_released_code(case: str):
+    golden = vectors("less")[case]
+    direction = adam_direction_official(golden["grad"], golden["m"], golden["v"])
+    np.testing.assert_allclose(direction, golden["adam"], rtol=1e-6, atol=1e-6)
+
+
+def test_the_papers_adam_direction_is_one_step_of_torch():
+    import torch
+
+    rng = np.random.default_rng(0)
+    first, second, gradients = rng.normal(size=7), rng.random(7), rng.normal(size=(3, 7))
+    for gradient, direction in zip(gradients, adam_direction(gradients, first, second, step=5)):
+        weights = torch.zeros(7, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([weights], lr=1.0)
+        moments = {"exp_avg": torch.tensor(first), "exp_avg_sq": torch.tensor(second)}
+        optimizer.state[weights] = {"step": torch.tensor(4.0), **moments}
+        weights.grad = torch.tensor(gradient)
+        optimizer.step()
+        np.testing.assert_allclose(-weights.detach().numpy(), direction, rtol=1e-12)
+
+
+@pytest.mark.parametrize("case", PROJECTIONS)
+def test_projections_are_those_of_the_released_code(case: str):
+    golden = vectors("less")[case]
+    gradients = golden["grad"]
+    dtype = str(golden["model_dtype"]).removeprefix("torch.")
+    for dim in golden["dims"].tolist():
+        bits = np.unpackbits(golden[f"matrix_bits_dim{dim}"], count=gradients.shape[1] * dim)
+        signs = 2 * bits.reshape(-1, dim).astype(np.float32) - 1
+        projected, unit = project_official(gradients, signs, dtype)
+        np.testing.assert_allclose(projected, golden[f"unnormalised_dim{dim}"], atol=1e-5)
+        np.testing.assert_allclose(unit, golden[f"normalised_dim{dim}"], atol=1e-6)
+
+
+def test_rounding_to_bfloat16_is_torchs():
+    import torch
+
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32) * 10.0 ** np.arange(-20, 20).repeat(25)
+    values = np.concatenate([values, [0, -0.0, np.inf, -np.inf, 1.00390625, 1.01171875]]).astype(np.float32)
+    expected = torch.tensor(values).bfloat16().float().numpy()
+    np.testing.assert_array_equal(round_to_bfloat16(values), expected)
+    assert np.isnan(round_to_bfloat16(np.array([np.nan]))[0])
+
+
+def test_learning_rates_rise_for_a_tenth_and_fall_to_zero():
+    assert mean_learning_rates(1)[0] == pytest.approx(0.5, abs=1e-3)
+    rates = mean_learning_rates(10)
+    assert rates[0] == pytest.approx(0.5, abs=1e-3) and (np.diff(rates[1:]) < 0).all() and rates[-1] < 0.02
+
+
+def test_training_samples_are_asked_for_adam_directions_and_the_slice_for_plain_gradients():
+    pool = pool_of(30)
+    select(LESS(dim=64), pool, 5)
+    asked = {view: (of, options) for signal, of, view, options in pool.asked if signal == "projected_gradient"}
+    assert asked["dev"] == ("small@epochs", {"dim": 64, "adam": False})
+    assert asked["pool"] == ("small@epochs", {"dim": 64, "adam": True})
+
+
+def planted(average_pool: int = 40) -> StubPool:
+    """The first sample points where group "b" of the slice does, the second at group "a", the others nowhere."""
+    train = np.zeros((average_pool, 2, 4))
+    train[:, :, 3] = 1
+    train[0], train[1] = [0, 5, 0, 0], [2, 0, 0, 0]
+    dev = np.zeros((3, 2, 4))
+    dev[:2, :, 0], dev[2, :, 1] = 1, 3
+    answers = {
+        ("projected_gradient", "small@epochs", "pool"): train,
+        ("projected_gradient", "small@epochs", "dev"): dev,
+    }
+    ids = [f"sample {i}" for i in range(average_pool)]
+    return StubPool(ids, answers, dev_groups=np.array(["a", "a", "b"]))
+
+
+@pytest.mark.parametrize("average", ["cosines", "gradients"])
+def test_a_sample_scores_as_high_as_its_best_group_and_lengths_of_gradients_do_not_matter(average: str):
+    pool = planted()
+    coreset = select(LESS(average=average), pool, 2)
+    assert coreset.indices.tolist() == [0, 1]
+    np.testing.assert_allclose(coreset.scores["influence"][:3], [1, 1, 0], atol=1e-6)
+    assert coreset.diagnostics.set_index("group")["picked"].to_dict() == {"a": 1, "b": 1}
+    pool.dev_groups = None
+    assert chosen(LESS(average=average), pool, 1) == ({"sample 1"} if average == "cosines" else {"sample 0"})
+
+
+def test_learning_rates_weigh_the_checkpoints():
+    pool = planted()
+    pool.answers["projected_gradient", "small@epochs", "pool"][0, 1] = [0, 0, 5, 0]  # right at the first one only
+    for rates, first in (([1, 0], {"sample 0", "sample 1"}), ([0, 1], {"sample 1"})):
+        scores = select(LESS(learning_rates=rates), pool, 1).scores["influence"]
+        assert {pool.ids[i] for i in np.flatnonzero(scores > 0.9)} == first
+
+
+def test_blocks_give_what_one_question_gives():
+    pool = pool_of(50)
+    whole = select(LESS(), pool, 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK_BYTES", 4 * 3 * 8 * 7)
+        blocked = select(LESS(), pool, 20)
+    assert len(pool.asked) == 2 + 1 + 8  # the slice each time, everything at once, and blocks of seven
+    assert whole.indices.tolist() == blocked.indices.tolist()
+    np.testing.assert_allclose(whole.scores["influence"], blocked.scores["influence"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"dim": 0}, r"method.dim=0 must be a whole number of at least 1"),
+        ({"average": "max"}, r"method.average='max' is unknown"),
+        ({"learning_rates": []}, r"method.learning_rates=\[\] must be null or a list of rates"),
+        ({"learning_rates": [0, 0.0]}, r"method.learning_rates=\[0, 0.0\] must be null or a list"),
+        ({"learning_rates": ["1"]}, r"method.learning_rates=\['1'\] must be null or a list"),
+    ],
+)
+def test_bad_fields_are_refused(fields: dict[str, Any], said: str):
+    with pytest.raises(UserError, match=said):
+        LESS(**fields)
+
+
+def test_gradients_that_are_not_finite_and_too_few_learning_rates_are_refused():
+    with pytest.raises(UserError, match=r"learning_rates has 2 rates for 3 checkpoints: give one each"):
+        select(LESS(learning_rates=[1, 1]), pool_of(10), 3)
+    for view, name in (("pool", "'sample 4'"), ("dev", "'4 of the validation slice'")):
+        pool = pool_of(10)
+        pool.answers["projected_gradient", "small@epochs", view][4, 1, 2] = np.inf
+        with pytest.raises(UserError, match=f"the projected gradient of sample {name} is inf"):
+            select(LESS(), pool, 3)
