@@ -33,7 +33,9 @@ from staff.store.manifest import check_contents, check_sizes, read_manifest
 from staff.store.store import RESERVED, Store
 from staff.training.stage import Finetune
 
-VERSIONS = {stage.kind: stage.version for stage in (ConvertGguf, Tokens, Finetune, Score, Select, Generate, Measure)}
+VERSIONS = {
+    stage.kind: stage.version for stage in (ConvertGguf, Tokens, Finetune, Score, Select, Generate, Measure)
+}
 """The present version of every shipped stage, by kind."""
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = (
-    *("staff", "baselines", "experiments", "hydra_plugins", "conf", "tests", "results/paper"),
+    *("staff", "baselines", "experiments", "hydra_plugins", "conf", "tests"),
     *("pyproject.toml", "README.md"),
 )
 

@@ -34,7 +34,7 @@ from experiments.report.statistics import t_interval
 from experiments.single import NOT_IN_FINGERPRINT
 from staff.tracking import write_record
 
-PAPER = pd.read_csv(ROOT / "results/paper/table1.csv")
+PAPER = pd.read_csv(ROOT / "experiments/report/paper/table1.csv")
 METHODS = {"raw": "baselines.full.Raw", "full": "baselines.full.Full", "random": "baselines.random.Random"}
 METHODS |= {"ccs": "baselines.ccs.CCS", "staff": "staff.speculative.Staff"}
 RATES = {"raw": (1.0,), "full": (0.0,)}

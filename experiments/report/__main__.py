@@ -18,7 +18,7 @@ from experiments.report.settings import told_apart
 from experiments.report.similarity import similarity
 from staff.errors import UserError
 
-PAPER = Path(__file__).resolve().parents[2] / "results" / "paper" / "table1.csv"
+PAPER = Path(__file__).resolve().parent / "paper" / "table1.csv"
 
 
 def write(results: Path, table: pd.DataFrame) -> Path:

@@ -121,10 +121,11 @@ class Store:
             assert artifact is not None
             if not processes.is_main_process():
                 _await(artifact.path)
+        how = "computed in {:.1f} s" if artifact.computed else "read (cost {:.1f} s)"
+        known = not artifact.computed and stage.fingerprint in self.computed
+        log.log(logging.DEBUG if known else logging.INFO, "%s: %s", name, how.format(artifact.cost.seconds))
         if artifact.computed:
             self.computed.add(stage.fingerprint)
-        how = "computed in {:.1f} s" if artifact.computed else "read (cost {:.1f} s)"
-        log.info("%s: %s", name, how.format(artifact.cost.seconds))
         if frames:
             frames[-1].inputs.update(artifact.charged())
         return artifact
