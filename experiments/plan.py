@@ -1,11 +1,12 @@
 """What a sweep will take, before it is paid for: `staff-plan OVERRIDES --gpu h100`.
 
-The overrides are those of the sweep. Its runs are carried out as a dry run: on a store in which every stage is
-estimated from shapes instead of run. No weights are loaded, and what runs share is counted once because it is one
-stage. Scores are placeholders, so two things are not exact: STAFF's verification is counted at its most, K b_v
-samples, and a coreset that scores choose as one of average samples. Answers are counted at full length. `~` marks all
-three. Seconds come from a GPU's peak and an assumed utilisation, or, with --calibrate, from the stages themselves on
-a few samples on this machine. Ranking (such as the neighbours of D2) is not in them.
+The overrides are those of the sweep. Its runs are carried out as a dry run, on a store in which every stage is
+estimated from shapes instead of run. No weights are loaded, and a stage that runs share is counted once.
+
+Scores are placeholders, so two things are not exact, and marked `~`: STAFF's verification is counted at its most,
+K b_v samples, and a coreset that scores choose as one of average samples. Answers are counted at full length, marked
+`~` too. Seconds come from a GPU's peak and an assumed utilisation, or, with --calibrate, from the stages themselves
+on a few samples on this machine. Ranking (such as the neighbours of D2) is not in them.
 """
 
 from __future__ import annotations

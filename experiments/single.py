@@ -145,8 +145,8 @@ class Run:
 
     @cached_property
     def tokenized(self) -> dict[str, TokenizedSamples]:
-        """The training samples for the small model, for the target, and for the target of the family that selects (as
-        a rule the same); and the test samples for the target."""
+        """The training samples as the small model, the target, and the target of the family that selects (as a rule
+        the same) read them; and the test samples as the target does."""
         family, selecting = self.family, self.selecting
         readers = {"target": family, "small": selecting, **({"selecting": selecting} if self.transferred else {})}
         specs = {name: f.small if name == "small" else f.target for name, f in readers.items()}
