@@ -34,6 +34,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from experiments import sweep
 from experiments.configuration import CONF
 from experiments.single import Run
+from staff.models.spec import ARCHITECTURES
 from staff.runtime.progress import progress
 from staff.store.cost import Cost, Meter
 from staff.store.manifest import Artifact
@@ -183,8 +184,9 @@ def dry_run(cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> Run
 
 
 def needed(run: Run) -> dict[str, int]:
-    """Bytes that fine-tuning takes, by the model's name."""
+    """Bytes that fine-tuning takes, by the model's name; without models of a type that has no estimate."""
     models = (run.selecting.small, run.tokenized["small"]), (run.family.target, run.tokenized["target"])
+    models = [(spec, samples) for spec, samples in models if spec.config().model_type in ARCHITECTURES]
     return {
         spec.name: finetuning_memory(spec, run.settings, samples.lengths, samples.answer_lengths).total
         for spec, samples in models

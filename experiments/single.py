@@ -231,7 +231,7 @@ class Run:
         self.settings.on_each_device(processes.world_size())
         if self.settings.quantization:
             check_quantization()
-        if self.budget:
+        if self.budget and self.cfg.memory_check:
             small, target = self.selecting.small, self.family.target
             for spec, samples in ((small, self.tokenized["small"]), (target, self.tokenized["target"])):
                 check_fits(spec, samples, self.settings)

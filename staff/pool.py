@@ -177,7 +177,10 @@ class Pool:
             raise UserError("signals that read different texts of the samples need a pass each: ask one by one.")
         part = self._slice(view.slice)
         samples = view.of(part.small if state.spec is self.family.small else part.target)
-        return read_scores(self.store.get(self._stage(state, samples, signals)))
+        stage = self._stage(state, samples, signals)
+        if self.store.find(stage) is None:
+            stage.check()  # before the model is fine-tuned
+        return read_scores(self.store.get(stage))
 
     def _stage(self, state: ModelState, samples: TokenizedSamples, signals: tuple[Signal, ...]) -> Score:
         seed = int(np.random.default_rng([self.seed, zlib.crc32(b"fresh adapter")]).integers(2**31))

@@ -1,15 +1,27 @@
-"""FLOPs of a model, from the shapes in its configuration."""
+"""FLOPs of a model, from its shapes: by formula for decoders with gated MLPs, by torch's counter for others."""
 
+import copy
+import json
+import logging
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
+
+import numpy as np
+
+from staff.errors import UserError
+from staff.models.spec import ARCHITECTURES
+
+log = logging.getLogger(__name__)
 
 
 def forward_flops(config: Any, lengths: Iterable[int], label_positions: int | Iterable[int] | None = None) -> float:
-    """FLOPs of one forward pass of a decoder with gated MLPs (Llama, Mistral, Qwen2, Gemma 1 to 3).
+    """FLOPs of one forward pass of a causal language model; NaN where they cannot be counted.
 
     Two to a multiply-add of every linear layer and of both attention products, each over the full T x T of a
     sample, as torch's FlopCounterMode counts them (causal masks and sliding windows save nothing there);
-    norms, activations, rotary embeddings and softmax are left out, as they are there.
+    norms, activations, rotary embeddings and softmax are left out, as they are there. Of a mixture of experts,
+    those count through which a token passes.
 
     Args:
         config: a transformers configuration; a multimodal one counts by its text model.
@@ -48,21 +60,85 @@ def training_flops(
 
 def _matrix_products(
     config: Any, lengths: Iterable[int], label_positions: int | Iterable[int] | None
-) -> tuple[int, int]:
+) -> tuple[float, float]:
     """Forward FLOPs of the linear layers and of the attention products."""
     config = config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
-    projections = config.hidden_size * head_dim * 2 * (heads + key_value_heads)
-    block = projections + 3 * config.hidden_size * config.intermediate_size
-
     lengths = [int(length) for length in lengths]
     if label_positions is None:
         label_positions = sum(lengths)
     elif not isinstance(label_positions, int):
         label_positions = sum(int(count) for count in label_positions)
-    head = config.hidden_size * config.vocab_size * label_positions
-    linear = 2 * (config.num_hidden_layers * block * sum(lengths) + head)
-    attention = 4 * config.num_hidden_layers * heads * head_dim * sum(length**2 for length in lengths)
-    return linear, attention
+    per_sample, per_token, per_pair = block_flops(config)
+    head = 2 * config.hidden_size * config.vocab_size * label_positions
+    linear = per_sample * len(lengths) + per_token * sum(lengths) + head
+    return linear, per_pair * sum(length**2 for length in lengths)
+
+
+def block_flops(config: Any) -> tuple[float, float, float]:
+    """Forward FLOPs of all blocks: per sample (the padding of a convolution), per token, and per pair of tokens
+    (attention); NaN where they cannot be counted."""
+    if config.model_type not in ARCHITECTURES:
+        return _counted(json.dumps(config.to_dict(), sort_keys=True, default=str), _Hidden(config))
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    projections = config.hidden_size * head_dim * 2 * (heads + key_value_heads)
+    block = projections + 3 * config.hidden_size * config.intermediate_size
+    return 0, 2 * config.num_hidden_layers * block, 4 * config.num_hidden_layers * heads * head_dim
+
+
+class _Hidden:
+    """A value that the cache of `_counted` does not look at."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hidden)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+LENGTHS = (16, 32, 48, 64)
+UNKNOWN = (float("nan"),) * 3
+
+
+@cache
+def _counted(known: str, config: _Hidden) -> tuple[float, float, float]:
+    """`block_flops` by torch's counter on the meta device, where a pass is a polynomial in its length."""
+    try:
+        *first, last = (_count(config.value, length) for length in LENGTHS)
+    except Exception as error:  # whatever a model's code may raise without weights
+        log.warning("FLOPs of model type %r cannot be counted (%s): unknown", config.value.model_type, error)
+        return UNKNOWN
+    powers = np.vander(LENGTHS, 3, increasing=True)
+    law = np.linalg.solve(powers[:3], first).round(6)
+    if abs(powers[3] @ law - last) > 1e-6 * last:
+        log.warning("FLOPs of model type %r are no polynomial of the length: unknown", config.value.model_type)
+        return UNKNOWN
+    return float(law[0]), float(law[1]), float(law[2])
+
+
+def _count(config: Any, length: int) -> float:
+    """FLOPs of the blocks for one sample of `length` tokens."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    # The grouped product of experts counts as nothing on a processor, and raises on the meta device.
+    config._experts_implementation = "batched_mm"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        inputs = {
+            "input_ids": torch.ones(1, length, dtype=torch.int64),
+            "attention_mask": torch.ones(1, length, dtype=torch.int64),
+        }
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError("the model has no output embedding.")
+    return counter.get_total_flops() - 2 * head.weight.numel() * length

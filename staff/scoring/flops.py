@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from staff.models.flops import forward_flops
-from staff.scoring.signal import Signal, gradient_of
+from staff.models.flops import block_flops, forward_flops
+from staff.scoring.signal import GradientOf, Signal, gradient_of
 
 
 def scoring_flops(
-    model: Any, lengths: np.ndarray, answer_lengths: np.ndarray, signals: Sequence[Signal]
+    model: Any,
+    lengths: np.ndarray,
+    answer_lengths: np.ndarray,
+    signals: Sequence[Signal],
+    one_at_a_time: bool = False,
 ) -> float:
-    """FLOPs of one pass over samples, without padding: a forward pass, and a backward pass where gradients are needed.
+    """FLOPs of one pass over samples, without padding: a forward pass, and a backward pass for gradients.
 
     A backward pass through frozen linear layers costs what their forward pass cost, through attention twice that;
     "last_v_b" needs of attention only the gradient of the values, half of it. What a fused kernel recomputes is not
@@ -24,9 +28,16 @@ def scoring_flops(
         model: its shapes count; it may lie on the meta device.
         lengths, answer_lengths: tokens of every sample and of its answer, shape (N,).
         signals: those of the pass.
+        one_at_a_time: the pass runs in full on single samples. The backward pass for "last_v_b" is then counted as
+            that of one whole block, since the shapes of its parts are not known.
     """
     config = model.config.get_text_config()
-    tokens, labels = int(lengths.sum()), int(answer_lengths.sum())
+    tokens, gradient = int(lengths.sum()), gradient_of(signals)
+    adapters = 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    own = sum(signal.flops(model, lengths, answer_lengths) for signal in signals)
+    if one_at_a_time:
+        return _in_full(config, lengths, gradient) + adapters * (1 if gradient is None else 3) + own
+    labels = int(answer_lengths.sum())
     reads = {signal.reads for signal in signals}
     at = tokens if "tokens" in reads else labels + (len(lengths) if len(reads) == 2 else 0)
     attention_width = config.num_attention_heads * (
@@ -34,11 +45,8 @@ def scoring_flops(
     )
     attention = 4 * attention_width * int(np.square(lengths).sum())
     after_attention = 2 * config.hidden_size * (attention_width + 3 * config.intermediate_size)
-    adapters = 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
-    gradient = gradient_of(signals)
     head_positions = at if gradient or any(signal.logits for signal in signals) else 0
     forward = forward_flops(config, lengths, head_positions) - after_attention * (tokens - at)
-    own = sum(signal.flops(model, lengths, answer_lengths) for signal in signals)
     if gradient is None:
         return forward + adapters + own
     if gradient.parameters == "last_v_b":
@@ -46,6 +54,19 @@ def scoring_flops(
         return forward + adapters + labels * (after_attention + head) + attention // 2 + own
     backward = forward + 2 * adapters + config.num_hidden_layers * attention
     return forward + adapters + backward + own
+
+
+def _in_full(config: Any, lengths: np.ndarray, gradient: GradientOf | None) -> float:
+    """FLOPs of whole passes over single samples, without adapters."""
+    forward = forward_flops(config, lengths)
+    if gradient is None:
+        return forward
+    _, _, per_pair = block_flops(config)
+    attention = per_pair * int(np.square(lengths).sum())
+    if gradient.parameters != "last_v_b":
+        return forward + forward + attention
+    head = 2 * config.hidden_size * config.vocab_size * int(lengths.sum())
+    return forward + head + (forward - head + attention) / config.num_hidden_layers
 
 
 def contraction_flops(model: Any, lengths: np.ndarray, answer_lengths: np.ndarray) -> float:

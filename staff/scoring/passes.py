@@ -115,7 +115,7 @@ def score_samples(
                 if not np.isfinite(value).all():
                     _refuse(value, batch, name)
             tokens = int(batch.lengths.sum())
-            flops = scoring_flops(model, batch.lengths, batch.answer_lengths, signals)
+            flops = scoring_flops(model, batch.lengths, batch.answer_lengths, signals, one_at_a_time)
             spent += (flops, tokens, tokens if backward else 0)
             bar.update(len(rows))
     if meter is not None:

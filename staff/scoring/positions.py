@@ -17,10 +17,7 @@ from torch.nn import functional as F
 
 from staff.data.tokens import IGNORED
 from staff.errors import UserError
-
-# Decoders whose block feeds `input_layernorm` to the attention alone, and whose attention is causal and ends
-# in `o_proj`; everything else in them works on one position at a time. Checked layer by layer in the tests.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+from staff.models.spec import ARCHITECTURES
 
 READS = ("predictions", "answers", "tokens")
 """Where a signal may read: where answer tokens are predicted, where they stand, or at every token."""
@@ -150,9 +147,8 @@ def last_block(model: Any) -> Any:
     config = model.config
     if config.model_type not in ARCHITECTURES or getattr(config, "use_bidirectional_attention", False):
         raise UserError(
-            f"{model_name(model)} (model type {config.model_type!r}) cannot be scored exactly in batches: its model "
-            f"type must be one of {', '.join(ARCHITECTURES)}, with causal attention; or score single samples by "
-            f"plain autograd, which is slower, with scoring.one_at_a_time=true."
+            f"{model_name(model)} (model type {config.model_type!r}) cannot be scored exactly in batches: set "
+            "scoring.one_at_a_time=null or true, which scores single samples by plain autograd."
         )
     return model.get_decoder().layers[: config.num_hidden_layers][-1]
 

@@ -12,7 +12,7 @@ import numpy as np
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.models.adapters import LoraSpec
-from staff.models.spec import PRECISIONS
+from staff.models.spec import ARCHITECTURES, PRECISIONS
 from staff.models.state import FreshAdapter, ModelState, check_mergeable
 from staff.scoring.signal import Signal, gradient_of
 from staff.store.cost import Meter
@@ -29,19 +29,20 @@ class ScoringSettings:
     Attributes:
         batch_tokens: padded tokens of one batch, halved where memory runs out; None: as many as suit the device.
         dtype: precision of the model while it scores; None: its family's.
-        one_at_a_time: plain autograd on single samples, for an architecture without exact batched gradients.
+        one_at_a_time: plain autograd on single samples: slower, and right for every architecture. None: where an
+            architecture has no exact batches.
     """
 
     batch_tokens: int | None = None
     dtype: str | None = None
-    one_at_a_time: bool = False
+    one_at_a_time: bool | None = None
 
     def __post_init__(self) -> None:
         tokens = self.batch_tokens
         if tokens is not None and (type(tokens) is not int or tokens < 1):
             raise UserError(f"scoring.batch_tokens={tokens!r} must be null or a whole number of at least 1.")
-        if not isinstance(self.one_at_a_time, bool):
-            raise UserError(f"scoring.one_at_a_time={self.one_at_a_time!r} must be true or false.")
+        if self.one_at_a_time is not None and not isinstance(self.one_at_a_time, bool):
+            raise UserError(f"scoring.one_at_a_time={self.one_at_a_time!r} must be null, true or false.")
         if self.dtype not in (None, *PRECISIONS):
             raise UserError(f"scoring.dtype={self.dtype!r} is unknown: choose null, {' or '.join(PRECISIONS)}.")
 
@@ -109,6 +110,24 @@ class Score(Stage):
         return gradient.parameters == "all_linear" or (self.state.adapted and self.fresh_adapter is not None)
 
     @property
+    def one_at_a_time(self) -> bool:
+        """Whether samples are scored one by one."""
+        wanted, kind = self.settings.one_at_a_time, self.state.spec.config().model_type
+        return kind not in ARCHITECTURES if wanted is None else wanted
+
+    def check(self) -> None:
+        """Refuse, from shapes alone, a model that cannot be differentiated as the signals need.
+
+        Raises:
+            UserError: it has no such parameters.
+        """
+        from staff.scoring.gradients import gradient_layers, gradient_parameters
+
+        if gradient := gradient_of(self.signals):
+            find = gradient_parameters if self.one_at_a_time else gradient_layers
+            find(self._shapes(), gradient.parameters)
+
+    @property
     def _scored_state(self) -> ModelState:
         spec = self.state.spec
         return replace(self.state, spec=replace(spec, dtype=self.settings.dtype or spec.dtype))
@@ -125,7 +144,7 @@ class Score(Stage):
             self.signals,
             batch_tokens=self.settings.batch_tokens,
             pad_token_id=state.spec.tokenizer().pad_token_id,
-            one_at_a_time=self.settings.one_at_a_time,
+            one_at_a_time=self.one_at_a_time,
             meter=meter,
         )
         save_file(values, folder / FILE)
@@ -135,13 +154,10 @@ class Score(Stage):
 
         from staff.scoring.flops import scoring_flops
 
-        spec = self._scored_state.spec
-        if self.fresh_adapter:
-            model = self.fresh_adapter.put_on(spec.shapes(), adapted=False)
-        else:
-            model = spec.shapes() if self.merges else self._scored_state.shapes()
+        model = self._shapes()
         tokens = int(self.samples.lengths.sum())
-        flops = scoring_flops(model, self.samples.lengths, self.samples.answer_lengths, self.signals)
+        lengths, answers = self.samples.lengths, self.samples.answer_lengths
+        flops = scoring_flops(model, lengths, answers, self.signals, self.one_at_a_time)
         meter.add(flops, tokens, tokens if gradient_of(self.signals) else 0)
         config = model.config.get_text_config()
         values = {
@@ -149,6 +165,13 @@ class Score(Stage):
             for s in self.signals
         }
         save_file(values, folder / FILE)
+
+    def _shapes(self) -> Any:
+        """The model that is scored, without weights."""
+        spec = self._scored_state.spec
+        if self.fresh_adapter:
+            return self.fresh_adapter.put_on(spec.shapes(), adapted=False)
+        return spec.shapes() if self.merges else self._scored_state.shapes()
 
     def _differentiable(self, model: Any) -> Any:
         """The model ready for the gradient that the signals need."""

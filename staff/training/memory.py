@@ -7,6 +7,7 @@ tables, the allocator's rounding, buffers inside kernels) is not.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,9 +17,11 @@ import numpy as np
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.models.adapters import fresh_lora
-from staff.models.spec import ModelSpec
+from staff.models.spec import ARCHITECTURES, ModelSpec
 from staff.runtime import processes
 from staff.training.settings import FinetuneSettings
+
+log = logging.getLogger(__name__)
 
 NF4_BYTES = 0.5 + 0.127 / 8
 """A weight in NF4 with doubly quantised constants (Dettmers et al. 2023, section 3)."""
@@ -131,9 +134,14 @@ def available_memory() -> int:
 def check_fits(spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSettings) -> None:
     """Refuse a fine-tuning that needs more memory than the device has, with settings that would fit.
 
+    A model type without an estimate passes.
+
     Raises:
         UserError: it does not fit.
     """
+    if spec.config().get_text_config().model_type not in ARCHITECTURES:
+        log.info("there is no estimate of the memory that %s needs: it is not checked", spec.name)
+        return
     available = available_memory()
     lengths, answers = samples.lengths, samples.answer_lengths
     need = finetuning_memory(spec, settings, lengths, answers)
@@ -150,7 +158,7 @@ def check_fits(spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSet
     raise UserError(
         f"fine-tuning {spec.name} needs about {_gib(need.total)} (weights {_gib(need.weights)}, training "
         f"{_gib(need.training)}, activations {_gib(need.activations)}, logits {_gib(need.logits)}), and "
-        f"{_gib(available)} are free: {mend}."
+        f"{_gib(available)} are free: {mend}. To start all the same: memory_check=false."
     )
 
 
