@@ -38,7 +38,7 @@ DATA ?= data
 REBUILT ?= results/rebuilt
 WORKERS ?= 2
 TINY = $(BIN)/staff task.too_long=drop tracking=none results_dir=$(REBUILT) \
-	hydra/launcher=joblib hydra.launcher.n_jobs=$(WORKERS)
+	hydra/launcher=local hydra.launcher.workers=$(WORKERS)
 DIALOGSUM = task=dialogsum task.data_dir=$(DATA)/dialogsum task.train_limit=2060 task.test_limit=300
 BIOINSTRUCT = task=bioinstruct task.data_dir=$(DATA)/bioinstruct task.train_limit=1000 task.test_limit=200
 GSM8K = task=gsm8k task.data_dir=$(DATA)/gsm8k task.train_limit=1000 task.test_limit=200 \
