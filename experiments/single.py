@@ -190,7 +190,8 @@ class Run:
     def locked(self) -> AbstractContextManager[Any]:
         """Keeps two workers of a sweep from carrying out the same run side by side."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder.parent / f".{self.name}.lock") if distributed.first() else nullcontext()
+        lock = FileLock(self.folder.parent / f".{self.name}.lock")
+        return lock if distributed.first() else nullcontext()
 
     @contextmanager
     def failure_noted(self) -> Iterator[None]:
