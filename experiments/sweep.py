@@ -192,5 +192,6 @@ def jobs_of(config: DictConfig, overrides: Iterable[str]) -> list[list[str]]:
     """The overrides of every job of a sweep by these overrides, whose configuration with Hydra's own is given."""
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*params, *overrides])
+    # Private, as Hydra lists its jobs nowhere else; tests/test_sweep.py counts them beside those that ran.
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [list(job) for job in jobs]
