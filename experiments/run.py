@@ -46,8 +46,8 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
 
 
 def job(cfg: DictConfig) -> Path | None:
-    """One job of Hydra's: the only one, whose error ends the process, or one of a sweep, which has others do that
-    are still to come."""
+    """Hydra's task function. A job of a sweep returns the folder of its run or raises, and `sweep.Sweep` reports
+    either. A single run prints its record or ends the process with an error."""
     hydra_config = HydraConfig.get()
     choices: Any = OmegaConf.to_container(hydra_config.runtime.choices)
     if hydra_config.mode is RunMode.MULTIRUN:
@@ -66,7 +66,7 @@ def job(cfg: DictConfig) -> Path | None:
 
 
 def run_hydra() -> None:
-    """Carry out the command line."""
+    """Run the application with the arguments of the command line."""
     hydra.main(config_path=CONF, config_name="config", version_base="1.3")(job)()
 
 
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def _reader_gone() -> bool:
-    """Whether whoever read what is printed, such as `head`, has had enough; then nothing more is."""
+    """Whether the reader of standard output, such as `head`, has closed it. If so, nothing more is printed."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     gone = any(event & select.POLLERR for _, event in output.poll(0))
@@ -116,7 +116,7 @@ def _leave(error: Exception) -> NoReturn:
 
 
 def _quiet() -> None:
-    """Leave the terminal to what a run has to say. Environment and filters also reach the workers of a sweep."""
+    """Silence other libraries on the terminal. Worker processes inherit the environment and the filters."""
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it logs every retry of every file
     warnings.simplefilter("ignore", FutureWarning)

@@ -50,9 +50,9 @@ def folder_of(config: DictConfig, name: str) -> Path:
 
 
 class Sweep(Callback):
-    """Keeps the folder of a sweep, told by Hydra when the sweep begins and when a job has begun or ended.
+    """Writes the folder of a sweep, when Hydra starts it and when a job starts or ends.
 
-    The folder's path is in the environment, which every launcher hands on to the processes of its jobs.
+    The folder's path is in the environment, which the processes of jobs inherit under every launcher.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -75,22 +75,22 @@ class Sweep(Callback):
             return
         failed = job_return.status is JobStatus.FAILED
         if processes.claims_error_report() if failed else processes.is_main_process():
-            # The public `return_value` would raise what failed; Hydra's own callbacks read this as well.
+            # The public `return_value` raises the error of a failed job. Hydra's own callbacks read this one too.
             report_job(config.hydra.job.num, " ".join(config.hydra.overrides.task), job_return._return_value)
             processes.report_done()
         processes.end()
-        # Told already: Hydra would raise the first failure once more, after the last job.
+        # The failure is reported: without this Hydra would raise the first one after the last job.
         job_return.return_value, job_return.status = None, JobStatus.COMPLETED
 
 
 def _expect_jobs(folder: Path) -> None:
-    """A sweep none of whose jobs ever began, since its configuration is refused, expects none."""
+    """Publish the list of jobs when the first one starts: a sweep whose configuration is refused expects none."""
     with suppress(FileNotFoundError):  # another job was first
         (folder / "jobs.draft").rename(folder / "jobs.json")
 
 
 def report_job(number: int, job: str, result: Path | Exception) -> None:
-    """Leave word of a finished job: the folder of its record, or what made it fail."""
+    """Write the report of a job that has ended: the folder of its record, or why it failed."""
     folder = Path(os.environ[FOLDER])
     _expect_jobs(folder)
     word: dict[str, Any] = {"job": job}
@@ -110,29 +110,30 @@ def report_job(number: int, job: str, result: Path | Exception) -> None:
 
 
 def end() -> int:
-    """Print the table of a sweep and what failed, also where the launcher itself broke down.
-
-    Returns:
-        How many of its jobs are not done; 0 where there is no sweep.
-    """
-    folder = Path(os.environ.pop(FOLDER, ""))
-    if not (folder / "jobs.json").is_file():
+    """Print the table of the sweep and its failures, and return how many of its jobs are not done; 0 if this was no
+    sweep. It may be called after the launcher itself has failed."""
+    folder = os.environ.pop(FOLDER, None)
+    if folder is None or not Path(folder, "jobs.json").is_file():
         return 0
-    total = len(json.loads((folder / "jobs.json").read_text()))
-    jobs = [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9]*.json"))]
-    done = [Path(job["folder"]) for job in jobs if "folder" in job]
+    done, failures = [], []
+    for number, job in enumerate(json.loads(Path(folder, "jobs.json").read_text())):
+        report = Path(folder, f"{number:05d}.json")
+        word = json.loads(report.read_text()) if report.is_file() else {"failure": "it left no report"}
+        if "folder" in word:
+            done.append(Path(word["folder"]))
+        else:
+            where = f" (traceback: {word['traceback']})" if "traceback" in word else ""
+            failures.append(f"failed: {job}: {word['failure']}{where}")
     if done:
         print(table(done))
-    for job in jobs:
-        if "failure" in job:
-            print(f"failed: {job['job']}: {job['failure']} (traceback: {job['traceback']})")
-    if len(done) < total:
-        print(f"{total - len(done)} of {total} jobs failed; the same command runs what is missing.")
-    return total - len(done)
+    if failures:
+        missing = f"{len(failures)} of {len(done) + len(failures)} jobs failed"
+        print(*failures, f"{missing}; the same command runs what is missing.", sep="\n")
+    return len(failures)
 
 
 def workers() -> int | None:
-    """How many jobs of the sweep run at the same time on this machine; None where the launcher does not say."""
+    """How many jobs of the sweep run at the same time on this machine; None if the launcher does not say."""
     if FOLDER not in os.environ:
         return 1
     launcher = HydraConfig.get().launcher
@@ -191,5 +192,6 @@ def jobs_of(config: DictConfig, overrides: Iterable[str]) -> list[list[str]]:
     """The overrides of every job of a sweep by these overrides, whose configuration with Hydra's own is given."""
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*params, *overrides])
+    # Private, as Hydra lists its jobs nowhere else; tests/test_sweep.py counts them beside those that ran.
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [list(job) for job in jobs]

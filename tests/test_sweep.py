@@ -18,6 +18,7 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from experiments.sweep import FOLDER, end
 from staff.artifacts import Store
 from staff.manifest import check_contents, check_sizes, read_manifest
 
@@ -183,6 +184,20 @@ def test_a_job_that_is_killed_or_raises_fails_alone_and_the_same_command_resumes
     monkeypatch.setenv("FAILS", "no")
     said = finish(start(tmp_path, *jobs))
     assert len(records(tmp_path)) == 3 and said.count("recorded already") == 1
+
+
+def test_a_job_that_left_no_report_is_named_as_failed(tmp_path: Path, monkeypatch, capsys):
+    """Where a cluster ends a job, or the launcher itself fails."""
+    (tmp_path / "jobs.json").write_text('["seed=0", "seed=1"]')
+    (tmp_path / "00001.json").write_text('{"job": "seed=1", "failure": "a defect", "traceback": "file"}')
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    assert end() == 2
+    assert capsys.readouterr().out.splitlines() == [
+        "failed: seed=0: it left no report",
+        "failed: seed=1: a defect (traceback: file)",
+        "2 of 2 jobs failed; the same command runs what is missing.",
+    ]
+    assert end() == 0, "the sweep is over"
 
 
 def test_the_report_averages_over_seeds_alone_and_tells_what_is_missing(undisturbed: Path, tmp_path: Path):

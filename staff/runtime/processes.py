@@ -1,12 +1,13 @@
 """Several processes that carry out one run together, on one device each: started by torchrun or by a launcher.
 
-All of them do the same, with two exceptions. What is counted in samples (scoring, the batches of fine-tuning,
-answering) is shared out, and what comes of it is brought together. And the process of rank 0 alone writes:
-artefacts, records, logs. The first process to fail claims, in the store through which the processes found each
-other, that it tells of the failure; then it ends with a status that is not zero. That cuts the connections of those
-that wait for it, and torchrun and SLURM end whoever is still at work.
+All of them do the same, with two exceptions. Samples are sharded (scoring, the batches of fine-tuning, answering),
+and their results gathered. And only the main process, that of rank 0, writes: artefacts, records, logs.
 
-Without `start`, one process is the whole world, and every function here does nothing, at no cost.
+The first process that fails claims the error report, in the store of the process group, and ends with a non-zero
+status. Processes that wait for it lose their connection and end without a word of their own. Those that do not are
+ended by what started them: torchrun does so, and SLURM with SLURM_KILL_BAD_EXIT=1.
+
+Without `start` there is one process, and every function here returns at once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Sharded = TypeVar("Sharded", list, np.ndarray)
 T = TypeVar("T")
 
 GRACE = 5.0
-"""Seconds that a process that failed waits for another: to tell of it, or to fail as well."""
+"""Seconds that a failed process waits for the others: for the report of the error, and for them to fail too."""
 
 
 @dataclass
@@ -39,8 +40,8 @@ class _Group:
     store: Any
     control: Any
     """A process group of its own for messages, so that none is taken for a gradient."""
-    speaks: bool | None = None
-    """Whether this process is the one to say what went wrong; None while nothing did."""
+    claims: bool | None = None
+    """Whether this process reports the error; None before any."""
 
 
 _group: _Group | None = None
@@ -52,8 +53,8 @@ def launched() -> bool:
 
 
 def start() -> None:
-    """Find the other processes that the environment tells of (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or else
-    the other tasks of a submitit job, and take the device LOCAL_RANK; those but the first fall silent."""
+    """Join the processes that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or the tasks of a
+    submitit job, and take the device LOCAL_RANK. All but the main process are silenced."""
     global _group
     if "SUBMITIT_EXECUTOR" in os.environ and not launched():
         from submitit.helpers import TorchDistributedEnvironment
@@ -68,7 +69,7 @@ def start() -> None:
         logging.disable(logging.CRITICAL)
         warnings.simplefilter("ignore")
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost connection is told with a stack
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is a warning with a stack trace
     import torch
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
@@ -78,7 +79,7 @@ def start() -> None:
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     store, _, _ = next(rendezvous("env://"))
-    # As long as it takes: one waits for another's artefact for hours, and who fails ends.
+    # No timeout: a run may wait for hours for an artefact that another one computes.
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if gpu else "gloo",
         store=PrefixStore("group", store),
@@ -91,20 +92,20 @@ def start() -> None:
 
 
 def end() -> None:
-    """Leave the others, once they are done too. After a failure that they do not come to by themselves, which they
-    may wait for without end, this process ends."""
+    """Leave the process group when all processes have reached this point. If this process failed and the others did
+    not, it exits with status 1, since they may be waiting for it."""
     global _group
     if _group is None:
         return
     from torch import distributed
 
-    if _group.speaks is None:
+    if _group.claims is None:
         distributed.barrier(_group.control)
         distributed.destroy_process_group()
     else:
         try:
             _group.store.wait([f"failed {rank}" for rank in range(_group.world_size)], timedelta(seconds=GRACE))
-        except distributed.DistNetworkError:  # the process that holds the store has ended, and waited before that
+        except distributed.DistNetworkError:  # the main process, which holds the store, has waited and left
             pass
         except distributed.DistStoreError:
             leave(1)
@@ -121,22 +122,22 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """How many of them work on this machine."""
+    """How many of them run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _group else 1
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes."""
+    """Whether this process has rank 0, which writes."""
     return rank() == 0
 
 
 def shard(items: Sharded) -> Sharded:
-    """Every world-th of the items: of a list that is sorted by length, each process gets as much work."""
+    """This process's part of the items: every `world_size`-th, so that a list sorted by length is shared evenly."""
     return items[rank() :: world_size()] if _group else items
 
 
 def all_reduce_sum(values: np.ndarray) -> np.ndarray:
-    """The sum of what all processes give, element by element; where all but one give zero, that one's, exactly."""
+    """The sum over all processes, element by element. It is exact where all but one give zero."""
     if _group is None:
         return values
     import torch
@@ -148,7 +149,7 @@ def all_reduce_sum(values: np.ndarray) -> np.ndarray:
 
 
 def all_gather(value: T) -> list[T]:
-    """What each process gives, by rank; whatever pickle can write."""
+    """The values of all processes, by rank. They must be picklable."""
     if _group is None:
         return [value]
     from torch import distributed
@@ -159,7 +160,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def broadcast_from_main(decide: Callable[[], T]) -> T:
-    """What rank 0 finds, for all; what it raises, all raise."""
+    """What `decide` returns in the main process, or raises there, in every process."""
     if _group is None:
         return decide()
     from torch import distributed
@@ -181,8 +182,8 @@ def broadcast_from_main(decide: Callable[[], T]) -> T:
 
 @contextmanager
 def raise_on_all_ranks(apart: bool = True) -> Iterator[None]:
-    """Around a process's own part of shared work: if one fails, all do. That takes that it works `apart`, and waits
-    for no other."""
+    """If the body raises in one process, raise in all. Only for a body that works `apart`, that is without
+    communication: otherwise this does nothing."""
     if _group is None or not apart:
         yield
         return
@@ -200,39 +201,40 @@ def raise_on_all_ranks(apart: bool = True) -> Iterator[None]:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error in words: of what another process raised, it needs no more."""
+    """The error as other processes raise it: picklable, with its message."""
     if isinstance(error, UserError):
         return UserError(str(error))
     return (MemoryError if type(error).__name__ == "OutOfMemoryError" else RuntimeError)(repr(error))
 
 
 def claims_error_report() -> bool:
-    """To be asked where an error has ended the run: True in the process that is to tell of it and then to call
-    `report_done`; False in the others, once that was done."""
+    """Whether this process is to report the error that ended the run, and then to call `report_done`.
+
+    In the others it returns False, after the report is done."""
     if _group is None:
         return True
-    if _group.speaks is None:
-        _group.speaks = False  # where the store is gone with its process, which told what failed or was killed
+    if _group.claims is None:
+        _group.claims = False  # also if the store is gone: the main process, which held it, reported or was killed
         with suppress(Exception):
             _group.store.set(f"failed {_group.rank}", "")
-            _group.speaks = _group.store.add("failures", 1) == 1
-            if not _group.speaks:
-                _group.store.wait(["told"], timedelta(seconds=GRACE))
-    return bool(_group.speaks)
+            _group.claims = _group.store.add("failures", 1) == 1
+            if not _group.claims:
+                _group.store.wait(["reported"], timedelta(seconds=GRACE))
+    return bool(_group.claims)
 
 
 def report_done() -> None:
-    """What went wrong has been told: the others may end."""
-    if _group is not None and _group.speaks:
-        with suppress(Exception):  # the store is gone, and nobody waits for it
-            _group.store.set("told", "")
+    """Let the other processes end, after the error was reported."""
+    if _group is not None and _group.claims:
+        with suppress(Exception):  # the store is gone, and nobody waits
+            _group.store.set("reported", "")
 
 
 def leave(status: int) -> NoReturn:
-    """End this process after a failure, whatever the others do. Among several not by Python's own way: a thread of
-    gloo's that lets go of a tensor meanwhile would abort the process."""
+    """Exit after a failure. One of several processes skips Python's own shutdown, during which a gloo thread that
+    frees a tensor aborts the process."""
     if _group is not None:
-        with suppress(OSError):  # whoever reads may have had enough
+        with suppress(OSError):  # the reader of a pipe may have closed it
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()
