@@ -35,7 +35,10 @@ def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
+    # PEFT refuses an adapter on the output projection of Mamba's blocks, which a fused kernel reads directly.
+    kernel_reads = ["out_proj"] if "mamba" in model.config.model_type and targets == "all-linear" else None
     config = LoraConfig(
+        exclude_modules=kernel_reads,
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,

@@ -37,7 +37,7 @@ class ModelSpec:
             GGUF file that a Python package carries.
         revision: branch, tag or commit on the hub; the commit it resolves to is recorded.
         dtype: precision of the weights in memory.
-        attention: attention implementation, as transformers names them.
+        attention: attention implementation, as transformers names them; "sdpa" means "eager" for a model without it.
         gated: the hub asks for an accepted licence and a token.
         quantization: None, or "nf4": linear layers in 4 bits, as QLoRA has them (Dettmers et al. 2023,
             arXiv:2305.14314): normal floats, doubly quantised, computed with in bfloat16.
@@ -143,7 +143,7 @@ class ModelSpec:
         """The model in evaluation mode, on the GPU where there is one."""
         import torch
 
-        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
+        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self._attention()}
         if self.quantization:
             options["quantization_config"] = _four_bits()
         if self.is_partitioned:
@@ -160,9 +160,31 @@ class ModelSpec:
         import torch
         from transformers import AutoModelForCausalLM
 
-        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
+        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self._attention()}
         with torch.device(device):
             return AutoModelForCausalLM.from_config(self.config(), **options)
+
+    def _attention(self) -> str:
+        """The attention implementation that is used.
+
+        Raises:
+            UserError: the model does not support the one that was chosen, or a package is missing.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        for attention in (self.attention, "eager"):
+            try:
+                with torch.device("meta"):
+                    AutoModelForCausalLM.from_config(self.config(), attn_implementation=attention)
+                return attention
+            except (ValueError, ImportError) as error:
+                if self.attention != "sdpa":
+                    raise UserError(
+                        f"family attention={self.attention} cannot be used with {self.name} ({reason(error)}): "
+                        "choose sdpa or eager."
+                    ) from error
+        raise UserError(f"the model {self.name} is no causal language model that transformers knows.")
 
     def weights(self, **options: Any) -> Any:
         """The model as transformers loads it with these options.
