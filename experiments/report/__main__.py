@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import sys
 from pathlib import Path
 
 import pandas as pd
 
-from experiments.report import overhead, performance
+from experiments.report import contrasts, overhead, performance, verdicts
 from experiments.report.comparisons import pairs
 from experiments.report.records import collect, contexts
 from experiments.report.settings import told_apart
 from experiments.report.similarity import similarity
+from experiments.report.verdicts import DEFAULT, Question
 from staff.errors import UserError
 
 PAPER = Path(__file__).resolve().parents[2] / "results" / "paper" / "table1.csv"
 
 
-def write(results: Path, table: pd.DataFrame) -> Path:
-    """Write everything under `results` that the records in `table` give; the page's path."""
+def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, options: str = "") -> Path:
+    """Write everything under `results` that the records in `table` give; the page's path.
+
+    `options` are those of the command that asks `question`, for the files to name.
+    """
     from experiments.report import figures, page
 
     table.drop(columns="stages").to_csv(results / "metrics.csv", index=False)
@@ -29,13 +34,37 @@ def write(results: Path, table: pd.DataFrame) -> Path:
     sections = []
     for context in contexts(table, results / "runs"):
         found = pairs(context)
-        tables = [*performance.tables(context, found, paper), *overhead.tables(context), similarity(context)]
+        tables = [
+            *verdicts.tables(context, question),
+            *performance.tables(context, found, paper, question),
+            *overhead.tables(context),
+            similarity(context),
+        ]
         tables = [table.headed(context.varied) for table in tables if table is not None]
         drawn = figures.draw(context, results / "figures")
         for each in tables:
-            each.write(results / "tables", context.made_by)
+            each.write(results / "tables", context.made_by + options)
         sections.append(page.Section(context, tables, drawn))
-    return page.write(results / "report.html", sections, table)
+    return page.write(results / "report.html", sections, table, options)
+
+
+def asked(table: pd.DataFrame, results: Path, arguments: argparse.Namespace) -> tuple[Question, str]:
+    """What the options of the command ask of the records in `table`, and these options as text.
+
+    Raises:
+        UserError: a contrast of methods that the records do not have, or a margin or effect that is not above zero.
+    """
+    options, named = "", None
+    for name in ("margin", "effect"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name} {value:g} must be a number above 0, in the metric's units.")
+        options += "" if value is None else f" --{name} {value:g}"
+    if arguments.contrasts:
+        methods = dict.fromkeys(v for context in contexts(table, results / "runs") for v in context.variants)
+        named = contrasts.parse(arguments.contrasts, [*methods])
+        options += f" --contrasts {shlex.join(arguments.contrasts)}"
+    return Question(named, arguments.margin, arguments.effect), options
 
 
 def left_over(results: Path) -> list[Path]:
@@ -85,18 +114,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/ and sweeps/")
     parser.add_argument(
+        "--contrasts",
+        nargs="+",
+        metavar="METHOD-METHOD",
+        help="differences that the runs were made for, such as staff-random staff-best (by default: STAFF, or your "
+        "own method, against random, the best other one and its twin of matched length)",
+    )
+    parser.add_argument("--margin", type=float, help="methods within it count as equal (by default 1 point)")
+    parser.add_argument(
+        "--effect", type=float, help="plan seeds for a difference of this size (by default the margin)"
+    )
+    parser.add_argument(
         "--allow-missing", action="store_true", help="a partial look: failed or missing runs are no error"
     )
     arguments = parser.parse_args()
     try:
         table = collect(arguments.results)
+        if table.empty:
+            sys.exit(
+                f"{arguments.results}/runs holds no record: run `staff` first, or name another folder by --results."
+            )
+        page = write(arguments.results, table, *asked(table, arguments.results, arguments))
     except UserError as error:
         sys.exit(f"report: {error}")
-    if table.empty:
-        sys.exit(
-            f"{arguments.results}/runs holds no record: run `staff` first, or name another folder by --results."
-        )
-    page = write(arguments.results, table)
     print(f"{summary(table)}\n\n{len(table)} runs: {arguments.results / 'metrics.csv'}, tables/, figures/, {page}")
     for file in left_over(arguments.results):
         print(f"not written by this report: {file}")
