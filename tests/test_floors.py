@@ -58,9 +58,10 @@ def test_with_every_shift_the_shuffled_score_is_the_mean_over_all_other_samples(
 
 
 def test_a_few_shifts_miss_the_mean_over_all_by_the_error_that_they_state():
-    every = specificity("rougeL", ANSWERS, REFERENCES, IDS).others.mean()
-    keyed = [[f"{trial}-{id}" for id in IDS] for trial in range(150)]  # other ids: another permutation
-    found = [specificity("rougeL", ANSWERS, REFERENCES, ids, shifts=10) for ids in keyed]
+    answers, references, ids = ANSWERS[:50], REFERENCES[:50], IDS[:50]
+    every = specificity("rougeL", answers, references, ids).others.mean()
+    keyed = [[f"{trial}-{id}" for id in ids] for trial in range(150)]  # other ids: another permutation
+    found = [specificity("rougeL", answers, references, ids, shifts=10) for ids in keyed]
     standard = np.array([(f.others.mean() - every) / f.error for f in found])
     assert abs(standard.mean()) < 0.35 and 0.8 < standard.std() < 1.4, (standard.mean(), standard.std())
 
@@ -85,14 +86,14 @@ def test_one_sample_has_no_other_to_be_held_against():
 
 
 def test_the_constant_answer_is_chosen_on_training_answers_and_does_as_well_as_a_model():
-    constant = best_constant("rougeL", TRAINING)
-    found = candidates("rougeL", TRAINING)
+    constant = best_constant("rougeL", TRAINING[:400])
+    found = candidates("rougeL", TRAINING[:400])
     assert constant.kind == found[constant.text] and constant.text.startswith("#Person")
-    judges = [(text,) for text in TRAINING]
-    others = [METRICS["rougeL"]([text] * 300, judges[:300])[0] for text in list(found)[:20]]
-    assert constant.judged > max(others) - 1
+    judges = [(text,) for text in TRAINING[:400]]
+    others = [METRICS["rougeL"]([text] * 300, judges[:300])[0] for text in list(found)[:10]]
+    assert constant.judged > max(others) - 1.5
     assert constant.scores("rougeL", REFERENCES).mean() > 20
-    hindsight = best_constant("rougeL", TRAINING, REFERENCES)
+    hindsight = best_constant("rougeL", TRAINING[:400], REFERENCES)
     assert hindsight.judged == pytest.approx(hindsight.scores("rougeL", REFERENCES).mean())
     assert hindsight.judged >= constant.scores("rougeL", REFERENCES).mean()
 
