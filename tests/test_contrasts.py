@@ -67,7 +67,9 @@ def test_verdicts_are_in_words():
     (undecided,) = words(outcome(-0.6, error=0.5))
     assert undecided.startswith("undecided: ") and undecided.endswith(" more seeds would decide")
     assert 0 < int(undecided.split()[1]) < 1000
-    assert words(outcome(0.1, error=0.3), margin=0.05) != ["equal within 0.05 points"]
+    assert words(outcome(0.001, error=0.002), margin=0.02) == ["equal within 0.02 points"]
+    (loss,) = verdicts([outcome(0.001, error=0.002)], 0.02, "nat")
+    assert loss.words == "equal within 0.02 nats"
 
 
 def test_no_number_of_seeds_decides_what_test_samples_leave_open():

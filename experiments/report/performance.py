@@ -54,8 +54,9 @@ def performance(context: Context, found: list[Pair], effect: float = 1.0) -> Tab
     gain = of_finetuning(context)
     gained = ""
     if gain is not None:
-        size = f"{gain.mean:+.2f} ± {gain.half:.2f}, p {p_value(gain.p)}"
-        gained = f" What fine-tuning on everything gives over the raw target: {size}, uncorrected."
+        sure = "over test samples alone" if gain.p is None else f"p {p_value(gain.p)}, uncorrected"
+        size = f"{gain.mean:+.2f} ± {gain.half:.2f}, {sure}"
+        gained = f" What fine-tuning on everything gives over the raw target: {size}."
     caption = (
         f"{metric(context)} ({direction(context.metric).words}) on {context.title} "
         f"({context.runs['test'].max()} test samples), by {context.varied} and pruning rate. {seeds(context)} "

@@ -85,10 +85,16 @@ class Difference:
 
 
 def typical(differences: Sequence[Difference]) -> Difference:
-    """No difference, with the errors of these on average."""
-    found = {name: float(np.mean([getattr(d, name) for d in differences])) for name in ("of_seeds", "of_samples")}
-    least = min(differences, key=lambda d: d.freedom)
-    return replace(least, mean=0.0, freedom=float(np.median([d.freedom for d in differences])), **found)
+    """No difference, with the errors of these on average; each of two seeds or more."""
+    seeds = int(np.median([d.seeds for d in differences]))
+    return Difference(
+        mean=0.0,
+        seeds=seeds,
+        samples=differences[0].samples,
+        of_seeds=float(np.mean([d.of_seeds * d.seeds for d in differences]) / seeds),
+        freedom=float(np.median([d.freedom / (d.seeds - 1) for d in differences]) * (seeds - 1)),
+        of_samples=float(np.mean([d.of_samples for d in differences])),
+    )
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:

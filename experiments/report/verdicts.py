@@ -12,7 +12,7 @@ from experiments.report.contrasts import Contrast, Outcome, outcomes, registered
 from experiments.report.power import MOST, seeds_needed, seeds_to_decide
 from experiments.report.records import Context
 from experiments.report.sequential import PLANNED, progress
-from experiments.report.statistics import LEVEL, holm
+from experiments.report.statistics import LEVEL, Difference, holm
 from experiments.report.tables import NONE, Table, basis, metric, p_value
 from staff.directions import direction
 
@@ -50,8 +50,8 @@ class Verdict:
     words: str
 
 
-def verdicts(found: Sequence[Outcome], margin: float) -> list[Verdict]:
-    """What each outcome came to, all together at most 5 % in error.
+def verdicts(found: Sequence[Outcome], margin: float, unit: str = "point") -> list[Verdict]:
+    """What each outcome came to; of each kind of verdict, one or more are wrong in at most 5 % of campaigns.
 
     Better or worse: a two-sided test. Equal: two one-sided tests at 5 % each (Schuirmann, 1987). Not worse: the
     gain is above minus the margin, one-sided at 2.5 %, as is usual for non-inferiority. Each of the three is
@@ -68,13 +68,14 @@ def verdicts(found: Sequence[Outcome], margin: float) -> list[Verdict]:
             made.append(Verdict(outcome, None, "one seed: no verdict"))
             continue
         p = next(p_values)
-        words = _words(outcome, *p, margin=margin, level=LEVEL / len(tested))
+        within = f"{margin:g} {unit}{'' if margin == 1 else 's'}"
+        words = _words(outcome, *p, within) or _undecided(outcome.hardest, margin, LEVEL / len(tested))
         made.append(Verdict(outcome, float(p[0]), words))
     return made
 
 
-def _words(outcome: Outcome, differs: float, equal: float, not_worse: float, *, margin: float, level: float) -> str:
-    within = f"{margin:g} {'point' if margin == 1 else 'points'}"
+def _words(outcome: Outcome, differs: float, equal: float, not_worse: float, within: str) -> str | None:
+    """By corrected p-values; None where none is small enough."""
     if differs <= LEVEL:
         word = "better" if outcome.hardest.mean > 0 else "worse"
         return f"{word}, by less than {within}" if equal <= LEVEL else word
@@ -82,10 +83,14 @@ def _words(outcome: Outcome, differs: float, equal: float, not_worse: float, *, 
         return f"equal within {within}"
     if not_worse <= LEVEL:
         return f"not worse by {within}"
-    needed = seeds_to_decide(outcome.hardest, margin, level)
+    return None
+
+
+def _undecided(difference: Difference, margin: float, level: float) -> str:
+    needed = seeds_to_decide(difference, margin, level)
     if needed is None:
         return "undecided: more seeds alone would not decide"
-    more = needed - outcome.seeds
+    more = needed - difference.seeds
     return f"undecided: {more} more seed{'s' if more > 1 else ''} would decide"
 
 
@@ -97,7 +102,8 @@ def tables(context: Context, question: Question = DEFAULT) -> list[Table]:
 def table(context: Context, question: Question = DEFAULT) -> Table | None:
     """The verdict on each contrast; None where there is no contrast."""
     margin, effect = question.margin_of(context.metric), question.effect_of(context.metric)
-    made = verdicts(outcomes(context, registered(context, question.contrasts)), margin)
+    found = outcomes(context, registered(context, question.contrasts))
+    made = verdicts(found, margin, direction(context.metric).unit)
     if not made:
         return None
     rows = []
