@@ -173,6 +173,18 @@ def test_ones_own_method_is_the_one_that_is_asked_about(real: Path, tmp_path: Pa
     assert [(c.method, *c.others) for c in found] == [("mine", "random"), ("mine", "random", "staff")]
 
 
+def test_methods_are_found_though_a_setting_stands_in_their_labels(real: Path, tmp_path: Path):
+    for rate, changes in ((0.9, {}), (0.5, {"config__finetune__learning_rate": 0.5})):
+        for method in ("raw", "full", "random", "staff"):
+            copied(real, tmp_path, method, RATES.get(method, (rate,))[0], (0, 0), np.arange(8.0), **changes)
+    context = max(contexts(collect(tmp_path), tmp_path / "runs"), key=lambda context: len(context.variants))
+    assert any(variant.startswith("full finetune.learning_rate=") for variant in context.variants)
+    found = [
+        (c.method.split("=")[1], [other.split(" ")[0] for other in c.others]) for c in registered(context, None)
+    ]
+    assert sorted(found) == 2 * [("0.003", ["random"])] + 2 * [("0.5", ["random"])], found
+
+
 def test_contrasts_margin_and_effect_are_asked_on_the_command_line(real: Path, tmp_path: Path, monkeypatch):
     grid(real, tmp_path, {"random": 0, "ccs": 0.3, "staff": 3}, rates=(0.9,))
 

@@ -128,9 +128,10 @@ def registered(context: Context, named: Sequence[Contrast] | None) -> list[Contr
     found = []
     for method in _focal(context):
         rivals = _rivals(context, method)
-        found += [Contrast(method, ("random",))] if "random" in context.variants else []
-        found += [Contrast(method, rivals)] if rivals not in ((), ("random",)) else []
-        found += [Contrast(method, (twin,)) for twin in _twins(context) if twin != method]
+        random = _runs_of(context, "random")
+        found += [Contrast(method, (other,)) for other in random]
+        found += [Contrast(method, rivals)] if set(rivals) - set(random) else []
+        found += [Contrast(method, (twin,)) for twin in _runs_of(context, *TWINS) if twin != method]
     return found
 
 
@@ -139,16 +140,17 @@ def _focal(context: Context) -> list[str]:
     selects = context.runs.groupby("variant")["selects"].first()
     own = [v for v in context.variants if not str(selects[v]).startswith(("staff.", "baselines."))]
     staff = [v for v in context.variants if context.is_staff(v)]
-    return own or (["staff"] if "staff" in staff else staff[:1])
+    return own or _runs_of(context, "staff") or staff[:1]
 
 
-def _twins(context: Context) -> list[str]:
-    return [v for v in context.variants if v.split(" ")[0] in TWINS]
+def _runs_of(context: Context, *methods: str) -> list[str]:
+    """The variants of these methods, with or without settings in their labels."""
+    return [v for v in context.variants if any(f"{v} ".startswith(f"{method} ") for method in methods)]
 
 
 def _rivals(context: Context, method: str) -> tuple[str, ...]:
     """Every other method that selects, but for twins, which are controls, and for STAFF's presets beside STAFF."""
-    apart = {method, *REFERENCES, *_twins(context)}
+    apart = {method, *_runs_of(context, *REFERENCES, *TWINS)}
     kin = {v for v in context.variants if context.is_staff(v)} if context.is_staff(method) else set()
     return tuple(v for v in context.variants if v not in apart | kin)
 
