@@ -179,7 +179,10 @@ def dry_run(cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> Run
     if all(charge.stage == "coreset" for charge in chosen.charged().values()):
         store.certain.add(tokenized["target"].take(coreset.indices).fingerprint)
     tuning = run.finetuning(coreset)
-    store.get(run.answering(tuning))
+    answering = run.answering(tuning)
+    store.get(answering)
+    if (scored := run.measuring(answering).likelihood) is not None:
+        store.get(scored)
     return run
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,8 +34,9 @@ from staff.models.spec import check_quantization
 from staff.models.state import ModelState
 from staff.pool import Pool, Select, Slice
 from staff.runtime import processes
-from staff.scoring.stage import ScoringSettings
+from staff.scoring.stage import Score, ScoringSettings
 from staff.selection import Coreset, SelectionMethod, budget_of, check_flags
+from staff.signals.nll import AnswerNll
 from staff.store.manifest import Artifact, digest
 from staff.store.store import Store
 from staff.training.memory import check_fits
@@ -204,7 +206,22 @@ class Run:
 
     def measuring(self, answering: Generate) -> Measure:
         metrics = [named_metric(name) for name in self.task.metrics]
-        return Measure(answering, metrics, {sample.id: sample.references for sample in self.test})
+        references = {sample.id: sample.references for sample in self.test}
+        asks = any(metric.needs == "likelihood" for metric in metrics)
+        return Measure(answering, metrics, references, self.likelihood(answering.state) if asks else None)
+
+    def likelihood(self, state: ModelState) -> Score:
+        """The negative log-likelihood of every reference answer under the model."""
+        return Score(state, self.reference_tokens, (AnswerNll(),), self.scoring, self.settings.lora, 0)
+
+    @cached_property
+    def reference_tokens(self) -> TokenizedSamples:
+        asked = set(self.tokenized["test"].ids)
+        samples = self.task.reference_samples(sample for sample in self.test if sample.id in asked)
+        tokens = read_tokens(self.store.get(Tokens(samples, self.family.target, self.family.reading)))
+        windows = {"target": self.family.target.window()}
+        fitting([tokens], sys.maxsize, "refuse", windows, "reference(s) behind their prompts")
+        return tokens
 
     def locked(self) -> AbstractContextManager[Any]:
         """Keeps two workers of a sweep from carrying out the same run side by side."""

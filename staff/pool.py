@@ -139,7 +139,9 @@ class Pool:
             raise UserError(f"the model {name!r} is unknown: choose one of {', '.join(STATES)}.")
         spec = self._spec(name)
         if name == "small" and self.family.small.identity() == self.family.target.identity():
-            log.warning("the small model is the target itself, and scoring with it costs as much: name a smaller one")
+            log.warning(
+                "the small model is the target itself, and scoring with it costs as much: name a smaller one"
+            )
         training = self.training(name) if name in ("small", "target_tuned") else None
         if not moment:
             return [ModelState(spec, training)]

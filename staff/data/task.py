@@ -109,6 +109,18 @@ class Task:
             raise UserError(f"task {self.name!r}: the {split} split is empty; check task.data_dir.")
         return _asked_once(samples.values()) if split == "test" else list(samples.values())
 
+    def reference_samples(self, test: Iterable[Sample]) -> list[Sample]:
+        """A sample for each reference of the test samples, with the reference as its answer.
+
+        White space at the start of the answer template belongs to every reference, as it does to training answers.
+        """
+        space = self.answer[: len(self.answer) - len(self.answer.lstrip())]
+        return [
+            Sample(f"{sample.id}#{k}", sample.prompt, space + text.strip(), (text,))
+            for sample in test
+            for k, text in enumerate(sample.references)
+        ]
+
     def source(self) -> dict[str, Any] | None:
         """Name and commit of the data set on the hub (no commit where the hub cannot be asked); None for files."""
         if self.data_dir is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
 
 from staff.data.tokens import TokenizedSamples
@@ -20,6 +21,7 @@ from staff.evaluation.metrics import measure
 from staff.evaluation.metrics.metric import Metric
 from staff.models.flops import forward_flops
 from staff.models.state import ModelState
+from staff.scoring.stage import Score, read_scores
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage, identity, plain
@@ -88,10 +90,13 @@ def read_predictions(answered: Artifact) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Measure(Stage):
-    """Metrics of stored answers. Nothing is generated again for a new metric, and no other fingerprint changes.
+    """Metrics of stored answers and stored scores. Nothing is generated again for a new metric, and no other
+    fingerprint changes.
 
     Attributes:
         references: by the sample's id.
+        likelihood: the signal "nll" of every reference, in the order of the answers and of each one's references;
+            None where no metric needs it.
     """
 
     kind: ClassVar[str] = "metrics"
@@ -101,6 +106,7 @@ class Measure(Stage):
     answers: Generate
     metrics: Sequence[Metric]
     references: dict[str, tuple[str, ...]] = field(repr=False)
+    likelihood: Score | None = None
 
     @property
     def label(self) -> str:
@@ -108,7 +114,7 @@ class Measure(Stage):
 
     @property
     def inputs(self) -> tuple[Stage, ...]:
-        return (self.answers,)
+        return (self.answers,) if self.likelihood is None else (self.answers, self.likelihood)
 
     def key(self) -> dict[str, Any]:
         return {"metrics": [identity(metric) for metric in self.metrics], "references": plain(self.references)}
@@ -116,7 +122,12 @@ class Measure(Stage):
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         answers = read_predictions(inputs[0])
         answers["references"] = [self.references[id] for id in answers["id"]]
-        headline, per_sample = measure(self.metrics, answers["prediction"].tolist(), answers["references"].tolist())
+        nll = None
+        if self.likelihood is not None:
+            owners = np.repeat(np.arange(len(answers)), [len(texts) for texts in answers["references"]])
+            nll = pd.DataFrame(read_scores(inputs[1])["nll"]).groupby(owners).mean().to_numpy()
+        texts = answers["prediction"].tolist(), answers["references"].tolist()
+        headline, per_sample = measure(self.metrics, *texts, nll)
         answers.join(per_sample).to_parquet(folder / PREDICTIONS)
         (folder / METRICS).write_text(json.dumps(headline))
 

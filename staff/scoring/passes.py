@@ -199,7 +199,9 @@ def _refuse(values: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
     )
 
 
-def _run_batch(model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int) -> dict[str, Tensor]:
+def _run_batch(
+    model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int
+) -> dict[str, Tensor]:
     """The signals of a batch, the last block run only where one of them reads."""
     input_ids, labels, lengths = _padded(batch, pad_token_id, model.device)
     at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)
@@ -223,7 +225,9 @@ def _run_batch(model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal]
             return {signal.name: signal.compute(this) for signal in signals}
 
 
-def _run_alone(model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int) -> dict[str, Tensor]:
+def _run_alone(
+    model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int
+) -> dict[str, Tensor]:
     """The same for one sample, by the model's own forward and backward pass."""
     input_ids, labels, lengths = _padded(sample, pad_token_id, model.device)
     at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)

@@ -22,6 +22,7 @@ NAMED = {
     "effort": "effort.Effort",
     "el2n": "el2n.EL2N",
     "loss": "loss.Loss",
+    "nll": "nll.AnswerNll",
     "embedding": "embedding.Embedding",
 }
 """The shipped signals by name: module and class in this package."""

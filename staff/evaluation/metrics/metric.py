@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from staff.data.task import Sample
 from staff.errors import UserError
 
@@ -26,15 +28,34 @@ class Metric:
         name: as in `task.metrics`.
         version: raised when the numbers change.
         higher_is_better: the metric's direction.
+        margin: the difference, in the metric's `unit`, up to which two methods count as equal by default.
+        needs: "answers", generated ones; "likelihood", that of the references under the model.
     """
 
     version: ClassVar[int]
     higher_is_better: ClassVar[bool] = True
+    margin: ClassVar[float] = 1.0
+    unit: ClassVar[str] = "point"
+    needs: ClassVar[str] = "answers"
 
     name: str
 
+    @property
+    def sign(self) -> int:
+        """1 where higher values are better, -1 where lower ones are."""
+        return 1 if self.higher_is_better else -1
+
+    @property
+    def words(self) -> str:
+        return "higher is better" if self.higher_is_better else "lower is better"
+
     def measure(self, predictions: Sequence[str], references: References) -> Values:
         """The headline value, and one value a sample."""
+        raise NotImplementedError
+
+    def measure_likelihood(self, nll: np.ndarray) -> Values:
+        """The same from the negative log-likelihood of each sample's references, shape (N, 2): nats per token of the
+        content, and nats of the end token, means over references."""
         raise NotImplementedError
 
     def check(self, samples: Sequence[Sample]) -> None:
