@@ -14,5 +14,3 @@ def processor_name() -> str:
         if name := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return name[1].strip()
     return platform.processor() or platform.machine()
-
-

@@ -11,10 +11,8 @@ from staff.models.flops import forward_flops
 from staff.scoring.signal import Signal, gradient_of
 
 
-def scoring_flops(
-    model: Any, lengths: np.ndarray, answer_lengths: np.ndarray, signals: Sequence[Signal]
-) -> float:
-    """FLOPs of one pass over samples, without padding: a forward pass, and a backward pass where gradients are needed.
+def scoring_flops(model: Any, lengths: np.ndarray, answer_lengths: np.ndarray, signals: Sequence[Signal]) -> float:
+    """FLOPs of one pass over samples without padding: forward, and backward where gradients are needed.
 
     A backward pass through frozen linear layers costs what their forward pass cost, through attention twice that;
     "last_v_b" needs of attention only the gradient of the values, half of it. What a fused kernel recomputes is not

@@ -149,8 +149,10 @@ def _independently(samples: TokenizedSamples, order: np.ndarray, budget: int, ru
 
 
 def _in_step(samples: TokenizedSamples, order: np.ndarray, budget: int, run: Run) -> Batches:
-    """The same for a model whose weights the processes share out: all run it equally often, with the shortest sample
-    where no other is left."""
+    """The same for a model whose weights are sharded over the processes.
+
+    All processes must run it equally often; one without samples left runs the shortest sample again.
+    """
     batches, start = [], 0
     while start < len(order):
         batches.append(order[start : start + max(1, budget // int(samples.lengths[order[start]]))])
@@ -199,7 +201,9 @@ def _refuse(values: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
     )
 
 
-def _run_batch(model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int) -> dict[str, Tensor]:
+def _run_batch(
+    model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int
+) -> dict[str, Tensor]:
     """The signals of a batch, the last block run only where one of them reads."""
     input_ids, labels, lengths = _padded(batch, pad_token_id, model.device)
     at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)
@@ -223,7 +227,9 @@ def _run_batch(model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal]
             return {signal.name: signal.compute(this) for signal in signals}
 
 
-def _run_alone(model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int) -> dict[str, Tensor]:
+def _run_alone(
+    model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int
+) -> dict[str, Tensor]:
     """The same for one sample, by the model's own forward and backward pass."""
     input_ids, labels, lengths = _padded(sample, pad_token_id, model.device)
     at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)

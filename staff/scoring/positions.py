@@ -71,7 +71,7 @@ class Positions:
         return cls.of_answers(labels) if "answers" in reads else cls.of_predictions(labels)
 
     def out_of(self, others: Positions, values: Tensor) -> Tensor:
-        """The rows of values (S, ...) at `others` that belong to these positions, which `others` include: (L, ...)."""
+        """The rows of `values` (S, ...) that belong to these positions, a subset of `others`: (L, ...)."""
         if len(self.index) == len(others.index):
             return values
         return values.index_select(0, torch.searchsorted(others.index, self.index))
@@ -150,9 +150,9 @@ def last_block(model: Any) -> Any:
     config = model.config
     if config.model_type not in ARCHITECTURES or getattr(config, "use_bidirectional_attention", False):
         raise UserError(
-            f"{model_name(model)} (model type {config.model_type!r}) cannot be scored exactly in batches: its model "
-            f"type must be one of {', '.join(ARCHITECTURES)}, with causal attention; or score single samples by "
-            f"plain autograd, which is slower, with scoring.one_at_a_time=true."
+            f"{model_name(model)} (model type {config.model_type!r}) cannot be scored exactly in batches: "
+            f"its model type must be one of {', '.join(ARCHITECTURES)}, with causal attention; or score single "
+            "samples by plain autograd, which is slower, with scoring.one_at_a_time=true."
         )
     return model.get_decoder().layers[: config.num_hidden_layers][-1]
 

@@ -28,13 +28,15 @@ def named_metric(name: str) -> Metric:
     Raises:
         UserError: there is none.
     """
-    module, _, kind = f"staff.evaluation.metrics.{NAMED[name]}".rpartition(".") if name in NAMED else name.rpartition(".")
+    module, _, kind = (
+        f"staff.evaluation.metrics.{NAMED[name]}".rpartition(".") if name in NAMED else name.rpartition(".")
+    )
     try:
         return getattr(import_module(module), kind)(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"task.metrics names {name!r}, which is unknown: choose from {', '.join(NAMED)}, or give the dotted path "
-            f"of a class of your own ({error})."
+            f"task.metrics names {name!r}, which is unknown: choose from {', '.join(NAMED)}, "
+            f"or give the dotted path of a class of your own ({error})."
         ) from None
 
 
