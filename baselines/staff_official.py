@@ -1,9 +1,14 @@
 """STAFF as its authors' released code computes it, for exact comparisons.
 
-Differences to the paper, each a field or a method here: scores are min-max normalised over the pool, small and target
-each, so that the target scores every sample and no overhead is saved; the highest-scored tenth is dropped; regions
-have float32 edges, above the last of which a sample belongs to no region; regions of b_v or fewer samples are not
-verified and get an equal share; inside a region the highest scored come first; what is left over is a uniform draw.
+Differences from the paper, each a field or a method here:
+
+- Scores are min-max normalised over the pool, separately for both models. So the target scores every sample, and no
+  overhead is saved.
+- The highest-scored tenth is dropped.
+- Regions have float32 edges. A sample above the last edge belongs to no region.
+- Regions of b_v or fewer samples are not verified and get an equal share of the budget.
+- Inside a region the highest-scored samples come first.
+- The rest of the budget is drawn uniformly.
 The released code fine-tunes the small model and then re-initialises its adapters on q_proj and v_proj (an accident
 that `fresh_adapter` repeats), with rank 81 and alpha 16.
 """
@@ -45,8 +50,8 @@ class StaffOfficial(Staff):
             raise UserError(f"method.fresh_adapter={self.fresh_adapter} must have rank, alpha and targets.")
         if self.fresh_adapter is not None and (self.scores == "online" or self.gradient == "all_linear"):
             raise UserError(
-                f"method.fresh_adapter is a LoRA adapter for a scoring pass: leave it out with scores={self.scores} "
-                f"and gradient={self.gradient}."
+                f"method.fresh_adapter is a LoRA adapter for a scoring pass: leave it out with "
+                f"scores={self.scores} and gradient={self.gradient}."
             )
 
     def scored(self, pool: ScorePool, model: str, probes: Sequence[np.ndarray] | None = None) -> np.ndarray:

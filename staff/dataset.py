@@ -1,4 +1,4 @@
-"""Use without Hydra: a pool from a data set and models, given as objects or by name, and a selection in one call."""
+"""Use without Hydra: a pool from a data set and models, as objects or by name, and a selection in one call."""
 
 from __future__ import annotations
 

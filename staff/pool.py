@@ -31,8 +31,7 @@ from staff.training.stage import Finetune, read_online_efforts
 log = logging.getLogger(__name__)
 
 STATES = ("small", "small_raw", "target", "target_tuned")
-"""Names of model states: the small model fine-tuned on the whole pool, and raw; the target raw, and fine-tuned on the
-whole pool."""
+"""Names of model states. "small" and "target_tuned" are fine-tuned on the whole pool, the others are raw."""
 
 Asked = str | Signal
 
@@ -120,7 +119,7 @@ class Pool:
         Raises:
             UserError: an unknown signal, option, model or slice; a model that cannot be scored.
         """
-        several = isinstance(signal, Sequence) and not isinstance(signal, str)
+        several = not isinstance(signal, str | Signal)
         signals = named_all(signal if several else [signal], options)
         name, _, moment = of.partition("@")
         if moment == "online":

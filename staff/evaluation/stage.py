@@ -136,6 +136,8 @@ class Measure(Stage):
 
 
 def read_measured(measured: Artifact) -> tuple[dict[str, float], pd.DataFrame]:
-    """What `Measure` stored: the headline of every metric; and a row a sample, with id, prediction, number of tokens,
-    references and the value of every metric."""
+    """What `Measure` stored: the headline value of every metric, and a table of the predictions.
+
+    The table has a row for each sample: id, prediction, number of tokens, references and the value of every metric.
+    """
     return json.loads((measured.path / METRICS).read_text()), pd.read_parquet(measured.path / PREDICTIONS)

@@ -63,8 +63,10 @@ def load_trained(spec: ModelSpec, folder: Path) -> Any:
 
 
 def replace_lora(tuned: Any, spec: LoraSpec, seed: int) -> Any:
-    """`tuned` with a fresh adapter in place of its own on the layers that `spec` targets. Elsewhere the tuning stays,
-    merged into the weights. This is what the authors' code does to the small model."""
+    """`tuned` with a fresh adapter in place of its own on the layers that `spec` targets.
+
+    On all other layers the fine-tuning is merged into the weights. The authors' code does this to the small model.
+    """
     import torch
 
     replaced = (spec.targets,) if isinstance(spec.targets, str) else tuple(spec.targets)

@@ -1,7 +1,7 @@
 """Stages that obtain a model: convert a GGUF file, cut a small model out of the target, save objects at hand.
 
-Each runs once and is kept as an artefact. Nobody is charged for it: converting a format and copying blocks belong to
-obtaining a model, as a download does, and not to selecting samples. So they run outside every other stage.
+Each runs once and is kept as an artefact. No run is charged for it: like a download, it obtains a model and selects
+no samples. So these stages run outside every other stage.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Exact per-sample gradients of a whole batch from one forward and one backward pass.
 
-The loss is the sum over samples of each sample's own mean answer cross-entropy, so the gradient of the loss with
-respect to a layer's output holds, row by row, what each sample contributes. For a linear layer with inputs x (T, in)
-and output gradients g (T, out) of one sample, the gradient of the weight is g^T x (Goodfellow 2015,
-arXiv:1510.01799). A reducer turns these pairs into a value per sample; the squared norm is one of them.
+The loss is the sum over samples of each sample's own mean answer cross-entropy. So the rows of its gradient with
+respect to a layer's output belong to one sample each. For a linear layer with inputs x (T, in) and output gradients
+g (T, out) of one sample, the gradient of the weight is g^T x (Goodfellow 2015, arXiv:1510.01799). A reducer turns
+these pairs into a value per sample; the squared norm is one of them.
 
 No parameter asks for a gradient, the wanted outputs do: all that runs before the first of them keeps no graph.
 """
@@ -122,7 +122,8 @@ class _Captured:
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if layer in self.outputs:
             raise UserError(
-                f"{model_name(self.model)} uses a layer twice ({layer}): exact per-sample gradients are not possible."
+                f"{model_name(self.model)} uses a layer twice ({layer}): "
+                "exact per-sample gradients are not possible."
             )
         self.inputs[layer] = args[0].detach()
         self.outputs[layer] = output if output.requires_grad else output.requires_grad_()
@@ -205,7 +206,12 @@ def layer_gradient_norms(
 
 
 def squared_weight_gradient_norms(x: Tensor, g: Tensor, bias: bool) -> Tensor:
-    """Squared norm of sum over t of g_t x_t^T, from x (B, T, in) and g (B, T, out), and of sum g_t for a bias: (B,)."""
+    """Squared norm of sum over t of g_t x_t^T, and of sum g_t for a bias: (B,).
+
+    Args:
+        x: inputs of the layer, (B, T, in).
+        g: gradients of its outputs, (B, T, out).
+    """
     x, g = widened(x), widened(g)
     (length, wide), tall = x.shape[1:], g.shape[2]
     if gram_is_cheaper(length, wide, tall):

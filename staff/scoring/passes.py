@@ -149,8 +149,10 @@ def _independently(samples: TokenizedSamples, order: np.ndarray, budget: int, ru
 
 
 def _in_step(samples: TokenizedSamples, order: np.ndarray, budget: int, run: Run) -> Batches:
-    """The same for a model whose weights the processes share out: all run it equally often, with the shortest sample
-    where no other is left."""
+    """The same for a model whose weights are sharded over the processes.
+
+    All processes must run it equally often; one without samples left runs the shortest sample again.
+    """
     batches, start = [], 0
     while start < len(order):
         batches.append(order[start : start + max(1, budget // int(samples.lengths[order[start]]))])

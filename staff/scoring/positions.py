@@ -148,7 +148,7 @@ def last_block(model: Any) -> Any:
     if config.model_type not in ARCHITECTURES or getattr(config, "use_bidirectional_attention", False):
         raise UserError(
             f"{model_name(model)} (model type {config.model_type!r}) cannot be scored exactly in batches: set "
-            "scoring.one_at_a_time=null or true, which scores single samples by plain autograd."
+            "scoring.one_at_a_time=true, which scores single samples by plain autograd."
         )
     return model.get_decoder().layers[: config.num_hidden_layers][-1]
 

@@ -95,7 +95,7 @@ def gradient_of(signals: Sequence[Signal]) -> GradientOf | None:
     wanted = {signal.gradient for signal in signals if signal.gradient is not None}
     if len(wanted) > 1:
         raise UserError(
-            f"the signals {', '.join(signal.name for signal in signals)} differentiate by different parameters: ask "
-            "for them one after the other."
+            f"the signals {', '.join(signal.name for signal in signals)} differentiate by different parameters: "
+            "ask for them one after the other."
         )
     return next(iter(wanted), None)

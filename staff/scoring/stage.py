@@ -188,8 +188,11 @@ def read_scores(scored: Artifact) -> dict[str, np.ndarray]:
 
 
 def placeholder(samples: int, name: str, shape: tuple[int, ...] = ()) -> np.ndarray:
-    """Values (samples, *shape) for a dry run: evenly spread, so that no region is empty, in an order drawn by `name`
-    (two methods that ask for different scores hardly ever choose the same coreset)."""
+    """Values for a dry run: (samples, *shape).
+
+    They are evenly spread, so that no region is empty. Their order is drawn by `name`, because two methods that ask
+    for different scores hardly ever choose the same coreset.
+    """
     drawn = np.random.default_rng(zlib.crc32(name.encode())).permutation(samples)
     values = (1 + drawn) / samples
     return values if not shape else np.repeat(values[:, None], min(2, *shape), axis=1)

@@ -1,4 +1,4 @@
-"""Effort: how much a sample moves the model, the norm of its own gradient (STAFF, section 3.1; GraNd, Paul et al. 2021)."""
+"""Effort: the norm of a sample's own gradient (STAFF, section 3.1; GraNd, Paul et al. 2021)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Effort(Signal):
     """L2 norm of the gradient of the sample's own mean answer cross-entropy, (B,).
 
     Attributes:
-        parameters: by which the loss is differentiated: "last_v_b", the last block's v_proj lora_B (the authors' code);
-            "all_lora", all LoRA parameters (the paper); "all_linear", all weights of linear layers, adapters
-            merged into them.
+        parameters: by which the loss is differentiated: "last_v_b", the last block's v_proj lora_B (the authors'
+            code); "all_lora", all LoRA parameters (the paper); "all_linear", all weights of linear layers, with
+            adapters merged into them.
         fresh_adapter: {rank, alpha, targets} of a new LoRA adapter in place of fine-tuning's; None: fine-tuning's.
     """
 

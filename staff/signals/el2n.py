@@ -24,9 +24,9 @@ class EL2N(Signal):
     """EL2N carried over to the answer tokens of a causal language model: (B,).
 
     Attributes:
-        variant: "standard", the mean over tokens of the L2 norm of softmax minus one-hot, at the positions where the
-            answer tokens are predicted; "official", what the authors of STAFF released: the root mean square, over
-            tokens and vocabulary, of raw logits minus one-hot, at the positions where the tokens stand.
+        variant: "standard", the mean over tokens of the L2 norm of softmax minus one-hot, at the positions that
+            predict the answer tokens; "official", what the authors of STAFF released: the root mean square, over
+            tokens and vocabulary, of raw logits minus one-hot, at the positions of the tokens themselves.
     """
 
     name: ClassVar[str] = "el2n"

@@ -22,8 +22,9 @@ BEAT = 5.0
 
 @contextmanager
 def attempt(file: Path, meter: Meter) -> Iterator[list[dict[str, Any]]]:
-    """Record the block in `file`, with the seconds of `meter` since its last checkpoint. Once the block succeeds, the
-    record and those of earlier attempts are removed.
+    """Record the block in `file`, with the seconds of `meter` since its last checkpoint.
+
+    Once the block succeeds, its record and those of earlier attempts are removed.
 
     Yields the attempts before it: when each started, seconds, and the error's name where it was not killed.
     """

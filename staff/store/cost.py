@@ -121,8 +121,10 @@ class Meter:
         return self.cost
 
     def resume(self, checkpoint: Cost) -> None:
-        """Add the time that an earlier process spent up to the checkpoint which this one resumes from. Its FLOPs and
-        tokens are not added: the stage counts those of the whole."""
+        """Add the time that an earlier process spent before the checkpoint from which this one resumes.
+
+        Its FLOPs and tokens are not added: the stage counts those of the whole.
+        """
         self._seconds += checkpoint.seconds
         self._saved = checkpoint.seconds
         self._peak_memory_bytes = max(self._peak_memory_bytes, checkpoint.peak_memory_bytes)

@@ -91,7 +91,7 @@ def identity(part: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON holds it: tuples as lists, dataclasses as dictionaries, those with behaviour by `identity`."""
+    """`value` as JSON holds it: tuples as lists, dataclasses as dictionaries, methods and signals by `identity`."""
     if is_dataclass(value) and not isinstance(value, type):
         if any(hasattr(value, name) for name in ("select", "compute")):
             return identity(value)

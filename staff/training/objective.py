@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 
 class Objective(Protocol):
-    """The loss of each answer token; a step minimises its mean over the step's answer tokens. A frozen dataclass."""
+    """The loss of each answer token. A step minimises its mean over the step's answer tokens.
+
+    Implementations are frozen dataclasses.
+    """
 
     def compute(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(L,), float32 or wider, from logits (L, V) and the token ids (L,) that follow."""

@@ -1,9 +1,9 @@
 """Effort scores out of fine-tuning's own backward passes, so that the small model needs no scoring pass.
 
-The trainer's loss is the mean over all answer tokens of a step, so what it backpropagates into a layer's output is
-n_i / n of the gradient of sample i's own mean loss (n_i of the step's n answer tokens). Scaled back, the norm of
-the sample's gradient follows as in `staff.scoring.gradients`. The weights move while scores are taken, once a sample. That,
-and dropout where there is any, is the difference to scores of a pass with the final weights.
+The trainer's loss is the mean over all n answer tokens of a step. So what it backpropagates into a layer's output
+is n_i / n of the gradient of sample i's own mean loss, n_i being the answer tokens of the sample. Scaled back, the
+norm of the sample's gradient follows as in `staff.scoring.gradients`. Unlike in a pass with the final weights, the
+weights change between samples, and dropout is active where there is any.
 """
 
 from __future__ import annotations

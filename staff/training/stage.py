@@ -82,8 +82,8 @@ class Finetune(Training):
     def checkpoint(self, folder: Path, epoch: int) -> Path:
         if self.adapter is None:
             raise UserError(
-                f"fine-tuning all weights keeps no model of epoch {epoch}: choose finetune=lora, whose adapters are "
-                "kept at the end of every epoch."
+                f"fine-tuning all weights keeps no model of epoch {epoch}: "
+                "choose finetune=lora, whose adapters are kept at the end of every epoch."
             )
         return folder / EPOCHS / str(epoch)
 

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class ShardedBatches(Sampler[list[int]]):
     """The batches of one process: its shard of every step's samples, `device_batch_size` at a time.
 
-    A step's samples are those that a single process would take. All processes get equally many batches; some are empty.
+    A step's samples are those that a single process would take. All processes get equally many batches, some empty.
 
     Args:
         order: of the samples in an epoch; rank 0's counts.
@@ -61,8 +61,9 @@ class ShardedBatches(Sampler[list[int]]):
 
 
 class ShardingTrainer(Trainer):
-    """The Trainer whose steps hold the same samples in several processes as in one. Its own sampler would fill up the
-    last step of an epoch with samples that were seen already.
+    """A `Trainer` whose steps hold the same samples in several processes as in one.
+
+    The sampler of `Trainer` would fill up the last step of an epoch with samples that were seen already.
 
     Args:
         warmup_start: of the learning rate, as in `staff.training.settings.FinetuneSettings`.
@@ -182,16 +183,21 @@ class Progress(TrainerCallback):
 
 
 def checkpoint_blocks(model: Any) -> None:
-    """Turn on gradient checkpointing for every block but the last that `last_block_at` knows: its hooks are gone when
-    a block is run again, and its memory is needed before that of the others."""
+    """Turn on gradient checkpointing for every block except the one that `last_block_at` hooks into.
+
+    The hooks are gone when a block is run again, and the last block's memory is needed before that of the others.
+    """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.config.model_type in ARCHITECTURES:
         last_block(model).gradient_checkpointing = False
 
 
 def _collator(tokenizer: Any) -> Callable[[list[dict[str, Any]]], Any]:
-    """Pads to the longest sample, and tells by "row" which samples a batch holds. A batch without samples gets a token
-    without a label: all processes go through equally many passes, and this one adds nothing."""
+    """A collator that pads to the longest sample and names the samples of a batch in "row".
+
+    A batch without samples gets one token without a label. It adds nothing to the loss, but all processes must run
+    equally many passes.
+    """
     pad = DataCollatorForSeq2Seq(tokenizer)
     empty = {"input_ids": [tokenizer.pad_token_id], "prompt_length": 1}
 
