@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 PRECISIONS = ("float32", "bfloat16")
 QUANTIZATIONS = ("nf4",)
 
-# Decoders with gated MLPs whose block feeds `input_layernorm` to the attention alone, and whose attention is causal
-# and ends in `o_proj`; everything else in them works on one position at a time. Checked layer by layer in the tests.
+# Decoders with gated MLPs whose block feeds `input_layernorm` to the attention alone, and whose attention is
+# causal and ends in `o_proj`; all else in them works on one position at a time. Checked layer by layer in the tests.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 """Model types with exact batched gradients, and FLOPs and memory by formula."""
 
@@ -37,7 +37,7 @@ class ModelSpec:
             GGUF file that a Python package carries.
         revision: branch, tag or commit on the hub; the commit it resolves to is recorded.
         dtype: precision of the weights in memory.
-        attention: attention implementation, as transformers names them; "sdpa" means "eager" for a model without it.
+        attention: attention implementation, as transformers names them; a model without "sdpa" uses "eager".
         gated: the hub asks for an accepted licence and a token.
         quantization: None, or "nf4": linear layers in 4 bits, as QLoRA has them (Dettmers et al. 2023,
             arXiv:2305.14314): normal floats, doubly quantised, computed with in bfloat16.

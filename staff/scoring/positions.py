@@ -68,7 +68,7 @@ class Positions:
         return cls.of_answers(labels) if "answers" in reads else cls.of_predictions(labels)
 
     def out_of(self, others: Positions, values: Tensor) -> Tensor:
-        """The rows of values (S, ...) at `others` that belong to these positions, which `others` include: (L, ...)."""
+        """The rows of values (S, ...) at `others`, which include these positions, that belong to them: (L, ...)."""
         if len(self.index) == len(others.index):
             return values
         return values.index_select(0, torch.searchsorted(others.index, self.index))

@@ -12,8 +12,9 @@ from staff.evaluation.metrics.metric import Metric, Values
 
 @dataclass(frozen=True)
 class Nll(Metric):
-    """Mean negative log-likelihood of a reference's content tokens, in nats per token, teacher-forced; headline: the
-    mean over samples.
+    """Mean negative log-likelihood of a reference's content tokens, in nats per token, teacher-forced.
+
+    The headline is the mean over samples.
 
     The end token is apart (`nll_end`): whether a model stops is another question than what it says.
     """

@@ -54,8 +54,11 @@ class Metric:
         raise NotImplementedError
 
     def measure_likelihood(self, nll: np.ndarray) -> Values:
-        """The same from the negative log-likelihood of each sample's references, shape (N, 2): nats per token of the
-        content, and nats of the end token, means over references."""
+        """The same from the negative log-likelihood of each sample's references.
+
+        Args:
+            nll: shape (N, 2): nats per token of the content, and nats of the end token, means over references.
+        """
         raise NotImplementedError
 
     def check(self, samples: Sequence[Sample]) -> None:
