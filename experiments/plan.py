@@ -5,8 +5,8 @@ estimated from shapes instead of run. No weights are loaded, and a stage that ru
 
 Scores are placeholders, so two things are not exact, and marked `~`: STAFF's verification is counted at its most,
 K b_v samples, and a coreset that scores choose as one of average samples. Answers, marked `~` too, are counted at
-full length. Seconds come from a GPU's peak and an assumed utilisation, or, with --calibrate, from the stages themselves
-on a few samples on this machine. Ranking (such as the neighbours of D2) is not in them.
+full length. Seconds come from a GPU's peak and an assumed utilisation, or, with --calibrate, from the stages
+themselves on a few samples on this machine. Ranking (such as the neighbours of D2) is not in them.
 """
 
 from __future__ import annotations

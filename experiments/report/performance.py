@@ -88,8 +88,8 @@ def differences(context: Context, found: list[Pair], effect: float = 1.0) -> Tab
     caption = (
         f"Exploratory: method minus the one it is held against, in {metric(context)} "
         f"({named_metric(context.metric).words}) on {context.title}, with 95 % intervals (not widened for the "
-        f"number of pairs); bold: significant. {COMPARED} ({len(found)} pairs). A pair with one seed tells nothing of "
-        f"seeds and has no p. Seeds for {effect:g}: how many find a true difference of {effect:g} four times in "
+        f"number of pairs); bold: significant. {COMPARED} ({len(found)} pairs). A pair with one seed tells nothing "
+        f"of seeds and has no p. Seeds for {effect:g}: how many find a true difference of {effect:g} four times in "
         f"five, two-sided at 5 %, uncorrected; {NONE} where {MOST:,} do not or one seed ran.{basis(context)}"
     )
     marks = {(i, "difference"): "bold" for i, pair in enumerate(shown) if pair.significant}

@@ -124,8 +124,9 @@ class Measure(Stage):
         answers["references"] = [self.references[id] for id in answers["id"]]
         nll = None
         if self.likelihood is not None:
-            owners = np.repeat(np.arange(len(answers)), [len(texts) for texts in answers["references"]])
-            nll = pd.DataFrame(read_scores(inputs[1])["nll"]).groupby(owners).mean().to_numpy()
+            counts = np.array([len(texts) for texts in answers["references"]])
+            starts = np.cumsum(counts) - counts
+            nll = np.add.reduceat(read_scores(inputs[1])["nll"], starts) / counts[:, None]
         texts = answers["prediction"].tolist(), answers["references"].tolist()
         headline, per_sample = measure(self.metrics, *texts, nll)
         answers.join(per_sample).to_parquet(folder / PREDICTIONS)

@@ -101,7 +101,7 @@ class _Hidden:
 
 
 LENGTHS = (16, 32, 48, 64)
-UNKNOWN = (float("nan"),) * 3
+UNKNOWN = (float("nan"), float("nan"), float("nan"))
 
 
 @cache

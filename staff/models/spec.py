@@ -23,7 +23,7 @@ PRECISIONS = ("float32", "bfloat16")
 QUANTIZATIONS = ("nf4",)
 
 # Decoders with gated MLPs whose block feeds `input_layernorm` to the attention alone, and whose attention is
-# causal and ends in `o_proj`; all else in them works on one position at a time. Checked layer by layer in the tests.
+# causal and ends in `o_proj`; all else in them works on one position at a time. The tests check layer by layer.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 """Model types with exact batched gradients, and FLOPs and memory by formula."""
 

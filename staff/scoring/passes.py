@@ -243,9 +243,9 @@ def _run_alone(
         if weights:
             predictions = Positions.of_predictions(labels)
             losses = token_losses(predictions.gather(logits)[0], predictions.targets)
-            this.gradients = SampleGradients(
-                dict(zip(weights, torch.autograd.grad(losses.mean(), list(weights.values())), strict=True))
-            )
+            # The gradient of a weight that the model does not use (an adapter on Mamba's dt_proj) is zero.
+            found = torch.autograd.grad(losses.mean(), list(weights.values()), materialize_grads=True)
+            this.gradients = SampleGradients(dict(zip(weights, found, strict=True)))
     for weight in weights.values():
         weight.requires_grad_(False)
     with torch.no_grad():
