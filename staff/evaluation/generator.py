@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from staff.errors import UserError
 from staff.models.spec import is_sharded
 from staff.runtime import processes
+from staff.runtime.attention import without_cudnn_attention
 from staff.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def generate(
     base.eval()
     try:
         budget = batch_tokens or (8192 if base.device.type == "cpu" else 32768)
-        with processes.raise_on_all_ranks(apart=not is_sharded(base)), torch.inference_mode():
+        apart = not is_sharded(base)
+        with processes.raise_on_all_ranks(apart), torch.inference_mode(), without_cudnn_attention():
             batches = _batches(prompts, max_new_tokens, budget, together=is_sharded(base))
             with progress(sum(map(len, batches)), "answers") as bar:
                 for batch in batches:

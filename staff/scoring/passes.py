@@ -18,6 +18,7 @@ from staff.data.tokens import IGNORED, TokenizedSamples
 from staff.errors import UserError
 from staff.models.spec import is_sharded
 from staff.runtime import processes
+from staff.runtime.attention import without_cudnn_attention
 from staff.runtime.progress import progress
 from staff.scoring.flops import scoring_flops
 from staff.scoring.gradients import (
@@ -107,6 +108,7 @@ def score_samples(
     with (
         processes.raise_on_all_ranks(apart=not is_sharded(model)),
         scoring_mode(model),
+        without_cudnn_attention(),
         progress(len(order), ", ".join(signal.name for signal in signals)) as bar,
     ):
         for rows, batch, of_batch in batches:

@@ -20,6 +20,7 @@ from staff.models.flops import training_flops
 from staff.models.spec import ModelSpec
 from staff.models.state import Training
 from staff.runtime import processes
+from staff.runtime.attention import without_cudnn_attention
 from staff.scoring.stage import placeholder
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
@@ -119,7 +120,8 @@ class Finetune(Training):
         )
         trainer.remove_callback(PrinterCallback)
         before = checksums(model)
-        result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
+        with without_cudnn_attention():
+            result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
         seconds = saved.seconds  # those of the steps, before the model is saved
         if not math.isfinite(result.training_loss):
             raise UserError(
