@@ -12,7 +12,8 @@ from staff.scoring.signal import Signal
 from staff.signals import NAMED, named, named_all
 
 Asked = str | Signal
-Signals = Mapping[tuple[Asked, str], np.ndarray]
+Signals = Mapping[tuple[Any, str], np.ndarray]
+"""Values by signal (or its name) and model."""
 
 
 class ArrayPool:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL
 
-from experiments.benchmarking import configured
+from experiments.benchmarks.common import configured
 from staff.errors import UserError
 from staff.models import ModelSpec
 

@@ -207,7 +207,7 @@ def _run_batch(
     model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int
 ) -> dict[str, Tensor]:
     """The signals of a batch, the last block run only where one of them reads."""
-    input_ids, labels, lengths = _padded(batch, pad_token_id, model.device)
+    input_ids, labels, lengths = padded(batch, pad_token_id, model.device)
     at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)
     this = Pass(labels, lengths, at)
 
@@ -233,7 +233,7 @@ def _run_alone(
     model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int
 ) -> dict[str, Tensor]:
     """The same for one sample, by the model's own forward and backward pass."""
-    input_ids, labels, lengths = _padded(sample, pad_token_id, model.device)
+    input_ids, labels, lengths = padded(sample, pad_token_id, model.device)
     at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)
     this = Pass(labels, lengths, at)
     weights = gradient_parameters(model, gradient.parameters) if gradient else {}
@@ -254,13 +254,13 @@ def _run_alone(
         return {signal.name: signal.compute(this) for signal in signals}
 
 
-def _padded(batch: TokenizedSamples, pad_token_id: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+def padded(batch: TokenizedSamples, pad_token_id: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids and labels, (B, T) each, padded to the right, and lengths (B,)."""
     rows = [torch.from_numpy(batch.row(i).astype(np.int64)) for i in range(len(batch))]
-    labels = [torch.from_numpy(batch.labels(i)) for i in range(len(batch))]
+    answers = [torch.from_numpy(batch.labels(i)) for i in range(len(batch))]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id).to(device)
-    padded = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
-    return input_ids, padded, torch.as_tensor(batch.lengths, device=device)
+    labels = pad_sequence(answers, batch_first=True, padding_value=IGNORED).to(device)
+    return input_ids, labels, torch.as_tensor(batch.lengths, device=device)
 
 
 @contextmanager

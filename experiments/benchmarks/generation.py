@@ -1,10 +1,10 @@
-"""How fast test prompts are answered, against plain `generate` over unsorted batches of 8.
+"""Speed of answering test prompts, compared with plain `generate` over unsorted batches of 8.
 
-    python -m experiments.benchmark_generation task=dialogsum task.data_dir=FOLDER -- task=gsm8k ...
+    python -m experiments.benchmarks.generation task=dialogsum task.data_dir=FOLDER -- task=gsm8k ...
 
-takes settings of a run, `--` between cases, and answers the first --samples test prompts with the target, in
-interleaved rounds. Ours are batches of similar length under a token budget. Times are the processor's. "equal" says
-how many answers are the same, token by token.
+takes settings of a run, with `--` between cases. The target answers the first --samples test prompts in interleaved
+rounds. Our batches have prompts of similar length, under a token budget. Times are processor time. "equal" counts
+the answers that are the same, token by token.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from staff.evaluate import generate
 
-from experiments.benchmarking import alternating, arguments, configured, row, table, write
+from experiments.benchmarks.common import alternating, arguments, configured, row, table, write
 from experiments.single import Run
 
 
 def plain(model: Any, tokenizer: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Answers by transformers' `generate`, without end tokens."""
     answers = []
     for start in range(0, len(prompts), 8):
         padded = tokenizer.pad(
@@ -35,31 +35,29 @@ def plain(model: Any, tokenizer: Any, prompts: list[list[int]], new: int) -> lis
 
 
 def compare(run: Run, rounds: int) -> str:
-    spec, samples, new = run.family.target, run.tokenized["test"], run.task.max_new_tokens
-    model, tokenizer = spec.load(), spec.tokenizer()
-    prompts = samples.prompts()
-    how = {"max_new_tokens": new, "batch_tokens": run.cfg.evaluation.batch_tokens}
+    spec, new = run.family.target, run.task.max_new_tokens
+    model, tokenizer, prompts = spec.load(), spec.tokenizer(), run.tokenized["test"].prompts()
     ways = {
         "plain": partial(plain, model, tokenizer, prompts, new),
-        "ours": partial(generate, model, tokenizer, prompts, **how),
+        "ours": partial(run.generator.generate, model, tokenizer, prompts, max_new_tokens=new),
     }
     seconds, answers = alternating(ways, rounds)
     equal = sum(a == b for a, b in zip(answers["plain"], answers["ours"], strict=True))
     return row(
-        f"{run.choices['family']}, {run.choices['task']}, batch_tokens={how['batch_tokens']}",
-        *(f"{len(prompts) / seconds[name]:.3g}" for name in ("plain", "ours")),
+        f"{run.choices['family']}, {run.choices['task']}, batch_tokens={run.cfg.evaluation.batch_tokens}",
+        *(len(prompts) / seconds[name] for name in ("plain", "ours")),
         f"{seconds['plain'] / seconds['ours']:.2f} x",
         f"{equal} of {len(prompts)}",
     )
 
 
 def main() -> None:
-    asked, cases = arguments(__doc__, samples=128, rounds=3)
+    options, cases = arguments(__doc__, samples=128, rounds=3)
     lines = table("target, data", "plain, samples/s", "ours, samples/s", "ratio", "equal")
     for case in cases:
-        lines.append(compare(configured(*case, f"task.test_limit={asked.samples}"), asked.rounds))
+        lines.append(compare(configured(*case, f"task.test_limit={options.samples}"), options.rounds))
         print(lines[-1], flush=True)
-    write(asked.name or "generation", __doc__, lines)
+    write(options.name or "generation", __doc__, lines)
 
 
 if __name__ == "__main__":
