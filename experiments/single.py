@@ -39,7 +39,7 @@ log = logging.getLogger("staff")
 # What does not change a run's numbers, or is known better by content than by name; by dotted name.
 NOT_IN_FINGERPRINT = (
     *("tracking", "results_dir", "store_dir", "scoring", "evaluation", "seed"),
-    *("method.path", "task.data_dir", "finetune.fsdp"),
+    *("method.path", "task.data_dir", "task.group_field", "finetune.fsdp"),
 )
 _latest: dict[str, dict[str, TokenizedSamples]] = {}
 """The tokenised samples of this process's latest run, under what they depend on."""
@@ -248,5 +248,6 @@ def _models(family: Family) -> dict[str, Any]:
 
 
 def data_digest(samples: Sequence[Sample]) -> str:
-    """What the samples are, wherever they were read from."""
-    return hashlib.sha256(json.dumps([asdict(s) for s in samples]).encode()).hexdigest()
+    """What the samples are, wherever they were read from; where there are no groups, as before there were any."""
+    rows = [{k: v for k, v in asdict(s).items() if k != "group" or v is not None} for s in samples]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -92,6 +92,21 @@ def _exact_match(predictions: Sequence[str], references: References) -> tuple[fl
     return sum(scores) / len(scores), scores
 
 
+def normalised(text: str) -> str:
+    """`text` as `exact` compares it: case-folded, white space collapsed, without spaces at the ends and without
+    one final full stop."""
+    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
+
+
+def _exact(predictions: Sequence[str], references: References) -> tuple[float, list[float]]:
+    """100 where the whole `normalised` text is that of a reference, else 0; headline: the mean."""
+    scores = []
+    for targets, prediction in zip(references, predictions, strict=True):
+        text = normalised(prediction)
+        scores.append(100.0 if text and text in map(normalised, targets) else 0.0)
+    return sum(scores) / len(scores), scores
+
+
 METRICS: dict[str, Metric] = {
     "rouge1": partial(_rouge, "rouge1"),
     "rouge2": partial(_rouge, "rouge2"),
@@ -99,6 +114,7 @@ METRICS: dict[str, Metric] = {
     "bleu": partial(_sacrebleu, "bleu"),
     "chrf": partial(_sacrebleu, "chrf"),
     "exact_match": _exact_match,
+    "exact": _exact,
 }
 """From predictions and references to the headline and one value a sample."""
 
