@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from staff.cost import Cost
 from staff.evaluate import measure, read_predictions
 from staff.finetune import epoch_flops, finetune_key
 from staff.manifest import read_manifest
+from staff.planted import PlantedTask
 from staff.selection import Coreset
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ def write(run: Run, chosen: Artifact, coreset: Coreset, tuned: Artifact | None, 
     asked = [references[id] for id in answers["id"]]
     metrics, per_sample = measure(run.task.metrics, answers["prediction"].tolist(), asked)
     answers = answers.assign(references=asked)
+    if run.task.group_field:
+        group_of = {sample.id: sample.group for sample in run.test}
+        answers["group"] = [group_of[id] for id in answers["id"]]
     answers.join(per_sample).to_parquet(run.folder / "predictions.parquet")
     _write_samples(run, coreset)
     _training(run, chosen, tuned).to_csv(run.folder / "training.csv", index=False)
@@ -48,6 +53,7 @@ def write(run: Run, chosen: Artifact, coreset: Coreset, tuned: Artifact | None, 
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
         "metrics": {**metrics, "output_tokens": sum(answers["tokens"]) / len(answers)},
+        **({"metrics_by_group": _metrics_by_group(run, answers)} if run.task.group_field else {}),
         "overhead": _overhead(run, chosen, tuned),
         "finetuning": _cost(tuned),
         "evaluation": _cost(answered),
@@ -56,6 +62,7 @@ def write(run: Run, chosen: Artifact, coreset: Coreset, tuned: Artifact | None, 
             "size": len(coreset.indices),
             "filled": coreset.filled,
             "notes": list(coreset.notes),
+            **_composition(run, coreset),
         },
         "counts": {
             "pool": len(run.pool.ids),
@@ -78,6 +85,31 @@ def write(run: Run, chosen: Artifact, coreset: Coreset, tuned: Artifact | None, 
     tracking.write_record(run.folder, record)
     tracking.log_to_wandb(run.folder, run.cfg.tracking.mode)
     return run.folder
+
+
+def _metrics_by_group(run: Run, answers: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Test samples and every metric, by the group of the test samples; a corpus metric is that of the group."""
+    table = {}
+    for group, part in answers.groupby("group"):
+        metrics, _ = measure(run.task.metrics, part["prediction"].tolist(), part["references"].tolist())
+        table[str(group)] = {"samples": len(part), **metrics}
+    return table
+
+
+def _composition(run: Run, coreset: Coreset) -> dict[str, Any]:
+    """What pool and coreset are made of, where the task knows: "groups", samples by group; "planted", shares of
+    the samples that were planted wrong or as copies."""
+    pool = list(run.pool.ids)
+    chosen = [pool[i] for i in coreset.indices]
+    composition: dict[str, Any] = {}
+    if run.task.group_field:
+        group_of = {sample.id: str(sample.group) for sample in run.train}
+        all_, kept = (Counter(group_of[id] for id in ids) for ids in (pool, chosen))
+        composition["groups"] = {g: {"pool": n, "coreset": kept[g]} for g, n in sorted(all_.items())}
+    if isinstance(run.task, PlantedTask):
+        parts = {"pool": pool, "coreset": chosen} if chosen else {"pool": pool}
+        composition["planted"] = {part: run.task.shares(ids) for part, ids in parts.items()}
+    return composition
 
 
 def _write_samples(run: Run, coreset: Coreset) -> None:
