@@ -100,7 +100,11 @@ def card(record: dict[str, Any], how_to_read: str) -> str:
     """What whoever is given the coreset should know, as Markdown."""
     about, counts, config, overhead = (record[part] for part in ("run", "counts", "config", "overhead"))
     source, data = record["identity"]["data"]["source"], config["task"]
-    origin = f"{source['hub']} (commit {source['commit']})" if source else f"{data['train_file']} of {data['name']}"
+    origin = (
+        f"{source['hub']} (commit {source['commit']})"
+        if source
+        else f"{data.get('train_file', 'generated rows')} of {data['name']}"
+    )
     settings = OmegaConf.to_yaml({k: v for k, v in config["method"].items() if k not in ("_target_", "path")})
     facts = {
         "samples": f"{counts['selected']:,} of {counts['pool']:,}, pruning rate {about['pruning_rate']:g}",

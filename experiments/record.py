@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ import pandas as pd
 
 from experiments import campaign
 from staff import tracking
+from staff.data.planted import PlantedTask
+from staff.evaluation.metrics import measure, named_metric
 from staff.evaluation.stage import read_measured
 from staff.runtime import processes
 from staff.selection import Coreset
@@ -29,6 +32,9 @@ def write(run: Run, outcome: Outcome) -> Path:
     run.folder.mkdir(parents=True, exist_ok=True)
     chosen, coreset, tuned, answered = outcome.chosen, outcome.coreset, outcome.tuned, outcome.answered
     metrics, answers = read_measured(outcome.measured)
+    if run.task.group_field:
+        group_of = {sample.id: sample.group for sample in run.test}
+        answers["group"] = [group_of[id] for id in answers["id"]]
     answers.to_parquet(run.folder / "predictions.parquet")
     _write_samples(run, coreset)
     trainings = _trainings(run, chosen, tuned)
@@ -47,6 +53,7 @@ def write(run: Run, outcome: Outcome) -> Path:
         },
         "metrics": {**metrics, "output_tokens": sum(answers["tokens"]) / len(answers)},
         "warnings": [f"{label}: {text}" for label, history in trainings for text in history["warnings"]],
+        **({"metrics_by_group": _metrics_by_group(run, answers)} if run.task.group_field else {}),
         "overhead": _overhead(run, chosen, tuned),
         "finetuning": _cost(tuned),
         "evaluation": _cost(answered),
@@ -55,6 +62,7 @@ def write(run: Run, outcome: Outcome) -> Path:
             "size": len(coreset.indices),
             "filled": coreset.filled,
             "notes": list(coreset.notes),
+            **_composition(run, coreset),
         },
         "counts": {
             "pool": len(run.pool.ids),
@@ -77,6 +85,33 @@ def write(run: Run, outcome: Outcome) -> Path:
     tracking.write_record(run.folder, record)
     tracking.log_to_wandb(run.folder, run.cfg.tracking.mode)
     return run.folder
+
+
+def _metrics_by_group(run: Run, answers: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Test samples and every metric, by the group of the test samples; a corpus metric is that of the group."""
+    table = {}
+    for group, part in answers.groupby("group"):
+        of_answers = [metric for metric in map(named_metric, run.task.metrics) if metric.needs == "answers"]
+        metrics, _ = measure(of_answers, part["prediction"].tolist(), part["references"].tolist())
+        others = {name: part[name].mean() for name in run.task.metrics if name not in metrics}
+        table[str(group)] = {"samples": len(part), **metrics, **others}
+    return table
+
+
+def _composition(run: Run, coreset: Coreset) -> dict[str, Any]:
+    """What pool and coreset are made of, where the task knows: "groups", samples by group; "planted", shares of
+    the samples that were planted wrong or as copies."""
+    pool = list(run.pool.ids)
+    chosen = [pool[i] for i in coreset.indices]
+    composition: dict[str, Any] = {}
+    if run.task.group_field:
+        group_of = {sample.id: str(sample.group) for sample in run.train}
+        all_, kept = (Counter(group_of[id] for id in ids) for ids in (pool, chosen))
+        composition["groups"] = {g: {"pool": n, "coreset": kept[g]} for g, n in sorted(all_.items())}
+    if isinstance(run.task, PlantedTask):
+        parts = {"pool": pool, "coreset": chosen} if chosen else {"pool": pool}
+        composition["planted"] = {part: run.task.shares(ids) for part, ids in parts.items()}
+    return composition
 
 
 def _write_samples(run: Run, coreset: Coreset) -> None:

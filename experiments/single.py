@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -167,7 +168,10 @@ class Run:
 
     @cached_property
     def pool(self) -> Pool:
-        slices = {"pool": Slice(self.tokenized["small"], self.tokenized["selecting"])}
+        small, target = self.tokenized["small"], self.tokenized["selecting"]
+        group_of = {sample.id: sample.group for sample in self.train} if self.task.group_field else {}
+        groups = np.array([group_of[id] for id in target.ids]) if group_of else None
+        slices = {"pool": Slice(small, target, groups)}
         return Pool(slices, self.selecting, self.settings, self.store, self.cfg.selection_seed, self.scoring)
 
     @property

@@ -19,12 +19,13 @@ from staff.runtime.paths import local_path
 @dataclass(frozen=True)
 class Sample:
     """One prompt with its answer; `references` are what an evaluation compares with (the answer, unless the
-    test split has several)."""
+    test split has several). `group` is the part of the data it belongs to, where the task has a `group_field`."""
 
     id: str
     prompt: str
     answer: str
     references: tuple[str, ...]
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Task:
     train_split: str = "train"
     test_split: str = "test"
     id_field: str | None = None  # None: an id made from the sample's own text
+    group_field: str | None = None  # field that says which group a sample belongs to; None: no groups
     references: Sequence[str] = ()  # fields of the test split with reference answers; none: the answer
     too_long: str = "refuse"  # or "drop": samples whose answer does not fit the cut-off
     train_limit: int | None = None  # the first so many rows
@@ -70,6 +72,11 @@ class Task:
             if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
                 kind = "a list of fields" if setting == "references" else "a template"
                 raise UserError(f"task.{setting}={getattr(self, setting)!r} must be {kind}.")
+        if self.group_field is not None and not isinstance(self.group_field, str):
+            raise UserError(f"task.group_field={self.group_field!r} must be null or name a field of the rows.")
+        self._check_source()
+
+    def _check_source(self) -> None:
         if self.data_dir is not None and not isinstance(self.data_dir, str):
             raise UserError(f"task.data_dir={self.data_dir!r} must name a folder by text, such as ./data.")
         if self.data_dir is None and self.hub is None:
@@ -168,7 +175,8 @@ class Task:
             if not text.strip():
                 raise UserError(f"{where}: the {name} is empty; remove the line or fill its field ({template!r}).")
         id = _id(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
-        return Sample(id, prompt, answer, references)
+        group = text_of(row, [self.group_field], where, "task.group_field") if self.group_field else None
+        return Sample(id, prompt, answer, references, group)
 
 
 def _asked_once(samples: Iterable[Sample]) -> list[Sample]:
@@ -191,8 +199,9 @@ def _id(row: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def data_digest(samples: Sequence[Sample]) -> str:
-    """SHA-256 of what the samples are, wherever they were read from."""
-    return hashlib.sha256(json.dumps([asdict(s) for s in samples]).encode()).hexdigest()
+    """SHA-256 of what the samples are, wherever they were read from; a field that is None changes nothing."""
+    rows = [{name: value for name, value in asdict(s).items() if value is not None} for s in samples]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _content_id(prompt: str, answer: str) -> str:

@@ -18,6 +18,7 @@ NAMED = {
     "rougeL": "rouge.Rouge",
     "bleu": "corpus.Bleu",
     "chrf": "corpus.Chrf",
+    "exact": "exact.Exact",
     "exact_match": "numbers.ExactNumber",
     "nll": "likelihood.Nll",
     "nll_end": "likelihood.Nll",
