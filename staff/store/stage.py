@@ -67,10 +67,14 @@ class Stage(ABC):
         Raises:
             TypeError: the key holds what JSON does not (a tuple, a path, a NumPy number, NaN); with its place.
         """
+        return self.fingerprint_of(self.version)
+
+    def fingerprint_of(self, version: int) -> str:
+        """The fingerprint of an older version of this stage."""
         key = self.key()
         refuse_non_json(key, f"{self.kind} key")
         inputs = [stage.fingerprint for stage in self.inputs]
-        return digest({"stage": self.kind, "version": self.version, "key": key, "inputs": inputs})
+        return digest({"stage": self.kind, "version": version, "key": key, "inputs": inputs})
 
 
 def identity(part: Any) -> dict[str, Any]:
