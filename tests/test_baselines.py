@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
-import contract
 import numpy as np
 import pytest
-from contract import CONF, METHODS, AnyPool, method_named, select
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
+from support import contract
+from support.contract import METHODS, AnyPool, configured, method_named, select
 from support.golden import recorded
 
 from baselines.ccs import CCS
 from baselines.d2 import D2, nearest_neighbours
 from baselines.el2n import EL2N
-from baselines.full import Full
 from baselines.grand import GraNd
 from baselines.random import Random
-from baselines.random_length import RandomLength
+from staff import ArrayPool
 from staff.errors import UserError
-from staff.pool import ArrayPool
-from staff.selection import SelectionMethod, source_digest
+from staff.selection import SelectionMethod
+from staff.signals.effort import Effort
+from staff.store.stage import identity
 
-GOLDEN = Path(__file__).parent / "golden"
 VECTORS = {method: recorded(method) for method in ("ccs", "d2")}  # of the authors' code
 
 
@@ -55,9 +52,7 @@ def test_every_method_keeps_the_rest_of_the_contract(name: str, check: Callable[
 
 def test_methods_name_every_hyper_parameter_in_their_yaml():
     for name in METHODS:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            written = compose("config", overrides=[f"method={name}"]).method
-        assert set(written) - {"_target_"} == {f.name for f in fields(method_named(name))}, name
+        assert set(configured(name)) - {"_target_"} == {f.name for f in fields(method_named(name))}, name
 
 
 # ---------------------------------------------------------------- random, EL2N, GraNd
@@ -70,62 +65,22 @@ def test_random_is_uniform():
     assert np.abs(hits - 250).max() < 56  # four standard deviations
 
 
-def pool_where_short_answers_score_high(n: int = 400) -> ArrayPool:
-    lengths = np.random.default_rng(1).integers(5, 60, n)
-    scores = 100.0 / lengths + 0.1 * np.random.default_rng(2).random(n)
-    return ArrayPool([f"sample {i}" for i in range(n)], {("el2n", "target_tuned"): scores}, lengths)
+@dataclass(frozen=True)
+class Twin:
+    """A method with a method among its fields."""
+
+    reference: SelectionMethod
 
 
-def test_a_length_matched_coreset_has_the_references_lengths_and_its_samples_by_chance_alone():
-    pool = pool_where_short_answers_score_high()
-    lengths = pool.answer_lengths
-    reference = select(EL2N(), pool, 40)
-    assert lengths[reference.indices].mean() < 15 < 30 < lengths.mean()
-    shared = []
-    for seed in range(50):
-        matched = select(RandomLength(EL2N()), pool, 40, seed)
-        assert abs(lengths[matched.indices].mean() - lengths[reference.indices].mean()) < 1.5
-        assert matched.diagnostics["budget"].sum() == 40
-        shared.append(len(np.intersect1d(matched.indices, reference.indices)))
-        assert matched.diagnostics["shared"].sum() == shared[-1]
-    table = select(RandomLength(EL2N()), pool, 40).diagnostics
-    assert abs(np.mean(shared) - (table["budget"] ** 2 / table["size"]).sum()) < 1  # hypergeometric
-    only_bin = select(RandomLength(EL2N(), num_bins=1), pool, 40)
-    assert lengths[only_bin.indices].mean() > 25  # a plain random draw
+def test_a_method_is_known_by_its_fields_and_the_methods_among_them():
+    methods = (Twin(Random()), Twin(EL2N()), Twin(EL2N("official")), Random(), EL2N())
+    known = [identity(method) for method in methods]
+    assert all(a != b for i, a in enumerate(known) for b in known[:i])
+    assert identity(Twin(Random())) == known[0]
 
 
-def test_a_length_matched_coreset_is_uniform_within_each_length():
-    pool, hits = pool_where_short_answers_score_high(60), np.zeros(60)
-    for seed in range(600):
-        hits[select(RandomLength(EL2N(), num_bins=3), pool, 10, seed).indices] += 1
-    assert (hits > 0).sum() < 25  # the reference lies in the shortest third
-    expected = 6000 / (hits > 0).sum()
-    assert np.abs(hits[hits > 0] - expected).max() < 50  # four standard deviations
-
-
-def test_the_draw_of_a_length_matched_coreset_is_not_the_references_own():
-    # Random and its matched twin draw from the same samples with the same seed, and must not agree.
-    pool = pool_where_short_answers_score_high()
-    reference, matched = select(Random(), pool, 100), select(RandomLength(Random(), num_bins=1), pool, 100)
-    assert len(np.intersect1d(reference.indices, matched.indices)) < 45  # 25 by chance
-
-
-def test_a_reference_that_is_no_method_or_ignores_the_budget_is_refused():
-    with pytest.raises(UserError, match=r"method.reference='staff' is no method"):
-        RandomLength("staff")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"method.reference selects 150 samples whatever the pruning rate"):
-        select(RandomLength(Full()), AnyPool(150), 40)
-    with pytest.raises(UserError, match=r"method.num_bins=0 must be a whole number of at least 1"):
-        RandomLength(Random(), num_bins=0)
-
-
-def test_a_method_is_known_by_the_methods_among_its_fields():
-    digests = {source_digest(m) for m in (RandomLength(Random()), RandomLength(EL2N()), Random())}
-    assert len(digests) == 3
-
-
-@pytest.mark.parametrize(("method", "signal"), [(EL2N(), "el2n"), (GraNd(), "effort")])
-def test_the_highest_scored_are_selected_and_ties_fall_by_seed(method: SelectionMethod, signal: str):
+@pytest.mark.parametrize(("method", "signal"), [(EL2N(), "el2n"), (GraNd(), Effort("all_lora"))])
+def test_the_highest_scored_are_selected_and_ties_fall_by_seed(method: SelectionMethod, signal: Any):
     scores = np.repeat([3.0, 1.0, 2.0], 10)
     pool = ArrayPool([f"{i}" for i in range(30)], {(signal, "target_tuned"): scores})
     chosen = [select(method, pool, 15, seed).indices for seed in range(4)]
@@ -134,20 +89,18 @@ def test_the_highest_scored_are_selected_and_ties_fall_by_seed(method: Selection
     assert len({tuple(indices) for indices in chosen}) > 1
 
 
-def test_variants_reach_the_pool():
-    asked: dict[str, Any] = {}
+@pytest.mark.parametrize("method", [EL2N("official"), CCS(variant="official"), D2(variant="official")])
+def test_a_variant_reaches_the_pool(method: SelectionMethod):
+    pool = AnyPool(20)
+    select(method, pool, 5)
+    signal, of, _ = pool.asked[0]
+    assert (signal.name, signal.variant, of) == ("el2n", "official", "target_tuned")
 
-    class Recording(AnyPool):
-        def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray:
-            asked.update(options, model=model)
-            return super().scores(signal, model, indices)
 
-    for method in (EL2N("official"), CCS(variant="official"), D2(variant="official")):
-        select(method, Recording(20), 5)
-        assert asked.pop("variant") == "official" and asked["model"] == "target_tuned"
-    fresh = {"rank": 81, "alpha": 16, "targets": ["q_proj", "v_proj"]}
-    select(GraNd("last_v_b", fresh), Recording(20), 5)
-    assert asked == {"model": "target_tuned", "gradient": "last_v_b", "fresh_adapter": fresh}
+def test_the_gradient_of_grand_reaches_the_pool():
+    pool, fresh = AnyPool(20), {"rank": 81, "alpha": 16, "targets": ["q_proj", "v_proj"]}
+    select(GraNd("last_v_b", fresh), pool, 5)
+    assert pool.asked == [(Effort("last_v_b", fresh), "target_tuned", "pool")]
 
 
 @pytest.mark.parametrize(
