@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from support.golden import recorded
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, CohereConfig
@@ -105,10 +106,10 @@ def one_at_a_time(model: Any, samples: TokenizedSamples, signal: Any) -> np.ndar
                 values.append(hidden[-1])
             case EL2N(variant="standard"):
                 z = z.double()
-                values.append((z.softmax(-1) - torch.eye(z.shape[1])[y]).norm(dim=-1).mean())
+                values.append((z.softmax(-1) - one_hot(y, z.shape[1])).norm(dim=-1).mean())
             case EL2N(variant="official"):
                 z = out.logits[0, start:]
-                values.append((z - torch.eye(z.shape[1])[ids[start:]]).square().mean().sqrt())
+                values.append((z - one_hot(ids[start:], z.shape[1])).square().mean().sqrt())
     return torch.stack(values).detach().numpy()
 
 

@@ -64,7 +64,8 @@ class AnyPool:
         self.asked: list[tuple[Any, str, str]] = []
         self.bad: int | None = None  # the sample whose answers are NaN
         self.noise = 0.0  # a relative error of the answers
-        self._seed, self._constant, self._given = seed, constant, given or {}
+        self.given = dict(given or {})
+        self._seed, self._constant = seed, constant
         self._order = np.arange(n)
 
     @property
@@ -81,7 +82,7 @@ class AnyPool:
         self.asked.append((signal, of, view))
         if view != "pool":
             return self._drawn(signal, of, view, DEV_SIZE)
-        given = self._given.get((signal.name, of))
+        given = self.given.get((signal.name, of))
         values = self._drawn(signal, of, view, len(self.ids)) if given is None else given
         values = values[self._order]
         if self.bad is not None:
@@ -99,7 +100,7 @@ class AnyPool:
 
     def reordered(self, order: np.ndarray) -> AnyPool:
         """The same samples in another order."""
-        other = AnyPool(len(order), self._seed, self._constant, self._given)
+        other = AnyPool(len(order), self._seed, self._constant, self.given)
         other.ids, other._order = [self.ids[i] for i in order], self._order[order]
         other.answer_lengths, other.groups = self.answer_lengths[order], self.groups[order]
         return other
