@@ -26,7 +26,7 @@ IGNORED = -100
 """The label of a token that is not predicted, as transformers has it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenizedSamples:
     """Samples as one model reads them: begin token (where the tokenizer has one), prompt, answer, end token.
 
@@ -52,6 +52,12 @@ class TokenizedSamples:
         offsets = np.cumsum([0, *map(len, rows)])
         tokens = np.concatenate([np.empty(0, np.int32), *(np.asarray(row, np.int32) for row in rows)])
         return cls(ids, tokens, offsets, np.asarray(prompt_lengths, np.int64), begin)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TokenizedSamples) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
 
     def __len__(self) -> int:
         return len(self.ids)

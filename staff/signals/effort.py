@@ -37,6 +37,12 @@ class Effort(Signal):
 
     def __post_init__(self) -> None:
         _ = self.gradient  # refuses what cannot be differentiated by
+        if self.fresh_adapter and not isinstance(self.fresh_adapter["targets"], str):
+            listed = {**self.fresh_adapter, "targets": list(self.fresh_adapter["targets"])}
+            object.__setattr__(self, "fresh_adapter", listed)
+
+    def __hash__(self) -> int:
+        return hash(self.gradient)
 
     @property
     def gradient(self) -> GradientOf:  # type: ignore[override]

@@ -67,17 +67,22 @@ class Stage(ABC):
         Raises:
             TypeError: the key holds what JSON does not (a tuple, a path, a NumPy number, NaN); with its place.
         """
+        return self.fingerprint_of(self.version)
+
+    def fingerprint_of(self, version: int) -> str:
+        """The fingerprint of an older version of this stage."""
         key = self.key()
         refuse_non_json(key, f"{self.kind} key")
         inputs = [stage.fingerprint for stage in self.inputs]
-        return digest({"stage": self.kind, "version": self.version, "key": key, "inputs": inputs})
+        return digest({"stage": self.kind, "version": version, "key": key, "inputs": inputs})
 
 
 def identity(part: Any) -> dict[str, Any]:
     """What determines the behaviour of a method, signal or generator: its class, its fields and its code.
 
     A class with a `version` is known by it, and raises it when its numbers change. One without, such as a user's
-    own, is known by the text of its file. Files that it reads count through a `content_digest` property.
+    own, is known by the text of its file. A file that it reads, its field `path`, counts by the property
+    `content_digest`, wherever it lies.
     """
     kind = type(part)
     settings = {f.name: plain(getattr(part, f.name)) for f in fields(part)} if is_dataclass(part) else {}
@@ -87,6 +92,7 @@ def identity(part: Any) -> dict[str, Any]:
     known["version"] = version if version is not None else sha256(source.encode()).hexdigest()
     if content := getattr(part, "content_digest", None):
         known["content"] = content
+        settings.pop("path", None)
     return known
 
 

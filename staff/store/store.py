@@ -191,7 +191,15 @@ class Store:
             _check_contents_once(folder, (folder / "manifest.json").stat().st_mtime_ns)
         return artifact
 
+    def _mention_older(self, stage: Stage) -> None:
+        for version in range(1, stage.version):
+            older = self.root / stage.kind / stage.fingerprint_of(version)[:32]
+            if older.exists():
+                said = "%s: %s was computed by version %d of this stage, and is not read"
+                log.info(said, stage.label, older, version)
+
     def _make(self, stage: Stage) -> Artifact:
+        self._mention_older(stage)
         prefix = f"{stage.fingerprint[:32]}-"
         for dead in (self.root / "tmp").glob(f"{prefix}*"):  # we hold the lock, so its writer is dead
             shutil.rmtree(dead, ignore_errors=True)

@@ -1,5 +1,5 @@
-"""Nothing let in, nothing let out: no pickle and no code of a model's is read, no name leaves its folder, no secret
-is written down. That the report escapes what it shows is in test_report.py."""
+"""Untrusted inputs: no pickle is read, no code of a model is run, no name leaves its folder, no secret is written
+down. That the report escapes what it shows is in test_report.py."""
 
 import ast
 import base64
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from experiments.report.__main__ import write
 from experiments.report.records import collect
 from staff.errors import UserError
-from staff.models import ModelSpec
+from staff.models.spec import ModelSpec
 
 TINY = ModelSpec("pkg://staff/assets/tiny/small").local or Path()
 EVIL = "from pathlib import Path\nPath(__file__).with_name('executed').touch()\n"
@@ -170,8 +170,8 @@ def test_the_sources_read_no_pickle_and_run_no_text_as_code():
         for file in sorted((ROOT / folder).rglob("*.py")):
             found[file.relative_to(ROOT).as_posix()] = set(lapses(file.read_text(encoding="utf-8")))
     assert {file: lapse for file, lapse in found.items() if lapse} == {
-        "staff/weights.py": {"AutoModelForCausalLM.from_pretrained"},  # the one place, safetensors alone
-        "staff/adapters.py": {"PeftModel.from_pretrained"},  # our own, and PEFT has weights_only=True
+        "staff/models/weights.py": {"AutoModelForCausalLM.from_pretrained"},  # the one place, safetensors alone
+        "staff/models/adapters.py": {"PeftModel.from_pretrained"},  # our own, and PEFT has weights_only=True
     }
 
 
