@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
-from baselines.embeddings import slice_ids, unit_rows
+from baselines.asks import slice_ids, unit_rows
 from staff.errors import UserError
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
 
 BLOCK_BYTES = 2**29  # of projected gradients asked for at once; those of 100,000 samples would take 13 GB
 WARMUP = 0.1  # share of steps in which the cosine schedule of fine-tuning rises
@@ -38,6 +39,8 @@ class LESS:
         learning_rates: the weight of each checkpoint; None: the mean learning rate of each epoch under the cosine
             schedule with a tenth of warm-up.
     """
+
+    version: ClassVar[int] = 1
 
     of: str = "small"
     dim: int = 8192
@@ -58,7 +61,6 @@ class LESS:
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a gradient that is not finite, by the sample's id, and for learning rates that are
         not as many as the checkpoints."""
-        check_budget(budget, len(pool.ids))
         of = f"{self.of}@epochs"
         dev = pool.ask("projected_gradient", of=of, view="dev", dim=self.dim, adam=False)
         dev = _checked(dev, slice_ids(len(dev)))
