@@ -88,7 +88,10 @@ class GroupPool:
         self._pool, self._members = pool, members
         self.ids: Sequence[str] = [str(pool.ids[i]) for i in members]
         self.groups = None if pool.groups is None else np.asarray(pool.groups)[members]
-        self.dev_groups = pool.dev_groups
+
+    @property
+    def dev_groups(self) -> np.ndarray | None:
+        return self._pool.dev_groups
 
     @property
     def answer_lengths(self) -> np.ndarray:
@@ -97,6 +100,9 @@ class GroupPool:
     @property
     def lengths(self) -> np.ndarray:
         return np.asarray(self._pool.lengths)[self._members]
+
+    def learning_rates(self, of: str) -> np.ndarray:
+        return self._pool.learning_rates(of)
 
     def ask(self, signal: Any, of: str, at: np.ndarray | None = None, view: str = "pool", **options: Any) -> Any:
         if view != "pool":

@@ -22,7 +22,11 @@ NAMED = {
     "effort": "effort.Effort",
     "el2n": "el2n.EL2N",
     "loss": "loss.Loss",
+    "margin": "margin.Margin",
+    "probability": "probability.Probability",
+    "correct": "correct.Correct",
     "embedding": "embedding.Embedding",
+    "projected_gradient": "projected_gradient.ProjectedGradient",
 }
 """The shipped signals by name: module and class in this package."""
 

@@ -24,6 +24,7 @@ class AnyPool:
         constant: every drawn answer is 0.5, and all answers have the same length.
         answer_lengths, groups: of the samples.
         dev_groups: of the validation slice.
+        learning_rates: of the epochs, whatever the model.
 
     Attributes:
         asked: signal, model, view and options of every question.
@@ -39,6 +40,7 @@ class AnyPool:
         answer_lengths: np.ndarray | None = None,
         groups: Sequence[str] | np.ndarray | None = None,
         dev_groups: np.ndarray | None = None,
+        learning_rates: np.ndarray | None = None,
     ):
         self.ids = [f"sample {i}" for i in range(n)]
         self.given = dict(given or {})
@@ -47,6 +49,7 @@ class AnyPool:
         self.answer_lengths = drawn if answer_lengths is None else answer_lengths
         self.groups = None if groups is None else np.asarray(groups)
         self.dev_groups = dev_groups
+        self.rates = 1e-4 * np.arange(EPOCHS, 0, -1) if learning_rates is None else learning_rates
         self.bad_sample: int | None = None
         self.asked: list[tuple[str, str, str, dict[str, Any]]] = []
         self._order = np.arange(n)
@@ -56,7 +59,7 @@ class AnyPool:
         return 2 * self.answer_lengths + 5
 
     def learning_rates(self, of: str) -> np.ndarray:
-        return 1e-4 * np.arange(EPOCHS, 0, -1)
+        return self.rates
 
     def ask(self, signal: Any, of: str, at: np.ndarray | None = None, view: str = "pool", **options: Any) -> Any:
         if isinstance(signal, list):
@@ -69,7 +72,13 @@ class AnyPool:
 
     def reordered(self, order: np.ndarray) -> AnyPool:
         """The same samples in another order."""
-        other = AnyPool(len(order), self.given, constant=self.constant, dev_groups=self.dev_groups)
+        other = AnyPool(
+            len(order),
+            self.given,
+            constant=self.constant,
+            dev_groups=self.dev_groups,
+            learning_rates=self.rates,
+        )
         other.ids = [self.ids[i] for i in order]
         other.answer_lengths = self.answer_lengths[order]
         other.groups = None if self.groups is None else self.groups[order]
