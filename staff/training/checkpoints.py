@@ -117,9 +117,9 @@ class EpochAdapters(TrainerCallback):
     def on_epoch_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        if not processes.is_main_process():
+        if not processes.is_main_process() or not float(state.epoch).is_integer():  # the last one may be in part
             return
-        epoch = round(state.epoch)
+        epoch = int(state.epoch)
         folder = self._folder / str(epoch)
         if epoch < self._epochs:
             model.save_pretrained(folder)
