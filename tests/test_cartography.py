@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.golden import recorded
-from support.pools import AnyPool, chosen, select
+from support.any_pool import AnyPool, chosen, select
 
 from baselines.cartography import (
     STATISTICS,

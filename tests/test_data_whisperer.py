@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.golden import recorded
-from support.pools import chosen, pool_of, select
+from support.any_pool import chosen, pool_of, select
 
 from baselines.data_whisperer import (
     DataWhisperer,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.golden import recorded
-from support.pools import AnyPool, chosen, pool_of, select
+from support.any_pool import AnyPool, chosen, pool_of, select
 
 from baselines.delift import DELIFT, delift_official, distance_official, minmax, minmax_official, utility_official
 from staff.errors import UserError

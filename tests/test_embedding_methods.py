@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from support.golden import recorded
-from support.pools import AnyPool, select
+from support.any_pool import AnyPool, select
 
 import baselines.k_center as k_center
 from baselines.asks import unit_rows

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.golden import recorded
-from support.pools import AnyPool, select
+from support.any_pool import AnyPool, select
 
 from baselines import facility_location as module
 from baselines.facility_location import (

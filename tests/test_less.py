@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.golden import recorded
-from support.pools import AnyPool, chosen, pool_of, select
+from support.any_pool import AnyPool, chosen, pool_of, select
 
 from baselines import less as module
 from baselines.less import (

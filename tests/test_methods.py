@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.pools import chosen, pool_of, select
+from support.any_pool import chosen, pool_of, select
 
 from staff.errors import UserError
 from staff.selection import Coreset, SelectionMethod
@@ -38,6 +38,7 @@ VARIANTS = {
     "s2l": ("num_clusters=7", "num_checkpoints=2", "by_group=false"),
     "s2l_official": ("num_clusters=30",),
     "staff": ("speculation=none", "speculation=target", "pick=highest", "signal=perplexity", "drop_hardest=0.2"),
+    "staff_official": ("length_exponent=fit",),
     "tsds": ("density=uniform",),
 }
 METHODS = [(name, override) for name in PRESETS for override in (None, *VARIANTS.get(name, ()))]

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.pools import AnyPool, HighestEffort, chosen, pool_of, pool_where_short_answers_score_high, select
+from support.any_pool import AnyPool, HighestEffort, chosen, pool_of, pool_where_short_answers_score_high, select
 
 from baselines.full import Full
 from baselines.random import Random

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from support.golden import recorded
-from support.pools import AnyPool, select
+from support.any_pool import AnyPool, select
 
 from baselines.ifd import IFD, difficulty, is_kept, preference
 from baselines.imported import Imported

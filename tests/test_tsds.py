@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.golden import recorded
-from support.pools import AnyPool, chosen, pool_of, select
+from support.any_pool import AnyPool, chosen, pool_of, select
 
 from baselines import tsds as module
 from baselines.tsds import (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.pools import AnyPool, HighestEffort, chosen, pool_of, pool_where_short_answers_score_high, select
+from support.any_pool import AnyPool, HighestEffort, chosen, pool_of, pool_where_short_answers_score_high, select
 
 from baselines.facility_location import FacilityLocation
 from baselines.full import Full

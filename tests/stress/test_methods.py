@@ -49,6 +49,8 @@ ASKS = {
     "s2l_official": ("loss, small@epochs",),
     "shortest": (),
     "staff": ("effort, small", "effort, target"),
+    "staff_debiased": ("effort, small", "effort, target"),
+    "staff_fast": ("effort, small@online", "effort, target"),
     "staff_official": ("effort, small", "effort, target"),
     "staff_paper": ("effort, small", "effort, target"),
     "superfiltering": ("loss, small_raw",),
@@ -93,6 +95,9 @@ def expected_labels(name: str, pool: Pool) -> set[str]:
     labels = set()
     for asked in ASKS[name]:
         signals, _, of = asked.rpartition(", ")
+        if of == "small@online":
+            labels.add(without_counts(pool.training("small", online="last_v_b").label))
+            continue
         for state in pool.states(of):
             labels.add(f"{signals} of samples, {state.words}")
             labels |= {without_counts(stage.label) for stage in state.inputs}

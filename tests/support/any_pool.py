@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from staff.selection import Coreset, Draws, run_method
+from staff.signals import IN_CONTEXT, named, named_all
 
 EPOCHS, DIMENSIONS, DEV_SIZE = 3, 8, 6
 VECTORS = ("embedding", "projected_gradient")
@@ -63,10 +64,12 @@ class AnyPool:
 
     def ask(self, signal: Any, of: str, at: np.ndarray | None = None, view: str = "pool", **options: Any) -> Any:
         if isinstance(signal, list):
-            return [self.ask(each, of, at, view, **options) for each in signal]
+            return [self.ask(each.name, of, at, view) for each in named_all(signal, options)]
         self.asked.append((signal, of, view, options))
         if signal == "in_context":
             return self._in_context(of, view, **options)
+        if signal not in IN_CONTEXT:
+            named(signal, **options)  # refuses an option that the signal does not have
         values = self._answer(signal, of, view, options)
         return values if at is None else values[at]
 
