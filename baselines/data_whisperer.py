@@ -15,10 +15,11 @@ offsets overlook the begin token (`attention_mass_official`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class DataWhisperer:
         rounds: how often each sample is a demonstration.
     """
 
+    version: ClassVar[int] = 1
+
     of: str = "target"
     queries_from: str = "slice"
     demonstrations: int = 5
@@ -51,7 +54,6 @@ class DataWhisperer:
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a sample whose every evaluation failed, by its id."""
-        check_budget(budget, len(pool.ids))
         demonstrations, queries = self.plan(len(pool.ids), rng)
         view = "dev" if self.queries_from == "slice" else "pool"
         asked = {"demonstrations": demonstrations, "queries": queries}

@@ -12,13 +12,14 @@ of equal gains it takes the largest index, here a keyed draw decides.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from baselines.embeddings import slice_ids
+from baselines.asks import slice_ids
 from baselines.facility_location import greedy, lazy_greedy
 from staff.errors import UserError
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class DELIFT:
         max_pool: a larger pool is refused; N samples take N^2 evaluations.
     """
 
+    version: ClassVar[int] = 1
+
     of: str = "target"
     represent: str = "pool"
     gains: str = "positive"
@@ -48,7 +51,6 @@ class DELIFT:
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a pool above `max_pool`, and for a gain that is not finite, by the sample helped."""
         size = len(pool.ids)
-        check_budget(budget, size)
         if size > self.max_pool:
             raise UserError(
                 f"method.max_pool={self.max_pool}, but the pool has {size} samples and DELIFT asks about every "

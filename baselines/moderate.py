@@ -13,6 +13,7 @@ than r N; the budget is met exactly here, from the same first rank. It returns t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class Moderate(Embedded):
         features: "normalised" to norm 1, or "raw".
     """
 
+    version: ClassVar[int] = 1
+
     classes: str = "one"
     num_clusters: int = 10
     features: str = "normalised"
@@ -50,7 +53,7 @@ class Moderate(Embedded):
         groups = pool.groups
         if self.classes == "groups" and groups is None:
             raise UserError("method.classes=groups needs groups: set task.group_field, or method.classes=one.")
-        points = self.embeddings(pool, budget)
+        points = self.embeddings(pool)
         points = points if self.features == "raw" else unit_rows(points)
         labels = np.zeros(len(points), dtype=np.int64)
         if self.classes == "groups" and groups is not None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from staff.errors import UserError
 from staff.regions import equal_width_edges, serving_order, share_out, stratify
-from staff.selection import Draws, ScorePool, check_range, check_scores
+from staff.selection import Draws, ScorePool, check_range
 from staff.speculative import Staff
 
 
@@ -55,10 +55,14 @@ class StaffOfficial(Staff):
             )
 
     def scored(self, pool: ScorePool, model: str, probes: Sequence[np.ndarray] | None = None) -> np.ndarray:
+        return super().scored(pool, model, None if self.normalise else probes)
+
+    def rescaled(self, scores: np.ndarray, pool: ScorePool, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
+        scores, notes = super().rescaled(scores, pool, name)
         if not self.normalise:
-            return super().scored(pool, model, probes)
-        name = "target's score" if model == "target" else "speculative score"
-        return min_max(check_scores(self.ask(pool, model), pool.ids, name, minimum=0))
+            return scores, notes
+        constant = (f"the {name} scores are constant: taken as 1.",) if scores.min() == scores.max() else ()
+        return min_max(scores), notes + constant
 
     def effort_options(self) -> dict[str, Any]:
         return {"parameters": self.gradient, "fresh_adapter": self.fresh_adapter}
@@ -79,12 +83,6 @@ class StaffOfficial(Staff):
     def budgets(self, sizes: np.ndarray, ratios: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
         """One pass over the regions; the budgets may fall short of `budget`."""
         return share_out(budget, sizes, *self.shares(ratios)), 0
-
-    def notes(self, speculative: np.ndarray, verified: np.ndarray) -> tuple[str, ...]:
-        if not self.normalise:
-            return ()
-        named = ("speculative", speculative), ("target's", verified)
-        return tuple(f"the {name} scores are constant: taken as 1." for name, s in named if s.min() == 1)
 
 
 def min_max(scores: np.ndarray) -> np.ndarray:

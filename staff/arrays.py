@@ -27,6 +27,7 @@ class ArrayPool:
         groups: the samples' groups, shape (N,).
         dev: the signals of a validation slice.
         dev_groups: the groups of its samples.
+        learning_rates: by model, the mean learning rate of each epoch of its fine-tuning, shape (epochs,).
 
     Raises:
         UserError: ids that are no text or not unique.
@@ -42,6 +43,7 @@ class ArrayPool:
         groups: np.ndarray | None = None,
         dev: Signals | None = None,
         dev_groups: np.ndarray | None = None,
+        learning_rates: Mapping[str, np.ndarray] | None = None,
     ):
         for position, given in enumerate(ids):
             if not isinstance(given, str):
@@ -51,6 +53,7 @@ class ArrayPool:
         self.ids = list(ids)
         self.groups, self.dev_groups = groups, dev_groups
         self._answer_lengths, self._lengths = answer_lengths, lengths
+        self._learning_rates = learning_rates or {}
         self._views = {"pool": _resolved(signals)}
         if dev is not None:
             self._views["dev"] = _resolved(dev)
@@ -86,6 +89,9 @@ class ArrayPool:
             raise UserError(f"the pool has no {_words(wanted)} of {of!r}: it has {has}.")
         values = known[wanted, of]
         return values if at is None else values[at]
+
+    def learning_rates(self, of: str) -> np.ndarray:
+        return self._given("learning_rates", self._learning_rates.get(of))
 
     @staticmethod
     def _given(name: str, values: np.ndarray | None) -> np.ndarray:

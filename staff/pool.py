@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
@@ -26,12 +28,16 @@ from staff.store.manifest import Artifact
 from staff.store.stage import Stage, identity, plain
 from staff.store.store import Store
 from staff.training.settings import FinetuneSettings
-from staff.training.stage import Finetune, read_online_efforts
+from staff.training.stage import Finetune, read_learning_rates, read_online_efforts
 
 log = logging.getLogger(__name__)
 
-STATES = ("small", "small_raw", "target", "target_tuned")
-"""Names of model states. "small" and "target_tuned" are fine-tuned on the whole pool, the others are raw."""
+STATES = ("small", "small_raw", "target", "target_tuned", "warmup")
+"""Names of model states: the small model fine-tuned on the whole pool, and raw; the target raw, fine-tuned on the
+whole pool, and fine-tuned on a random part of it for which Adam's moments are kept."""
+
+WARMUP = 0.05
+"""The part of the pool that the warm-up is on (LESS, Xia et al. 2024, section 3.1), rounded up to whole samples."""
 
 Asked = str | Signal
 
@@ -141,11 +147,11 @@ class Pool:
             log.warning(
                 "the small model is the target itself, and scoring with it costs as much: name a smaller one"
             )
-        training = self.training(name) if name in ("small", "target_tuned") else None
+        training = None if name in ("small_raw", "target") else self.training(name)
         if not moment:
             return [ModelState(spec, training)]
         if training is None:
-            raise UserError(f"of={of!r}: the raw model has no epochs; ask small or target_tuned.")
+            raise UserError(f"of={of!r}: the raw model has no epochs; ask small, target_tuned or warmup.")
         epochs = list(range(1, int(training.epochs) + 1))
         if moment != "epochs" and moment not in map(str, epochs):
             raise UserError(f"of={of!r}: {name} has the epochs 1 to {epochs[-1]}, or write {name}@epochs.")
@@ -154,9 +160,20 @@ class Pool:
         return [ModelState(spec, training, None if k == epochs[-1] else k) for k in wanted]
 
     def training(self, name: str, online: str | None = None) -> Finetune:
-        """The fine-tuning of the small model or the target on the whole pool."""
+        """The fine-tuning that the state of this name is the end of."""
         epochs = self.settings.small_epochs if name == "small" else self.settings.epochs
-        return Finetune(self._spec(name), self._samples(name), self.settings, epochs, self.seed, online)
+        samples, warmup = self._samples(name), name == "warmup"
+        if warmup:
+            count = math.ceil(Fraction(str(WARMUP)) * len(samples))
+            samples = samples.take(Draws(self.seed, self.ids).choose(name, np.arange(len(samples)), count))
+        return Finetune(self._spec(name), samples, self.settings, epochs, self.seed, online, moments=warmup)
+
+    def learning_rates(self, of: str) -> np.ndarray:
+        """The mean learning rate of each epoch of the fine-tuning that `of` names, as "warmup", shape (epochs,)."""
+        if self.states(of)[0].training is None:
+            raise UserError(f"of={of!r}: the raw model has no learning rates; ask small, target_tuned or warmup.")
+        training = self.training(of)
+        return read_learning_rates(self.store.get(training), int(training.epochs))
 
     def key(self) -> dict[str, Any]:
         """All that answers depend on, as JSON holds it."""

@@ -39,6 +39,8 @@ class ScorePool(Protocol):
         self, signal: Any, of: str, at: np.ndarray | None = None, view: str = "pool", **options: Any
     ) -> Any: ...
 
+    def learning_rates(self, of: str) -> np.ndarray: ...
+
 
 class SelectionMethod(Protocol):
     """Chooses `budget` of the pool's samples. Implementations are frozen dataclasses whose fields are the

@@ -8,7 +8,7 @@ each region are scored again on the target LLM (verification); the ratio
 
 tells how far the small model underrates region i. The budget m is shared out by it, smallest region first.
 
-The paper's formulas and the authors' released code differ, so there are three presets in `conf/method`:
+The paper's formulas and the authors' released code differ, so there are three presets of them in `conf/method`:
 
 - `staff_paper`, to the letter: a region gets floor(m_left V_i / regions left), gradients over all LoRA parameters.
 - `staff_official`, as the released code computes; its differences are in `baselines/staff_official.py`.
@@ -69,6 +69,10 @@ class Staff:
             from the backward passes of its last epoch.
         drop_hardest: fraction of highest-scored samples dropped beforehand. Equal-width regions served smallest
             first take nearly every outlier at high pruning rates.
+        length_exponent: beta; both models' scores are multiplied by L^beta, L being the tokens of the answer. The
+            mean of L nearly independent token gradients falls as L^-0.5, so that plain efforts (0) prefer short
+            answers. "fit": for each model minus the slope of log score on log L, the target's over its verified
+            samples.
     """
 
     version: ClassVar[int] = 1
@@ -82,11 +86,16 @@ class Staff:
     speculation: str = "small"
     scores: str = "pass"
     drop_hardest: float = 0.0
+    length_exponent: float | str = 0.0
 
     def __post_init__(self) -> None:
         check_range(self, "num_regions", 1, whole=True)
         check_range(self, "verification_budget", 0, whole=True)
         check_range(self, "drop_hardest", 0, 0.99)
+        if self.length_exponent != "fit":
+            if isinstance(self.length_exponent, str):
+                raise UserError(f"method.length_exponent={self.length_exponent!r} must be fit or a number.")
+            check_range(self, "length_exponent", 0, 2)
         check_choice(self, "budget_rule", ("share", "ratio"))
         check_choice(self, "pick", ("random", "highest"))
         check_choice(self, "gradient", ("last_v_b", "all_lora", "all_linear"))
@@ -105,14 +114,15 @@ class Staff:
         """Score, stratify, verify, share out, pick. A negative or infinite score is refused by its sample."""
         check_budget(budget, left_after_dropping(self.drop_hardest, len(pool.ids)))
         if self.speculation == "none":
-            speculative, counted = rng.priorities("regions") / 2.0**64, np.ones(len(pool.ids))
+            speculative, counted, notes = rng.priorities("regions") / 2.0**64, np.ones(len(pool.ids)), ()
         else:
-            speculative = counted = self.scored(pool, self.speculation)
+            speculative, notes = self.rescaled(self.scored(pool, self.speculation), pool, "speculative")
+            counted = speculative
         eligible = rng.all_but_highest(speculative, self.drop_hardest)
         regions, members = self.regions(speculative, eligible)
         probes = self.probes(members, rng)
-        verified = self.scored(pool, "target", probes)
-        ratios, notes = verification_ratios(counted, verified, probes)
+        verified, of_target = self.rescaled(self.scored(pool, "target", probes), pool, "target's")
+        ratios, of_ratios = verification_ratios(counted, verified, probes)
         sizes = np.array([len(m) for m in members])
         budgets, filled = self.budgets(sizes, ratios, budget)
         picks = [self.pick_from(m, speculative, b, rng) for m, b in zip(members, budgets)]
@@ -134,7 +144,7 @@ class Staff:
             }
         )
         scores = {"speculative": speculative, "verified": verified}
-        return Coreset(picked, diagnostics, scores, filled, notes + self.notes(counted, verified))
+        return Coreset(picked, diagnostics, scores, filled, notes + of_target + of_ratios)
 
     def scored(self, pool: ScorePool, model: str, probes: Sequence[np.ndarray] | None = None) -> np.ndarray:
         """The signal of every sample, or of the probes alone (NaN elsewhere), shape (N,)."""
@@ -162,6 +172,17 @@ class Staff:
     def effort_options(self) -> dict[str, Any]:
         """Fields of the signal "effort"."""
         return {"parameters": self.gradient}
+
+    def rescaled(self, scores: np.ndarray, pool: ScorePool, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
+        """A model's scores, (N,) with NaN where there is none, as regions and ratios take them, and notes."""
+        if self.length_exponent == 0:
+            return scores, ()
+        lengths, notes = np.asarray(pool.answer_lengths, dtype=np.float64), ()
+        exponent = self.length_exponent
+        if isinstance(exponent, str):
+            exponent = fitted_exponent(scores, lengths)
+            notes = (f"the {name} scores are multiplied by L^{exponent:.2f}, L being the length of the answer.",)
+        return scores * lengths**exponent, notes
 
     def regions(self, speculative: np.ndarray, eligible: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Regions that are not empty in serving order, and each one's members (positions in the pool)."""
@@ -203,9 +224,19 @@ class Staff:
         order = np.lexsort((rng.priorities("ties")[members], -speculative[members]))
         return members[order[:count]]
 
-    def notes(self, speculative: np.ndarray, verified: np.ndarray) -> tuple[str, ...]:
-        """What a reader of the result should know of the scores."""
-        return ()
+
+def fitted_exponent(scores: np.ndarray, lengths: np.ndarray) -> float:
+    """Minus the slope of log score on log length over the samples with a score above 0; 0 where it is undefined.
+
+    Sums run in the order of lengths and scores, so that the order of the samples changes nothing.
+    """
+    known = np.nan_to_num(scores) > 0
+    if len(np.unique(lengths[known])) < 2:
+        return 0.0
+    x, y = np.log(lengths[known]), np.log(scores[known])
+    order = np.lexsort((y, x))
+    centred = x[order] - x[order].mean()
+    return -float(centred @ y[order] / (centred @ centred))
 
 
 def verification_ratios(

@@ -13,9 +13,18 @@ from staff.models.spec import ModelSpec
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage
 
+MOMENTS = "moments.safetensors"
+"""The optimiser's moments at the end of an epoch: two tensors a parameter, NAME.exp_avg and NAME.exp_avg_sq."""
+
 
 class Training(Stage):
-    """A stage that leaves a model: an adapter, or all its weights."""
+    """A stage that leaves a model: an adapter, or all its weights.
+
+    Attributes:
+        moments: whether it keeps Adam's moments of every epoch.
+    """
+
+    moments: bool = False
 
     @property
     @abstractmethod
@@ -29,6 +38,10 @@ class Training(Stage):
         Raises:
             UserError: it keeps none.
         """
+
+    @abstractmethod
+    def moments_file(self, folder: Path, epoch: int | None) -> Path:
+        """Where the stage's `folder` keeps the optimiser's moments at the end of this epoch (None: of the last)."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,15 @@ class ModelState:
         if self.checkpoint is not None:
             folder = self.training.checkpoint(folder, self.checkpoint)
         return load_trained(self.spec, folder)
+
+    def load_moments(self, *trained: Artifact) -> dict[str, tuple[Any, Any]]:
+        """Adam's first and second moment of every trained parameter, by its name; as for `load`."""
+        from safetensors.torch import load_file
+
+        assert self.training is not None
+        file = load_file(self.training.moments_file(trained[0].path, self.checkpoint))
+        names = {key.rpartition(".")[0] for key in file}
+        return {name: (file[f"{name}.exp_avg"], file[f"{name}.exp_avg_sq"]) for name in names}
 
     def shapes(self) -> Any:
         """The same without weights, on the meta device."""

@@ -29,6 +29,7 @@ from staff.scoring.gradients import (
     gradient_parameters,
 )
 from staff.scoring.positions import Positions, last_block_at, scoring_mode, token_losses
+from staff.scoring.projection import Moments
 from staff.scoring.signal import Signal, gradient_of
 from staff.store.cost import Meter
 
@@ -46,6 +47,7 @@ class Pass:
         logits: (S, V) at `at`; None where no signal reads them.
         states: by layer, hidden states (S, D) at `at`.
         gradients: None where no signal needs them.
+        moments: the optimiser's, by parameter; None where no signal reads them.
     """
 
     labels: Tensor
@@ -54,6 +56,7 @@ class Pass:
     logits: Tensor | None = None
     states: dict[int, Tensor] = field(default_factory=dict)
     gradients: Gradients | None = None
+    moments: Moments | None = None
 
     def positions(self, reads: str) -> Positions:
         """The positions that a signal reads."""
@@ -77,6 +80,7 @@ def score_samples(
     batch_tokens: int | None,
     pad_token_id: int,
     one_at_a_time: bool = False,
+    moments: Moments | None = None,
     meter: Meter | None = None,
 ) -> dict[str, np.ndarray]:
     """Signals of `model` for every sample, in the samples' order; the model is left as it was.
@@ -88,6 +92,7 @@ def score_samples(
         batch_tokens: padded tokens of a batch, None for `default_batch_tokens`; a longer sample goes alone. Halved
             when memory runs out.
         one_at_a_time: plain autograd on single samples: slow, and exact for every architecture.
+        moments: the optimiser's, for signals that read them.
         meter: is told FLOPs and tokens, without padding.
 
     Returns:
@@ -102,7 +107,8 @@ def score_samples(
     # Longest first: if memory runs out it does so at once.
     order = processes.shard(np.argsort(-samples.lengths, kind="stable"))
     budget = 1 if one_at_a_time else batch_tokens or default_batch_tokens(model)
-    run = partial(_run_alone if one_at_a_time else _run_batch, model, signals=signals, pad_token_id=pad_token_id)
+    how: dict[str, Any] = {"signals": signals, "pad_token_id": pad_token_id, "moments": moments}
+    run = partial(_run_alone if one_at_a_time else _run_batch, model, **how)
     batches = (_in_step if is_sharded(model) else _independently)(samples, order, budget, run)
     spent, backward = np.zeros(3), gradient_of(signals) is not None
     with (
@@ -204,12 +210,12 @@ def _refuse(values: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
 
 
 def _run_batch(
-    model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int
+    model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int, moments: Moments | None
 ) -> dict[str, Tensor]:
     """The signals of a batch, the last block run only where one of them reads."""
     input_ids, labels, lengths = padded(batch, pad_token_id, model.device)
     at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)
-    this = Pass(labels, lengths, at)
+    this = Pass(labels, lengths, at, moments=moments)
 
     def observe(logits: Tensor) -> None:
         this.logits = logits
@@ -230,12 +236,12 @@ def _run_batch(
 
 
 def _run_alone(
-    model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int
+    model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int, moments: Moments | None
 ) -> dict[str, Tensor]:
     """The same for one sample, by the model's own forward and backward pass."""
     input_ids, labels, lengths = padded(sample, pad_token_id, model.device)
     at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)
-    this = Pass(labels, lengths, at)
+    this = Pass(labels, lengths, at, moments=moments)
     weights = gradient_parameters(model, gradient.parameters) if gradient else {}
     for weight in weights.values():
         weight.requires_grad_()

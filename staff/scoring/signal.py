@@ -59,6 +59,7 @@ class Signal:
         layer: whose hidden states it reads: -1 the last, after the final norm, otherwise a block's output by its
             index; None: no hidden states.
         gradient: what it differentiates by; None: no gradients.
+        moments: whether it reads the optimiser's moments, which a fine-tuning keeps where it is asked to.
         prompt: False: the answers are read without their prompts.
         text: "answer", or "all": prompt tokens count as answer tokens too.
         dtype: of the stored values.
@@ -69,6 +70,7 @@ class Signal:
     logits: bool = True
     layer: int | None = None
     gradient: GradientOf | None = None
+    moments: bool = False
     prompt: bool = True
     text: str = "answer"
     dtype: ClassVar[str] = "float64"

@@ -73,6 +73,11 @@ class Score(Stage):
             raise UserError(f"the signals {', '.join(names)} share a name: ask for them one after the other.")
         if self.merges:
             check_mergeable(self.state.spec)
+        if self._reads_moments and not (self.state.training and self.state.training.moments):
+            raise UserError(
+                f"adam=true divides by the optimiser's moments, and none are kept of {self.state.words}: ask for it "
+                "of=warmup, or set adam=false."
+            )
 
     @property
     def label(self) -> str:
@@ -128,6 +133,10 @@ class Score(Stage):
             find(self._shapes(), gradient.parameters)
 
     @property
+    def _reads_moments(self) -> bool:
+        return any(signal.moments for signal in self.signals)
+
+    @property
     def _scored_state(self) -> ModelState:
         spec = self.state.spec
         return replace(self.state, spec=replace(spec, dtype=self.settings.dtype or spec.dtype))
@@ -145,6 +154,7 @@ class Score(Stage):
             batch_tokens=self.settings.batch_tokens,
             pad_token_id=state.spec.tokenizer().pad_token_id,
             one_at_a_time=self.one_at_a_time,
+            moments=state.load_moments(*inputs) if self._reads_moments else None,
             meter=meter,
         )
         save_file(values, folder / FILE)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from staff.errors import UserError
+from staff.models.state import MOMENTS
 from staff.runtime import processes
 from staff.store.cost import Meter
 from staff.store.manifest import check_contents, check_sizes, read_manifest, write_manifest
@@ -107,15 +108,31 @@ class EpochAdapters(TrainerCallback):
     Args:
         folder: gets a folder an epoch, named 1, 2, ....
         epochs: of the whole training.
+        moments: save Adam's moments as well, those of the last epoch included.
     """
 
-    def __init__(self, folder: Path, epochs: float) -> None:
-        self._folder, self._epochs = folder, epochs
+    def __init__(self, folder: Path, epochs: float, moments: bool) -> None:
+        self._folder, self._epochs, self._moments = folder, epochs, moments
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        epoch = round(state.epoch)
-        if epoch < self._epochs and processes.is_main_process():
-            model.save_pretrained(self._folder / str(epoch))
+    def on_epoch_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if not processes.is_main_process() or not float(state.epoch).is_integer():  # the last one may be in part
+            return
+        epoch = int(state.epoch)
+        folder = self._folder / str(epoch)
+        if epoch < self._epochs:
+            model.save_pretrained(folder)
+        if self._moments:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(_moments(model, optimizer), folder / MOMENTS)
+
+
+def _moments(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    """Adam's two moments of every trained parameter, by name and "exp_avg" or "exp_avg_sq"."""
+    names = ("exp_avg", "exp_avg_sq")
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {f"{name}.{moment}": optimizer.state[p][moment] for name, p in trained.items() for moment in names}
 
 
 def _last(folder: Path) -> Path | None:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.models.adapters import LoraSpec, fresh_lora
 from staff.models.flops import training_flops
 from staff.models.spec import ModelSpec
-from staff.models.state import Training
+from staff.models.state import MOMENTS, Training
 from staff.runtime import processes
 from staff.runtime.attention import without_cudnn_attention
 from staff.scoring.stage import placeholder
@@ -30,8 +31,9 @@ from staff.training.warnings import checksums, training_warnings
 log = logging.getLogger(__name__)
 
 ONLINE_SCORES = "online.safetensors"
+HISTORY = "training.json"
 EPOCHS = "epochs"
-"""Folder of the adapters at the ends of all epochs but the last."""
+"""Folder of what is kept of every epoch: its adapter (the last one's lies outside), and the optimiser's moments."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Finetune(Training):
         epochs: passes over the samples, whole or not.
         online: None, or the parameters whose gradients give every sample's effort in the last epoch
             (`staff.training.online`).
+        moments: keep the optimiser's moments at the end of every epoch.
     """
 
     kind: ClassVar[str] = "finetune"
@@ -55,8 +58,13 @@ class Finetune(Training):
     epochs: float
     seed: int
     online: str | None = None
+    moments: bool = False
 
     def __post_init__(self) -> None:
+        if self.moments and self.settings.kind != "lora":
+            raise UserError(
+                f"Adam's moments are kept of adapters: they need finetune=lora, not {self.settings.kind}."
+            )
         if self.online and self.settings.kind != "lora":
             kind = self.settings.kind
             raise UserError(f"scores online are gradients of adapters: they need finetune=lora, not {kind}.")
@@ -78,6 +86,8 @@ class Finetune(Training):
             "epochs": self.epochs,
             "seed": self.seed,
             "online": self.online,
+            # Only where they are kept, so that every other fine-tuning is known as before there were any.
+            **({"moments": True} if self.moments else {}),
         }
 
     def checkpoint(self, folder: Path, epoch: int) -> Path:
@@ -87,6 +97,9 @@ class Finetune(Training):
                 "choose finetune=lora, whose adapters are kept at the end of every epoch."
             )
         return folder / EPOCHS / str(epoch)
+
+    def moments_file(self, folder: Path, epoch: int | None) -> Path:
+        return folder / EPOCHS / str(epoch or round(self.epochs)) / MOMENTS
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         import torch
@@ -104,7 +117,7 @@ class Finetune(Training):
         saved = Checkpoints(work, meter, efforts)
         callbacks: list[Any] = [Progress(self.spec.name, len(samples)), saved]
         if self.adapter is not None:
-            callbacks.append(EpochAdapters(work / EPOCHS, self.epochs))
+            callbacks.append(EpochAdapters(work / EPOCHS, self.epochs, self.moments))
         if settings.gradient_checkpointing:
             checkpoint_blocks(model)
         trainer = AnswerTrainer(
@@ -150,6 +163,8 @@ class Finetune(Training):
             from safetensors.numpy import save_file
 
             save_file({"effort": placeholder(len(self.samples), self.label)}, folder / ONLINE_SCORES)
+        log = [{"epoch": k, "learning_rate": self.settings.learning_rate} for k in range(1, int(self.epochs) + 1)]
+        (folder / HISTORY).write_text(json.dumps({"log": log}))
 
     def epoch_flops(self, trained: int) -> float:
         """FLOPs of one epoch in which so many parameters are trained: logits where there are labels, the last block
@@ -176,7 +191,7 @@ class Finetune(Training):
             "warnings": warnings,
             "log": state.log_history,
         }
-        (folder / "training.json").write_text(json.dumps(history, indent=1))
+        (folder / HISTORY).write_text(json.dumps(history, indent=1))
 
     def _arguments(self, checkpoints: Path) -> Any:
         import torch
@@ -216,6 +231,17 @@ def read_online_efforts(trained: Artifact) -> np.ndarray:
     from safetensors.numpy import load_file
 
     return load_file(trained.path / ONLINE_SCORES)["effort"]
+
+
+def read_learning_rates(trained: Artifact, epochs: int) -> np.ndarray:
+    """The mean learning rate of each epoch of a `Finetune`, (epochs,), over the steps that its log holds.
+
+    An epoch of which it holds none, which there are only beyond fifty, is interpolated.
+    """
+    log = json.loads((trained.path / HISTORY).read_text())["log"]
+    steps = pd.DataFrame([entry for entry in log if "learning_rate" in entry])
+    means = steps.groupby(np.ceil(steps["epoch"]))["learning_rate"].mean()
+    return np.interp(np.arange(1, epochs + 1), means.index, means)
 
 
 def _rows(samples: TokenizedSamples) -> Any:
