@@ -75,7 +75,7 @@ class Score(Stage):
             check_mergeable(self.state.spec)
         if self._reads_moments and not (self.state.training and self.state.training.moments):
             raise UserError(
-                f"adam=true divides by the optimiser's moments, and none are kept of {self.state.words}: ask for it "
+                f"adam=true divides by the optimiser's moments, and {self.state.words} keeps none: ask for it "
                 "of=warmup, or set adam=false."
             )
 
