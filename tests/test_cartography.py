@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.golden import recorded
 from support.any_pool import AnyPool, chosen, select
+from support.golden import recorded
 
 from baselines.cartography import (
     STATISTICS,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.golden import recorded
 from support.any_pool import chosen, pool_of, select
+from support.golden import recorded
 
 from baselines.data_whisperer import (
     DataWhisperer,

@@ -15,9 +15,9 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from safetensors.numpy import load_file
+from staff.finetune import FinetuneSettings
 
 from staff.errors import UserError
-from staff.finetune import FinetuneSettings
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -59,14 +59,14 @@ def part_of_the_weights() -> float:
 
 def interrupted(store: Path, fsdp: bool) -> None:
     """A fine-tuning that ends in its fifth step, and goes on from a checkpoint after the fourth."""
+    from staff.artifacts import Store
+    from staff.finetune import finetuned
+    from staff.tokens import tokenize
     from test_checkpoints import ROWS
     from test_finetune import SETTINGS, SPEC
     from transformers import Trainer
 
     from staff import checkpoints
-    from staff.artifacts import Store
-    from staff.finetune import finetuned
-    from staff.tokens import tokenize
 
     step, checkpoints.INTERVAL = Trainer.training_step, 0.0
 

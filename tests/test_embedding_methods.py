@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from support.golden import recorded
 from support.any_pool import AnyPool, select
+from support.golden import recorded
 
 import baselines.k_center as k_center
 from baselines.asks import unit_rows

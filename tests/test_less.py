@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.golden import recorded
 from support.any_pool import AnyPool, chosen, pool_of, select
+from support.golden import recorded
 
 from baselines import less as module
 from baselines.less import (

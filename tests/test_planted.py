@@ -16,11 +16,11 @@ from hydra.utils import instantiate
 
 from baselines.oracle import Oracle
 from experiments.single import data_digest
+from staff.arrays import ArrayPool
+from staff.data.planted import MOST_COPIES, SKILLS, PlantedTask
 from staff.data.task import Sample, Task
 from staff.errors import UserError
 from staff.evaluation.metrics import measure, named_metric
-from staff.data.planted import MOST_COPIES, SKILLS, PlantedTask
-from staff.arrays import ArrayPool
 from staff.selection import Draws
 from staff.store.stage import identity
 

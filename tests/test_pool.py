@@ -11,18 +11,12 @@ import pytest
 from support.pools import tiny_pool
 from support.tuning import SETTINGS
 
-from baselines.el2n import EL2N
 from staff.errors import UserError
-from staff.pool import Pool, Select
-from staff.scoring.stage import Score, ScoringSettings
-from staff.selection import Coreset
+from staff.pool import Pool
 from staff.signals.effort import Effort
 from staff.signals.embedding import Embedding
 from staff.signals.loss import Loss
-from staff.speculative import Staff
-from staff.store.cost import Meter
 from staff.store.stage import Stage
-from staff.store.store import Store
 
 FRESH = {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}
 THREE_EPOCHS = replace(SETTINGS, small_epochs=3)

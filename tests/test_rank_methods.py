@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from support.golden import recorded
 from support.any_pool import AnyPool, select
+from support.golden import recorded
 
 from baselines.ifd import IFD, difficulty, is_kept, preference
 from baselines.imported import Imported

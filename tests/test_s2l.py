@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from support.golden import recorded
 from support.any_pool import AnyPool
+from support.golden import recorded
 
 from baselines.kmeans import kmeans, nearest, squared_distances
 from baselines.s2l import S2L, clusters_to_serve, equal_shares, serve, trajectories

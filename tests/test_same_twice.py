@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import staff.finetune
 import torch
 from contract import METHODS, AnyPool, method_named
+from staff.trainer import AnswerTrainer
 from test_sweep import SHRUNK, finish, records, start
 
-import staff.finetune
 import staff.pool
 from staff.pool import ArrayPool
 from staff.selection import Draws, run_method
-from staff.trainer import AnswerTrainer
 
 
 def contents(results: Path) -> dict[str, str]:

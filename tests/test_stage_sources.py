@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from staff.artifacts import STAGE_SOURCES, STAGE_VERSIONS
 
 ROOT = Path(__file__).parent.parent

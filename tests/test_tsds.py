@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.golden import recorded
 from support.any_pool import AnyPool, chosen, pool_of, select
+from support.golden import recorded
 
 from baselines import tsds as module
 from baselines.tsds import (

@@ -2,7 +2,7 @@
 
 The projection of a gradient g (P,) is S^T g / sqrt(d) with a matrix S (P, d) of independent signs, so that inner
 products of projections are those of the gradients in expectation (Johnson and Lindenstrauss, 1984; LESS, Xia et al.
-2024, section 3.2). S is never held: a block of its rows is made when it is needed, from the name of the parameter and
+2024, section 3.2). S is never held: a block of its rows is made when it is needed, from the parameter's name and
 the number of the row. So every pass, on whatever device, projects alike.
 """
 

@@ -113,12 +113,8 @@ class Store:
                 return artifact
 
             artifact = processes.broadcast_from_main(look)
-            if artifact is None and stage.one_process:
-                artifact = processes.broadcast_from_main(lambda: self._make(stage))
-            elif artifact is None:
-                made = self._make(stage) if processes.is_main_process() else self._take_part(stage)
-                artifact = processes.broadcast_from_main(lambda: made)
-            assert artifact is not None
+            if artifact is None:
+                artifact = self._run(stage)
             if not processes.is_main_process():
                 _await(artifact.path)
         how = "computed in {:.1f} s" if artifact.computed else "read (cost {:.1f} s)"
@@ -198,7 +194,21 @@ class Store:
                 said = "%s: %s was computed by version %d of this stage, and is not read"
                 log.info(said, stage.label, older, version)
 
-    def _make(self, stage: Stage) -> Artifact:
+    def _run(self, stage: Stage) -> Artifact:
+        """Run the stage in the main process, or in all. Its inputs are got by all of them in either case."""
+        with self._frame(stage) as (frame, inputs):
+
+            def make() -> Artifact:
+                return self._make(stage, frame, inputs)
+
+            if stage.one_process:
+                return processes.broadcast_from_main(make)
+            made = make() if processes.is_main_process() else self._take_part(stage, frame, inputs)
+            artifact = processes.broadcast_from_main(lambda: made)
+            assert artifact is not None
+            return artifact
+
+    def _make(self, stage: Stage, frame: _Frame, inputs: list[Artifact]) -> Artifact:
         self._mention_older(stage)
         prefix = f"{stage.fingerprint[:32]}-"
         for dead in (self.root / "tmp").glob(f"{prefix}*"):  # we hold the lock, so its writer is dead
@@ -207,33 +217,32 @@ class Store:
         draft.mkdir(parents=True)
         folder = self.folder(stage)
         try:
-            with self._frame(stage) as (frame, inputs):
-                with attempt(self.attempts(stage), frame.meter) as failed:
-                    with frame.meter:
-                        self.carry_out(stage, draft, frame.meter, inputs)
-                    facts = {
-                        "stage": stage.kind,
-                        "version": stage.version,
-                        "fingerprint": stage.fingerprint,
-                        "label": stage.label,
-                        "key": stage.key(),
-                        "failed_attempts": failed,
-                        "workers": self.workers,
-                        "processes": 1 if stage.one_process else processes.world_size(),
-                    }
-                    write_manifest(draft, facts, frame.meter.cost, frame.inputs)
-                    folder.parent.mkdir(parents=True, exist_ok=True)
-                    if folder.exists():  # without a manifest, or it would have been read
-                        shutil.rmtree(folder)
-                    os.rename(draft, folder)
-                shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
+            with attempt(self.attempts(stage), frame.meter) as failed:
+                with frame.meter:
+                    self.carry_out(stage, draft, frame.meter, inputs)
+                facts = {
+                    "stage": stage.kind,
+                    "version": stage.version,
+                    "fingerprint": stage.fingerprint,
+                    "label": stage.label,
+                    "key": stage.key(),
+                    "failed_attempts": failed,
+                    "workers": self.workers,
+                    "processes": 1 if stage.one_process else processes.world_size(),
+                }
+                write_manifest(draft, facts, frame.meter.cost, frame.inputs)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                if folder.exists():  # without a manifest, or it would have been read
+                    shutil.rmtree(folder)
+                os.rename(draft, folder)
+            shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return replace(read_manifest(folder)[1], computed=True)
 
-    def _take_part(self, stage: Stage) -> None:
+    def _take_part(self, stage: Stage, frame: _Frame, inputs: list[Artifact]) -> None:
         """Another process's part of what the main one makes; the files it writes are discarded."""
-        with TemporaryDirectory() as discarded, self._frame(stage) as (frame, inputs), frame.meter:
+        with TemporaryDirectory() as discarded, frame.meter:
             self.carry_out(stage, Path(discarded), frame.meter, inputs)
 
     @contextmanager
