@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,8 @@ class Oracle:
     Attributes:
         task: the planted task that the pool is of; `truth` is a table of what was planted, by the samples' ids.
     """
+
+    version: ClassVar[int] = 1
 
     task: Any
 

@@ -20,8 +20,8 @@ from staff.selection import Coreset, SelectionMethod
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 PRESETS = sorted(
-    {path.stem for path in (CONF / "method").glob("*.yaml")} - {"precomputed", "imported"}
-)  # need a file
+    {path.stem for path in (CONF / "method").glob("*.yaml")} - {"precomputed", "imported", "oracle"}
+)  # which need a file, or a planted task
 VARIANTS = {
     "aum": ("keep=highest",),
     "cartography": ("statistic=confidence", "statistic=threshold_closeness", "statistic=correctness"),

@@ -46,7 +46,9 @@ def test_a_signal_by_epoch_ends_with_that_of_the_fine_tuned_model(pool: Pool):
     by_epoch = pool.ask("loss", of="small@epochs")
     assert by_epoch.shape == (12, 3)
     assert (by_epoch[:, 1] == pool.ask("loss", of="small@2")).all()
-    assert (by_epoch[:, 2] == pool.ask("loss", of="small")).all() and (by_epoch[:, 2] == pool.ask("loss", "small@3")).all()
+    assert (by_epoch[:, 2] == pool.ask("loss", of="small")).all() and (
+        by_epoch[:, 2] == pool.ask("loss", "small@3")
+    ).all()
     assert len(np.unique(by_epoch[0])) == 3
     assert pool.ask(Embedding(), of="small@epochs", at=np.array([1, 5])).shape[:2] == (2, 3)
 
@@ -107,7 +109,14 @@ def stages(pool: Pool) -> list[Stage]:
     asked = [
         (signal, of)
         for of in ("small", "small_raw", "target_tuned")
-        for signal in ("loss", "embedding", Effort(), Effort("all_lora"), Effort("all_linear"), Effort("last_v_b", FRESH))
+        for signal in (
+            "loss",
+            "embedding",
+            Effort(),
+            Effort("all_lora"),
+            Effort("all_linear"),
+            Effort("last_v_b", FRESH),
+        )
     ]
     scores = [
         pool._stage(state, pool._samples(of), pool_signals)

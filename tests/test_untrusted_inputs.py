@@ -128,7 +128,6 @@ FORBIDDEN = {
     "pickle",
     "dill",
     "cloudpickle",
-
     "shelve",
     "marshal",
     "read_pickle",

@@ -1,4 +1,4 @@
-"""Every family runs with every kind of signal: by batches where those are exact, one sample after the other elsewhere."""
+"""Every family runs with every kind of signal: in exact batches where it has them, one by one elsewhere."""
 
 from __future__ import annotations
 
