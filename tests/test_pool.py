@@ -8,15 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from support.pools import tiny_pool
 from support.tuning import SETTINGS
 
+from baselines.el2n import EL2N
 from staff.errors import UserError
-from staff.pool import Pool
+from staff.pool import Pool, Select
+from staff.scoring.stage import Score, ScoringSettings
+from staff.selection import Coreset
 from staff.signals.effort import Effort
 from staff.signals.embedding import Embedding
 from staff.signals.loss import Loss
-from staff.store.stage import Stage
+from staff.speculative import Staff
+from staff.store.cost import Cost, Meter
+from staff.store.store import Store
 
 FRESH = {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}
 THREE_EPOCHS = replace(SETTINGS, small_epochs=3)
@@ -104,24 +110,76 @@ def test_a_pool_without_a_validation_slice_says_how_to_make_one(tmp_path: Path):
         tiny_pool(tmp_path).ask("loss", of="target", view="dev")
 
 
-def stages(pool: Pool) -> list[Stage]:
-    """A stage of every way in which a pool trains and scores."""
-    asked = [
-        (signal, of)
-        for of in ("small", "small_raw", "target_tuned")
-        for signal in (
-            "loss",
-            "embedding",
-            Effort(),
-            Effort("all_lora"),
-            Effort("all_linear"),
-            Effort("last_v_b", FRESH),
-        )
+def counted(cost: Cost) -> tuple[float, int, int]:
+    return cost.flops, cost.tokens_forward, cost.tokens_backward
+
+
+SIGNALS = [Loss(), Embedding(), Effort(), Effort("all_lora"), Effort("all_linear"), Effort("last_v_b", FRESH)]
+
+
+@pytest.mark.parametrize("of", ["small_raw", "small"])
+@pytest.mark.parametrize("signal", SIGNALS, ids=repr)
+def test_an_estimate_of_a_scoring_counts_what_it_does_count(pool: Pool, tmp_path: Path, signal: Any, of: str):
+    (state,) = pool.states(of)
+    stage = Score(state, pool.slices["pool"].small, (signal,), ScoringSettings(), SETTINGS.lora, 0)
+    scored, meter = pool.store.get(stage), Meter()
+    stage.estimate(tmp_path, meter)
+    assert counted(meter.cost) == counted(scored.cost) and scored.cost.flops > 0
+    placeholder = load_file(tmp_path / "scores.safetensors")[signal.name]
+    assert len(placeholder) == 12 and np.isfinite(placeholder).all() and len(np.unique(placeholder)) == 12
+
+
+@pytest.mark.parametrize(("kind", "online"), [("lora", None), ("lora", "last_v_b"), ("full", None)])
+def test_an_estimate_of_a_fine_tuning_counts_what_it_does_count(tmp_path: Path, kind: str, online: str | None):
+    pool = tiny_pool(tmp_path / "store", 4, settings=replace(SETTINGS, kind=kind))
+    stage = pool.training("small", online)
+    tuned, meter = pool.store.get(stage), Meter()
+    stage.estimate(tmp_path, meter)
+    assert counted(meter.cost) == counted(tuned.cost) and tuned.cost.flops > 0
+    assert (tmp_path / "online.safetensors").exists() == bool(online)
+
+
+def test_scores_are_known_by_what_determines_them_and_not_by_how_batches_lie_in_memory(pool: Pool):
+    (state,), samples = pool.states("small_raw"), pool.slices["pool"].small
+
+    def fingerprint(*signals: Any, seed: int = 0, lora: Any = SETTINGS.lora, **how: Any) -> str:
+        return Score(state, samples, signals or (Effort(),), ScoringSettings(**how), lora, seed).fingerprint
+
+    assert fingerprint(batch_tokens=64, one_at_a_time=True) == fingerprint(dtype="float32") == fingerprint()
+    others = {
+        fingerprint(dtype="bfloat16"),
+        fingerprint(seed=1),
+        fingerprint(lora=replace(SETTINGS.lora, rank=3)),
+        fingerprint(Effort("all_lora")),
+        fingerprint(Effort(), Loss()),
+    }
+    assert len(others | {fingerprint()}) == 6
+    assert fingerprint(Loss(), Effort()) == fingerprint(Effort(), Loss())
+    assert fingerprint(Loss(), seed=1) == fingerprint(Loss()), "no adapter is drawn"
+
+
+def test_a_selection_is_known_by_method_budget_seed_and_pool_and_charged_for_what_the_method_asked(pool: Pool):
+    stage = Select(EL2N(), pool, 4)
+    chosen = pool.store.get(stage)
+    assert len(Coreset.load(chosen.path).indices) == 4
+    assert sorted(charge.stage for charge in chosen.charged().values()) == ["coreset", "finetune", "scores"]
+    assert pool.store.find(replace(stage, pool=replace(pool, scoring=ScoringSettings(batch_tokens=64)))) == replace(
+        chosen, computed=False
+    )
+    other = replace(pool, slices={"pool": pool.slices["dev"]})
+    for field in ({"method": EL2N("official")}, {"budget": 5}, {"pool": replace(pool, seed=1)}, {"pool": other}):
+        assert replace(stage, **field).fingerprint != stage.fingerprint
+
+
+def test_what_one_method_asked_another_reads(tmp_path: Path):
+    pool = tiny_pool(Store(tmp_path))
+    pool.store.get(Select(Staff(num_regions=2, verification_budget=1), pool, 4))
+    pool.store.computed.clear()
+    again = Select(Staff(num_regions=2, verification_budget=1, pick="highest"), pool, 4)
+    artifact = pool.store.get(again)
+    assert pool.store.computed == {again.fingerprint}
+    assert sorted(charge.stage for charge in artifact.charged().values()) == [
+        "coreset",
+        "finetune",
+        *["scores"] * 2,
     ]
-    scores = [
-        pool._stage(state, pool._samples(of), pool_signals)
-        for signal, of in asked
-        for state in pool.states(of)
-        for pool_signals in [__import__("staff.signals").signals.named_all([signal], {})]
-    ]
-    return [pool.training("small"), pool.training("target_tuned"), *scores]
