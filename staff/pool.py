@@ -16,13 +16,14 @@ import numpy as np
 from staff.data.tokens import TokenizedSamples
 from staff.data.views import DataView
 from staff.errors import UserError
+from staff.in_context import in_context_gains, separator_of
 from staff.models.family import Family
 from staff.models.spec import ModelSpec
 from staff.models.state import ModelState
 from staff.scoring.signal import Signal
 from staff.scoring.stage import Score, ScoringSettings, read_scores
 from staff.selection import Draws, SelectionMethod, run_method
-from staff.signals import named_all
+from staff.signals import PAIRS, named_all
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage, identity, plain
@@ -111,7 +112,8 @@ class Pool:
     ) -> np.ndarray | list[np.ndarray]:
         """A signal of every sample, shape (N, ...), in the pool's order; of several signals a list of arrays.
 
-        Several signals come out of one pass over the samples, and are charged as one.
+        Several signals come out of one pass over the samples, and are charged as one. "in_context_gain" is of pairs
+        (`staff.in_context`): (N, pool size), the samples that are helped by those of the pool.
 
         Args:
             signal: a name such as "loss", or a signal.
@@ -125,6 +127,8 @@ class Pool:
         Raises:
             UserError: an unknown signal, option, model or slice; a model that cannot be scored.
         """
+        if isinstance(signal, str) and signal == PAIRS:
+            return self._in_context_gains(of, view)
         several = isinstance(signal, Sequence) and not isinstance(signal, str)
         signals = named_all(signal if several else [signal], options)
         name, _, moment = of.partition("@")
@@ -144,7 +148,9 @@ class Pool:
             raise UserError(f"the model {name!r} is unknown: choose one of {', '.join(STATES)}.")
         spec = self._spec(name)
         if name == "small" and self.family.small.identity() == self.family.target.identity():
-            log.warning("the small model is the target itself, and scoring with it costs as much: name a smaller one")
+            log.warning(
+                "the small model is the target itself, and scoring with it costs as much: name a smaller one"
+            )
         training = None if name in ("small_raw", "target") else self.training(name)
         if not moment:
             return [ModelState(spec, training)]
@@ -191,9 +197,22 @@ class Pool:
     def _score(self, state: ModelState, signals: tuple[Signal, ...], view: DataView) -> dict[str, np.ndarray]:
         if len({(signal.prompt, signal.text) for signal in signals}) > 1:
             raise UserError("signals that read different texts of the samples need a pass each: ask one by one.")
-        part = self._slice(view.slice)
-        samples = view.of(part.small if state.spec is self.family.small else part.target)
+        samples = view.of(self._read_by(state, self._slice(view.slice)))
         return read_scores(self.store.get(self._stage(state, samples, signals)))
+
+    def _in_context_gains(self, of: str, view: str) -> np.ndarray:
+        (state,) = self.states(of)
+        helped, examples = (self._read_by(state, self._slice(name)) for name in (view, "pool"))
+
+        def distances(samples: TokenizedSamples) -> np.ndarray:
+            signals = named_all(["distance"], {})
+            return read_scores(self.store.get(self._stage(state, samples, signals)))["distance"]
+
+        separator = separator_of(self.family, state.spec)
+        return in_context_gains(distances, helped, examples, separator, state.spec.window())
+
+    def _read_by(self, state: ModelState, part: Slice) -> TokenizedSamples:
+        return part.small if state.spec is self.family.small else part.target
 
     def _stage(self, state: ModelState, samples: TokenizedSamples, signals: tuple[Signal, ...]) -> Score:
         seed = int(np.random.default_rng([self.seed, zlib.crc32(b"fresh adapter")]).integers(2**31))
