@@ -16,10 +16,10 @@ import numpy as np
 from staff.data.tokens import TokenizedSamples
 from staff.data.views import DataView
 from staff.errors import UserError
-from staff.in_context import in_context_gains, separator_of
 from staff.models.family import Family
 from staff.models.spec import ModelSpec
 from staff.models.state import ModelState
+from staff.scoring.in_context import in_context_gains, separator_of
 from staff.scoring.signal import Signal
 from staff.scoring.stage import Score, ScoringSettings, read_scores
 from staff.selection import Draws, SelectionMethod, run_method
@@ -113,7 +113,7 @@ class Pool:
         """A signal of every sample, shape (N, ...), in the pool's order; of several signals a list of arrays.
 
         Several signals come out of one pass over the samples, and are charged as one. "in_context_gain" is of pairs
-        (`staff.in_context`): (N, pool size), the samples that are helped by those of the pool.
+        (`staff.scoring.in_context`): (N, pool size), the samples that are helped by those of the pool.
 
         Args:
             signal: a name such as "loss", or a signal.

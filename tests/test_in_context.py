@@ -14,10 +14,10 @@ from support.tiny import tiny_pool
 
 from baselines.delift import distance_official
 from baselines.within_groups import GroupPool
-from staff import in_context
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.pool import Pool
+from staff.scoring import in_context
 from staff.scoring.passes import Pass
 from staff.scoring.positions import Positions
 from staff.signals.distance import Distance

@@ -32,7 +32,7 @@ NAMED = {
 """The shipped signals by name: module and class in this package."""
 
 PAIRS = "in_context_gain"
-"""What a pool answers of every pair of samples (`staff.in_context`)."""
+"""What a pool answers of every pair of samples (`staff.scoring.in_context`)."""
 
 
 def named(signal: str | Signal, **options: Any) -> Signal:
