@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from baselines.asks import MODELS
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
 
 
@@ -49,6 +50,7 @@ class DataWhisperer:
     rounds: int = 3
 
     def __post_init__(self) -> None:
+        check_choice(self, "of", MODELS)
         check_choice(self, "queries_from", ("slice", "folds"))
         for name in ("demonstrations", "queries", "rounds"):
             check_range(self, name, 1, whole=True)

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from baselines.asks import slice_ids
+from baselines.asks import MODELS, slice_ids
 from baselines.facility_location import greedy, lazy_greedy
 from staff.errors import UserError
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
@@ -46,6 +46,7 @@ class DELIFT:
     max_pool: int = 2000
 
     def __post_init__(self) -> None:
+        check_choice(self, "of", MODELS)
         check_choice(self, "represent", ("pool", "slice"))
         check_choice(self, "gains", ("positive", "minmax"))
         check_range(self, "max_pool", 1, whole=True)

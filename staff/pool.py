@@ -197,12 +197,14 @@ class Pool:
     def _score(self, state: ModelState, signals: tuple[Signal, ...], view: DataView) -> dict[str, np.ndarray]:
         if len({(signal.prompt, signal.text) for signal in signals}) > 1:
             raise UserError("signals that read different texts of the samples need a pass each: ask one by one.")
-        samples = view.of(self._read_by(state, self._slice(view.slice)))
+        part = self._slice(view.slice)
+        samples = view.of(part.small if state.spec is self.family.small else part.target)
         return read_scores(self.store.get(self._stage(state, samples, signals)))
 
     def _in_context_gains(self, of: str, view: str) -> np.ndarray:
         (state,) = self.states(of)
-        helped, examples = (self._read_by(state, self._slice(name)) for name in (view, "pool"))
+        parts, small = (self._slice(view), self._slice("pool")), state.spec is self.family.small
+        helped, examples = (part.small if small else part.target for part in parts)
 
         def distances(samples: TokenizedSamples) -> np.ndarray:
             signals = named_all(["distance"], {})
@@ -210,9 +212,6 @@ class Pool:
 
         separator = separator_of(self.family, state.spec)
         return in_context_gains(distances, helped, examples, separator, state.spec.window())
-
-    def _read_by(self, state: ModelState, part: Slice) -> TokenizedSamples:
-        return part.small if state.spec is self.family.small else part.target
 
     def _stage(self, state: ModelState, samples: TokenizedSamples, signals: tuple[Signal, ...]) -> Score:
         seed = int(np.random.default_rng([self.seed, zlib.crc32(b"fresh adapter")]).integers(2**31))

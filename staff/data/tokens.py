@@ -118,7 +118,7 @@ class TokenizedSamples:
         if separator is not None:
             shown = [np.append(row[:-1], separator) for row in shown]
         own = [self.row(i)[self.begin :] for i in range(len(self))]
-        rows = [np.concatenate([example, row]).astype(np.int32) for row in own for example in shown]
+        rows: list[Any] = [np.concatenate([example, row]) for row in own for example in shown]
         prompts = [len(example) + int(n) - self.begin for n in self.prompt_lengths for example in shown]
         ids = [f"{sample} after {example}" for sample in self.ids for example in examples.ids]
         return TokenizedSamples.of_rows(ids, rows, prompts, self.begin)
