@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from baselines.asks import MODELS
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
 
 
@@ -26,10 +27,11 @@ from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range
 class DataWhisperer:
     """The samples of the highest in-context score.
 
-    The pool carries out E evaluations at once: `ask("in_context", of, view=, demonstrations=, queries=)` takes
+    It asks the pool for E evaluations at once: `ask("in_context", of, view=, demonstrations=, queries=)` takes
     positions in the pool, (E, b), -1 for none, and numbers of queries, (E, q), -1 for none, whose remainder by the
     size of the view is the position there. It gives the attention on a demonstration per token and the metric of
-    each answer, (E, b + q), NaN where an evaluation failed or there is none.
+    each answer, (E, b + q), NaN where an evaluation failed or there is none. `staff.pool.Pool` generates no answers
+    and refuses.
 
     Attributes:
         of: the model that answers.
@@ -48,6 +50,7 @@ class DataWhisperer:
     rounds: int = 3
 
     def __post_init__(self) -> None:
+        check_choice(self, "of", MODELS)
         check_choice(self, "queries_from", ("slice", "folds"))
         for name in ("demonstrations", "queries", "rounds"):
             check_range(self, name, 1, whole=True)

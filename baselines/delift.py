@@ -4,9 +4,11 @@ The gain of sample j for sample i is by how much the distance between the model'
 falls when j stands before it as an example. The coreset maximises facility location on these gains: each sample is
 represented by the member that helps it most. A negative gain counts as 0, as in the paper.
 
-There is an evaluation for every pair of samples, so that a large pool is refused. The released code (DELIFT at
-b282b9f) min-max scales the gains, so that a harmful pair still counts (`gains: minmax`, preset `delift_official`);
-of equal gains it takes the largest index, here a keyed draw decides.
+There is an evaluation for every pair of samples, so that a large pool is refused. A pair is read as the example, a
+blank line (in a chat: the end of the turn) and the sample; its distance is the root mean square of 1 - p over the
+answer tokens, as released. The released code (DELIFT at b282b9f) min-max scales the gains, so that a harmful pair
+still counts (`gains: minmax`, preset `delift_official`); of equal gains it takes the largest index, here a keyed
+draw decides.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from baselines.asks import slice_ids
+from baselines.asks import MODELS, slice_ids
 from baselines.facility_location import greedy, lazy_greedy
 from staff.errors import UserError
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
@@ -26,8 +28,8 @@ from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range
 class DELIFT:
     """Facility location on gains in context.
 
-    The pool gives them by the signal "in_context_gain": (N, N), or (M, N) for the validation slice, rows helped by
-    columns.
+    The pool gives them as "in_context_gain" (`staff.scoring.in_context`): (N, N), or (M, N) for the validation slice, rows
+    helped by columns.
 
     Attributes:
         of: the model whose predictions are compared.
@@ -44,6 +46,7 @@ class DELIFT:
     max_pool: int = 2000
 
     def __post_init__(self) -> None:
+        check_choice(self, "of", MODELS)
         check_choice(self, "represent", ("pool", "slice"))
         check_choice(self, "gains", ("positive", "minmax"))
         check_range(self, "max_pool", 1, whole=True)

@@ -105,6 +105,9 @@ class GroupPool:
         return self._pool.learning_rates(of)
 
     def ask(self, signal: Any, of: str, at: np.ndarray | None = None, view: str = "pool", **options: Any) -> Any:
+        if signal == "in_context_gain":  # of pairs, the pool's samples by column
+            gains = self._pool.ask(signal, of, view=view)[:, self._members]
+            return gains[self._members] if view == "pool" else gains
         if view != "pool":
             return self._pool.ask(signal, of, at=at, view=view, **options)
         if at is not None:

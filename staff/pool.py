@@ -19,10 +19,11 @@ from staff.errors import UserError
 from staff.models.family import Family
 from staff.models.spec import ModelSpec
 from staff.models.state import ModelState
+from staff.scoring.in_context import in_context_gains, separator_of
 from staff.scoring.signal import Signal
 from staff.scoring.stage import Score, ScoringSettings, read_scores
 from staff.selection import Draws, SelectionMethod, run_method
-from staff.signals import named_all
+from staff.signals import PAIRS, named_all
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage, identity, plain
@@ -111,7 +112,8 @@ class Pool:
     ) -> np.ndarray | list[np.ndarray]:
         """A signal of every sample, shape (N, ...), in the pool's order; of several signals a list of arrays.
 
-        Several signals come out of one pass over the samples, and are charged as one.
+        Several signals come out of one pass over the samples, and are charged as one. "in_context_gain" is of pairs
+        (`staff.scoring.in_context`): (N, pool size), the samples that are helped by those of the pool.
 
         Args:
             signal: a name such as "loss", or a signal.
@@ -125,6 +127,8 @@ class Pool:
         Raises:
             UserError: an unknown signal, option, model or slice; a model that cannot be scored.
         """
+        if isinstance(signal, str) and signal == PAIRS:
+            return self._in_context_gains(of, view)
         several = not isinstance(signal, str | Signal)
         signals = named_all(signal if several else [signal], options)
         name, _, moment = of.partition("@")
@@ -199,6 +203,18 @@ class Pool:
         if self.store.find(stage) is None:
             stage.check()  # before the model is fine-tuned
         return read_scores(self.store.get(stage))
+
+    def _in_context_gains(self, of: str, view: str) -> np.ndarray:
+        (state,) = self.states(of)
+        parts, small = (self._slice(view), self._slice("pool")), state.spec is self.family.small
+        helped, examples = (part.small if small else part.target for part in parts)
+
+        def distances(samples: TokenizedSamples) -> np.ndarray:
+            signals = named_all(["distance"], {})
+            return read_scores(self.store.get(self._stage(state, samples, signals)))["distance"]
+
+        separator = separator_of(self.family, state.spec)
+        return in_context_gains(distances, helped, examples, separator, state.spec.window())
 
     def _stage(self, state: ModelState, samples: TokenizedSamples, signals: tuple[Signal, ...]) -> Score:
         seed = int(np.random.default_rng([self.seed, zlib.crc32(b"fresh adapter")]).integers(2**31))

@@ -159,3 +159,9 @@ def test_a_hyper_parameter_out_of_range_is_refused_by_its_name(name: str, overri
     field, value = override.split("=")
     said = str(raised.value.__cause__ or raised.value)
     assert f"method.{field}=" in said and value.lower() in said.lower()
+
+
+def test_the_table_of_methods_names_every_preset():
+    told = (CONF.parent / "baselines" / "README.md").read_text()
+    for preset in (CONF / "method").glob("*.yaml"):
+        assert f"`{preset.stem.removesuffix('_official')}`" in told

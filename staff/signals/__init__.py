@@ -23,16 +23,17 @@ NAMED = {
     "el2n": "el2n.EL2N",
     "loss": "loss.Loss",
     "nll": "nll.AnswerNll",
+    "embedding": "embedding.Embedding",
     "margin": "margin.Margin",
     "probability": "probability.Probability",
     "correct": "correct.Correct",
-    "embedding": "embedding.Embedding",
+    "distance": "distance.Distance",
     "projected_gradient": "projected_gradient.ProjectedGradient",
 }
 """The shipped signals by name: module and class in this package."""
 
-IN_CONTEXT = ("in_context", "in_context_gain")
-"""What methods ask that no pass over single samples can answer: help as a demonstration for other samples."""
+PAIRS = "in_context_gain"
+"""What a pool answers of every pair of samples (`staff.scoring.in_context`)."""
 
 
 def named(signal: str | Signal, **options: Any) -> Signal:
@@ -67,10 +68,10 @@ def named_all(signals: Sequence[str | Signal], options: Mapping[str, Any]) -> tu
 def _plain(signal: str | Signal) -> Signal:
     if not isinstance(signal, str):
         return signal
-    if signal in IN_CONTEXT:
+    if signal == "in_context":
         raise UserError(
-            f"signal={signal!r}: help in context is not measured by models: data_whisperer and delift select from "
-            "arrays alone, by the functions of their files in baselines/."
+            "method=data_whisperer asks for generated answers and their attention, which no pool measures: it "
+            "selects from arrays alone, by the functions of baselines/data_whisperer.py."
         )
     if signal not in NAMED:
         raise UserError(f"signal={signal!r} is unknown: choose one of {', '.join(NAMED)}.")

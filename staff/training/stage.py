@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pandas as pd
 
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
@@ -239,9 +238,10 @@ def read_learning_rates(trained: Artifact, epochs: int) -> np.ndarray:
     An epoch of which it holds none, which there are only beyond fifty, is interpolated.
     """
     log = json.loads((trained.path / HISTORY).read_text())["log"]
-    steps = pd.DataFrame([entry for entry in log if "learning_rate" in entry])
-    means = steps.groupby(np.ceil(steps["epoch"]))["learning_rate"].mean()
-    return np.interp(np.arange(1, epochs + 1), means.index, means)
+    steps = [(math.ceil(entry["epoch"]), entry["learning_rate"]) for entry in log if "learning_rate" in entry]
+    known = sorted({epoch for epoch, _ in steps})
+    means = [np.mean([rate for of, rate in steps if of == epoch]) for epoch in known]
+    return np.interp(np.arange(1, epochs + 1), known, means)
 
 
 def _rows(samples: TokenizedSamples) -> Any:

@@ -20,6 +20,8 @@ ASKS = {
     "cartography": ("probability, small@epochs",),
     "ccs": ("el2n, target_tuned",),
     "d2": ("el2n, embedding, target_tuned",),
+    "delift": ("distance, target",),
+    "delift_official": ("distance, target",),
     "el2n": ("el2n, target_tuned",),
     "facility_location": ("embedding, small",),
     "facility_location_official": ("embedding, small",),
@@ -61,7 +63,7 @@ ASKS = {
 """The signals that a preset asks for, and the model that it asks."""
 
 NEED_A_FILE = {"precomputed", "imported"}
-ON_ARRAYS_ALONE = {"data_whisperer", "delift", "delift_official"}
+ON_ARRAYS_ALONE = {"data_whisperer"}
 SIZE, PRUNING_RATE = 40, 0.75
 
 

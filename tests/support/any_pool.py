@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from staff.selection import Coreset, Draws, run_method
-from staff.signals import IN_CONTEXT, named, named_all
+from staff.signals import PAIRS, named, named_all
 
 EPOCHS, DIMENSIONS, DEV_SIZE = 3, 8, 6
 VECTORS = ("embedding", "projected_gradient")
@@ -68,7 +68,7 @@ class AnyPool:
         self.asked.append((signal, of, view, options))
         if signal == "in_context":
             return self._in_context(of, view, **options)
-        if signal not in IN_CONTEXT:
+        if signal != PAIRS:
             named(signal, **options)  # refuses an option that the signal does not have
         values = self._answer(signal, of, view, options)
         return values if at is None else values[at]
