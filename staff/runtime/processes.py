@@ -1,11 +1,11 @@
-"""Several processes that carry out one run together, on one device each: started by torchrun or by a launcher.
+"""Several processes that run one experiment together, one device each, started by torchrun or a launcher.
 
-All of them do the same, with two exceptions. What is counted in samples (scoring, the batches of fine-tuning,
-answering) is shared out, and what comes of it is brought together. And the process of rank 0 alone writes:
-artefacts, records, logs. A process that fails says so in the store through which the processes found each other;
-those that wait for it, which nothing else would ever tell, watch that store and end as well.
+All processes execute the same code, with two exceptions. Work on samples (scoring, batches of fine-tuning,
+generation) is sharded, and its results are gathered. And only the main process, rank 0, writes artefacts, records
+and logs. A process that fails sets a key in the rendezvous store. The others watch that store, because they would
+otherwise wait for the failed process forever, and exit too.
 
-Without `start`, one process is the whole world, and every function here does nothing, at no cost.
+Without `start` there is one process, and the functions here return their input at no cost.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Sharded = TypeVar("Sharded", list, np.ndarray)
 T = TypeVar("T")
 
 GRACE = 10.0
-"""Seconds that a process has to end by itself after another has failed."""
+"""Seconds that a process has to exit by itself after another has failed."""
 
 
 @dataclass
@@ -40,18 +40,18 @@ class _Group:
     world_size: int
     store: Any
     control: Any
-    """A process group of its own for messages, so that none is taken for a gradient."""
+    """A separate process group for messages, so that they do not mix with gradients."""
     over: threading.Event = field(default_factory=threading.Event)
     speaks: bool | None = None
-    """Whether this process is the one to say what went wrong."""
+    """Whether this process reports the error; None before there is one."""
 
     def __post_init__(self) -> None:
         self._watcher = threading.Thread(target=_watch, args=(self,), daemon=True)
         self._watcher.start()
-        atexit.register(self.rest)  # a thread in the midst of a call to torch ends a process by SIGABRT
+        atexit.register(self.rest)  # a thread inside a call to torch at exit aborts the process
 
     def rest(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self.over.set()
         self._watcher.join()
 
@@ -60,18 +60,21 @@ _group: _Group | None = None
 
 
 def launched() -> bool:
-    """Whether the environment says, as torchrun's does, that this process is one of several."""
+    """Whether the environment, as torchrun sets it, says that this process is one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def start() -> None:
-    """Find the other processes that the environment tells of (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or else
-    the other tasks of a submitit job, and take the device LOCAL_RANK; those but the first fall silent."""
+    """Join the processes of this run, and take the device LOCAL_RANK.
+
+    They are those that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or the tasks of a
+    submitit job. All but the main process stop logging and printing.
+    """
     global _group
     if "SUBMITIT_EXECUTOR" in os.environ and not launched():
         from submitit.helpers import TorchDistributedEnvironment
 
-        # Which GPU is whose is decided below: SLURM may have left each task one visible GPU.
+        # The device is set below: SLURM may have left each task only one visible GPU.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if _group is not None or not launched():
         return
@@ -90,7 +93,7 @@ def start() -> None:
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     store, _, _ = next(rendezvous("env://"))
-    # As long as it takes: one waits for another's artefact for hours, and who fails says so.
+    # A process may wait hours for another's artefact. Failures are reported by `_watch`, not by a timeout.
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if gpu else "gloo",
         store=PrefixStore("group", store),
@@ -103,7 +106,7 @@ def start() -> None:
 
 
 def end() -> None:
-    """Wait for the others, and leave them."""
+    """Wait for the other processes, and leave the group."""
     global _group
     if _group is None:
         return
@@ -120,7 +123,7 @@ def _watch(group: _Group) -> None:
     while not group.over.wait(1.0):
         try:
             failed = group.store.check(["failed"])
-        except Exception:  # the store is gone with the process that held it
+        except Exception:  # the store ended with the process that hosts it
             failed = True
         if failed and not group.over.wait(GRACE):
             _shutdown(group)
@@ -128,16 +131,17 @@ def _watch(group: _Group) -> None:
 
 
 def rank() -> int:
+    """The index of this process; 0 is the main process."""
     return _group.rank if _group else 0
 
 
 def world_size() -> int:
-    """How many processes carry out this run."""
+    """The number of processes in this run."""
     return _group.world_size if _group else 1
 
 
 def local_world_size() -> int:
-    """How many of them work on this machine."""
+    """The number of this run's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _group else 1
 
 
@@ -147,12 +151,12 @@ def is_main_process() -> bool:
 
 
 def shard(items: Sharded) -> Sharded:
-    """Every world-th of the items: of a list that is sorted by length, each process gets as much work."""
+    """This process's items: every `world_size`-th, so that items sorted by length give equal work."""
     return items[rank() :: world_size()] if _group else items
 
 
 def all_reduce_sum(values: np.ndarray) -> np.ndarray:
-    """The sum of what all processes give, element by element; where all but one give zero, that one's, exactly."""
+    """The elementwise sum of all processes' `values`. It is exact where all but one process give zero."""
     if _group is None:
         return values
     import torch
@@ -164,7 +168,7 @@ def all_reduce_sum(values: np.ndarray) -> np.ndarray:
 
 
 def all_gather(value: T) -> list[T]:
-    """What each process gives, by rank; whatever pickle can write."""
+    """The values of all processes, by rank. A value can be anything that pickle can write."""
     if _group is None:
         return [value]
     from torch import distributed
@@ -175,7 +179,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def broadcast_from_main(decide: Callable[[], T]) -> T:
-    """What rank 0 finds, for all; what it raises, all raise."""
+    """The result of `decide` in the main process, for all processes; an error is raised in all of them."""
     if _group is None:
         return decide()
     from torch import distributed
@@ -197,8 +201,11 @@ def broadcast_from_main(decide: Callable[[], T]) -> T:
 
 @contextmanager
 def raise_on_all_ranks(apart: bool = True) -> Iterator[None]:
-    """Around a process's own part of shared work: if one fails, all do. That takes that it works `apart`, and waits
-    for no other."""
+    """If the block raises in one process, raise in all.
+
+    Args:
+        apart: the block waits for no other process. Otherwise nothing is done: the others would wait forever.
+    """
     if _group is None or not apart:
         yield
         return
@@ -216,15 +223,17 @@ def raise_on_all_ranks(apart: bool = True) -> Iterator[None]:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error in words: of what another process raised, it needs no more."""
+    """The error as one that pickle can write, with the same message."""
     if isinstance(error, UserError):
         return UserError(str(error))
     return (MemoryError if type(error).__name__ == "OutOfMemoryError" else RuntimeError)(repr(error))
 
 
 def claims_error_report() -> bool:
-    """To be asked where an error has ended the run: True in one process, which is to tell of it and then to call
-    `report_done`; in the others False, once that was done."""
+    """Whether this process is to report the error that ended the run.
+
+    True in one process, which must call `report_done` afterwards. In the others False, after that call.
+    """
     if _group is None:
         return True
     group = _group
@@ -233,7 +242,7 @@ def claims_error_report() -> bool:
         try:
             group.speaks = group.store.add("failures", 1) == 1
             group.store.set("failed", "")
-        except Exception:  # the store is gone: nobody can know whether another has spoken
+        except Exception:  # the store is gone, so whether another process reports is unknown
             group.speaks = True
     if not group.speaks:
         with suppress(Exception):
@@ -243,7 +252,7 @@ def claims_error_report() -> bool:
 
 
 def report_done() -> None:
-    """What went wrong has been told: the others may end."""
+    """Let the other processes exit: the error is reported."""
     if _group is not None:
         with suppress(Exception):
             _group.store.set("told", "")
@@ -251,23 +260,29 @@ def report_done() -> None:
 
 
 def _shutdown(group: _Group) -> None:
-    """To be called before a process ends after a failure. The one that holds the store ends last: who waits for a
-    word there would hear of a lost connection instead."""
+    """Prepare to exit after a failure.
+
+    The process that hosts the store exits last. Otherwise those that wait for a key in it would report a lost
+    connection instead.
+    """
     with suppress(Exception):
         if group.rank:
             group.store.set(f"ended {group.rank}", "")
             return
         others = [f"ended {rank}" for rank in range(1, group.world_size)]
-        deadline = time.monotonic() + GRACE + 2  # who waits in vain for this process is ended by its watcher
+        deadline = time.monotonic() + GRACE + 2  # a process that still waits for this one is ended by its watcher
         while not group.store.check(others) and time.monotonic() < deadline:
             time.sleep(0.05)
 
 
 def leave(status: int) -> NoReturn:
-    """End this process after a failure, whatever the others do. Among several not by Python's own way: a thread of
-    gloo's that lets go of a tensor meanwhile would abort the process."""
+    """Exit after a failure without waiting for the other processes.
+
+    One of several processes skips Python's own shutdown: a gloo thread that frees a tensor during it would abort
+    the process.
+    """
     if _group is not None:
-        with suppress(OSError):  # whoever reads may have had enough
+        with suppress(OSError):  # the reader of a pipe may be gone
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()
