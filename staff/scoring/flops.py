@@ -1,4 +1,4 @@
-"""FLOPs of scoring samples, from shapes."""
+"""FLOPs of scoring samples, computed from shapes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from staff.scoring.signal import Signal, gradient_of
 
 
 def scoring_flops(model: Any, lengths: np.ndarray, answer_lengths: np.ndarray, signals: Sequence[Signal]) -> float:
-    """FLOPs of one pass over samples without padding: forward, and backward where gradients are needed.
+    """FLOPs of one pass over samples without padding: forward, and backward if a signal needs gradients.
 
-    A backward pass through frozen linear layers costs what their forward pass cost, through attention twice that;
-    "last_v_b" needs of attention only the gradient of the values, half of it. What a fused kernel recomputes is not
-    counted.
+    The backward pass through frozen linear layers costs as much as the forward pass, through attention twice as
+    much. "last_v_b" needs only the gradient of the values, which costs half the forward pass of attention.
+    Recomputation in fused kernels is not counted.
 
     Args:
-        model: its shapes count; it may lie on the meta device.
-        lengths, answer_lengths: tokens of every sample and of its answer, shape (N,).
-        signals: those of the pass.
+        model: only its shapes are used, so it may be on the meta device.
+        lengths, answer_lengths: tokens of each sample and of its answer, shape (N,).
+        signals: the signals of the pass.
     """
     config = model.config.get_text_config()
     tokens, labels = int(lengths.sum()), int(answer_lengths.sum())
@@ -47,7 +47,7 @@ def scoring_flops(model: Any, lengths: np.ndarray, answer_lengths: np.ndarray, s
 
 
 def contraction_flops(model: Any, lengths: np.ndarray, answer_lengths: np.ndarray) -> float:
-    """FLOPs of the squared norms over all linear layers; the head sees the answer tokens alone."""
+    """FLOPs of the squared norms of all linear layers' gradients. The head runs at answer tokens alone."""
     from staff.scoring.gradients import gradient_layers, gram_is_cheaper
 
     total = 0.0
