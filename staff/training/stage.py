@@ -1,4 +1,4 @@
-"""The stage that fine-tunes a model on samples, with the loss on the answer tokens alone."""
+"""The stage that fine-tunes a model on samples, with the loss on their answer tokens."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ log = logging.getLogger(__name__)
 
 ONLINE_SCORES = "online.safetensors"
 EPOCHS = "epochs"
-"""Folder of the adapters at the ends of all epochs but the last."""
+"""Folder of the adapters at the end of every epoch except the last."""
 
 
 @dataclass(frozen=True)
 class Finetune(Training):
     """A model fine-tuned on samples: a LoRA adapter (or all weights), and the log of its training.
 
-    The trainer is given the very tokens that the scorer sees. A long training resumes from its last checkpoint.
+    Training uses the same tokens as scoring. A long training resumes from its last checkpoint.
 
     Attributes:
-        epochs: passes over the samples, whole or not.
-        online: None, or the parameters whose gradients give every sample's effort in the last epoch
-            (`staff.training.online`).
+        epochs: passes over the samples; may be a fraction.
+        online: the parameters whose gradients give every sample's effort in the last epoch
+            (`staff.training.online`); None: no efforts.
     """
 
     kind: ClassVar[str] = "finetune"
@@ -120,7 +120,7 @@ class Finetune(Training):
         trainer.remove_callback(PrinterCallback)
         before = checksums(model)
         result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
-        seconds = saved.seconds  # those of the steps, before the model is saved
+        seconds = saved.seconds  # read before the model is saved
         if not math.isfinite(result.training_loss):
             raise UserError(
                 f"fine-tuning {self.spec.path} ended with a loss of {result.training_loss}: lower "
@@ -150,8 +150,10 @@ class Finetune(Training):
             save_file({"effort": placeholder(len(self.samples), self.label)}, folder / ONLINE_SCORES)
 
     def epoch_flops(self, trained: int) -> float:
-        """FLOPs of one epoch in which so many parameters are trained: logits where there are labels, the last block
-        in full (it is run at fewer positions)."""
+        """FLOPs of one epoch, with this number of trained parameters.
+
+        Logits are counted at label positions. The last block is counted at all positions, though it runs at fewer.
+        """
         adapter_parameters = None if self.adapter is None else trained
         lengths, answers = self.samples.lengths, self.samples.answer_lengths
         return training_flops(self.spec.config(), lengths, answers, adapter_parameters=adapter_parameters)
@@ -199,9 +201,9 @@ class Finetune(Training):
             data_seed=self.seed,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=max(1, steps // 50),
-            logging_nan_inf_filter=False,  # a loss that is not finite must show
+            logging_nan_inf_filter=False,  # so that the log shows losses that are not finite
             remove_unused_columns=False,
-            save_strategy="no",  # `Checkpoints` says when
+            save_strategy="no",  # `Checkpoints` saves
             report_to="none",
             ddp_find_unused_parameters=False,
             disable_tqdm=not sys.stderr.isatty(),
@@ -210,14 +212,14 @@ class Finetune(Training):
 
 
 def read_online_efforts(trained: Artifact) -> np.ndarray:
-    """The efforts that `Finetune` took online, (N,) float64."""
+    """The efforts that `Finetune` stored with `online`, (N,) float64."""
     from safetensors.numpy import load_file
 
     return load_file(trained.path / ONLINE_SCORES)["effort"]
 
 
 def _rows(samples: TokenizedSamples) -> Any:
-    """The samples as a data set; token ids are shared with `samples`, not copied."""
+    """The samples as a `datasets.Dataset`, which shares their token ids."""
     import pyarrow as pa
     from datasets import Dataset
 
