@@ -1,4 +1,4 @@
-"""The metrics of answers. Every shipped one is on the scale from 0 to 100, as in the paper's tables."""
+"""Metrics of answers. The included ones are on a scale from 0 to 100, as in the paper's tables."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NAMED = {
     "chrf": "corpus.Chrf",
     "exact_match": "numbers.ExactNumber",
 }
-"""The shipped metrics by name: module and class in this package."""
+"""The included metrics by name: module and class in this package."""
 
 
 def named_metric(name: str) -> Metric:
-    """The metric of this name, or of this dotted path to a class of your own, such as "mymetrics.Accuracy".
+    """The metric with this name, or with this dotted path to a class of your own, such as "mymetrics.Accuracy".
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such metric.
     """
     module, _, kind = (
         f"staff.evaluation.metrics.{NAMED[name]}".rpartition(".") if name in NAMED else name.rpartition(".")
@@ -41,10 +41,10 @@ def named_metric(name: str) -> Metric:
 
 
 def check_metrics(names: Sequence[str], samples: Sequence[Sample] = ()) -> None:
-    """Refuse, before any model loads, metrics that could not be measured.
+    """Refuse metrics that cannot be measured, before any model loads.
 
     Raises:
-        UserError: no metric, an unknown one, or one that cannot measure a sample.
+        UserError: there is no metric, one is unknown, or one cannot measure a sample.
     """
     if isinstance(names, str) or not names:
         choices = ", ".join(NAMED)
@@ -56,7 +56,7 @@ def check_metrics(names: Sequence[str], samples: Sequence[Sample] = ()) -> None:
 def measure(
     metrics: Sequence[Metric], predictions: Sequence[str], references: References
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """The headline value of every metric, and a table with a row a sample and a column a metric."""
+    """The headline value of each metric, and a table with a row for each sample and a column for each metric."""
     values = {metric.name: metric.measure(predictions, references) for metric in metrics}
     headline = {name: float(value) for name, (value, _) in values.items()}
     return headline, pd.DataFrame({name: scores for name, (_, scores) in values.items()})
