@@ -1,9 +1,9 @@
-"""Random with matched lengths: is a coreset worth more than the lengths of its answers?
+"""Random with matched lengths: does a method gain more than what the lengths of its answers explain?
 
-A short answer has a larger gradient of its mean loss, so a method that goes by effort chooses, in part, by length,
-and a coreset with longer or shorter answers fine-tunes differently whatever else is in it. This control draws at
-random among all coresets whose answers are as long as those of a reference method's coreset: what the reference
-gains over it is gained by more than length, and what it gains over `random` beyond that is length.
+Short answers have larger gradients of the mean loss. So methods that score by effort select, in part, by length,
+and coresets with longer or shorter answers fine-tune differently for that reason alone. This control draws at
+random, with the same distribution of answer lengths as a reference method's coreset. What the reference gains over
+this control is not due to length. What this control gains over `random` is.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, check_ra
 
 @dataclass(frozen=True)
 class RandomLength:
-    """Uniform, given how many answers of each length the reference's coreset of the same seed and budget has.
+    """Draws as many samples of each answer length as the reference's coreset has, for the same seed and budget.
 
-    The reference is carried out, and charged: in overhead this is a control, not a rival.
+    The reference method is run and charged, so the overhead of this control is not to be compared with others.
 
     Attributes:
         reference: the method whose coreset sets the lengths; its own run with the same seed selects the same one.
-        num_bins: intervals of answer length with about equally many samples of the pool, within which lengths count
-            as equal. The more there are, the closer the lengths, and the more samples are shared by necessity.
+        num_bins: number of intervals of answer length, with about equally many samples of the pool; lengths in the
+            same interval count as equal. With more intervals the lengths match more closely, and more samples are
+            necessarily in both coresets.
     """
 
     version: ClassVar[int] = 1
@@ -41,7 +42,11 @@ class RandomLength:
             raise UserError(f"method.reference={self.reference!r} is no method: set method@method.reference=staff.")
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
-        """Raises UserError for what the reference refuses, and for one that does not keep to the budget."""
+        """The coreset of `budget` samples.
+
+        Raises:
+            UserError: a reference that ignores the budget, or that refuses the pool.
+        """
         reference = run_method(self.reference, pool, budget, rng)
         if len(reference.indices) != budget:
             raise UserError(
@@ -54,7 +59,7 @@ class RandomLength:
         bins, sizes = np.unique(bin_of, return_counts=True)
         members = [np.flatnonzero(bin_of == b) for b in bins]
         budgets = [int((bin_of[reference.indices] == b).sum()) for b in bins]
-        # A purpose of its own: under the reference's it would find the reference's samples again.
+        # With the reference's purpose the draw would give the reference's samples again.
         picked = np.concatenate([rng.choose("length", m, count) for m, count in zip(members, budgets)])
         shared = np.intersect1d(picked, reference.indices)
         diagnostics = pd.DataFrame(
