@@ -1,4 +1,4 @@
-"""Precomputed: a coreset that was chosen elsewhere, or in an earlier run."""
+"""Precomputed: a coreset from a file, selected elsewhere or in an earlier run."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ COLUMNS = ("id", "position")
 
 @dataclass(frozen=True)
 class Precomputed:
-    """The samples that a file lists, whatever the pruning rate; its order counts for nothing.
+    """Selects the samples that a file lists, whatever the pruning rate. The order of the list is ignored.
 
     Attributes:
         path: a JSON list of ids (text) or of positions from 0 (numbers); a CSV file with a column `id` or
             `position`, such as the coreset.csv of a run; or a `.pt` file of positions, as the STAFF authors
-            released theirs, of which nothing but integers is unpickled.
-        pool_size: N of the pool that the list was chosen from. Positions say nothing of the pool they index (the
-            authors' for DialogSum index 13,014 samples drawn from all its splits, not the 12,460 for training),
-            so they ask for it.
+            released theirs, from which only integers are unpickled.
+        pool_size: N of the pool that the list was selected from. It is required for positions, which do not
+            identify their pool: those of the authors for DialogSum index 13,014 samples from all its splits, not
+            the 12,460 for training.
     """
 
     version: ClassVar[int] = 1
@@ -67,7 +67,7 @@ class Precomputed:
             entries = read(file)
         except UserError:
             raise
-        except Exception as error:  # a torn .pt file can end in any error
+        except Exception as error:  # for a damaged .pt file torch can raise any error
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self._setting} cannot be read ({said}); give a whole {file.suffix} file.") from error
         listed = isinstance(entries, list)
@@ -84,14 +84,18 @@ class Precomputed:
 
     @property
     def content_digest(self) -> str:
-        """Of what is listed, for fingerprints: the same for the same samples in another file."""
+        """Digest of the listed samples, for fingerprints; the same for the same samples in another file."""
         return hashlib.sha256(json.dumps(sorted(self.entries)).encode()).hexdigest()
 
     def fixed_size(self, pool_size: int) -> int:
         return len(self.entries)
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
-        """Raises UserError for a pool of another size, and for an entry that is not in it."""
+        """The coreset of the listed samples.
+
+        Raises:
+            UserError: a pool of another size, or an entry that is not in it.
+        """
         size, listed = len(pool.ids), len(self.entries)
         if self.pool_size not in (None, size):
             raise UserError(

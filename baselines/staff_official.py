@@ -1,4 +1,4 @@
-"""STAFF as its authors' released code computes it, for exact comparisons.
+"""STAFF as in the authors' released code, for exact comparisons.
 
 Differences from the paper, each a field or a method here:
 
@@ -9,8 +9,8 @@ Differences from the paper, each a field or a method here:
 - Regions of b_v or fewer samples are not verified and get an equal share of the budget.
 - Inside a region the highest-scored samples come first.
 - The rest of the budget is drawn uniformly.
-The released code fine-tunes the small model and then re-initialises its adapters on q_proj and v_proj (an accident
-that `fresh_adapter` repeats), with rank 81 and alpha 16.
+- After fine-tuning, the small model's adapters on q_proj and v_proj are re-initialised, with rank 81 and alpha 16.
+  This is an accident of the released code, which `fresh_adapter` reproduces.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from staff.speculative import Staff
 
 @dataclass(frozen=True)
 class StaffOfficial(Staff):
-    """`Staff` with the fields that exist only to reproduce the released code.
+    """`Staff` with the additional fields that reproduce the released code.
 
     Attributes:
-        verification_fraction: verify int(fraction x size) samples of a region in place of b_v. The released code's
-            option `verify_sample_rate` means a tenth, whatever its value. None: b_v, and only in larger regions.
-        normalise: min-max normalise the scores of either model over the pool.
-        fresh_adapter: {rank, alpha, targets} of a fresh adapter in place of fine-tuning's on both models.
+        verification_fraction: verify int(fraction x size) samples of a region instead of b_v. The released code's
+            option `verify_sample_rate` means a tenth, whatever its value. None: b_v, in regions with more samples.
+        normalise: whether to min-max normalise the scores of both models over the pool.
+        fresh_adapter: {rank, alpha, targets} of a new adapter for both models, in place of that of fine-tuning.
     """
 
     verification_fraction: float | None = None
@@ -81,11 +81,11 @@ class StaffOfficial(Staff):
         return [rng.choose("verification", m, count) for m, count in zip(members, counts)]
 
     def budgets(self, sizes: np.ndarray, ratios: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
-        """One pass over the regions; the budgets may fall short of `budget`."""
+        """The budgets after one pass over the regions, which can sum to less than `budget`, and no fill."""
         return share_out(budget, sizes, *self.shares(ratios)), 0
 
 
 def min_max(scores: np.ndarray) -> np.ndarray:
-    """Scores scaled to [0, 1] over the pool; a constant score becomes one throughout."""
+    """Scores scaled to [0, 1] over the pool; constant scores become 1."""
     low, high = scores.min(), scores.max()
     return (scores - low) / (high - low) if high > low else np.ones_like(scores)

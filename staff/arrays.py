@@ -1,4 +1,4 @@
-"""A pool whose signals are arrays at hand: selection without a model."""
+"""A pool with given arrays as signals, for selection without models."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Signals = Mapping[tuple[Any, str], np.ndarray]
 
 
 class ArrayPool:
-    """A pool whose signals are arrays; no model is needed.
+    """A pool with given arrays as signals, so that no model is needed.
 
     Args:
         ids: the samples' ids, unique.
-        signals: by signal and model, such as {("effort", "small"): array of shape (N,)}. A shipped signal's name
-            stands for its default options; give the signal itself for others: (Effort("all_lora"), "small").
-        answer_lengths, lengths: tokens of the answers and of the whole samples, shape (N,), for methods that ask.
+        signals: arrays by signal and model, such as {("effort", "small"): array of shape (N,)}. A name means the
+            signal with its default options; for others give the signal itself: (Effort("all_lora"), "small").
+        answer_lengths, lengths: tokens of the answers and of the whole samples, shape (N,).
         groups: the samples' groups, shape (N,).
         dev: the signals of a validation slice.
         dev_groups: the groups of its samples.
         learning_rates: by model, the mean learning rate of each epoch of its fine-tuning, shape (epochs,).
 
     Raises:
-        UserError: ids that are no text or not unique.
+        UserError: ids that are not text or not unique.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ArrayPool:
         """As `staff.pool.Pool.ask`.
 
         Raises:
-            UserError: the pool does not have the signal, with these options, of this model.
+            UserError: the pool has no such signal, with these options, of this model.
         """
         if isinstance(signal, Sequence) and not isinstance(signal, str):
             return [self.ask(one, of, at, view) for one in named_all(signal, options)]
@@ -105,7 +105,7 @@ def _resolved(signals: Signals) -> dict[tuple[Any, str], np.ndarray]:
 
 
 def _signal(signal: Asked, options: Mapping[str, Any]) -> Any:
-    """The signal with these options in a form that can be looked up; an unknown name without options as it is."""
+    """A key for the signal with these options. An unknown name without options is its own key."""
     if isinstance(signal, str) and signal not in NAMED and not options:
         return signal
     made = named(signal, **options)
@@ -113,7 +113,7 @@ def _signal(signal: Asked, options: Mapping[str, Any]) -> Any:
 
 
 def _words(signal: Any) -> str:
-    """A looked-up signal in words: its name, and the options that differ from its defaults."""
+    """A signal's key in words: its name, and its options if they are not the defaults."""
     if isinstance(signal, str):
         return repr(signal)
     kind, text = signal

@@ -1,4 +1,4 @@
-"""What a selection method may ask about the training samples: signals of models, lengths, groups."""
+"""The pool of training samples, and what a selection method can ask about them: signals, lengths, groups."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Asked = str | Signal
 
 @dataclass(frozen=True)
 class Slice:
-    """The same samples, in the same order, as the small model's tokenizer and as the target's reads them."""
+    """The same samples in the same order, tokenised for the small model and for the target."""
 
     small: TokenizedSamples
     target: TokenizedSamples
@@ -54,13 +54,17 @@ class Slice:
 
 @dataclass(frozen=True)
 class Pool:
-    """The training samples and the models that can be asked about them; every answer is an artefact.
+    """The training samples, and the models that compute signals of them. Every signal is an artefact.
 
-    A model is fine-tuned when a method first asks for it. See `STATES` for the names of the models.
+    A model is fine-tuned when a method first asks for its signals. `STATES` has the names of the models.
 
     Attributes:
-        slices: "pool", the samples to choose from; "dev", the validation slice, where there is one.
-        seed: the selection seed, for fine-tuning before scoring, fresh adapters and draws.
+        slices: "pool", the samples to choose from; and optionally "dev", the validation slice.
+        family: the models.
+        settings: how they are fine-tuned.
+        store: where artefacts are stored.
+        seed: the selection seed, for fine-tuning before scoring, new adapters and draws.
+        scoring: how samples are scored.
     """
 
     slices: Mapping[str, Slice]
@@ -72,26 +76,27 @@ class Pool:
 
     @property
     def ids(self) -> Sequence[str]:
+        """The samples' ids, in the pool's order."""
         return self.slices["pool"].target.ids
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sample as the target reads it, prompt and answer, shape (N,)."""
+        """Tokens of each sample for the target, prompt and answer, shape (N,)."""
         return self.slices["pool"].target.lengths
 
     @property
     def answer_lengths(self) -> np.ndarray:
-        """Tokens of each answer as the target reads it, the end token included, shape (N,)."""
+        """Tokens of each answer for the target, with the end token, shape (N,)."""
         return self.slices["pool"].target.answer_lengths
 
     @property
     def groups(self) -> np.ndarray | None:
-        """The group of each sample, shape (N,); None where the task names no group field."""
+        """The group of each sample, shape (N,); None if the task has no groups."""
         return self.slices["pool"].groups
 
     @property
     def dev_groups(self) -> np.ndarray | None:
-        """The same of the validation slice."""
+        """The group of each sample of the validation slice; None if the task has no groups."""
         return self._slice("dev").groups
 
     @overload
@@ -110,22 +115,22 @@ class Pool:
         view: str = "pool",
         **options: Any,
     ) -> np.ndarray | list[np.ndarray]:
-        """A signal of every sample, shape (N, ...), in the pool's order; of several signals a list of arrays.
+        """A signal of every sample, shape (N, ...), in the pool's order; for several signals, a list of arrays.
 
         Several signals come out of one pass over the samples, and are charged as one. "in_context_gain" is of pairs
         (`staff.scoring.in_context`): (N, pool size), the samples that are helped by those of the pool.
 
         Args:
-            signal: a name such as "loss", or a signal.
-            of: one of `STATES`. "small@2" is the model at the end of its second epoch; "small@epochs" at the end of
-                every epoch, which gives shape (N, epochs, ...); "small@online" takes efforts from the backward
-                passes of the last epoch.
-            at: positions in the slice, shape (n,); the answer then has n rows. None: all samples.
+            signal: a name such as "loss", or a signal, or a sequence of these.
+            of: one of `STATES`. "small@2" is the model at the end of its second epoch. "small@epochs" is the model
+                at the end of every epoch, and gives shape (N, epochs, ...). "small@online" gives efforts from the
+                backward passes of the last epoch.
+            at: positions in the slice, shape (n,), for an array with n rows; None: all samples.
             view: "pool", or "dev" for the validation slice.
-            options: fields of the signal; of several, each takes those that it has.
+            options: fields of the signal; each of several signals takes those that it has.
 
         Raises:
-            UserError: an unknown signal, option, model or slice; a model that cannot be scored.
+            UserError: an unknown signal, option, model or slice, or a model that cannot be scored.
         """
         if isinstance(signal, str) and signal == PAIRS:
             return self._in_context_gains(of, view)
@@ -142,7 +147,7 @@ class Pool:
         return values if several else values[0]
 
     def states(self, of: str) -> list[ModelState]:
-        """The model states that `of` names, as in `ask`: one, or with "@epochs" one an epoch."""
+        """The model states that `of` names, as in `ask`: one, or with "@epochs" one for each epoch."""
         name, _, moment = of.partition("@")
         if name not in STATES:
             raise UserError(f"the model {name!r} is unknown: choose one of {', '.join(STATES)}.")
@@ -160,7 +165,7 @@ class Pool:
         if moment != "epochs" and moment not in map(str, epochs):
             raise UserError(f"of={of!r}: {name} has the epochs 1 to {epochs[-1]}, or write {name}@epochs.")
         wanted = epochs if moment == "epochs" else [int(moment)]
-        # The end of the last epoch is the end of the training.
+        # The last epoch's checkpoint is the trained model.
         return [ModelState(spec, training, None if k == epochs[-1] else k) for k in wanted]
 
     def training(self, name: str, online: str | None = None) -> Finetune:
@@ -180,7 +185,7 @@ class Pool:
         return read_learning_rates(self.store.get(training), int(training.epochs))
 
     def key(self) -> dict[str, Any]:
-        """All that answers depend on, as JSON holds it."""
+        """Everything that the pool's answers depend on, as JSON holds it."""
         return {
             "slices": {
                 name: {
@@ -248,7 +253,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Select(Stage):
-    """The coreset that a method chooses. What the method asks meanwhile becomes an input of it."""
+    """The coreset that a method selects. The signals that the method asks for become inputs of its artefact."""
 
     kind: ClassVar[str] = "coreset"
     version: ClassVar[int] = 2

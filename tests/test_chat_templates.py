@@ -91,7 +91,7 @@ def test_an_unknown_token_ends_no_answer():
 
 def test_an_end_of_turn_of_ordinary_text_is_told_of(caplog):
     ChatTemplate(tokenizer_of(chat("<|im_end|>\n"))).end  # noqa: B018
-    assert "'<|im_end|>\\n', which begins with no added token: '</s>' ends it here" in caplog.text
+    assert "'<|im_end|>\\n', which does not start with an added token: using '</s>'" in caplog.text
 
 
 def test_generation_waits_for_the_end_that_was_trained(tmp_path: Path):

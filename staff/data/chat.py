@@ -1,4 +1,4 @@
-"""A sample as a user's turn and a model's answer, as the chat template of a tokenizer shows them."""
+"""Samples in the chat template of a tokenizer: the prompt as a user's turn, the answer as an assistant's."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from staff.models.family import DATE, check_chat
 
 log = logging.getLogger(__name__)
 
-# Stand for a sample in the probe of a template: unlikely in a template's own text, changed by any change of case.
+# A sample to probe templates with: unlikely in a template's own text, and changed by any change of case.
 _QUESTION, _ANSWER = "Qx7Question", "Qx7Answer"
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer, and what it puts before and after an answer.
+    """The chat template of a tokenizer, and the text that it puts before and after an answer.
 
     Args:
-        date: the day for templates that print today's, as YYYY-MM-DD.
+        date: the date (YYYY-MM-DD) for templates that print today's.
         options: further variables of the template, such as `enable_thinking`.
 
     Raises:
-        UserError: no template, one that fails, or one that does not show question and answer as they are.
+        UserError: there is no template, it fails, or it changes the text of prompts or answers.
     """
 
     def __init__(self, tokenizer: Any, date: str = DATE, options: Mapping[str, Any] | None = None) -> None:
@@ -39,12 +39,12 @@ class ChatTemplate:
             )
         self.tokenizer, self.day = tokenizer, datetime.fromisoformat(date)
         self.options = {"date_string": self.day.strftime("%d %b %Y"), **(options or {})}
-        self.in_parts = False
+        self.content_as_parts = False
         self._opening, self._tail = self._probed()
         opened, shown = self._opening
         if opened:
             log.warning(
-                "the chat template of %s asks for an answer with %r, but shows answers after %r: prompts end so",
+                "the chat template of %s ends prompts with %r but puts %r before answers: using the latter",
                 *(self.name, opened, shown),
             )
         for name in options or {}:
@@ -52,10 +52,10 @@ class ChatTemplate:
                 log.warning("family.template_options: the chat template of %s has no variable %r", self.name, name)
 
     def turn(self, id: str, prompt: str, answer: str) -> tuple[str, str]:
-        """What the model reads before its answer, and the answer up to its end token.
+        """The text that the model reads before its answer, and the answer up to its end token.
 
-        All that the template always puts before an answer belongs to the prompt, an empty think block included.
-        White space alone belongs to the answer, which the model writes after the generation prompt.
+        Whatever the template always puts before an answer belongs to the prompt, such as an empty think block. But
+        white space alone belongs to the answer, because the model writes it after the generation prompt.
 
         Raises:
             UserError: the template fails, or changes this answer.
@@ -65,7 +65,7 @@ class ChatTemplate:
         behind = answer + self._tail
         head = whole.removesuffix(behind)
         opening = _apart(before, head)
-        # Nothing at all is shown before an answer that brings its own think block.
+        # Templates put nothing before an answer that has a think block of its own.
         if not whole.endswith(behind) or opening not in (self._opening, ("", "")):
             raise UserError(
                 f"the chat template of {self.name} does not show the answer of sample {id!r} as it is: set "
@@ -77,9 +77,9 @@ class ChatTemplate:
 
     @property
     def end(self) -> int:
-        """The token that ends an answer: the first special or added one of what the template puts after the answer.
+        """The token that ends an answer: the first special or added token that the template puts after it.
 
-        It is the tokenizer's end token where the template puts nothing there, or only ordinary text.
+        It is the tokenizer's end token if the template puts nothing or only ordinary text there.
         """
         return self._end[1]
 
@@ -87,7 +87,7 @@ class ChatTemplate:
     def _end(self) -> tuple[str, int]:
         """White space between the answer and its end token, and that token."""
         added = self.tokenizer.added_tokens_decoder
-        # Some vocabularies add runs of white space; an unknown token stands for ordinary text.
+        # Some vocabularies have runs of white space as added tokens; the unknown token is ordinary text.
         marks = {*self.tokenizer.all_special_ids, *added} - {self.tokenizer.unk_token_id}
         marks -= {token for token, its in added.items() if not its.content.strip()}
         text = self._tail.lstrip()
@@ -99,22 +99,22 @@ class ChatTemplate:
         end = next((token for token in tokens if token in marks), self.tokenizer.eos_token_id)
         if text:
             log.warning(
-                "the chat template of %s ends an answer with %r, which begins with no added token: %r ends it here",
+                "the chat template of %s ends answers with %r, which does not start with an added token: using %r",
                 *(self.name, self._tail, self.tokenizer.convert_ids_to_tokens(end)),
             )
         return "", end
 
     def _probed(self) -> tuple[tuple[str, str], str]:
-        """How the generation prompt and the text before an answer part (`_apart`), and the text after an answer.
+        """How the generation prompt and the text before an answer differ (`_apart`), and the text after an answer.
 
-        Content is given as text, or as a list of parts to templates that want it so.
+        Content is passed as text, or as a list of parts if the template requires it.
         """
         refusal = UserError(
             f"the chat template of {self.name} does not put an answer as it is behind its prompt: set "
             "family.prompt_format=plain."
         )
         failure = None
-        for self.in_parts in (False, True):
+        for self.content_as_parts in (False, True):
             try:
                 before, whole = self._render(_QUESTION, _ANSWER)
             except UserError as error:
@@ -128,13 +128,13 @@ class ChatTemplate:
         raise failure or refusal
 
     def _render(self, prompt: str, answer: str) -> tuple[str, str]:
-        """The user's turn with what asks for an answer, and both turns."""
+        """The rendered user's turn with the generation prompt, and both turns."""
         turns = [
-            {"role": role, "content": [{"type": "text", "text": text}] if self.in_parts else text}
+            {"role": role, "content": [{"type": "text", "text": text}] if self.content_as_parts else text}
             for role, text in (("user", prompt), ("assistant", answer))
         ]
         try:
-            # transformers hands functions on to templates as globals alone.
+            # transformers passes functions to templates only as globals.
             from transformers.utils.chat_template_utils import _compile_jinja_template
 
             _compile_jinja_template(self._text).globals["strftime_now"] = self.day.strftime
@@ -142,7 +142,7 @@ class ChatTemplate:
                 self.tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=ask, **self.options)
                 for shown, ask in ((turns[:1], True), (turns, False))
             )
-        except Exception as error:  # whatever a template's expressions may raise
+        except Exception as error:  # the expressions of a template can raise anything
             said = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"the chat template of {self.name} fails with {said!r}: mend it, set what it asks for in "
@@ -156,7 +156,7 @@ class ChatTemplate:
 
 
 def _apart(before: str, head: str) -> tuple[str, str]:
-    """What two texts have each after the beginning that they share."""
+    """The rest of each text after their common prefix."""
     if head.startswith(before):
         return "", head[len(before) :]
     pairs = enumerate(zip(before, head, strict=False))

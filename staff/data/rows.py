@@ -1,4 +1,4 @@
-"""Rows of data files, each with its place for messages."""
+"""Reading the rows of data files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from staff.errors import UserError
 
 
 def read_json_lines(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """Rows of a JSON Lines file, each with its place ("file, line n") for messages; blank lines are skipped."""
+    """The rows of a JSON Lines file, each with its place ("file, line n") for messages. Blank lines are skipped.
+
+    Raises:
+        UserError: the file is missing, or a line is not a JSON object in UTF-8.
+    """
     if not path.is_file():
         raise UserError(f"{path} is not there: task.data_dir must be a folder that holds {path.name}.")
     with path.open("rb") as lines:

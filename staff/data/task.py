@@ -1,4 +1,4 @@
-"""A task's samples: read, and rendered into prompt and answer."""
+"""Tasks: where samples come from, and how rows become prompts and answers."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task's samples come from and how they read.
+    """A data set, and templates for its prompts and answers.
 
-    Templates name fields of a row in braces, `{translation[kk]}` reaches into a nested one, `{{` is a brace. The
-    prompt and the answer are tokenised apart, so white space between them belongs to the answer.
+    Templates name fields of a row in braces; `{translation[kk]}` is a nested field, `{{` is a brace. Prompt and
+    answer are tokenised separately, so white space between them should start the answer.
     """
 
     name: str
@@ -86,18 +86,18 @@ class Task:
             )
 
     def load(self, split: str) -> list[Sample]:
-        """The samples of `split` ("train": the pool, "test": the evaluation), in file order.
+        """The samples of `split`, "train" or "test", in file order.
 
-        Test rows of one prompt are one sample with the references of all, since a model answers them alike.
+        Test rows with the same prompt become one sample with all their references: a model answers them alike.
 
         Raises:
-            UserError: a missing file or field, text that is empty, an id that comes twice; with file and line.
+            UserError: a missing file or field, empty text, or a duplicate id; with file and line.
         """
         limit = self.train_limit if split == "train" else self.test_limit
         return self.samples(islice(self._rows(split), limit), split)
 
     def samples(self, rows: Iterable[tuple[str, Mapping[str, Any]]], split: str = "train") -> list[Sample]:
-        """As `load`, of rows at hand, each with its place for messages."""
+        """As `load`, from rows, each with its place for messages."""
         samples: dict[str, Sample] = {}
         copies = Counter[str]()
         for where, row in rows:
@@ -108,7 +108,7 @@ class Task:
                         f"{where}: the id {shortened(sample.id)!r} comes twice (task.id_field={self.id_field}); "
                         "ids must be unique."
                     )
-                # Without ids of their own, copies of one text are told apart by their count.
+                # Copies of a text have the same digest: number them.
                 copies[sample.id] += 1
                 sample = replace(sample, id=f"{sample.id}-{copies[sample.id] + 1}")
             samples[sample.id] = sample
@@ -129,7 +129,10 @@ class Task:
         ]
 
     def source(self) -> dict[str, Any] | None:
-        """Name and commit of the data set on the hub (no commit where the hub cannot be asked); None for files."""
+        """Name and commit of the data set on the hub; None for files.
+
+        Without a network, the commit is `revision`.
+        """
         if self.data_dir is not None:
             return None
         from huggingface_hub import HfApi
@@ -137,7 +140,7 @@ class Task:
         assert self.hub is not None
         try:
             commit = HfApi().dataset_info(self.hub, revision=self.revision).sha
-        except Exception:  # offline, or an outage: what was read from the cache is told by its content anyway
+        except Exception:  # no network: what the cache has is identified by its content anyway
             commit = self.revision
         return {"hub": self.hub, "commit": commit}
 

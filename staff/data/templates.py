@@ -1,4 +1,4 @@
-"""Templates over the fields of a row."""
+"""Templates with the fields of a row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from staff.errors import UserError
 
 
 def lookup(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str) -> Any:
-    """The value at `path`, a field and the keys below it."""
+    """The value at `path`, a field and the keys below it.
+
+    Args:
+        where: the place of the row, for messages.
+        setting: the setting that names the field, for messages.
+
+    Raises:
+        UserError: there is no such field.
+    """
     value: Any = row
     for depth, name in enumerate(path):
         if not isinstance(value, Mapping) or name not in value:
@@ -25,13 +33,14 @@ def lookup(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str
 
 
 def text_of(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str) -> str:
+    """As `lookup`, for a value that must be valid text."""
     value = lookup(row, path, where, setting)
     if not isinstance(value, str):
         kind = type(value).__name__
         raise UserError(f"{where}: field {_spelt(path)} is {kind}, not text (wanted by {setting}).")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell what no text may hold
+    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
         raise UserError(
             f"{where}: field {_spelt(path)} has half a surrogate pair (character {error.start + 1}); mend the text."
         ) from None
@@ -39,15 +48,16 @@ def text_of(row: Mapping[str, Any], path: Sequence[str], where: str, setting: st
 
 
 def render(template: str, row: Mapping[str, Any], where: str, setting: str) -> str:
+    """The template with the row's fields; `where` and `setting` as in `lookup`."""
     parts = _parsed(template, setting)
     return "".join(text + (text_of(row, path, where, setting) if path else "") for text, path in parts)
 
 
 @cache
 def _parsed(template: str, setting: str) -> list[tuple[str, list[str]]]:
-    """The template as pieces of text, each with the path of the field that follows it, if one does.
+    """The template as pieces of text, each with the path of the field that follows it (empty for none).
 
-    Nothing but fields is understood: what else `str.format` offers would reach into Python's objects.
+    Only fields are supported: the other features of `str.format` would give access to Python objects.
     """
     try:
         parts = list(Formatter().parse(template))
@@ -63,9 +73,10 @@ def _parsed(template: str, setting: str) -> list[tuple[str, list[str]]]:
 
 
 def _spelt(path: Sequence[str]) -> str:
-    """A path as a template has it, quoted."""
+    """A path as it is written in a template, quoted."""
     return repr(shortened(path[0] + "".join(f"[{key}]" for key in path[1:])))
 
 
 def shortened(text: str) -> str:
+    """At most 200 characters of a text, for messages."""
     return text if len(text) <= 200 else f"{text[:200]}..."

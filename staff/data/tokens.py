@@ -1,4 +1,4 @@
-"""Samples as a model reads them: tokenised once, for scorer and trainer alike, and checked against their limits."""
+"""Tokenised samples. They are tokenised once, so that scoring and training read the same tokens."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from staff.store.manifest import Artifact
 from staff.store.stage import Stage, plain
 
 IGNORED = -100
-"""The label of a token that is not predicted, as transformers has it."""
+"""The label of a token without a loss, as in transformers."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedSamples:
-    """Samples as one model reads them: begin token (where the tokenizer has one), prompt, answer, end token.
+    """N tokenised samples: begin token (if the tokenizer has one), prompt, answer and end token.
 
     Attributes:
         ids: the samples' ids.
-        tokens: the token ids of all samples, one sample after the other, shape (sum of lengths,), int32.
+        tokens: the token ids of all samples, concatenated, shape (sum of lengths,), int32.
         offsets: sample i has tokens[offsets[i]:offsets[i + 1]], shape (N + 1,).
         prompt_lengths: tokens before the first answer token, shape (N,).
-        begin: how many begin tokens stand before every prompt.
+        begin: the number of begin tokens before every prompt.
     """
 
     ids: Sequence[str]
@@ -48,7 +48,7 @@ class TokenizedSamples:
     def of_rows(
         cls, ids: Sequence[str], rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], begin: int = 0
     ) -> TokenizedSamples:
-        """From one row of token ids a sample."""
+        """From a row of token ids for each sample."""
         offsets = np.cumsum([0, *map(len, rows)])
         tokens = np.concatenate([np.empty(0, np.int32), *(np.asarray(row, np.int32) for row in rows)])
         return cls(ids, tokens, offsets, np.asarray(prompt_lengths, np.int64), begin)
@@ -67,12 +67,13 @@ class TokenizedSamples:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
     def labels(self, i: int) -> np.ndarray:
-        """Token ids on the answer and its end token, -100 on the prompt (unshifted, as transformers wants)."""
+        """Labels of sample i, unshifted: its token ids on answer and end token, -100 on the prompt. (length,)"""
         labels = self.row(i).astype(np.int64)
         labels[: self.prompt_lengths[i]] = IGNORED
         return labels
 
     def prompts(self) -> list[list[int]]:
+        """The token ids of every prompt, with begin tokens."""
         return [self.row(i)[:n].tolist() for i, n in enumerate(self.prompt_lengths)]
 
     @cached_property
@@ -87,7 +88,7 @@ class TokenizedSamples:
 
     @property
     def end_tokens(self) -> list[int]:
-        """The tokens that samples end with, each once."""
+        """The distinct tokens that the samples end with."""
         return np.unique(self.tokens[self.offsets[1:] - 1]).tolist()
 
     def take(self, indices: Iterable[int] | np.ndarray) -> TokenizedSamples:
@@ -103,7 +104,7 @@ class TokenizedSamples:
         )
 
     def without_prompts(self) -> TokenizedSamples:
-        """The answers alone, behind the begin tokens."""
+        """The answers, after the begin tokens."""
         starts = self.offsets[:-1] + self.prompt_lengths
         tokens, offsets = self._gathered(starts, self.answer_lengths)
         if self.begin:
@@ -134,7 +135,7 @@ class TokenizedSamples:
         return replace(self, prompt_lengths=np.full(len(self), self.begin, dtype=np.int64))
 
     def _gathered(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens from each of `starts` on, and their offsets."""
+        """Concatenated slices of the tokens, given by starts and lengths, and their offsets."""
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
         return np.asarray(self.tokens[positions]), offsets
@@ -150,7 +151,11 @@ class TokenizedSamples:
 
 @dataclass(frozen=True)
 class Tokens(Stage):
-    """Samples tokenised. What rests on them is named by the tokens themselves (`TokenizedSamples.fingerprint`)."""
+    """Tokenises samples. Other stages are identified by the tokens themselves (`TokenizedSamples.fingerprint`).
+
+    Attributes:
+        reading: how the samples are formatted (`staff.models.family.Family.reading`).
+    """
 
     kind: ClassVar[str] = "tokens"
     version: ClassVar[int] = 1
@@ -159,7 +164,6 @@ class Tokens(Stage):
     samples: Sequence[Sample] = field(repr=False)
     spec: ModelSpec
     reading: Mapping[str, Any]
-    """How they are read: `staff.models.family.Family.reading`."""
 
     @property
     def label(self) -> str:
@@ -181,7 +185,7 @@ class Tokens(Stage):
 
 
 def read_tokens(tokens: Artifact) -> TokenizedSamples:
-    """What `Tokens` stored; the token ids stay on the disk until they are used."""
+    """The samples that `Tokens` stored. Token ids are memory-mapped."""
     samples = json.loads((tokens.path / "samples.json").read_text())
     return TokenizedSamples(
         samples["ids"],
@@ -200,15 +204,15 @@ def tokenize(
     date: str = DATE,
     template_options: Mapping[str, Any] | None = None,
 ) -> TokenizedSamples:
-    """Tokenise prompt and answer apart and join them, so that no token spans their border.
+    """The tokenised samples. Prompt and answer are tokenised separately, so that no token spans both.
 
     Args:
-        prompt_format: "plain": begin token, prompt, answer, end token; "chat": the same with the text and the end
-            of turn of the tokenizer's chat template.
+        prompt_format: "plain": begin token, prompt, answer and end token; "chat": the same with the texts and the
+            end-of-turn token of the tokenizer's chat template.
         date, template_options: for the chat template, as in `staff.models.family.Family`.
 
     Raises:
-        UserError: a tokenizer without an end token, or without a chat template that shows every answer as it is.
+        UserError: a tokenizer without an end token, or without a usable chat template.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -219,11 +223,11 @@ def tokenize(
     end, texts = tokenizer.eos_token_id, [(s.prompt, s.answer) for s in samples]
     if prompt_format == "chat":
         template = ChatTemplate(tokenizer, date, template_options)
-        begin, end = [], template.end  # the template has a begin token of its own
+        begin, end = [], template.end  # the template includes the begin token
         texts = [template.turn(s.id, s.prompt, s.answer) for s in samples]
     rows, prompt_lengths = [], []
     with progress(len(texts), "tokenise") as bar:
-        # Some at a time: until it is done with a text, a tokenizer keeps far more of it than its tokens.
+        # In chunks, because a tokenizer needs far more memory for the texts of one call than their tokens do.
         for start in range(0, len(texts), 1000):
             prompts, answers = zip(*texts[start : start + 1000], strict=True)
             for p, a in zip(_tokens(prompts, tokenizer), _tokens(answers, tokenizer), strict=True):
@@ -234,5 +238,5 @@ def tokenize(
 
 
 def _tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each text alone; what is too long is told in our own words."""
+    """Token ids of each text, without special tokens; not verbose, since `fitting` reports what is too long."""
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,7 +1,7 @@
 """The stages that answer test prompts and measure the answers.
 
-The authors sampled and used another tokeniser for ROUGE, so absolute values are not comparable with theirs;
-differences between methods are (section 5.1).
+The authors sampled answers and used another tokenizer for ROUGE. So absolute values are not comparable with theirs,
+but differences between methods are (section 5.1).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True)
 class Generate(Stage):
-    """The answers of a model to the prompts of samples."""
+    """A model's answers to the prompts of samples."""
 
     kind: ClassVar[str] = "evaluation"
     version: ClassVar[int] = 2
@@ -60,7 +60,7 @@ class Generate(Stage):
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         spec, model = self.state.spec, self.state.load(*inputs)
-        # Merged weights would be rounded to 4 bits again.
+        # Adapters are not merged into quantised weights, which would be rounded to 4 bits again.
         if self.state.adapted and not spec.quantization and not spec.is_partitioned:
             model = model.merge_and_unload()
         tokenizer = spec.tokenizer()
@@ -77,14 +77,14 @@ class Generate(Stage):
         pd.DataFrame(table).to_parquet(folder / PREDICTIONS)
 
     def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
-        """At most: no answer ends early."""
+        """An upper bound: every answer has `max_new_tokens`."""
         processed = (self.samples.prompt_lengths + self.max_new_tokens - 1).tolist()
         flops = forward_flops(self.state.spec.config(), processed, self.max_new_tokens * len(processed))
         meter.add(flops, tokens_forward=sum(processed))
 
 
 def read_predictions(answered: Artifact) -> pd.DataFrame:
-    """The answers that `Generate` stored: a row a sample, with its id, prediction and number of tokens."""
+    """The answers that `Generate` stored: a row for each sample, with id, prediction and number of tokens."""
     return pd.read_parquet(answered.path / PREDICTIONS)
 
 
@@ -133,7 +133,7 @@ class Measure(Stage):
         (folder / METRICS).write_text(json.dumps(headline))
 
     def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
-        """Nothing: there are no answers."""
+        """Does nothing: a dry run has no answers."""
 
 
 def read_measured(measured: Artifact) -> tuple[dict[str, float], pd.DataFrame]:

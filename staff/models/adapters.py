@@ -1,4 +1,4 @@
-"""LoRA adapters put on a model, read back, and replaced."""
+"""LoRA adapters: add, load and replace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from staff.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """A LoRA adapter: rank r, alpha (scaling is alpha / r), dropout, and the linear layers it is put on."""
+    """A LoRA adapter.
+
+    Attributes:
+        rank: r of the matrices A and B.
+        alpha: the adapter's output is scaled by alpha / r.
+        dropout: probability of dropout on the adapter's input.
+        targets: names of the linear layers that get an adapter, or "all-linear".
+    """
 
     rank: int
     alpha: int
@@ -30,7 +37,7 @@ class LoraSpec:
 
 
 def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
-    """`model` with a new adapter: A drawn from `seed`, B zero. The caller's random state is left alone."""
+    """`model` with a new adapter: A is drawn from `seed`, B is zero. The global random state does not change."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -49,12 +56,12 @@ def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config).eval()
-        except ValueError as error:  # no layer is called so
+        except ValueError as error:  # no layer has such a name
             raise UserError(f"LoRA targets={targets!r}: {str(error).split('. ')[0]}; name others.") from error
 
 
 def load_trained(spec: ModelSpec, folder: Path) -> Any:
-    """The model that a fine-tuning left in `folder`: an adapter of the model, or all its weights."""
+    """The model that a fine-tuning saved in `folder`: `spec` with an adapter, or all weights."""
     if not (folder / "adapter_config.json").is_file():
         return replace(spec, path=str(folder), revision=None, prepared=None).load()
     from peft import PeftModel

@@ -1,4 +1,4 @@
-"""A model that can be asked: which model, what it was trained on, and at which point of that training."""
+"""The state of a model: which model, what it was trained on, and at which point of the training."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Training(Stage):
     @property
     @abstractmethod
     def adapter(self) -> LoraSpec | None:
-        """The adapter that it trains; None where it trains all weights."""
+        """The adapter that it trains; None if it trains all weights."""
 
     @abstractmethod
     def checkpoint(self, folder: Path, epoch: int) -> Path:
-        """Where the stage's `folder` keeps the model at the end of this epoch (1 is the first).
+        """The folder, inside the stage's `folder`, with the model at the end of this epoch (1 is the first).
 
         Raises:
-            UserError: it keeps none.
+            UserError: the training saves no checkpoints.
         """
 
     @abstractmethod
@@ -49,9 +49,9 @@ class ModelState:
     """A model in one state.
 
     Attributes:
-        spec: which model, and how it is held in memory.
-        training: None: the raw model.
-        checkpoint: None: the end of the training; k: the end of its k-th epoch.
+        spec: which model, and how it is loaded.
+        training: how it was trained; None: the raw model.
+        checkpoint: the epoch at whose end the model is taken; None: the end of the training.
     """
 
     spec: ModelSpec
@@ -60,21 +60,21 @@ class ModelState:
 
     @property
     def inputs(self) -> tuple[Stage, ...]:
-        """The stages to be given to `load`."""
+        """The stages whose artefacts `load` is given."""
         return () if self.training is None else (self.training,)
 
     def key(self) -> dict[str, Any]:
-        """All that determines the model besides `inputs`, as JSON holds it."""
+        """Everything besides `inputs` that determines the model, as JSON holds it."""
         return {"model": self.spec.identity(), "checkpoint": self.checkpoint}
 
     @property
     def adapted(self) -> bool:
-        """Whether `load` gives a model with a trained adapter."""
+        """Whether the model that `load` returns has a trained adapter."""
         return self.training is not None and self.training.adapter is not None
 
     @property
     def words(self) -> str:
-        """Such as "fine-tuned Llama-2-7b after epoch 2", for labels."""
+        """The state in words, such as "fine-tuned Llama-2-7b after epoch 2"."""
         after = "" if self.checkpoint is None else f" after epoch {self.checkpoint}"
         return f"{'raw' if self.training is None else 'fine-tuned'} {self.spec.name}{after}"
 
@@ -97,7 +97,7 @@ class ModelState:
         return {name: (file[f"{name}.exp_avg"], file[f"{name}.exp_avg_sq"]) for name in names}
 
     def shapes(self) -> Any:
-        """The same without weights, on the meta device."""
+        """The model without its weights, on the meta device."""
         shapes = self.spec.shapes()
         if self.training is None or self.training.adapter is None:
             return shapes
@@ -106,20 +106,28 @@ class ModelState:
 
 @dataclass(frozen=True)
 class FreshAdapter:
-    """A LoRA adapter with A drawn from `seed` and B zero, put on a model to differentiate by."""
+    """A new LoRA adapter to differentiate by: A is drawn from `seed`, B is zero."""
 
     lora: LoraSpec
     seed: int
 
     def put_on(self, model: Any, adapted: bool) -> Any:
-        """`model` with this adapter; one that is `adapted` keeps its tuning, merged into the weights, elsewhere."""
+        """`model` with this adapter.
+
+        A model that is `adapted` has it in place of its own on the same layers; on all other layers its own adapter
+        is merged into the weights.
+        """
         if adapted:
             return replace_lora(model, self.lora, self.seed)
         return fresh_lora(model, self.lora, self.seed)
 
 
 def check_mergeable(spec: ModelSpec) -> None:
-    """Refuse a model into whose weights no adapter can be merged."""
+    """Refuse a model with weights that adapters cannot be merged into.
+
+    Raises:
+        UserError: quantised or sharded weights.
+    """
     if spec.quantization or spec.is_partitioned:
         raise UserError(
             "adapters cannot be merged into weights of 4 bits or of a model that is shared out, as "

@@ -1,7 +1,7 @@
-"""Untrusted inputs: weights are read as safetensors or GGUF, never as a pickle, and no code of a model is run.
+"""Untrusted inputs: weights are read as safetensors or GGUF, never as a pickle, and no model code is executed.
 
-transformers is told so. Yet three files beside the weights can make it read others: an index that names them, a
-configuration that does, and an adapter. They are checked first.
+The options of transformers ask for this. But three files can make it read other weights: an index or a
+configuration that names them, and an adapter. They are checked first.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import Any
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
-"""The implementations of transformers and of packages; for any other name it fetches code from the hub."""
+"""Attention implementations of transformers and of packages. For other names transformers downloads code."""
 
 NO_CODE = {"trust_remote_code": False}
-"""Passed to every loader. Without it, transformers asks at the terminal."""
+"""An option of every loader. Without it, transformers asks on the terminal."""
 
 _ADAPTER, _CONFIG, _INDEX = "adapter_config.json", "config.json", "model.safetensors.index.json"
 
 
 def load_safetensors(place: str, revision: str | None = None, **options: Any) -> Any:
-    """A causal language model out of a folder, or by its name on the hub, from nothing but safetensors or GGUF.
+    """A causal language model, read only from safetensors or GGUF files.
 
     Args:
-        options: as `from_pretrained` of transformers takes them.
+        place: a folder, or a name on the hub.
+        options: as for `from_pretrained` of transformers.
 
     Raises:
-        ValueError: something beside the weights names others; with the file, and the mend.
+        ValueError: an adapter, or a file that names weights in another format or folder.
     """
     from transformers import AutoModelForCausalLM
 
@@ -41,7 +42,7 @@ def load_safetensors(place: str, revision: str | None = None, **options: Any) ->
 
 
 def reason(error: Exception) -> str:
-    """Why a model cannot be loaded, in one clause with the mend."""
+    """Why a model cannot be loaded and how to fix it, in one clause."""
     if "trust_remote_code" in str(error):
         return "it wants to run code of its own, which is never done; choose a model that transformers knows"
     if "no file named model.safetensors" in str(error) or "cannot be loaded with `safetensors`" in str(error):
@@ -55,7 +56,7 @@ def _content(place: str, name: str, revision: str | None) -> dict[str, Any]:
 
 
 def _find(place: str, name: str, revision: str | None) -> str | None:
-    """Where a file of the model lies, fetched from the hub if need be; None if there is none, or no network."""
+    """The path of one of the model's files, downloaded if needed; None if there is none, or no network."""
     from transformers.utils.hub import cached_file
 
     silent = ("gated_repo", "missing_entries", "connection_errors")

@@ -1,4 +1,4 @@
-"""A pass over samples: length-sorted batches under a token budget, signals computed, original order restored."""
+"""A pass over samples, which computes signals in batches of similar length under a token budget."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Pass:
-    """What one forward pass over a batch gives, and the backward pass where a signal needs gradients.
+    """The outputs of a model for one batch, from which signals are computed.
 
     Attributes:
         labels: (B, T), -100 where there is none, unshifted.
@@ -59,16 +59,16 @@ class Pass:
     moments: Moments | None = None
 
     def positions(self, reads: str) -> Positions:
-        """The positions that a signal reads."""
+        """The positions that a signal reads; `reads` as in `Signal`."""
         return Positions.of((reads,), self.labels, self.lengths)
 
     def logits_at(self, positions: Positions) -> Tensor:
-        """(L, V)."""
+        """Logits at these positions: (L, V)."""
         assert self.logits is not None
         return positions.out_of(self.at, self.logits)
 
     def states_at(self, layer: int, positions: Positions) -> Tensor:
-        """(L, D)."""
+        """Hidden states of a layer at these positions: (L, D)."""
         return positions.out_of(self.at, self.states[layer])
 
 
@@ -83,9 +83,9 @@ def score_samples(
     moments: Moments | None = None,
     meter: Meter | None = None,
 ) -> dict[str, np.ndarray]:
-    """Signals of `model` for every sample, in the samples' order; the model is left as it was.
+    """Signals of every sample, in the samples' order, computed in one pass. The model is not changed.
 
-    Processes of one run share the samples out.
+    In a run of several processes each scores a shard of the samples, and all return all values.
 
     Args:
         signals: with distinct names, computed in one pass.
@@ -96,15 +96,15 @@ def score_samples(
         meter: is told FLOPs and tokens, without padding.
 
     Returns:
-        By name of the signal: (N, *shape), in the signal's dtype.
+        Values by the signal's name, each (N, *shape) in the signal's dtype.
 
     Raises:
-        UserError: a model that cannot be scored exactly, a sample that does not fit in memory alone or whose value
-            is not finite (by its id).
+        UserError: a model that cannot be scored exactly; or, by its id, a sample that alone does not fit in memory,
+            or whose value is not finite.
     """
     config, count = model.config.get_text_config(), len(samples)
     values = {signal.name: np.zeros((count, *signal.shape(config)), signal.dtype) for signal in signals}
-    # Longest first: if memory runs out it does so at once.
+    # Longest first, so that memory runs out in the first batch, if at all.
     order = processes.shard(np.argsort(-samples.lengths, kind="stable"))
     budget = 1 if one_at_a_time else batch_tokens or default_batch_tokens(model)
     how: dict[str, Any] = {"signals": signals, "pad_token_id": pad_token_id, "moments": moments}
@@ -132,8 +132,11 @@ def score_samples(
 
 
 def default_batch_tokens(model: Any) -> int:
-    """Enough to keep a GPU busy; on a processor no more than its caches hold: with four times as many, norms over
-    all LoRA parameters of the tiny target took 1.4 times as long."""
+    """The default token budget: enough to keep a GPU busy, and on a processor few enough for its caches.
+
+    With four times as many on a processor, norms over all LoRA parameters of the tiny target took 1.4 times as
+    long.
+    """
     return 2048 if model.device.type == "cpu" else 8192
 
 
@@ -142,7 +145,7 @@ Run = Callable[[TokenizedSamples], dict[str, Tensor]]
 
 
 def _independently(samples: TokenizedSamples, order: np.ndarray, budget: int, run: Run) -> Batches:
-    """Positions, samples and values of batch after batch; the budget is halved where memory runs out."""
+    """Positions, samples and values of each batch. The budget is halved when memory runs out."""
     start = 0
     while start < len(order):
         longest = int(samples.lengths[order[start]])
@@ -179,11 +182,11 @@ def _unless_out_of_memory(run: Run, batch: TokenizedSamples) -> dict[str, np.nda
     try:
         return {signal: value.cpu().numpy() for signal, value in run(batch).items()}
     except (RuntimeError, MemoryError) as error:
-        # torch names it differently: OutOfMemoryError on a GPU, a plain RuntimeError of its allocator on a CPU.
+        # torch raises OutOfMemoryError on a GPU, and a plain RuntimeError of its allocator on a CPU.
         exhausted = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
         if not exhausted and "out of memory" not in str(error):
             raise
-    # Only now is the exception gone, and with it the frames that held the batch's tensors.
+    # Outside the handler the exception is gone, and with it the frames that held the batch's tensors.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
@@ -212,7 +215,7 @@ def _refuse(values: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
 def _run_batch(
     model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int, moments: Moments | None
 ) -> dict[str, Tensor]:
-    """The signals of a batch, the last block run only where one of them reads."""
+    """The signals of a batch. The last block runs only at the positions that they read."""
     input_ids, labels, lengths = padded(batch, pad_token_id, model.device)
     at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)
     this = Pass(labels, lengths, at, moments=moments)
@@ -220,7 +223,7 @@ def _run_batch(
     def observe(logits: Tensor) -> None:
         this.logits = logits
 
-    # No attention mask: padding to the right lies after every label, where a causal model does not look.
+    # No attention mask: padding is on the right of all labels, so a causal model does not attend to it.
     with _hidden_states(model, signals, this):
         if gradient is not None:
             layers = gradient_layers(model, gradient.parameters)
@@ -238,7 +241,7 @@ def _run_batch(
 def _run_alone(
     model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int, moments: Moments | None
 ) -> dict[str, Tensor]:
-    """The same for one sample, by the model's own forward and backward pass."""
+    """The signals of a single sample, from the model's own forward and backward pass."""
     input_ids, labels, lengths = padded(sample, pad_token_id, model.device)
     at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)
     this = Pass(labels, lengths, at, moments=moments)
@@ -261,7 +264,7 @@ def _run_alone(
 
 
 def padded(batch: TokenizedSamples, pad_token_id: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and labels, (B, T) each, padded to the right, and lengths (B,)."""
+    """Token ids and labels, both (B, T) and padded on the right, and lengths (B,)."""
     rows = [torch.from_numpy(batch.row(i).astype(np.int64)) for i in range(len(batch))]
     answers = [torch.from_numpy(batch.labels(i)) for i in range(len(batch))]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id).to(device)
@@ -271,7 +274,7 @@ def padded(batch: TokenizedSamples, pad_token_id: int, device: Any) -> tuple[Ten
 
 @contextmanager
 def _hidden_states(model: Any, signals: Sequence[Signal], into: Pass) -> Iterator[None]:
-    """Keep the hidden states that the signals read, at the pass's positions."""
+    """Store the hidden states that the signals read in `into`, at its positions."""
     decoder = model.get_decoder()
 
     def keep(layer: int, output: Any) -> None:

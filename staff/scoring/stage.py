@@ -1,4 +1,4 @@
-"""The stage that asks a model for signals of samples."""
+"""The stage that scores samples with a model."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class ScoringSettings:
 
 @dataclass(frozen=True)
 class Score(Stage):
-    """Signals of one model for samples, out of one pass over them.
+    """Signals of samples from one pass of a model.
 
     Attributes:
-        signals: with distinct names; they read the same text of the samples.
-        lora: the adapter that a model without one of its own is differentiated by.
-        adapter_seed: of a fresh adapter's A.
+        signals: with distinct names; all read the same text of the samples.
+        lora: the adapter to differentiate by, for a model without one.
+        adapter_seed: seed of a new adapter's A.
     """
 
     kind: ClassVar[str] = "scores"
@@ -98,7 +98,7 @@ class Score(Stage):
 
     @property
     def fresh_adapter(self) -> FreshAdapter | None:
-        """The adapter that is put on the model; None where it differentiates by its own, or not by an adapter."""
+        """The new adapter for the model; None if its own is used, or none is needed."""
         gradient = gradient_of(self.signals)
         if gradient is None or gradient.parameters == "all_linear":
             return None
@@ -191,7 +191,7 @@ class Score(Stage):
 
 
 def read_scores(scored: Artifact) -> dict[str, np.ndarray]:
-    """The signals that `Score` stored, by name: (N, *shape)."""
+    """The values that `Score` stored, by the signal's name: (N, *shape)."""
     from safetensors.numpy import load_file
 
     return load_file(scored.path / FILE)
@@ -200,8 +200,8 @@ def read_scores(scored: Artifact) -> dict[str, np.ndarray]:
 def placeholder(samples: int, name: str, shape: tuple[int, ...] = ()) -> np.ndarray:
     """Values for a dry run: (samples, *shape).
 
-    They are evenly spread, so that no region is empty. Their order is drawn by `name`, because two methods that ask
-    for different scores hardly ever choose the same coreset.
+    They are evenly spaced, so that no region is empty. Their order is drawn by `name`, so that methods with
+    different scores select different coresets, as they nearly always do.
     """
     drawn = np.random.default_rng(zlib.crc32(name.encode())).permutation(samples)
     values = (1 + drawn) / samples

@@ -26,7 +26,8 @@ class Effort(Signal):
         parameters: by which the loss is differentiated: "last_v_b", the last block's v_proj lora_B (the authors'
             code); "all_lora", all LoRA parameters (the paper); "all_linear", all weights of linear layers, with
             adapters merged into them.
-        fresh_adapter: {rank, alpha, targets} of a new LoRA adapter in place of fine-tuning's; None: fine-tuning's.
+        fresh_adapter: {rank, alpha, targets} of a new LoRA adapter that replaces that of fine-tuning; None: the
+            adapter of fine-tuning.
     """
 
     name: ClassVar[str] = "effort"

@@ -1,4 +1,4 @@
-"""The stage that fine-tunes a model on samples, with the loss on the answer tokens alone."""
+"""The stage that fine-tunes a model on samples, with the loss on their answer tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EPOCHS = "epochs"
 class Finetune(Training):
     """A model fine-tuned on samples: a LoRA adapter (or all weights), and the log of its training.
 
-    The trainer is given the very tokens that the scorer sees. A long training resumes from its last checkpoint.
+    Training uses the same tokens as scoring. A long training resumes from its last checkpoint.
 
     Attributes:
         epochs: passes over the samples, whole or not.
@@ -166,8 +166,10 @@ class Finetune(Training):
         (folder / HISTORY).write_text(json.dumps({"log": log}))
 
     def epoch_flops(self, trained: int) -> float:
-        """FLOPs of one epoch in which so many parameters are trained: logits where there are labels, the last block
-        in full (it is run at fewer positions)."""
+        """FLOPs of one epoch, with this number of trained parameters.
+
+        Logits are counted at label positions. The last block is counted at all positions, though it runs at fewer.
+        """
         adapter_parameters = None if self.adapter is None else trained
         lengths, answers = self.samples.lengths, self.samples.answer_lengths
         return training_flops(self.spec.config(), lengths, answers, adapter_parameters=adapter_parameters)
@@ -215,9 +217,9 @@ class Finetune(Training):
             data_seed=self.seed,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=max(1, steps // 50),
-            logging_nan_inf_filter=False,  # a loss that is not finite must show
+            logging_nan_inf_filter=False,  # so that the log shows losses that are not finite
             remove_unused_columns=False,
-            save_strategy="no",  # `Checkpoints` says when
+            save_strategy="no",  # `Checkpoints` saves
             report_to="none",
             ddp_find_unused_parameters=False,
             disable_tqdm=not sys.stderr.isatty(),
@@ -226,7 +228,7 @@ class Finetune(Training):
 
 
 def read_online_efforts(trained: Artifact) -> np.ndarray:
-    """The efforts that `Finetune` took online, (N,) float64."""
+    """The efforts that `Finetune` stored with `online`, (N,) float64."""
     from safetensors.numpy import load_file
 
     return load_file(trained.path / ONLINE_SCORES)["effort"]
@@ -245,7 +247,7 @@ def read_learning_rates(trained: Artifact, epochs: int) -> np.ndarray:
 
 
 def _rows(samples: TokenizedSamples) -> Any:
-    """The samples as a data set; token ids are shared with `samples`, not copied."""
+    """The samples as a `datasets.Dataset`, which shares their token ids."""
     import pyarrow as pa
     from datasets import Dataset
 

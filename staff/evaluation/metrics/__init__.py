@@ -23,14 +23,14 @@ NAMED = {
     "nll": "likelihood.Nll",
     "nll_end": "likelihood.Nll",
 }
-"""The shipped metrics by name: module and class in this package."""
+"""The included metrics by name: module and class in this package."""
 
 
 def named_metric(name: str) -> Metric:
-    """The metric of this name, or of this dotted path to a class of your own, such as "mymetrics.Accuracy".
+    """The metric with this name, or with this dotted path to a class of your own, such as "mymetrics.Accuracy".
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such metric.
     """
     path = f"staff.evaluation.metrics.{NAMED[name]}" if name in NAMED else name
     module, _, kind = path.rpartition(".")
@@ -44,10 +44,10 @@ def named_metric(name: str) -> Metric:
 
 
 def check_metrics(names: Sequence[str], samples: Sequence[Sample] = ()) -> None:
-    """Refuse, before any model loads, metrics that could not be measured.
+    """Refuse metrics that cannot be measured, before any model loads.
 
     Raises:
-        UserError: no metric, an unknown one, or one that cannot measure a sample.
+        UserError: there is no metric, one is unknown, or one cannot measure a sample.
     """
     if isinstance(names, str) or not names:
         choices = ", ".join(NAMED)

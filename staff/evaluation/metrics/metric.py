@@ -1,4 +1,4 @@
-"""What a metric is. Each is a file of this folder; one of your own is named by its dotted path."""
+"""The interface of metrics. A metric of your own is named by its dotted path."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from staff.errors import UserError
 
 References = Sequence[tuple[str, ...]]
 Values = tuple[float, list[float]]
-"""The headline, and one value a sample."""
+"""The headline value, and a value for each sample."""
 
 UNREAD = 0.1
-"""The share of a reference's letters above which a metric that cannot compare them is refused."""
+"""A metric is refused if it cannot compare more than this fraction of a reference's letters."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Compares answers with references, each with one or more; from 0 to 100 unless it says otherwise.
+    """Compares answers with references, on a scale from 0 to 100 unless stated otherwise.
 
     Attributes:
         name: as in `task.metrics`.
@@ -50,7 +50,7 @@ class Metric:
         return "higher is better" if self.higher_is_better else "lower is better"
 
     def measure(self, predictions: Sequence[str], references: References) -> Values:
-        """The headline value, and one value a sample."""
+        """The headline value, and a value for each sample; each has one or more references."""
         raise NotImplementedError
 
     def measure_likelihood(self, nll: np.ndarray) -> Values:
@@ -65,7 +65,7 @@ class Metric:
         """Refuse samples that the metric cannot measure.
 
         Raises:
-            UserError: by the sample's id.
+            UserError: naming the sample's id.
         """
         for sample in samples:
             unread = max((self.unread_letters(text) for text in sample.references), default=0.0)
@@ -76,7 +76,7 @@ class Metric:
                 )
 
     def unread_letters(self, text: str) -> float:
-        """The share of a text's letters that the metric's tokenizer cannot compare."""
+        """The fraction of a text's letters that the metric cannot compare."""
         return 0.0
 
 
