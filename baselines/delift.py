@@ -28,8 +28,8 @@ from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range
 class DELIFT:
     """Facility location on gains in context.
 
-    The pool gives them as "in_context_gain" (`staff.scoring.in_context`): (N, N), or (M, N) for the validation slice, rows
-    helped by columns.
+    The pool gives them as "in_context_gain" (`staff.scoring.in_context`): (N, N), or (M, N) for the validation
+    slice, rows helped by columns.
 
     Attributes:
         of: the model whose predictions are compared.

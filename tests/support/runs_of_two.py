@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py has one process and two carry out: `runs_of_two.py RESULTS DATA`, by torchrun or not.
+"""The runs of tests/test_distributed.py, for one process and for two: `runs_of_two.py RESULTS DATA`.
 
 Steps have 8, 8 and 5 samples; of two processes with two samples in memory, the second has nothing to do in its last
 pass.
