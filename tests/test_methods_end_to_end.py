@@ -35,6 +35,6 @@ def test_a_method_that_needs_a_validation_slice_says_so_before_a_model_runs(name
 
 def test_answers_in_context_are_not_generated_which_is_said_before_a_model_runs(tmp_path: Path):
     pool = tiny_pool(tmp_path)
-    with pytest.raises(UserError, match="method=data_whisperer asks for generated answers .* from arrays alone"):
+    with pytest.raises(UserError, match=r"method=data_whisperer asks for generated answers .* from arrays alone"):
         pool.store.get(Select(method_named("data_whisperer"), pool, 10))
     assert {folder.name for folder in tmp_path.iterdir()} <= {"locks", "tmp", "attempts"}
