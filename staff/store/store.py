@@ -100,7 +100,7 @@ class Store:
         name = f"{stage.label} ({stage.kind} {stage.fingerprint[:8]})"
         frames = _frames.get()
         if any(frame.fingerprint == stage.fingerprint for frame in frames):
-            raise RuntimeError(f"{name} asks for itself")
+            raise RuntimeError(f"{name} depends on itself")
         with frames[-1].meter.paused() if frames else nullcontext(), self._storage_errors(), ExitStack() as held:
 
             def look() -> Artifact | None:
@@ -266,7 +266,7 @@ class Store:
                 raise
             raise UserError(
                 f"the store in {self.root} cannot be used ({getattr(error, 'strerror', None) or error}: {where}); "
-                "mend that or name another folder with store_dir=PATH"
+                "fix this or set another folder with store_dir=PATH"
             ) from error
 
 
