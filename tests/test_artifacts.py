@@ -212,5 +212,5 @@ def test_an_artefact_that_asks_for_itself_is_an_error_not_a_deadlock(store):
     def make(folder, meter):
         store.get("scores", KEY, make)
 
-    with pytest.raises(RuntimeError, match="depends on itself"):
+    with pytest.raises(RuntimeError, match="asks for itself"):
         store.get("scores", KEY, make)

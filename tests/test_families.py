@@ -120,7 +120,7 @@ def test_generation_stops_at_a_further_end_token():
     ("template", "sentence"),
     [
         (None, "has no chat template: set family.prompt_format=plain, or name an instruction-tuned model"),
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not put answers unchanged after"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not put an answer as it is behind"),
     ],
 )
 def test_a_tokenizer_without_a_usable_chat_template_is_refused(template: str | None, sentence: str):
@@ -219,11 +219,11 @@ def test_an_outage_of_the_hub_ends_a_run_in_a_sentence_and_loses_no_finished_sta
 
     def target_is_away(spec: ModelSpec):
         if "target" in spec.path:
-            raise UserError("the model cannot be loaded from the Hugging Face hub")
+            raise UserError("the model cannot be had from the Hugging Face hub")
         return load(spec)
 
     monkeypatch.setattr(ModelSpec, "load", target_is_away)
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be had"):
         run("method.num_regions=2", "method.verification_budget=1")
     monkeypatch.setattr(ModelSpec, "load", load)
     record = run("method.num_regions=2", "method.verification_budget=1")

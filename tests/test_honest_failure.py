@@ -91,7 +91,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_the_same_command_resumes(u
     out, err = sweep.communicate(timeout=300)
     assert sweep.returncode == 1 and "1 of 1 jobs failed; the same command runs what is missing" in out
     (failed,) = failures(out, err)
-    assert f"the model '{NAME}' cannot be loaded from the Hugging Face hub" in failed
+    assert f"the model '{NAME}' cannot be had from the Hugging Face hub" in failed
     assert "It is gated: accept its licence" in failed and "a local folder: family.target.path=FOLDER" in failed
     assert "Retry" not in out + err and "thrown while" not in out + err
 

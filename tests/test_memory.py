@@ -92,7 +92,7 @@ SMALLEST = {"gradient_checkpointing": True, "device_batch_size": 1}
         ({"device_batch_size": 4}, "it would fit with finetune.device_batch_size=4"),
         (SMALLEST, "it would fit with finetune.gradient_checkpointing=true finetune.device_batch_size=1"),
         ({**SMALLEST, "max_length": 128}, r"it would fit with .*finetune.max_length=\d+"),
-        (None, "no other setting would fit, so choose a smaller model or a larger device"),
+        (None, "and so would no other setting: choose a smaller model or a larger device"),
     ],
 )
 def test_a_run_that_does_not_fit_is_refused_before_loading_with_settings_that_would(

@@ -110,7 +110,7 @@ class ChatTemplate:
         Content is passed as text, or as a list of parts if the template requires it.
         """
         refusal = UserError(
-            f"the chat template of {self.name} does not put answers unchanged after prompts: set "
+            f"the chat template of {self.name} does not put an answer as it is behind its prompt: set "
             "family.prompt_format=plain."
         )
         failure = None

@@ -190,7 +190,7 @@ class ModelSpec:
     def _not_on_hub(self, error: Exception) -> UserError:
         licence = " It is gated: accept its licence on the hub and log in with a token." if self.gated else ""
         return UserError(
-            f"the model {self.path!r} cannot be loaded from the Hugging Face hub ({reason(error)}).{licence} "
+            f"the model {self.path!r} cannot be had from the Hugging Face hub ({reason(error)}).{licence} "
             "Or give a local folder: family.target.path=FOLDER family.small.path=FOLDER."
         )
 

@@ -100,7 +100,7 @@ class Store:
         name = f"{stage.label} ({stage.kind} {stage.fingerprint[:8]})"
         frames = _frames.get()
         if any(frame.fingerprint == stage.fingerprint for frame in frames):
-            raise RuntimeError(f"{name} depends on itself")
+            raise RuntimeError(f"{name} asks for itself")
         with frames[-1].meter.paused() if frames else nullcontext(), self._storage_errors(), ExitStack() as held:
 
             def look() -> Artifact | None:

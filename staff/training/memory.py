@@ -146,7 +146,7 @@ def check_fits(spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSet
             mend = f"it would fit with {_overrides(changes)}"
             break
     else:
-        mend = "no other setting would fit, so choose a smaller model or a larger device"
+        mend = "and so would no other setting: choose a smaller model or a larger device"
     raise UserError(
         f"fine-tuning {spec.name} needs about {_gib(need.total)} (weights {_gib(need.weights)}, training "
         f"{_gib(need.training)}, activations {_gib(need.activations)}, logits {_gib(need.logits)}), and "
