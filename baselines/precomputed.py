@@ -42,14 +42,14 @@ class Precomputed:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
-            raise UserError(f"method.path={self.path!r} names no coreset: set method.path=FILE (.json, .csv, .pt).")
+            raise UserError(f"method.path={self.path!r} is not a file: set method.path=FILE (.json, .csv, .pt).")
         if self.pool_size is not None and (type(self.pool_size) is not int or self.pool_size < 1):
             raise UserError(f"method.pool_size={self.pool_size!r} must be a whole number of at least 1.")
         lists_positions = isinstance(self.entries[0], int)  # read at once, so that a bad file is refused at once
         if lists_positions and self.pool_size is None:
             raise UserError(
-                f"{self._setting} lists positions, which say nothing of the pool they index: set method.pool_size "
-                "to the number of its samples."
+                f"{self._setting} lists positions, which do not identify their pool: set method.pool_size to its "
+                "number of samples."
             )
 
     @property
@@ -79,7 +79,7 @@ class Precomputed:
             )
         twice, count = Counter(entries).most_common(1)[0]
         if count > 1:
-            raise UserError(f"{self._setting} lists {twice!r} {count} times: each sample may come once.")
+            raise UserError(f"{self._setting} lists {twice!r} {count} times: list each sample once.")
         return entries
 
     @property
@@ -100,7 +100,7 @@ class Precomputed:
         if self.pool_size not in (None, size):
             raise UserError(
                 f"method.pool_size={self.pool_size}, but this pool has {size} samples (without any dropped as too "
-                f"long): choose the data that {self.path} was chosen from."
+                f"long): use the data that {self.path} was selected from."
             )
         if budget != listed:
             raise UserError(f"{self._setting} lists {listed} samples, not the {budget} of the budget.")
@@ -110,8 +110,8 @@ class Precomputed:
         if unknown:
             example = f"{places[0]!r} to {places[-1]!r}" if isinstance(places, range) else f"such as {places[0]!r}"
             raise UserError(
-                f"{self._setting} lists {unknown[0]!r} ({len(unknown)} such in all), which is not among the pool's "
-                f"{size} samples ({example}): choose the data that it was chosen from."
+                f"{self._setting} lists {unknown[0]!r} ({len(unknown)} in total), which is not among the pool's "
+                f"{size} samples ({example}): use the data that it was selected from."
             )
         return Coreset(np.array([position[entry] for entry in self.entries]))
 

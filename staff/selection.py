@@ -196,13 +196,18 @@ def run_method(method: SelectionMethod, pool: ScorePool, budget: int, rng: Draws
         raise UserError(f"{name}.select returned a {type(coreset).__name__}: it must return a Coreset.")
     outside = coreset.indices[(coreset.indices < 0) | (coreset.indices >= size)]
     if len(outside):
-        raise UserError(f"{name}.select chose position {outside[0]}, but the pool's are 0 to {size - 1}: mend it.")
+        raise UserError(
+            f"{name}.select chose position {outside[0]}, but the pool has positions 0 to {size - 1}: "
+            "fix the method."
+        )
     positions, times = np.unique(coreset.indices, return_counts=True)
     if len(positions) and times.max() > 1:
         twice = positions[times.argmax()]
-        raise UserError(f"{name}.select chose position {twice} {times.max()} times: each sample may come once.")
+        raise UserError(f"{name}.select chose position {twice} {times.max()} times: choose each sample once.")
     if len(positions) != wanted:
-        raise UserError(f"{name}.select chose {len(positions)} samples, not the {wanted} of the budget: mend it.")
+        raise UserError(
+            f"{name}.select chose {len(positions)} samples, not the {wanted} of the budget: fix the method."
+        )
     return coreset
 
 
@@ -221,7 +226,7 @@ def check_scores(scores: np.ndarray, ids: Sequence[str], name: str, minimum: flo
     bad = np.flatnonzero(~np.isfinite(scores) | (scores < minimum))
     if len(bad):
         raise UserError(
-            f"{name} of sample {ids[bad[0]]!r} is {scores[bad[0]]} ({len(bad)} such in all): "
+            f"{name} of sample {ids[bad[0]]!r} is {scores[bad[0]]} ({len(bad)} in total): "
             "scores must be finite" + (f" and at least {minimum:g}." if minimum > -np.inf else ".")
         )
     return scores

@@ -158,7 +158,7 @@ def log_to_wandb(folder: Path, mode: str, fall_back: bool = True) -> bool:
         run.summary.update({key: value for key, value in record.items() if key != "config"})
         return True
     except Exception as error:
-        log.warning("Weights & Biases: %s; the record is in %s all the same", _sentence(error), folder)
+        log.warning("Weights & Biases: %s; the record is still in %s", _sentence(error), folder)
         return False
     finally:
         # The runs of a sweep share a process: an unfinished W&B run would log the values of the next run.

@@ -61,9 +61,9 @@ LINES: dict[str, tuple[object, dict[str, Any], str]] = {
     "an id twice": ({**GOOD, "id": "a"}, {"id_field": "id"}, r"the id 'a' comes twice \(task.id_field=id\)"),
     "an id as text and as number": ({**GOOD, "id": "7"}, {"id_field": "id"}, "line 2: the id '7' comes twice"),
     "no id": (GOOD, {"id_field": "id"}, r"line 2: no field 'id' \(wanted by task.id_field\)"),
-    "a null id": ({**GOOD, "id": None}, {"id_field": "id"}, "line 2: field 'id' is NoneType, no id"),
-    "an empty id": ({**GOOD, "id": ""}, {"id_field": "id"}, "line 2: field 'id' is empty, no id"),
-    "a list for an id": ({**GOOD, "id": [1]}, {"id_field": "id"}, "line 2: field 'id' is list, no id"),
+    "a null id": ({**GOOD, "id": None}, {"id_field": "id"}, "line 2: field 'id' is NoneType, not an id"),
+    "an empty id": ({**GOOD, "id": ""}, {"id_field": "id"}, "line 2: field 'id' is empty, not an id"),
+    "a list for an id": ({**GOOD, "id": [1]}, {"id_field": "id"}, "line 2: field 'id' is list, not an id"),
     "a reference missing": (None, {"references": ["r1"]}, r"line 1: no field 'r1' \(wanted by task.references\)"),
     "an unknown field": (None, {"prompt": "{quest}"}, r"no field 'quest' \(wanted by task.prompt\); it has"),
     "a position for a field": (None, {"prompt": "{}"}, r"^task.prompt='{}': '{}' names no field; write {field} or"),
@@ -102,7 +102,7 @@ def test_a_bad_line_or_template_gives_its_sentence(tmp_path: Path, case: str):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "train.jsonl is not there: task.data_dir must be a folder that holds train.jsonl"),
+        (None, "train.jsonl does not exist: task.data_dir must be a folder with train.jsonl"),
         (b"", "task 't': the train split is empty; check task.data_dir"),
         (b"\n \n\r\n", "the train split is empty"),
         (b'[\n{"question": "one?"}\n]', "line 1: not JSON"),
@@ -195,7 +195,7 @@ def model_with(folder: Path, **tokens: str | None) -> ModelSpec:
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path):
     spec = model_with(tmp_path / "model", eos_token=None, pad_token=None)
-    with pytest.raises(UserError, match="has no end token, without which no answer ends; set eos_token"):
+    with pytest.raises(UserError, match="has no end token to end answers with: set eos_token"):
         tokenize([Sample("a", "b", "c", ())], spec.tokenizer())
 
 

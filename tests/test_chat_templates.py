@@ -171,7 +171,7 @@ def test_a_template_that_fails_is_one_sentence_with_what_it_said(template: str, 
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
-        (chat("").replace("m.content", "m.content.replace('\n', ' ')"), "does not show the answer of sample 'b'"),
+        (chat("").replace("m.content", "m.content.replace('\n', ' ')"), "does not leave the answer of sample 'b'"),
         (chat("").replace("m.content", "m.content + m.content"), "does not put an answer as it is"),
         (chat("").replace("m.content", "m.content | lower"), "does not put an answer as it is"),
         ("{{ messages[-1].content }}", "does not put an answer as it is"),  # no question

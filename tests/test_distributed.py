@@ -204,5 +204,5 @@ def test_a_step_has_as_many_samples_on_any_number_of_devices(devices, at_once):
 @pytest.mark.parametrize(("devices", "device_batch_size"), [(5, 12), (24, 12), (2, 4)])
 def test_a_step_that_cannot_be_shared_out_evenly_is_refused(devices, device_batch_size):
     settings = FinetuneSettings(batch_size=12, device_batch_size=device_batch_size)
-    with pytest.raises(UserError, match=f"batch_size=12 cannot be shared by {devices} processes"):
+    with pytest.raises(UserError, match=f"batch_size=12 cannot be divided among {devices} processes"):
         settings.on_each_device(devices)

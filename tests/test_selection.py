@@ -158,7 +158,7 @@ def test_the_last_region_takes_what_is_left_whatever_its_ratio():
 def test_a_bad_score_is_refused_by_the_name_of_its_sample(value: float, said: str):
     scores = np.ones(1000)
     scores[[17, 400]] = value
-    with pytest.raises(UserError, match=rf"effort of sample 'sample 17' is {said} \(2 such in all\)"):
+    with pytest.raises(UserError, match=rf"effort of sample 'sample 17' is {said} \(2 in total\)"):
         check_scores(scores, IDS, "effort", minimum=0)
 
 

@@ -85,13 +85,13 @@ def code_for_the_tokenizer(folder: Path) -> None:
 
 
 REFUSED: dict[Callable[[Path], None], str] = {
-    pickled: "it has no weights as safetensors, and a pickle, which may hold code, is never read; save",
-    pickled_behind_an_index: "it names weights in 'pytorch_model.bin', no safetensors file beside it; save them",
-    pickled_by_configuration: "it names weights in 'adapter_model.bin', no safetensors file beside it; save them",
+    pickled: "it has no safetensors weights, and a pickle, which can contain code, is never read; convert",
+    pickled_behind_an_index: "it names weights in 'pytorch_model.bin', not a safetensors file beside it; convert them",
+    pickled_by_configuration: "it names weights in 'adapter_model.bin', not a safetensors file beside it; convert them",
     weights_of_another_folder: "it names weights in '../other.safetensors', no safetensors file beside it",
-    an_adapter: "it holds an adapter, adapter_config.json; merge it into the weights, or take it out",
-    code_for_the_model: "it wants to run code of its own, which is never done; choose a model",
-    code_for_the_tokenizer: "it wants to run code of its own, which is never done; choose a model",
+    an_adapter: "it has an adapter, adapter_config.json; merge it into the weights, or remove it",
+    code_for_the_model: "it needs code of its own, which is never executed; choose a model",
+    code_for_the_tokenizer: "it needs code of its own, which is never executed; choose a model",
 }
 
 

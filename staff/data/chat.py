@@ -68,8 +68,8 @@ class ChatTemplate:
         # Templates put nothing before an answer that has a think block of its own.
         if not whole.endswith(behind) or opening not in (self._opening, ("", "")):
             raise UserError(
-                f"the chat template of {self.name} does not show the answer of sample {id!r} as it is: set "
-                "family.prompt_format=plain, or take the sample out."
+                f"the chat template of {self.name} does not leave the answer of sample {id!r} unchanged: set "
+                "family.prompt_format=plain, or remove the sample."
             )
         opened, shown = opening
         prompt, answer = (head, answer) if opened or shown.strip() else (before, shown + answer)
@@ -145,7 +145,7 @@ class ChatTemplate:
         except Exception as error:  # the expressions of a template can raise anything
             said = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"the chat template of {self.name} fails with {said!r}: mend it, set what it asks for in "
+                f"the chat template of {self.name} fails with {said!r}: fix it, set what it needs in "
                 "family.template_options, or set family.prompt_format=plain."
             ) from error
         return before, whole

@@ -17,7 +17,7 @@ def read_json_lines(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
         UserError: the file is missing, or a line is not a JSON object in UTF-8.
     """
     if not path.is_file():
-        raise UserError(f"{path} is not there: task.data_dir must be a folder that holds {path.name}.")
+        raise UserError(f"{path} does not exist: task.data_dir must be a folder with {path.name}.")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

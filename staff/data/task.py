@@ -197,7 +197,7 @@ def _id(row: Mapping[str, Any], field: str, where: str) -> str:
         return str(value)
     if value == "" or not isinstance(value, str):
         kind = type(value).__name__ if value != "" else "empty"
-        raise UserError(f"{where}: field {field!r} is {kind}, no id (wanted by task.id_field).")
+        raise UserError(f"{where}: field {field!r} is {kind}, not an id (wanted by task.id_field).")
     return text_of(row, [field], where, "task.id_field")
 
 

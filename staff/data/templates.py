@@ -42,7 +42,7 @@ def text_of(row: Mapping[str, Any], path: Sequence[str], where: str, setting: st
         value.encode()
     except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
         raise UserError(
-            f"{where}: field {_spelt(path)} has half a surrogate pair (character {error.start + 1}); mend the text."
+            f"{where}: field {_spelt(path)} has half a surrogate pair (character {error.start + 1}); fix the text."
         ) from None
     return value
 

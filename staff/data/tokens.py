@@ -216,7 +216,7 @@ def tokenize(
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has no end token, without which no answer ends; set "
+            f"the tokenizer of {tokenizer.name_or_path} has no end token to end answers with: set "
             "eos_token in its tokenizer_config.json."
         )
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

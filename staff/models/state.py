@@ -130,7 +130,7 @@ def check_mergeable(spec: ModelSpec) -> None:
     """
     if spec.quantization or spec.is_partitioned:
         raise UserError(
-            "adapters cannot be merged into weights of 4 bits or of a model that is shared out, as "
-            "gradient=all_linear and fresh_adapter ask: choose gradient=last_v_b or all_lora without "
+            "adapters cannot be merged into 4-bit or sharded weights, as gradient=all_linear and "
+            "fresh_adapter require: choose gradient=last_v_b or all_lora without "
             "fresh_adapter, or finetune=lora finetune.fsdp=false."
         )

@@ -32,11 +32,11 @@ def load_safetensors(place: str, revision: str | None = None, **options: Any) ->
     from transformers import AutoModelForCausalLM
 
     if _find(place, _ADAPTER, revision):
-        raise ValueError(f"it holds an adapter, {_ADAPTER}; merge it into the weights, or take it out")
+        raise ValueError(f"it has an adapter, {_ADAPTER}; merge it into the weights, or remove it")
     explicit = _content(place, _CONFIG, revision).get("transformers_weights")
     for name in [explicit or "x.safetensors", *_content(place, _INDEX, revision).get("weight_map", {}).values()]:
         if not str(name).endswith(".safetensors") or len(Path(name).parts) > 1:
-            raise ValueError(f"it names weights in {name!r}, no safetensors file beside it; save them as such")
+            raise ValueError(f"it names weights in {name!r}, not a safetensors file beside it; convert them")
     options = {**options, **NO_CODE, "use_safetensors": True, "revision": revision}
     return AutoModelForCausalLM.from_pretrained(place, **options)
 
@@ -44,9 +44,9 @@ def load_safetensors(place: str, revision: str | None = None, **options: Any) ->
 def reason(error: Exception) -> str:
     """Why a model cannot be loaded and how to fix it, in one clause."""
     if "trust_remote_code" in str(error):
-        return "it wants to run code of its own, which is never done; choose a model that transformers knows"
+        return "it needs code of its own, which is never executed; choose a model that transformers supports"
     if "no file named model.safetensors" in str(error) or "cannot be loaded with `safetensors`" in str(error):
-        return "it has no weights as safetensors, and a pickle, which may hold code, is never read; save them so"
+        return "it has no safetensors weights, and a pickle, which can contain code, is never read; convert them"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

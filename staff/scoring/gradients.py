@@ -278,7 +278,7 @@ def gradient_layers(model: Any, parameters: str) -> dict[str, nn.Linear]:
     for name, parameter in model.named_parameters():
         if ".lora_" in name and id(parameter) not in covered:
             raise UserError(
-                f"{name} is no weight of a linear LoRA layer: exact per-sample gradients are for plain LoRA."
+                f"{name} is not a weight of a linear LoRA layer: exact per-sample gradients are for plain LoRA."
             )
     if parameters == "last_v_b":
         inside = set(last_block(model).self_attn.v_proj.modules())

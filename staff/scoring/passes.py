@@ -173,7 +173,7 @@ def _in_step(samples: TokenizedSamples, order: np.ndarray, budget: int, run: Run
         batch = samples.take(rows)
         values = _unless_out_of_memory(run, batch)
         if values is None:
-            raise UserError(f"out of memory with {budget} tokens a batch: lower scoring.batch_tokens.")
+            raise UserError(f"out of memory with {budget} tokens per batch: lower scoring.batch_tokens.")
         if turn < len(batches):
             yield rows, batch, values
 
@@ -199,7 +199,7 @@ def _halved_budget(batch: TokenizedSamples, longest: int) -> int:
             f"smaller model or precision."
         )
     budget = len(batch) * longest // 2
-    said = "out of memory with %d samples of up to %d tokens: going on with %d tokens a batch"
+    said = "out of memory with %d samples of up to %d tokens: continuing with %d tokens per batch"
     log.warning(said, len(batch), longest, budget)
     return budget
 
@@ -208,7 +208,7 @@ def _refuse(values: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
     bad = int(np.flatnonzero(~np.isfinite(values.reshape(len(batch), -1)).all(1))[0])
     raise UserError(
         f"sample {batch.ids[bad]!r}: its {signal} is not finite; take it out, or score in float32 if the "
-        f"model runs in a narrower precision."
+        f"model has a lower precision."
     )
 
 

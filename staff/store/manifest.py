@@ -88,7 +88,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Artifact]:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         checksum = manifest.pop("checksum", None)  # early manifests have none
         if checksum is not None and checksum != digest(manifest):
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum differs")
         inputs = {
             read: Charge(entry["stage"], entry["label"], Cost.from_dict(entry["cost"]))
             for read, entry in manifest["inputs"].items()
@@ -125,11 +125,11 @@ def check_contents(folder: Path, manifest: dict[str, Any]) -> None:
     """
     for name, entry in manifest["files"].items():
         if _sha256(folder / name) != entry["sha256"]:
-            raise UserError(f"{folder / name} is not what was written (its checksum is another); {_mend(folder)}")
+            raise UserError(f"{folder / name} is not what was written (its checksum differs); {_mend(folder)}")
 
 
 def _mend(folder: Path) -> str:
-    return f"delete the folder {folder} and it is made again"
+    return f"delete the folder {folder} and it is computed again"
 
 
 def digest(content: dict[str, Any]) -> str:
@@ -146,7 +146,7 @@ def refuse_non_json(value: Any, place: str) -> None:
     if type(value) is dict:
         for name, entry in value.items():
             if type(name) is not str:
-                raise TypeError(f"{place} has the name {name!r}, which is no string")
+                raise TypeError(f"{place} has the name {name!r}, which is not a string")
             refuse_non_json(entry, f"{place}.{name}")
     elif type(value) is list:
         for position, entry in enumerate(value):

@@ -284,7 +284,7 @@ class Store:
                 raise
             raise UserError(
                 f"the store in {self.root} cannot be used ({getattr(error, 'strerror', None) or error}: {where}); "
-                "mend that or name another folder with store_dir=PATH"
+                "fix this or set another folder with store_dir=PATH"
             ) from error
 
 

@@ -76,7 +76,7 @@ class FinetuneSettings:
         if self.quantization and self.kind != "lora":
             raise UserError(f"finetune.quantization={self.quantization} is for finetune.kind=lora: frozen weights.")
         if self.fsdp and (self.quantization or self.kind != "lora"):
-            raise UserError("finetune.fsdp=true shares out frozen weights of full precision: choose finetune=lora.")
+            raise UserError("finetune.fsdp=true shards frozen weights in full precision: choose finetune=lora.")
         for name in ("length_grouped", "gradient_checkpointing", "fsdp"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"finetune.{name}={getattr(self, name)!r} must be true or false.")
@@ -125,9 +125,9 @@ class FinetuneSettings:
         share, left = divmod(self.batch_size, devices)
         if left or share % min(self.device_batch_size, share):
             raise UserError(
-                f"finetune.batch_size={self.batch_size} cannot be shared by {devices} processes in parts of "
-                f"finetune.device_batch_size={self.device_batch_size}: start as many as divide the batch, and let "
-                "the parts divide each one's share."
+                f"finetune.batch_size={self.batch_size} cannot be divided among {devices} processes with "
+                f"finetune.device_batch_size={self.device_batch_size}: start a number of processes that "
+                "divides the batch, and choose a device_batch_size that divides the samples of each."
             )
         at_once = min(self.device_batch_size, share)
         return at_once, share // at_once

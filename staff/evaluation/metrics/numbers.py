@@ -47,5 +47,5 @@ class ExactNumber(Metric):
             if all(final_number(text) is None for text in sample.references):
                 raise UserError(
                     f"sample {sample.id!r} has no number in its reference for task.metrics {self.name} to compare: "
-                    f"take {self.name} out, or mend the sample."
+                    f"remove {self.name}, or fix the sample."
                 )
