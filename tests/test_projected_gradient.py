@@ -91,6 +91,7 @@ def by_autograd(
     return np.stack(rows)
 
 
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True")
 @pytest.mark.parametrize("alone", [False, True], ids=["in batches", "one at a time"])
 @pytest.mark.parametrize("adam", [False, True], ids=["plain", "adam"])
 @pytest.mark.parametrize(

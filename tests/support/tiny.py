@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def composed(*overrides: str) -> Any:
         return compose("config", overrides=list(overrides))
 
 
+@cache
 def method_named(name: str) -> SelectionMethod:
     """The preset as it is configured for the embedded family."""
     return instantiate(composed(f"method={name}").method, _convert_="all")
