@@ -222,10 +222,8 @@ def of_metrics(measured: Any) -> Numbers:
 
 
 def differences(first: Any, second: Any, tolerance: float, place: str = "") -> list[str]:
-    """Where two sets of numbers differ.
-
-    Those that are not whole may do so by this tolerance, relative to themselves or to the mean of their list.
-    """
+    """Where two sets of numbers differ. Those that are not whole may by this tolerance, relative to themselves
+    or to the mean of their list."""
     if isinstance(first, Mapping) and isinstance(second, Mapping) and first.keys() == second.keys():
         return [d for name in first for d in differences(first[name], second[name], tolerance, f"{place}.{name}")]
     some, other = (value if isinstance(value, list) else [value] for value in (first, second))
