@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from pathlib import Path
 
 import pandas as pd
 
+from experiments.console import pipeable
 from experiments.recorded import recorded_runs
 from experiments.report import cautions, overhead, performance
 from experiments.report.comparisons import pairs
@@ -85,6 +85,7 @@ def unfinished(results: Path) -> tuple[list[str], list[str]]:
     return failures, [job for job in expected if job not in done and job not in failed]
 
 
+@pipeable
 def main() -> None:
     parser = argparse.ArgumentParser(prog="staff-report", description=__doc__)
     parser.add_argument(
@@ -120,5 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     main()
