@@ -84,8 +84,9 @@ def run(script: str, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def wait_for(file: Path) -> None:
-    deadline = time.monotonic() + 30
+def wait_for(file: Path, seconds: float = 30) -> None:
+    """Until the file is there; fails after so many seconds."""
+    deadline = time.monotonic() + seconds
     while not file.exists():
         assert time.monotonic() < deadline, f"{file} did not appear"
         time.sleep(0.01)
