@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import re
-import signal
 import sys
 import tempfile
 import warnings
@@ -33,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import sweep
 from experiments.configuration import CONF
+from experiments.console import pipeable
 from experiments.single import Run
 from staff.models.spec import ARCHITECTURES
 from staff.runtime.progress import progress
@@ -279,6 +279,7 @@ def plan(
     return stages, [seconds_of(stage, gpu, speeds) for stage in stages], memory
 
 
+@pipeable
 def main() -> None:
     parser = argparse.ArgumentParser(prog="staff-plan", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="as for the sweep itself")
@@ -295,7 +296,6 @@ def main() -> None:
         if sentence := sweep.sentence_of(error):
             sys.exit(f"plan: {sentence}")
         raise
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     sums = table(stages, seconds)
     shown = sums.drop(columns="exact").assign(
         FLOPs=[f"{'' if exact else '~'}{flops:.3g}" for flops, exact in zip(sums["FLOPs"], sums["exact"])],

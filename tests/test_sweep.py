@@ -19,6 +19,7 @@ from support.sweeps import (
 )
 
 from experiments.report.__main__ import main as report
+from experiments.sweep import FOLDER, end
 
 GRID = ("method=full,staff,ccs", "pruning_rate=0.5,0.75")
 
@@ -78,6 +79,20 @@ def test_a_sweep_that_is_killed_and_given_again_ends_with_the_records_of_an_undi
 
 def test_two_workers_compute_what_both_need_once(killed: tuple[Path, str]):
     assert set(computed(killed[1]).values()) == {1}
+
+
+def test_a_job_that_left_no_report_is_named_as_failed(tmp_path: Path, monkeypatch, capsys):
+    """Where a cluster ends a job, or the launcher itself fails."""
+    (tmp_path / "jobs.json").write_text('["seed=0", "seed=1"]')
+    (tmp_path / "00001.json").write_text('{"job": "seed=1", "failure": "a defect", "traceback": "file"}')
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    assert end() == 2
+    assert capsys.readouterr().out.splitlines() == [
+        "failed: seed=0: it left no report",
+        "failed: seed=1: a defect (traceback: file)",
+        "2 of 2 jobs failed; the same command runs what is missing.",
+    ]
+    assert end() == 0, "the sweep is over"
 
 
 def test_the_report_averages_over_seeds_alone_and_names_what_is_missing(

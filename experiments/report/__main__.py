@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import signal
 import sys
 from pathlib import Path
 
 import pandas as pd
 
+from experiments.console import pipeable
 from experiments.recorded import recorded_runs
 from experiments.report import cautions, contrasts, overhead, performance, verdicts
 from experiments.report.comparisons import pairs
@@ -115,6 +115,7 @@ def unfinished(results: Path) -> tuple[list[str], list[str]]:
     return failures, [job for job in expected if job not in done and job not in failed]
 
 
+@pipeable
 def main() -> None:
     parser = argparse.ArgumentParser(prog="staff-report", description=__doc__)
     parser.add_argument(
@@ -161,5 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     main()

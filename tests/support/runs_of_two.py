@@ -12,24 +12,15 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-from staff.data.task import Sample
-from staff.data.tokens import tokenize
-from staff.models.adapters import LoraSpec
-from staff.models.spec import ModelSpec
+from conftest import run_shrunk
 from staff.runtime import processes
 from staff.store.store import Store
 from staff.training import checkpoints
-from staff.training.settings import FinetuneSettings
 from staff.training.stage import Finetune
-
-SPEC = ModelSpec("pkg://staff/assets/tiny/small")
-SETTINGS = FinetuneSettings(lora=LoraSpec(8, 16), learning_rate=1e-3, batch_size=4, device_batch_size=4)
-ROWS = [Sample(str(i), f"Say {i} twice:" + " please" * (7 * i % 32), f" {i} and {i}", ()) for i in range(21)]
+from support.tuning import SETTINGS, SPEC, samples_of
 
 
 def configured_runs(results: Path, data: str) -> None:
-    from conftest import run_shrunk
-
     common = ["task=jsonl", f"task.data_dir={data}", "task.train_limit=21", "task.test_limit=5", "pruning_rate=0.5"]
     common += ["finetune.device_batch_size=2"]
     staff = ["method=staff", "method.verification_budget=2", "method.num_regions=3"]
@@ -56,7 +47,7 @@ def interrupted(store: Path, fsdp: bool) -> None:
         return step(self, *args, **kwargs)
 
     spec, settings = replace(SPEC, sharded=fsdp), replace(SETTINGS, fsdp=fsdp)
-    training = Finetune(spec, tokenize(ROWS, SPEC.tokenizer()), settings, 2, int(fsdp), "last_v_b")
+    training = Finetune(spec, samples_of(21), settings, 2, int(fsdp), "last_v_b")
     Trainer.training_step = stop
     try:
         Store(store).get(training)
