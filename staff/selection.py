@@ -197,8 +197,7 @@ def run_method(method: SelectionMethod, pool: ScorePool, budget: int, rng: Draws
     outside = coreset.indices[(coreset.indices < 0) | (coreset.indices >= size)]
     if len(outside):
         raise UserError(
-            f"{name}.select chose position {outside[0]}, but the pool has positions 0 to {size - 1}: "
-            "fix the method."
+            f"{name}.select chose position {outside[0]}, but the pool's are 0 to {size - 1}: fix the method."
         )
     positions, times = np.unique(coreset.indices, return_counts=True)
     if len(positions) and times.max() > 1:

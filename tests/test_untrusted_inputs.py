@@ -86,9 +86,9 @@ def code_for_the_tokenizer(folder: Path) -> None:
 
 REFUSED: dict[Callable[[Path], None], str] = {
     pickled: "it has no safetensors weights, and a pickle, which can contain code, is never read; convert",
-    pickled_behind_an_index: "it names weights in 'pytorch_model.bin', not a safetensors file beside it; convert them",
-    pickled_by_configuration: "it names weights in 'adapter_model.bin', not a safetensors file beside it; convert them",
-    weights_of_another_folder: "it names weights in '../other.safetensors', no safetensors file beside it",
+    pickled_behind_an_index: "it names weights in 'pytorch_model.bin', not a safetensors file beside it",
+    pickled_by_configuration: "it names weights in 'adapter_model.bin', not a safetensors file beside it",
+    weights_of_another_folder: "it names weights in '../other.safetensors', not a safetensors file beside it",
     an_adapter: "it has an adapter, adapter_config.json; merge it into the weights, or remove it",
     code_for_the_model: "it needs code of its own, which is never executed; choose a model",
     code_for_the_tokenizer: "it needs code of its own, which is never executed; choose a model",
