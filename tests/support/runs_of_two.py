@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from conftest import run_shrunk
+from support.tuning import SETTINGS, SPEC, samples_of
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-from conftest import run_shrunk
 from staff.runtime import processes
 from staff.store.store import Store
 from staff.training import checkpoints
 from staff.training.stage import Finetune
-from support.tuning import SETTINGS, SPEC, samples_of
 
 
 def configured_runs(results: Path, data: str) -> None:
