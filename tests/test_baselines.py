@@ -1,9 +1,8 @@
-"""What every selection method keeps, found by its file in conf/method; and each baseline's own semantics."""
+"""The baselines of the paper. What every method keeps: test_methods.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
-from support import contract
-from support.contract import METHODS, AnyPool, configured, method_named, select
+from support.contract import AnyPool, select
 from support.golden import recorded
 
 from baselines.ccs import CCS
@@ -27,32 +25,6 @@ from staff.signals.effort import Effort
 from staff.store.stage import identity
 
 VECTORS = {method: recorded(method) for method in ("ccs", "d2")}  # of the authors' code
-
-
-# ---------------------------------------------------------------- the contract
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("constant", [False, True], ids=["scores differ", "scores are constant"])
-def test_every_method_selects_exactly_the_budget_of_distinct_samples(name: str, constant: bool):
-    contract.selects_exactly_the_budget_of_distinct_samples(method_named(name), constant)
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("constant", [False, True], ids=["scores differ", "scores are constant"])
-def test_every_method_selects_by_seed_and_id_and_not_by_the_order_of_the_pool(name: str, constant: bool):
-    contract.selects_by_seed_and_id_and_not_by_the_order_of_the_pool(method_named(name), constant)
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("check", contract.OTHERS, ids=lambda check: check.__name__)
-def test_every_method_keeps_the_rest_of_the_contract(name: str, check: Callable[[SelectionMethod], None]):
-    check(method_named(name))
-
-
-def test_methods_name_every_hyper_parameter_in_their_yaml():
-    for name in METHODS:
-        assert set(configured(name)) - {"_target_"} == {f.name for f in fields(method_named(name))}, name
 
 
 # ---------------------------------------------------------------- random, EL2N, GraNd

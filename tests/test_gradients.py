@@ -279,7 +279,7 @@ def test_what_cannot_be_exact_is_refused_by_name() -> None:
         (twice, "all_lora", "LlamaForCausalLM uses a layer twice"),
         (shared, "all_lora", "shares one weight"),
         (merged, "all_lora", "merged or inactive"),
-        (bidirectional, "last_v_b", "Gemma3ForCausalLM .*causal"),
+        (bidirectional, "last_v_b", "Gemma3ForCausalLM .*cannot be scored exactly"),
         (tiny_model(use_dora=True), "all_lora", "lora_magnitude_vector"),
         (tiny_model(target_modules=["q_proj"]), "last_v_b", "no such LoRA layer"),
         (tiny_model(), "all", "gradient='all' is unknown"),

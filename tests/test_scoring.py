@@ -277,7 +277,7 @@ def test_a_score_that_is_not_finite_is_refused_with_the_sample_named(signal: Any
 @pytest.mark.parametrize(
     ("ask", "sentence"),
     [
-        (lambda: named("grand"), "signal='grand' is unknown: choose one of effort, el2n, loss, embedding"),
+        (lambda: named("grand"), "signal='grand' is unknown: choose one of effort, el2n, loss, nll, embedding"),
         (lambda: named("loss", variant="raw"), "signal 'loss' has no option 'variant': it has prompt, text"),
         (lambda: EL2N("raw"), "variant='raw' of the signal 'el2n': choose standard or official"),
         (lambda: Effort("all"), "gradient='all' is unknown: choose last_v_b, all_lora, all_linear"),

@@ -180,6 +180,8 @@ class ModelSpec:
                 with torch.device("meta"):
                     AutoModelForCausalLM.from_config(self.config(), attn_implementation=attention)
                 return attention
+            except UserError:
+                raise
             except (ValueError, ImportError) as error:
                 if self.attention != "sdpa":
                     raise UserError(
