@@ -40,7 +40,7 @@ class Effort(Signal):
         _ = self.gradient  # refuses bad parameters and adapters
 
     @property
-    def gradient(self) -> GradientOf:  # type: ignore[override]
+    def gradient(self) -> GradientOf:
         if self.fresh_adapter is None:
             return GradientOf(self.parameters)
         if set(self.fresh_adapter) != {"rank", "alpha", "targets"}:
