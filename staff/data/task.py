@@ -163,7 +163,7 @@ class Task:
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); "
                 f"give task.data_dir=FOLDER with {self.train_file} and {self.test_file} instead."
             ) from error
-        return ((f"{self.hub}[{split}] row {i + 1}", dict(row)) for i, row in enumerate(data))  # type: ignore[arg-type]
+        return ((f"{self.hub}[{split}] row {i + 1}", dict(row)) for i, row in enumerate(data))
 
     def _sample(self, row: Mapping[str, Any], where: str, split: str) -> Sample:
         prompt = render(self.prompt, row, where, "task.prompt")
