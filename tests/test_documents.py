@@ -1,12 +1,17 @@
 """The documents are short, plain, and link to what exists."""
 
+import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SMALL
 
 from experiments.figures import method
 
@@ -78,3 +83,25 @@ def test_every_link_leads_to_a_file_and_a_heading(file: Path):
 
 def test_the_first_page_is_short():
     assert len((ROOT / "README.md").read_text().split()) < README
+
+
+def test_the_picture_of_the_method_is_what_the_method_gives():
+    for theme in method.THEMES:
+        assert (ROOT / f"experiments/figures/method-{theme}.svg").read_text() == method.svg(theme)
+
+
+def test_a_signal_a_method_and_a_metric_of_ones_own_run_as_shown(tmp_path: Path):
+    readme = (ROOT / "conf/README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    (yaml,) = re.findall(r"```yaml\n(.*?)```", readme, re.S)
+    (line,) = re.findall(r"^staff (--config-dir conf method=highest .*)$", readme, re.M)
+    (tmp_path / "conf/method").mkdir(parents=True)
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "conf/method/highest.yaml").write_text(yaml)
+    command = [sys.executable, "-m", "experiments.run", *shlex.split(line), "tracking=none", *SMALL]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    (record,) = tmp_path.glob("results/runs/*-highest-*/metrics.json")
+    assert json.loads(record.read_text())["metrics"].keys() >= {"mine.Accuracy", "rougeL"}
+    assert "entropy" in (record.parent / "coreset.csv").read_text().partition("\n")[0]

@@ -67,7 +67,9 @@ def svg(theme: str) -> str:
         _panel(0, "1  Score", f"A {small}, fine-tuned on", "all samples, scores each one.", colours),
         _bars(0, sizes * high, f'fill="{colours.small}"'),
         _note(0, f"effort, in {_italic('K')} regions of equal width", colours),
-        _panel(1, "2  Verify", f"The {target} scores {_italic('b', 'v')}", "samples of each region again.", colours),
+        _panel(
+            1, "2  Verify", f"The {target} scores {_italic('b', 'v')}", "samples of each region again.", colours
+        ),
         _bars(1, ratios * TALLEST / ratios.max(), f'fill="{colours.target}"'),
         f'<path d="M{STEP} {one:.1f}h{PANEL}" stroke="{colours.muted}" stroke-dasharray="4 3"/>',
         f'<text x="{STEP + PANEL + 5}" y="{one + 4:.1f}" font-size="12" fill="{colours.muted}">1</text>',
