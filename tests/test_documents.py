@@ -28,7 +28,7 @@ every_document = pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str
 
 
 def paragraphs(text: str) -> list[str]:
-    """Paragraphs and list items in words: no code, tables, headings, contents or markup; a code span is one word."""
+    """Paragraphs and list items in words, without code blocks, tables and headings; a code span is one word."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
     text = re.sub(r"^( {4}|\||#|Contents:).*$", "", text, flags=re.M)
     text = re.sub(r"`[^`]+`", "Code", text)
