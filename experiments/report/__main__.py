@@ -64,7 +64,7 @@ def asked(table: pd.DataFrame, results: Path, arguments: argparse.Namespace) -> 
             raise UserError(f"--{name} {value:g} must be a number above 0, in the metric's units.")
         options += "" if value is None else f" --{name} {value:g}"
     if arguments.contrasts:
-        methods = dict.fromkeys(v for context in contexts(table, results / "runs") for v in context.variants)
+        methods = dict.fromkeys(v for context in contexts(table, results) for v in context.variants)
         named = contrasts.parse(arguments.contrasts, [*methods])
         options += f" --contrasts {shlex.join(arguments.contrasts)}"
     return Question(named, arguments.margin, arguments.effect), options
