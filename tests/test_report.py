@@ -663,7 +663,9 @@ def test_floors_split_the_score_of_each_method_and_name_the_best_constant(real: 
     monkeypatch.setattr(sys, "argv", ["floors", *arguments, "--results", str(tmp_path / "packed")])
     floors.main()
     (packed,) = tmp_path.glob("packed/tables/floors-*.md")
-    assert packed.read_text().splitlines()[:-1] == file.read_text().splitlines()[:-1], "tables do as well as folders"
+    assert packed.read_text().splitlines()[:-1] == file.read_text().splitlines()[:-1], (
+        "tables do as well as folders"
+    )
 
 
 def test_a_replay_without_a_server_says_what_was_not_sent(real: Path):
