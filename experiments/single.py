@@ -223,9 +223,10 @@ class Run:
         asked = set(self.tokenized["test"].ids)
         samples = self.task.reference_samples(sample for sample in self.test if sample.id in asked)
         tokens = read_tokens(self.store.get(Tokens(samples, self.family.target, self.family.reading)))
-        windows = {"target": self.family.target.window()}
-        fitting([tokens], sys.maxsize, "refuse", windows, "reference(s) behind their prompts")
-        return tokens
+        fits = np.flatnonzero(tokens.lengths <= (self.family.target.window() or sys.maxsize))
+        if len(fits) < len(tokens):
+            log.warning("nll leaves out %d references beyond the target's window", len(tokens) - len(fits))
+        return tokens.take(fits)
 
     def locked(self) -> AbstractContextManager[Any]:
         """Keeps two workers of a sweep from carrying out the same run side by side."""
