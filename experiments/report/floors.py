@@ -143,7 +143,7 @@ def main() -> None:
     options = "" if arguments.rate == 0.9 else f" --rate {arguments.rate:g}"
     options += f" --metric {arguments.metric}" if arguments.metric else ""
     try:
-        for context in contexts(collect(arguments.results), arguments.results / "runs"):
+        for context in contexts(collect(arguments.results), arguments.results):
             if context.varied != "method" or arguments.rate not in context.rates:
                 continue
             task, metric = task_of(context), arguments.metric or context.metric
