@@ -65,7 +65,7 @@ def asked(table: pd.DataFrame, results: Path, arguments: argparse.Namespace) -> 
         options += "" if value is None else f" --{name} {value:g}"
     if arguments.contrasts:
         methods = dict.fromkeys(v for context in contexts(table, results / "runs") for v in context.variants)
-        named = contrasts.parse(arguments.contrasts, [*methods])
+        named = tuple(contrasts.parse(arguments.contrasts, [*methods]))
         options += f" --contrasts {shlex.join(arguments.contrasts)}"
     return Question(named, arguments.margin, arguments.effect), options
 
