@@ -13,6 +13,7 @@ import pandas as pd
 
 from experiments.recorded import recorded_runs
 from experiments.report import cautions, contrasts, overhead, performance, verdicts
+from experiments.report.browse import browse
 from experiments.report.comparisons import pairs
 from experiments.report.records import collect, contexts
 from experiments.report.settings import told_apart
@@ -48,7 +49,7 @@ def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, opti
         for each in tables:
             each.write(results / "tables", context.made_by + options)
         sections.append(page.Section(context, tables, drawn))
-    return page.write(results / "report.html", sections, table, options)
+    return page.write(results / "report.html", sections, table, question, options)
 
 
 def asked(table: pd.DataFrame, results: Path, arguments: argparse.Namespace) -> tuple[Question, str]:
@@ -134,8 +135,17 @@ def main() -> None:
     parser.add_argument(
         "--allow-missing", action="store_true", help="a partial look: failed or missing runs are no error"
     )
+    parser.add_argument(
+        "--browse", type=Path, metavar="RUN", help="write a page of the samples that RESULTS/runs/NAME chose from"
+    )
+    parser.add_argument("--output", type=Path, help="the file of --browse; RUN/browse.html without it")
     arguments = parser.parse_args()
     try:
+        if arguments.output and not arguments.browse:
+            raise UserError("--output is given without --browse: name a run to browse, or leave it out.")
+        if arguments.browse:
+            print(browse(arguments.browse, arguments.output))
+            return
         table = collect(arguments.results)
         if table.empty:
             sys.exit(

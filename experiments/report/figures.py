@@ -27,6 +27,7 @@ from experiments.report.tables import metric
 from staff.evaluation.metrics import named_metric
 
 STYLE = Path(__file__).with_name("style.mplstyle")
+SVG_DPI = 110  # of clouds of dots, which would be larger as paths
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def draw(context: Context, folder: Path) -> list[Drawn]:
             file = folder / f"{name}-{context.name}"
             figure.savefig(file.with_name(f"{file.name}.png"), metadata={"Software": context.made_by})
             figure.set_layout_engine("none")  # it stands
-            figure.savefig(file.with_name(f"{file.name}.svg"), metadata={"Creator": context.made_by, "Date": None})
+            about = {"Creator": context.made_by, "Date": None}
+            figure.savefig(file.with_name(f"{file.name}.svg"), metadata=about, dpi=SVG_DPI)
             drawn.append(Drawn(file, caption))
     return drawn
 
