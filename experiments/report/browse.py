@@ -51,9 +51,8 @@ def page(run: RecordedRun) -> str:
     shown, every = rows(pool, run.regions(), training_samples(run)), len(pool)
     about, count = record["run"], int(pool["selected"].sum())
     selected = f"{count:,} of {every:,} samples of the pool are selected"
-    left = (
-        "" if len(shown) == every else f"; {len(shown):,} are shown: the selected ones first, then every few others"
-    )
+    left = "" if len(shown) == every else f"; {len(shown):,} are shown, selected ones before others"
+    method, task = about["method"] or "custom", about["task"] or "custom"
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
