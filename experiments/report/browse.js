@@ -64,9 +64,10 @@ columns.forEach((column, c) => {
   made.addEventListener("keydown", event => { if (event.key === "Enter") sort(); });
   head.append(made);
 });
-const width = column => ({ prompt: "minmax(18rem, 3fr)", answer: "minmax(12rem, 2fr)", id: "7rem" })[column.name] ?? "6rem";
-table.style.setProperty("--columns", columns.map(width).join(" "));
-table.style.setProperty("--least", `${37 + 6 * (columns.length - 3)}rem`);
+const texts = { prompt: ["18rem", "3fr"], answer: ["12rem", "2fr"] };
+const least = ({ name }) => texts[name]?.[0] ?? `${Math.max(6, 2 + name.length * .6)}rem`;
+table.style.setProperty("--columns", columns.map(c => texts[c.name] ? `minmax(${least(c)}, ${texts[c.name][1]})` : least(c)).join(" "));
+table.style.setProperty("--least", `calc(${columns.map(least).join(" + ")})`);
 table.addEventListener("scroll", draw);
 addEventListener("resize", draw);
 whole.addEventListener("click", event => { if (event.target === whole) whole.close(); });
