@@ -51,10 +51,20 @@ def export(run: Path, form: str, output: Path | None = None) -> Path:
 
 def chosen_samples(run: RecordedRun) -> list[Sample]:
     """The coreset's samples in the pool's order, read anew from the run's own data."""
-    record, pool = run.record(), run.samples()
+    pool = run.samples()
     chosen = set() if pool is None else set(pool.loc[pool["selected"], "id"])
     if not chosen:
         raise UserError(f"{run.name} selected no sample: export a run with a coreset.")
+    return [sample for sample in training_samples(run) if sample.id in chosen]
+
+
+def training_samples(run: RecordedRun) -> list[Sample]:
+    """The training samples that a run selected from, read anew from its own data.
+
+    Raises:
+        UserError: the data is not there, or has changed since.
+    """
+    record = run.record()
     task: Task = instantiate(OmegaConf.create(record["config"]["task"]), _convert_="all")
     samples = task.load("train")
     if data_digest(samples) != record["identity"]["data"]["train"]:
@@ -62,7 +72,7 @@ def chosen_samples(run: RecordedRun) -> list[Sample]:
             f"the training samples of task {task.name!r} are no longer those that {run.name} was selected from: "
             "restore them, or carry out the run again."
         )
-    return [sample for sample in samples if sample.id in chosen]
+    return samples
 
 
 def _rows(samples: Sequence[Sample]) -> list[dict[str, str]]:
