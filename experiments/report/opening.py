@@ -114,12 +114,12 @@ def _costs(contexts: Sequence[Context], question: Question) -> str:
             found.setdefault((method, rate), []).append(text)
     if not found:
         return ""
-    costs = "; ".join(
-        f"with {method} at pruning rate {rate:g} {', '.join(texts[:NAMED])}"
+    costs = "; with ".join(
+        f"{method} takes, at pruning rate {rate:g}, {', '.join(texts[:NAMED])}"
         + (f", and on {len(texts) - NAMED} more" if len(texts) > NAMED else "")
         for (method, rate), texts in found.items()
     )
-    return f"Selecting a coreset takes {costs}; in brackets, the costliest other method."
+    return f"Selecting a coreset with {costs}; in brackets, the costliest other method."
 
 
 def forest(contexts: Sequence[Context], question: Question) -> list[dict[str, Any]]:

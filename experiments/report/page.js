@@ -21,4 +21,4 @@ const unfold = () => {
 };
 addEventListener("hashchange", unfold);
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(one => one.open = true));
-unfold();
+addEventListener("load", unfold);

@@ -14,10 +14,8 @@ METHODS = {"raw": -5.0, "full": 0.0, "random": 0.0, "staff": 1.0, **{f"own{i}": 
 
 
 def test_ten_thousand_runs_are_reported_in_a_minute_on_less_than_five_megabytes(tmp_path: Path):
-    write_runs(
-        *(tmp_path, METHODS, ("small", "large"), ("dialogsum", "gsm8k", "bioinstruct", "wmt")),
-        **{"rates": (0.2, 0.5, 0.7, 0.8, 0.9), "seeds": 25, "samples": 100, "pool": 500},
-    )
+    tasks, rates = ("dialogsum", "gsm8k", "bioinstruct", "wmt"), (0.2, 0.5, 0.7, 0.8, 0.9)
+    write_runs(tmp_path, METHODS, ("small", "large"), tasks, rates, seeds=25, samples=100, pool=500)
     started = time.process_time()
     table = collect(tmp_path)
     assert len(table) > 10_000
