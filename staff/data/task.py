@@ -7,13 +7,16 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
-from staff.data.rows import read_json_lines
-from staff.data.templates import lookup, render, shortened, text_of
+from staff.data.files import Files, files_of
+from staff.data.rows import Rows, is_saved, plain_rows, read_rows
+from staff.data.templates import check_template, checked_text, lookup, path_of, render, shortened, text_of
 from staff.errors import UserError
 from staff.runtime.paths import local_path
+
+SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,9 @@ class Sample:
 class Task:
     """Where a task's samples come from and how they read.
 
-    Templates name fields of a row in braces, `{translation[kk]}` reaches into a nested one, `{{` is a brace. The
-    prompt and the answer are tokenised apart, so white space between them belongs to the answer.
+    Templates name fields of a row in braces, `{translation[kk]}` and `{answers[0]}` reach into nested ones; a
+    template with `{{` or `{%` is Jinja. The prompt and the answer are tokenised apart, so white space between them
+    belongs to the answer.
     """
 
     name: str
@@ -40,16 +44,16 @@ class Task:
     answer: str
     metrics: Sequence[str]
     max_new_tokens: int
-    data_dir: str | None = None  # folder with JSON Lines files; None: the hub
-    train_file: str = "train.jsonl"
-    test_file: str = "test.jsonl"
-    hub: str | None = None  # data set on the Hugging Face hub
+    data_dir: str | None = None  # folder of the files, or of `save_to_disk`; None: the hub, or files by their paths
+    train_file: Files | None = None  # path, glob or list; None: the one of `data_dir` that is named train
+    test_file: Files | None = None
+    hub: str | None = None  # data set on the Hugging Face hub, or a folder that `datasets.load_dataset` reads
     hub_config: str | None = None
     revision: str | None = None
     train_split: str = "train"
     test_split: str = "test"
     id_field: str | None = None  # None: an id made from the sample's own text
-    references: Sequence[str] = ()  # fields of the test split with reference answers; none: the answer
+    references: Sequence[str] = ()  # fields of the test split with reference answers or lists; none: the answer
     too_long: str = "refuse"  # or "drop": samples whose answer does not fit the cut-off
     train_limit: int | None = None  # the first so many rows
     test_limit: int | None = None
@@ -62,20 +66,23 @@ class Task:
             value = getattr(self, name)
             if (value is not None or name == "max_new_tokens") and (not isinstance(value, int) or value < 1):
                 raise UserError(f"task.{name}={value!r} must be a whole number of at least 1.")
-        for setting, texts in (
-            ("prompt", [self.prompt]),
-            ("answer", [self.answer]),
-            ("references", self.references),
-        ):
-            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-                kind = "a list of fields" if setting == "references" else "a template"
-                raise UserError(f"task.{setting}={getattr(self, setting)!r} must be {kind}.")
+        for setting in ("prompt", "answer"):
+            if not isinstance(template := getattr(self, setting), str):
+                raise UserError(f"task.{setting}={template!r} must be a template.")
+            check_template(template, f"task.{setting}")
+        if isinstance(self.references, str) or not all(isinstance(field, str) for field in self.references):
+            raise UserError(f"task.references={self.references!r} must be a list of fields.")
         if self.data_dir is not None and not isinstance(self.data_dir, str):
             raise UserError(f"task.data_dir={self.data_dir!r} must name a folder by text, such as ./data.")
-        if self.data_dir is None and self.hub is None:
+        for split in SPLITS:
+            given = getattr(self, f"{split}_file")
+            paths = given if isinstance(given, list | tuple) else [given]
+            if given is not None and not (paths and all(isinstance(path, str) for path in paths)):
+                raise UserError(f"task.{split}_file={given!r} must be a path, a glob or a list of them.")
+        if self.data_dir is None and self.hub is None and self.train_file is None:
             raise UserError(
-                f"task {self.name!r} names no data: set task.data_dir=FOLDER (with {self.train_file} and "
-                f"{self.test_file}) or task.hub=NAME."
+                f"task {self.name!r} names no data: set task.data_dir=FOLDER (with train.jsonl and test.jsonl, or "
+                "other formats), task.train_file=FILE or task.hub=NAME."
             )
 
     def load(self, split: str) -> list[Sample]:
@@ -87,7 +94,7 @@ class Task:
             UserError: a missing file or field, text that is empty, an id that comes twice; with file and line.
         """
         limit = self.train_limit if split == "train" else self.test_limit
-        return self.samples(islice(self._rows(split), limit), split)
+        return self.samples(islice(self.rows(split), limit), split)
 
     def samples(self, rows: Iterable[tuple[str, Mapping[str, Any]]], split: str = "train") -> list[Sample]:
         """As `load`, of rows at hand, each with its place for messages."""
@@ -111,43 +118,44 @@ class Task:
 
     def source(self) -> dict[str, Any] | None:
         """Name and commit of the data set on the hub (no commit where the hub cannot be asked); None for files."""
-        if self.data_dir is not None:
+        if self.hub is None or self.data_dir is not None or self.train_file is not None:
             return None
         from huggingface_hub import HfApi
 
-        assert self.hub is not None
         try:
             commit = HfApi().dataset_info(self.hub, revision=self.revision).sha
         except Exception:  # offline, or an outage: what was read from the cache is told by its content anyway
             commit = self.revision
         return {"hub": self.hub, "commit": commit}
 
-    def _rows(self, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
-        if self.data_dir is not None:
-            return read_json_lines(
-                local_path(self.data_dir) / (self.train_file if split == "train" else self.test_file)
-            )
-        return self._hub_rows(self.train_split if split == "train" else self.test_split)
+    def rows(self, split: str) -> Rows:
+        """The rows of a split, each with its place for messages; files come before the hub."""
+        given, name = getattr(self, f"{split}_file"), getattr(self, f"{split}_split")
+        if self.data_dir is None and given is None and self.hub is not None:
+            return self._hub_rows(self.hub, name)
+        files = files_of(split, given, self.data_dir)
+        return chain.from_iterable(read_rows(file, name) for file in files)
 
-    def _hub_rows(self, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    def _hub_rows(self, hub: str, split: str) -> Rows:
         import datasets
 
-        assert self.hub is not None
+        if is_saved(folder := local_path(hub)):
+            return read_rows(folder, split)
         try:
-            data = datasets.load_dataset(self.hub, self.hub_config, revision=self.revision, split=split)
+            data = datasets.load_dataset(hub, self.hub_config, revision=self.revision, split=split)
         except Exception as error:
             raise UserError(
-                f"task.hub={self.hub} (split {split}) could not be read from the Hugging Face hub "
+                f"task.hub={hub} (split {split}) could not be read from the Hugging Face hub "
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); "
-                f"give task.data_dir=FOLDER with {self.train_file} and {self.test_file} instead."
+                "give task.data_dir=FOLDER with train.jsonl and test.jsonl instead."
             ) from error
-        return ((f"{self.hub}[{split}] row {i + 1}", dict(row)) for i, row in enumerate(data))  # type: ignore[arg-type]
+        return ((f"{hub}[{split}] row {number}", row) for number, row in enumerate(plain_rows(data), start=1))
 
     def _sample(self, row: Mapping[str, Any], where: str, split: str) -> Sample:
         prompt = render(self.prompt, row, where, "task.prompt")
         references: tuple[str, ...] = ()
         if split == "test" and self.references:
-            references = tuple(text_of(row, [name], where, "task.references") for name in self.references)
+            references = _references(row, self.references, where)
             answer = references[0]
         else:
             answer = render(self.answer, row, where, "task.answer")
@@ -166,6 +174,19 @@ def _asked_once(samples: Iterable[Sample]) -> list[Sample]:
             sample = replace(first, references=tuple(dict.fromkeys((*first.references, *sample.references))))
         by_prompt[sample.prompt] = sample
     return list(by_prompt.values())
+
+
+def _references(row: Mapping[str, Any], fields: Sequence[str], where: str) -> tuple[str, ...]:
+    """The texts of these fields, and of the lists among them."""
+    texts: list[str] = []
+    for field in fields:
+        path = [field] if field in row else path_of(field, "task.references")
+        value = lookup(row, path, where, "task.references")
+        several = value if isinstance(value, list) else [value]
+        texts += [checked_text(one, path, where, "task.references") for one in several]
+    if not texts:
+        raise UserError(f"{where}: the lists of task.references are empty; remove the row, or give it an answer.")
+    return tuple(texts)
 
 
 def _id(row: Mapping[str, Any], field: str, where: str) -> str:

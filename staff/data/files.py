@@ -1,0 +1,63 @@
+"""Which files hold a split of a task."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from staff.data.rows import format_of, is_saved
+from staff.errors import UserError
+from staff.runtime.paths import local_path
+
+Files = str | Sequence[str]
+"""A path, a glob, or a list of them."""
+
+
+def files_of(split: str, given: Files | None, data_dir: str | None) -> list[Path]:
+    """The files that hold a split, in the order of the list, and by name within a glob.
+
+    Args:
+        split: "train", "test" or "dev": names the setting, and the file where none is given.
+        given: absolute, relative to `data_dir`, or from "~"; None: the files that `data_dir` holds for the split.
+
+    Raises:
+        UserError: no such file, or a choice between several.
+    """
+    folder = Path() if data_dir is None else local_path(data_dir)
+    if folder.is_file():
+        raise UserError(
+            f"task.data_dir={data_dir} is a file: name its folder, or give the file as task.{split}_file."
+        )
+    if given is None and data_dir is None:
+        raise UserError(f"task.{split}_file=null names no file: set it, or task.data_dir=FOLDER.")
+    if given is None:
+        return [folder] if is_saved(folder) else _named_after(split, folder)
+    found: list[Path] = []
+    for pattern in [given] if isinstance(given, str) else given:
+        path = folder / local_path(pattern)
+        # A name that exists is meant as it stands, whatever signs it holds.
+        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not matches:
+            how = f"task.data_dir must be a folder that holds {pattern}"
+            if data_dir is None or local_path(pattern).is_absolute():
+                how = f"task.{split}_file must be a file, a list of files or a glob"
+            raise UserError(f"{path} is not there: {how}.")
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+def _named_after(split: str, folder: Path) -> list[Path]:
+    """SPLIT.jsonl, or another format; else the shards SPLIT-*, as in folders of the hub."""
+    whole, shards = (
+        sorted(path for path in folder.glob(pattern) if format_of(path)) for pattern in (f"{split}.*", f"{split}-*")
+    )
+    if len(whole) > 1 or (not whole and len({format_of(shard) for shard in shards}) > 1):
+        names = " and ".join(path.name for path in whole or shards)
+        raise UserError(f"{folder} holds {names}: choose by task.{split}_file.")
+    if not whole and not shards:
+        raise UserError(
+            f"{folder / split}.jsonl is not there: task.data_dir must be a folder that holds {split}.jsonl (or "
+            f".json, .csv, .tsv, .parquet), or set task.{split}_file."
+        )
+    return whole or shards
