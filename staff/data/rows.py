@@ -1,7 +1,7 @@
 """Rows of data files, each with its place for messages.
 
-The `datasets` library reads CSV, Parquet and what it saved itself. JSON is parsed here, row by row: the library wants
-one type for a column, so that it makes dates of text and 1.0 of 1, and does not tell a missing field from null.
+The `datasets` library reads CSV, Parquet and what it saved itself. JSON is parsed here, row by row: the library
+wants one type for a column, so that it makes dates of text and 1.0 of 1, and null of a missing field.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ def _named(value: Any, feature: Any) -> Any:
         return None if value is None or value < 0 else feature.int2str(value)
     if isinstance(feature, Mapping) and isinstance(value, Mapping):
         return {name: _named(part, feature.get(name)) for name, part in value.items()}
-    if hasattr(feature, "feature") and isinstance(value, list):
-        return [_named(part, feature.feature) for part in value]
+    if isinstance(value, list):
+        return [_named(part, getattr(feature, "feature", None)) for part in value]
     return value
 
 

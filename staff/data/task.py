@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
+from staff.data.conversations import Layout, Turns, layout_of, plain_text
 from staff.data.files import Files, files_of
 from staff.data.rows import Rows, is_saved, plain_rows, read_rows
 from staff.data.templates import check_template, checked_text, lookup, path_of, render, shortened, text_of
 from staff.errors import UserError
 from staff.runtime.paths import local_path
 
-SPLITS = ("train", "test")
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "test", "dev")
 
 
 @dataclass(frozen=True)
 class Sample:
     """One prompt with its answer; `references` are what an evaluation compares with (the answer, unless the
-    test split has several)."""
+    test split has several).
+
+    Attributes:
+        turns: of a conversation, up to the assistant's last turn, which is the answer; prompt and answer are then
+            its text in the plain prompt format.
+    """
 
     id: str
     prompt: str
     answer: str
     references: tuple[str, ...]
+    turns: Turns = ()
 
 
 @dataclass(frozen=True)
@@ -36,12 +46,12 @@ class Task:
 
     Templates name fields of a row in braces, `{translation[kk]}` and `{answers[0]}` reach into nested ones; a
     template with `{{` or `{%` is Jinja. The prompt and the answer are tokenised apart, so white space between them
-    belongs to the answer.
+    belongs to the answer. Without templates, the columns tell the layout (`staff.data.conversations.LAYOUTS`).
     """
 
     name: str
-    prompt: str
-    answer: str
+    prompt: str | None
+    answer: str | None
     metrics: Sequence[str]
     max_new_tokens: int
     data_dir: str | None = None  # folder of the files, or of `save_to_disk`; None: the hub, or files by their paths
@@ -52,21 +62,35 @@ class Task:
     revision: str | None = None
     train_split: str = "train"
     test_split: str = "test"
+    dev_file: Files | None = None  # a validation slice of its own: a file, a split, or so many of the training rows
+    dev_split: str | None = None
+    dev_size: int | None = None
     id_field: str | None = None  # None: an id made from the sample's own text
     references: Sequence[str] = ()  # fields of the test split with reference answers or lists; none: the answer
     too_long: str = "refuse"  # or "drop": samples whose answer does not fit the cut-off
     train_limit: int | None = None  # the first so many rows
     test_limit: int | None = None
+    deduplicate: str = "none"  # duplicates that are dropped from the pool: "none", "exact", or "near" ones as well
+    loss_on: str = "all"  # answers of a conversation that are trained and scored; or "last"
     learning_rate: float | None = None  # the published value for this task; read by conf/finetune
 
     def __post_init__(self) -> None:
         if self.too_long not in ("refuse", "drop"):
             raise UserError(f"task.too_long={self.too_long!r} is unknown: choose 'refuse' or 'drop'.")
-        for name in ("max_new_tokens", "train_limit", "test_limit"):
+        if self.loss_on not in ("all", "last"):
+            raise UserError(f"task.loss_on={self.loss_on!r} is unknown: choose 'all' or 'last'.")
+        if self.deduplicate not in ("none", "exact", "near"):
+            raise UserError(f"task.deduplicate={self.deduplicate!r} is unknown: choose 'none', 'exact' or 'near'.")
+        devs = [name for name in ("dev_file", "dev_split", "dev_size") if getattr(self, name) is not None]
+        if len(devs) > 1:
+            raise UserError(f"task.{devs[0]} and task.{devs[1]} both name the validation slice: set one of them.")
+        for name in ("max_new_tokens", "train_limit", "test_limit", "dev_size"):
             value = getattr(self, name)
             if (value is not None or name == "max_new_tokens") and (not isinstance(value, int) or value < 1):
                 raise UserError(f"task.{name}={value!r} must be a whole number of at least 1.")
         for setting in ("prompt", "answer"):
+            if self.prompt is None and self.answer is None:
+                continue
             if not isinstance(template := getattr(self, setting), str):
                 raise UserError(f"task.{setting}={template!r} must be a template.")
             check_template(template, f"task.{setting}")
@@ -86,22 +110,26 @@ class Task:
             )
 
     def load(self, split: str) -> list[Sample]:
-        """The samples of `split` ("train": the pool, "test": the evaluation), in file order.
+        """The samples of `split` ("train", "test" or "dev"), in file order.
 
         Test rows of one prompt are one sample with the references of all, since a model answers them alike.
 
         Raises:
             UserError: a missing file or field, text that is empty, an id that comes twice; with file and line.
         """
-        limit = self.train_limit if split == "train" else self.test_limit
+        limit = {"train": self.train_limit, "test": self.test_limit}.get(split)
         return self.samples(islice(self.rows(split), limit), split)
 
     def samples(self, rows: Iterable[tuple[str, Mapping[str, Any]]], split: str = "train") -> list[Sample]:
         """As `load`, of rows at hand, each with its place for messages."""
         samples: dict[str, Sample] = {}
         copies = Counter[str]()
+        layout = None
         for where, row in rows:
-            sample = self._sample(row, where, split)
+            if self.prompt is None and layout is None:
+                layout = layout_of(row, where)
+                log.info("the %s split is read as %s", split, layout.name)
+            sample = self._sample(row, where, split, layout)
             if sample.id in samples:
                 if self.id_field:
                     raise UserError(
@@ -133,7 +161,7 @@ class Task:
         given, name = getattr(self, f"{split}_file"), getattr(self, f"{split}_split")
         if self.data_dir is None and given is None and self.hub is not None:
             return self._hub_rows(self.hub, name)
-        files = files_of(split, given, self.data_dir)
+        files = files_of(split, given, self.data_dir, self.dev_split if split == "dev" else None)
         return chain.from_iterable(read_rows(file, name) for file in files)
 
     def _hub_rows(self, hub: str, split: str) -> Rows:
@@ -151,20 +179,36 @@ class Task:
             ) from error
         return ((f"{hub}[{split}] row {number}", row) for number, row in enumerate(plain_rows(data), start=1))
 
-    def _sample(self, row: Mapping[str, Any], where: str, split: str) -> Sample:
-        prompt = render(self.prompt, row, where, "task.prompt")
+    def reading(self, samples: Iterable[Sample]) -> dict[str, str]:
+        """How training samples are read, beside `Family.reading`; only conversations of several answers differ."""
+        several = any(sum(role == "assistant" for role, _ in sample.turns) > 1 for sample in samples)
+        return {"loss_on": "all"} if several and self.loss_on == "all" else {}
+
+    def _sample(self, row: Mapping[str, Any], where: str, split: str, layout: Layout | None) -> Sample:
+        turns: Turns = ()
         references: tuple[str, ...] = ()
         if split == "test" and self.references:
             references = _references(row, self.references, where)
-            answer = references[0]
+        if layout is not None and layout.turns is not None:
+            turns = layout.turns(row, where)
+            prompt, answer = plain_text(turns)
         else:
-            answer = render(self.answer, row, where, "task.answer")
-            references = (answer.strip(),)
-        for name, text, template in (("prompt", prompt, self.prompt), ("answer", answer, self.answer)):
+            prompt, answer = self._texts(row, where, layout, references)
+        id = _id(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
+        return Sample(id, prompt, answer, references or (answer.strip(),), turns)
+
+    def _texts(
+        self, row: Mapping[str, Any], where: str, layout: Layout | None, references: Sequence[str]
+    ) -> tuple[str, str]:
+        """Prompt and answer by the templates; the first reference takes the answer's place."""
+        of_prompt, of_answer = (layout and layout.templates) or (self.prompt, self.answer)
+        assert of_prompt is not None and of_answer is not None
+        prompt = render(of_prompt, row, where, "task.prompt")
+        answer = references[0] if references else render(of_answer, row, where, "task.answer")
+        for name, text, template in (("prompt", prompt, of_prompt), ("answer", answer, of_answer)):
             if not text.strip():
                 raise UserError(f"{where}: the {name} is empty; remove the line or fill its field ({template!r}).")
-        id = _id(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
-        return Sample(id, prompt, answer, references)
+        return prompt, answer
 
 
 def _asked_once(samples: Iterable[Sample]) -> list[Sample]:
@@ -201,7 +245,11 @@ def _id(row: Mapping[str, Any], field: str, where: str) -> str:
 
 def data_digest(samples: Sequence[Sample]) -> str:
     """SHA-256 of what the samples are, wherever they were read from."""
-    return hashlib.sha256(json.dumps([asdict(s) for s in samples]).encode()).hexdigest()
+    content = [asdict(sample) for sample in samples]
+    for fields in content:
+        if not fields["turns"]:  # a prompt and an answer alone are what they were before there were turns
+            del fields["turns"]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _content_id(prompt: str, answer: str) -> str:
