@@ -22,6 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from experiments.recorded import RecordedRun, recorded_run
+from staff.data.splits import load_splits
 from staff.data.task import Sample, Task, data_digest
 from staff.errors import UserError
 
@@ -56,7 +57,7 @@ def chosen_samples(run: RecordedRun) -> list[Sample]:
     if not chosen:
         raise UserError(f"{run.name} selected no sample: export a run with a coreset.")
     task: Task = instantiate(OmegaConf.create(record["config"]["task"]), _convert_="all")
-    samples = task.load("train")
+    samples = load_splits(task, evaluated=record["evaluation"] is not None).pool
     if data_digest(samples) != record["identity"]["data"]["train"]:
         raise UserError(
             f"the training samples of task {task.name!r} are no longer those that {run.name} was selected from: "
@@ -100,7 +101,7 @@ def card(record: dict[str, Any], how_to_read: str) -> str:
     """What whoever is given the coreset should know, as Markdown."""
     about, counts, config, overhead = (record[part] for part in ("run", "counts", "config", "overhead"))
     source, data = record["identity"]["data"]["source"], config["task"]
-    origin = f"{source['hub']} (commit {source['commit']})" if source else f"{data['train_file']} of {data['name']}"
+    origin = f"{source['hub']} (commit {source['commit']})" if source else f"the training file of {data['name']}"
     settings = OmegaConf.to_yaml({k: v for k, v in config["method"].items() if k not in ("_target_", "path")})
     facts = {
         "samples": f"{counts['selected']:,} of {counts['pool']:,}, pruning rate {about['pruning_rate']:g}",
@@ -110,7 +111,7 @@ def card(record: dict[str, Any], how_to_read: str) -> str:
         "selection seed": about["selection_seed"],
         "selection took": f"{overhead['seconds']:,.1f} s, {overhead['flops']:.3g} FLOPs",
         "on": overhead["device"] or "-",
-        "fine-tuned on it": f"{about['metric']} {record['metrics'][about['metric']]:.2f} ({about['family']})",
+        "fine-tuned on it": _measured(record),
         "run": f"{about['name']}, fingerprint {about['fingerprint']}",
         "coreset": f"fingerprint {record['coreset']['fingerprint']}",
         "training split": f"SHA-256 {record['identity']['data']['train']}",
@@ -137,6 +138,12 @@ The method's settings:
 **Licence**: the texts come from {origin} and stay under its licence; look it up, and name it here, before passing \
 them on.
 """
+
+
+def _measured(record: dict[str, Any]) -> str:
+    metric = record["run"]["metric"]
+    value = record["metrics"].get(metric)
+    return "-" if value is None else f"{metric} {value:.2f} ({record['run']['family']})"
 
 
 def main() -> None:

@@ -178,8 +178,8 @@ def dry_run(cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> Run
     chosen, coreset = run.select()
     if all(charge.stage == "coreset" for charge in chosen.charged().values()):
         store.certain.add(tokenized["target"].take(coreset.indices).fingerprint)
-    tuning = run.finetuning(coreset)
-    store.get(run.answering(tuning))
+    if run.generator is not None:
+        store.get(run.answering(run.finetuning(coreset)))
     return run
 
 

@@ -28,8 +28,7 @@ def write(run: Run, outcome: Outcome) -> Path:
     """Write the tables of a run into its folder and, last, metrics.json; then mirror it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     chosen, coreset, tuned, answered = outcome.chosen, outcome.coreset, outcome.tuned, outcome.answered
-    metrics, answers = read_measured(outcome.measured)
-    answers.to_parquet(run.folder / "predictions.parquet")
+    metrics, answers = _answers(run, outcome.measured)
     _write_samples(run, coreset)
     trainings = _trainings(run, chosen, tuned)
     _curves(trainings).to_csv(run.folder / "training.csv", index=False)
@@ -45,7 +44,7 @@ def write(run: Run, outcome: Outcome) -> Path:
             "started": run.started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
-        "metrics": {**metrics, "output_tokens": sum(answers["tokens"]) / len(answers)},
+        "metrics": metrics,
         "warnings": [f"{label}: {text}" for label, history in trainings for text in history["warnings"]],
         "overhead": _overhead(run, chosen, tuned),
         "finetuning": _cost(tuned),
@@ -58,14 +57,17 @@ def write(run: Run, outcome: Outcome) -> Path:
         },
         "counts": {
             "pool": len(run.pool.ids),
-            "dropped_too_long": len(run.train) - len(run.pool.ids),
+            "dropped_too_long": len(run.splits.pool) - len(run.pool.ids),
+            "dropped_duplicates": run.splits.dropped,
+            "dev": len(run.pool.slices["dev"].target) if run.splits.dev else 0,
             "budget": run.budget,
             "selected": len(coreset.indices),
             "trained": len(coreset.indices) if tuned else 0,
-            "test": len(answers),
-            "test_dropped_too_long": len(run.test) - len(answers),
-            "test_prompts_in_pool": run.overlap,
+            "test": answers,
+            "test_dropped_too_long": len(run.splits.test) - answers,
+            "test_prompts_in_pool": run.splits.test_prompts_in_pool,
         },
+        "duplicates": run.splits.duplicates and run.splits.duplicates.counts(),
         "config": run.config,
         "identity": run.identity,
         "provenance": {
@@ -77,6 +79,15 @@ def write(run: Run, outcome: Outcome) -> Path:
     tracking.write_record(run.folder, record)
     tracking.log_to_wandb(run.folder, run.cfg.tracking.mode)
     return run.folder
+
+
+def _answers(run: Run, measured: Artifact | None) -> tuple[dict[str, float], int]:
+    """The metrics, and how many test samples were answered, whose answers are written; none without evaluation."""
+    if measured is None:
+        return {}, 0
+    metrics, answers = read_measured(measured)
+    answers.to_parquet(run.folder / "predictions.parquet")
+    return {**metrics, "output_tokens": sum(answers["tokens"]) / len(answers)}, len(answers)
 
 
 def _write_samples(run: Run, coreset: Coreset) -> None:

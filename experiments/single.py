@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import sweep
 from staff import tracking
 from staff.data.limits import answerable, fitting
-from staff.data.task import Task, data_digest
+from staff.data.splits import load_splits
+from staff.data.task import Sample, Task, data_digest
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
 from staff.errors import UserError
 from staff.evaluation.generator import Generator
@@ -66,7 +67,7 @@ class Run:
         check_flags(self.method)
         self.settings: FinetuneSettings = instantiate(cfg.finetune, _convert_="all")
         self.scoring: ScoringSettings = instantiate(cfg.scoring)
-        self.generator: Generator = instantiate(cfg.evaluation, _convert_="all")
+        self.generator: Generator | None = instantiate(cfg.evaluation, _convert_="all") or None
         family: Family = instantiate(cfg.family, _convert_="all")
         selecting: Family | None = instantiate(cfg.get("selection_family"), _convert_="all")
         self.task: Task = instantiate(cfg.task, _convert_="all")
@@ -74,22 +75,21 @@ class Run:
         for name in ("selection_seed", "finetune_seed"):
             if type(cfg[name]) is not int or not 0 <= cfg[name] < 2**32:
                 raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0 and below 2^32.")
-        self.train, self.test = self.task.load("train"), self.task.load("test")
-        check_metrics(self.task.metrics, self.test)
-        kept = budget_of(self.method, cfg.pruning_rate, len(self.train))  # refuses a bad rate
-        fixed = hasattr(self.method, "fixed_size")
-        self.pruning_rate = float(1 - Fraction(kept, len(self.train))) if fixed else cfg.pruning_rate
+        self.splits = load_splits(self.task, evaluated=self.generator is not None)
+        check_metrics(self.task.metrics, self.splits.test)
+        pool = len(self.splits.pool)
+        kept = budget_of(self.method, cfg.pruning_rate, pool, cfg.budget)  # refuses a bad rate
+        given = cfg.budget is None and not hasattr(self.method, "fixed_size")
+        self.pruning_rate = cfg.pruning_rate if given else float(1 - Fraction(kept, pool))
         self.store = store or Store(sweep.folder_of(cfg, "store_dir"), workers=sweep.workers())
         loading = (self.settings.quantization, self.settings.fsdp)
         self.family = prepare(family, self.store).with_loading(*loading)
         self.selecting = prepare(selecting, self.store).with_loading(*loading) if selecting else self.family
         self.started = datetime.now(UTC)
-        if self.overlap:
-            log.warning("%d of %d test prompts are also in the pool", self.overlap, len(self.test))
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration; a method with a size of its own shows the pruning rate that it comes to."""
+        """The resolved configuration; a budget, or a method's own size, shows the pruning rate that it comes to."""
         config = OmegaConf.to_container(self.cfg, resolve=True)
         assert isinstance(config, dict)
         return {**{str(k): v for k, v in config.items()}, "pruning_rate": self.pruning_rate}
@@ -97,6 +97,8 @@ class Run:
     @cached_property
     def fingerprint(self) -> str:
         """Of the stages that the run ends in: the selection, and the answers of the target fine-tuned on it."""
+        if self.generator is None:
+            return digest({"run": [self.selection.fingerprint]})
         planned = PlannedSamples(self.selection.fingerprint)
         tuned = self._finetuning(planned, self.budget) if self.budget else None  # type: ignore[arg-type]
         return digest({"run": [self.selection.fingerprint, self.answering(tuned).fingerprint]})
@@ -107,19 +109,14 @@ class Run:
         selection = {"selection": _reading(self.selecting)} if self.transferred else {}
         return {
             "data": {
-                "train": data_digest(self.train),
-                "test": data_digest(self.test),
+                "train": data_digest(self.splits.pool),
+                "test": data_digest(self.splits.test),
+                **({"dev": data_digest(self.splits.dev)} if self.splits.dev else {}),
                 "source": self.task.source(),
             },
             **_reading(self.family),
             **selection,
         }
-
-    @cached_property
-    def overlap(self) -> int:
-        """Test samples whose prompt is also in the pool: they measure memory, not learning."""
-        prompts = {sample.prompt for sample in self.train}
-        return sum(sample.prompt in prompts for sample in self.test)
 
     @cached_property
     def transferred(self) -> bool:
@@ -143,34 +140,50 @@ class Run:
     def recorded(self) -> bool:
         return (self.folder / "metrics.json").is_file()
 
+    @property
+    def readers(self) -> dict[str, Family]:
+        """The families of the small model, of the target, and of the target that selects where that is another."""
+        selecting = {"selecting": self.selecting} if self.transferred else {}
+        return {"target": self.family, "small": self.selecting, **selecting}
+
     @cached_property
     def tokenized(self) -> dict[str, TokenizedSamples]:
-        """The training samples as the small model, the target, and the target of the family that selects (as a rule
-        the same) read them; and the test samples as the target does."""
-        family, selecting = self.family, self.selecting
-        readers = {"target": family, "small": selecting, **({"selecting": selecting} if self.transferred else {})}
-        specs = {name: f.small if name == "small" else f.target for name, f in readers.items()}
-        train = {
-            name: read_tokens(self.store.get(Tokens(self.train, specs[name], f.reading)))
-            for name, f in readers.items()
+        """The pool as the small model, the target, and the target of the family that selects (as a rule the same)
+        read it; and the test samples as the target does."""
+        tokenized = self._trained(self.splits.pool)
+        if self.generator is not None:
+            target, test = self.family.target, self.splits.test
+            read = read_tokens(self.store.get(Tokens(test, target, self.family.reading)))
+            asked = answerable(read, self.task.max_new_tokens, target.window(), self.task.too_long)
+            tokenized["test"] = read.take(asked)
+        return tokenized
+
+    def _trained(self, samples: Sequence[Sample]) -> dict[str, TokenizedSamples]:
+        """Samples as each of the `readers` reads them, without those that do not fit."""
+        specs = {name: f.small if name == "small" else f.target for name, f in self.readers.items()}
+        how = self.task.reading(samples)
+        read = {
+            name: read_tokens(self.store.get(Tokens(samples, specs[name], {**f.reading, **how})))
+            for name, f in self.readers.items()
         }
         names = {"target": "target", "small": "small model", "selecting": "target that selects"}
-        windows = {names[name]: specs[name].window() for name in train}
-        keep = fitting(list(train.values()), self.settings.max_length, self.task.too_long, windows)
-        if len(keep) < len(self.train):
-            train = {name: samples.take(keep) for name, samples in train.items()}
-        test = read_tokens(self.store.get(Tokens(self.test, family.target, family.reading)))
-        asked = answerable(test, self.task.max_new_tokens, windows["target"], self.task.too_long)
-        return {"selecting": train["target"], **train, "test": test.take(asked)}
+        windows = {names[name]: spec.window() for name, spec in specs.items()}
+        keep = fitting(list(read.values()), self.settings.max_length, self.task.too_long, windows)
+        if len(keep) < len(samples):
+            read = {name: tokens.take(keep) for name, tokens in read.items()}
+        return {"selecting": read["target"], **read}
 
     @cached_property
     def pool(self) -> Pool:
-        slices = {"pool": Slice(self.tokenized["small"], self.tokenized["selecting"])}
+        parts = {"pool": self.tokenized}
+        if self.splits.dev:
+            parts["dev"] = self._trained(self.splits.dev)
+        slices = {name: Slice(read["small"], read["selecting"]) for name, read in parts.items()}
         return Pool(slices, self.selecting, self.settings, self.store, self.cfg.selection_seed, self.scoring)
 
     @property
     def budget(self) -> int:
-        return budget_of(self.method, self.cfg.pruning_rate, len(self.pool.ids))
+        return budget_of(self.method, self.cfg.pruning_rate, len(self.pool.ids), self.cfg.budget)
 
     @cached_property
     def selection(self) -> Select:
@@ -199,12 +212,13 @@ class Run:
 
     def answering(self, tuned: Finetune | None) -> Generate:
         """The answers of the fine-tuned target, or of the raw one."""
+        assert self.generator is not None
         state = ModelState(self.family.target, tuned)
         return Generate(state, self.tokenized["test"], self.generator, self.task.max_new_tokens)
 
     def measuring(self, answering: Generate) -> Measure:
         metrics = [named_metric(name) for name in self.task.metrics]
-        return Measure(answering, metrics, {sample.id: sample.references for sample in self.test})
+        return Measure(answering, metrics, {sample.id: sample.references for sample in self.splits.test})
 
     def locked(self) -> AbstractContextManager[Any]:
         """Keeps two workers of a sweep from carrying out the same run side by side."""
@@ -232,13 +246,15 @@ class Run:
         if self.settings.quantization:
             check_quantization()
         if self.budget and self.cfg.memory_check:
-            small, target = self.selecting.small, self.family.target
-            for spec, samples in ((small, self.tokenized["small"]), (target, self.tokenized["target"])):
-                check_fits(spec, samples, self.settings)
+            tuned = {"small": self.selecting.small, **({"target": self.family.target} if self.generator else {})}
+            for name, spec in tuned.items():
+                check_fits(spec, self.tokenized[name], self.settings)
 
     def carry_out(self) -> Outcome:
         """Run every stage, or read it."""
         chosen, coreset = self.select()
+        if self.generator is None:
+            return Outcome(chosen, coreset)
         tuning = self.finetuning(coreset)
         tuned = None if tuning is None else self.store.get(tuning)
         answering = self.answering(tuning)
@@ -249,13 +265,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the stages of a run led to; `tuned` is None for the raw target."""
+    """What the stages of a run led to; `tuned` is None for the raw target, and all the rest without evaluation."""
 
     chosen: Artifact
     coreset: Coreset
-    tuned: Artifact | None
-    answered: Artifact
-    measured: Artifact
+    tuned: Artifact | None = None
+    answered: Artifact | None = None
+    measured: Artifact | None = None
 
 
 def _reading(family: Family) -> dict[str, Any]:

@@ -161,11 +161,20 @@ def budget_for(pruning_rate: float, pool_size: int) -> int:
     return budget
 
 
-def budget_of(method: SelectionMethod, pruning_rate: float, pool_size: int) -> int:
-    """How many samples the method is to select: `budget_for`, unless it has a `fixed_size(pool_size)` of its own
-    whatever the pruning rate (everything, nothing, a list made before)."""
-    fixed = getattr(method, "fixed_size", None)
-    return budget_for(pruning_rate, pool_size) if fixed is None else fixed(pool_size)
+def budget_of(method: SelectionMethod, pruning_rate: float, pool_size: int, count: int | None = None) -> int:
+    """How many samples the method is to select: `count`, or `budget_for` where that is None. A method may have a
+    `fixed_size(pool_size)` of its own whatever is asked for (everything, nothing, a list made before).
+
+    Raises:
+        UserError: a rate or a count that leaves no sample, or a count beyond the pool.
+    """
+    if (fixed := getattr(method, "fixed_size", None)) is not None:
+        return fixed(pool_size)
+    if count is None:
+        return budget_for(pruning_rate, pool_size)
+    if type(count) is not int or not 1 <= count <= pool_size:
+        raise UserError(f"budget={count!r} must be a whole number of at least 1 and at most {pool_size}, the pool.")
+    return count
 
 
 def run_method(method: SelectionMethod, pool: ScorePool, budget: int, rng: Draws) -> Coreset:

@@ -14,7 +14,8 @@ SEEDS = ["seed", "selection_seed", "finetune_seed"]
 NAMES = ["family", "task", "method", "pruning_rate"]
 # Settings that change no number, are named by a column of their own, or are known better by content (identity).
 UNTOLD = ("tracking", "results_dir", "store_dir", "scoring", "evaluation", "pruning_rate", *SEEDS)
-UNTOLD = (*UNTOLD, "finetune.fsdp", "task.data_dir", "identity.data.source", "method._target_")
+UNTOLD = (*UNTOLD, "budget", "finetune.fsdp", "identity.data.source", "method._target_")
+UNTOLD = (*UNTOLD, *(f"task.{name}" for name in ("data_dir", "train_file", "test_file", "dev_file", "deduplicate")))
 
 
 def told_apart(table: pd.DataFrame) -> list[str]:

@@ -14,12 +14,13 @@ Files = str | Sequence[str]
 """A path, a glob, or a list of them."""
 
 
-def files_of(split: str, given: Files | None, data_dir: str | None) -> list[Path]:
+def files_of(split: str, given: Files | None, data_dir: str | None, name: str | None = None) -> list[Path]:
     """The files that hold a split, in the order of the list, and by name within a glob.
 
     Args:
-        split: "train", "test" or "dev": names the setting, and the file where none is given.
-        given: absolute, relative to `data_dir`, or from "~"; None: the files that `data_dir` holds for the split.
+        split: "train", "test" or "dev".
+        given: absolute, relative to `data_dir`, or from "~"; None: those in `data_dir` that have the split's name.
+        name: the split's name; None: as it is called here.
 
     Raises:
         UserError: no such file, or a choice between several.
@@ -32,7 +33,7 @@ def files_of(split: str, given: Files | None, data_dir: str | None) -> list[Path
     if given is None and data_dir is None:
         raise UserError(f"task.{split}_file=null names no file: set it, or task.data_dir=FOLDER.")
     if given is None:
-        return [folder] if is_saved(folder) else _named_after(split, folder)
+        return [folder] if is_saved(folder) else _named_after(name or split, split, folder)
     found: list[Path] = []
     for pattern in [given] if isinstance(given, str) else given:
         path = folder / local_path(pattern)
@@ -47,17 +48,17 @@ def files_of(split: str, given: Files | None, data_dir: str | None) -> list[Path
     return list(dict.fromkeys(found))
 
 
-def _named_after(split: str, folder: Path) -> list[Path]:
-    """SPLIT.jsonl, or another format; else the shards SPLIT-*, as in folders of the hub."""
+def _named_after(name: str, split: str, folder: Path) -> list[Path]:
+    """NAME.jsonl, or another format; else the shards NAME-*, as in folders of the hub."""
     whole, shards = (
-        sorted(path for path in folder.glob(pattern) if format_of(path)) for pattern in (f"{split}.*", f"{split}-*")
+        sorted(path for path in folder.glob(pattern) if format_of(path)) for pattern in (f"{name}.*", f"{name}-*")
     )
     if len(whole) > 1 or (not whole and len({format_of(shard) for shard in shards}) > 1):
         names = " and ".join(path.name for path in whole or shards)
         raise UserError(f"{folder} holds {names}: choose by task.{split}_file.")
     if not whole and not shards:
         raise UserError(
-            f"{folder / split}.jsonl is not there: task.data_dir must be a folder that holds {split}.jsonl (or "
+            f"{folder / name}.jsonl is not there: task.data_dir must be a folder that holds {name}.jsonl (or "
             f".json, .csv, .tsv, .parquet), or set task.{split}_file."
         )
     return whole or shards
