@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from staff.data.duplicates import duplicates, normalised
@@ -220,6 +221,40 @@ def test_a_select_only_record_is_printed_and_exported_and_left_out_of_the_report
     exported = export(folder, "jsonl", tmp_path / "out")
     assert len((exported / "train.jsonl").read_text().splitlines()) == 6
     assert collect(tmp_path / "results").empty
+
+
+def test_exported_rows_are_those_of_the_file_with_all_fields_and_their_numbers(run, tmp_path: Path):
+    from experiments.export import export
+
+    rows = [
+        {**row(number // 2), "source": f"book {number}", "nested": {"n": [number, None]}} for number in range(40)
+    ]
+    task_of(tmp_path, rows)
+    data = [
+        f"task.data_dir={tmp_path}",
+        "task.prompt='{question}'",
+        "task.answer=' {answer}'",
+        "task.train_limit=40",
+    ]
+    more = ["task.deduplicate=exact", "task.dev_size=5", "pruning_rate=0.5", "evaluation=none"]
+    folder = run("task=file", *data, *more, "method=random")["folder"]
+    out = export(folder, "rows", tmp_path / "out")
+    table = pd.read_csv(out / "rows.csv")
+    exported = [json.loads(line) for line in (out / "train.jsonl").read_text("utf-8").splitlines()]
+    assert len(table) == 7 and exported == [rows[number - 1] for number in table["row"]]
+    chosen = pd.read_csv(folder / "coreset.csv")
+    assert table["id"].tolist() == chosen["id"].tolist()
+
+
+def test_exported_conversations_are_messages(run, tmp_path: Path):
+    from experiments.export import export
+
+    turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(12)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": some}) + "\n" for some in turns))
+    run_folder = run("task=file", f"task.data_dir={tmp_path}", "evaluation=none", "method=random")["folder"]
+    out = export(run_folder, "jsonl", tmp_path / "out")
+    exported = [json.loads(line) for line in (out / "train.jsonl").read_text("utf-8").splitlines()]
+    assert len(exported) == 3 and all(row["messages"] in turns for row in exported)
 
 
 def test_the_same_selection_is_made_once_with_and_without_evaluation(run, tmp_path: Path):

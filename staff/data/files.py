@@ -57,8 +57,9 @@ def _named_after(name: str, split: str, folder: Path) -> list[Path]:
         names = " and ".join(path.name for path in whole or shards)
         raise UserError(f"{folder} holds {names}: choose by task.{split}_file.")
     if not whole and not shards:
+        other = f"set task.{split}_file" + (", or evaluation=none to select alone" if split == "test" else "")
         raise UserError(
             f"{folder / name}.jsonl is not there: task.data_dir must be a folder that holds {name}.jsonl (or "
-            f".json, .csv, .tsv, .parquet), or set task.{split}_file."
+            f".json, .csv, .tsv, .parquet), or {other}."
         )
     return whole or shards

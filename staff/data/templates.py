@@ -47,7 +47,8 @@ def checked_text(value: Any, path: Sequence[str], where: str, setting: str) -> s
     text = as_text(value)
     if text is None:
         kind = str(value) if isinstance(value, float) else type(value).__name__
-        raise UserError(f"{where}: field {_spelt(path)} is {kind}, not text (wanted by {setting}).")
+        hint = f"; name one of it by {{{_joined(path)}[0]}}" if isinstance(value, list) else ""
+        raise UserError(f"{where}: field {_spelt(path)} is {kind}, not text (wanted by {setting}){hint}.")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell what no text may hold
@@ -154,7 +155,11 @@ def check_template(template: str, setting: str) -> None:
 
 def _spelt(path: Sequence[str]) -> str:
     """A path as a template has it, quoted."""
-    return repr(shortened(path[0] + "".join(f"[{key}]" for key in path[1:])))
+    return repr(_joined(path))
+
+
+def _joined(path: Sequence[str]) -> str:
+    return shortened(path[0] + "".join(f"[{key}]" for key in path[1:]))
 
 
 def shortened(text: str) -> str:
