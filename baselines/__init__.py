@@ -1,1 +1,1 @@
-"""Selection methods that STAFF is compared with, one file each, all with the interface of `staff.selection`."""
+"""Selection methods to compare STAFF with, one file each, with the interface of `staff.selection`."""

@@ -1,4 +1,4 @@
-"""What methods ask of a model: which model, and embeddings."""
+"""What methods ask of a model: which model, and embeddings of the pool and of the validation slice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from staff.errors import UserError
-from staff.selection import ScorePool, check_budget, check_choice, check_scores
+from staff.selection import ScorePool, check_choice, check_scores
 
 MODELS = ("target", "target_tuned", "small", "small_raw")
 FEATURES = ("normalised", "raw")  # scaled to norm 1, so that a distance is one of directions; or as they are
@@ -35,23 +35,42 @@ class Embedded:
             raise UserError(f"method.layer={self.layer!r} must be a whole number: -1 is the last layer.")
         check_choice(self, "pooling", POOLINGS)
 
-    def embeddings(self, pool: ScorePool, budget: int) -> np.ndarray:
-        """Of every sample, (N, d), float32, after the budget is checked.
+    def embeddings(self, pool: ScorePool) -> np.ndarray:
+        """Of every sample, (N, d), float32.
 
-        Raises UserError for one that is not finite, by the sample's id.
+        Raises:
+            UserError: one is not finite, by the sample's id.
         """
-        check_budget(budget, len(pool.ids))
-        return checked(pool.ask("embedding", of=self.of, layer=self.layer, pooling=self.pooling), pool.ids)
+        asked = pool.ask("embedding", of=self.of, layer=self.layer, pooling=self.pooling)
+        return check_embeddings(asked, pool.ids)
+
+    def slice_embeddings(self, pool: ScorePool) -> np.ndarray:
+        """The same of the validation slice, (M, d). A method asks for them first: a pool without a slice then
+        refuses before any model runs."""
+        asked = pool.ask("embedding", of=self.of, view="dev", layer=self.layer, pooling=self.pooling)
+        return check_embeddings(asked, slice_ids(len(asked)))
 
 
-def checked(embeddings: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Embeddings as (N, d), float32, or a sentence that names the first sample with one that is not finite."""
-    points = np.asarray(embeddings, dtype=np.float32)
-    check_scores(np.einsum("nd,nd->n", points, points, dtype=np.float64), names, "the norm of the embedding")
-    return points
+def check_embeddings(embeddings: np.ndarray, ids: Sequence[str]) -> np.ndarray:
+    """`embeddings` as float32 of shape (N, d), without a copy where they are that already.
+
+    Raises:
+        UserError: another number of rows than ids, or a value that is not finite, by the sample's id.
+    """
+    embeddings = np.asarray(embeddings, dtype=np.float32)
+    if embeddings.ndim != 2 or len(embeddings) != len(ids):
+        raise UserError(f"the embedding has shape {embeddings.shape}: give {len(ids)} samples a vector each.")
+    # The largest absolute value is NaN or infinite exactly if one of the values is.
+    check_scores(np.abs(embeddings).max(axis=1, initial=0), ids, "the embedding")
+    return embeddings
 
 
-def unit_rows(points: np.ndarray) -> np.ndarray:
-    """Rows divided by their norm; a zero row stays zero."""
-    norms = np.sqrt(np.einsum("nd,nd->n", points, points, dtype=np.float64))
-    return points / np.where(norms > 0, norms, 1)[:, None].astype(points.dtype)
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Each row divided by its L2 norm, in its own precision; a zero row stays zero."""
+    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+    return vectors / np.where(norms > 0, norms, 1)[:, None].astype(vectors.dtype)
+
+
+def slice_ids(count: int) -> list[str]:
+    """Names of the validation slice's rows for error messages; the slice has no ids of its own."""
+    return [f"{i} of the validation slice" for i in range(count)]

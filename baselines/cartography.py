@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_scores
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_scores
 
 
 def forgetting_events(correct: np.ndarray) -> np.ndarray:
@@ -74,6 +75,8 @@ class Cartography:
         of: the model whose fine-tuning is followed.
     """
 
+    version: ClassVar[int] = 1
+
     statistic: str = "variability"
     keep: str = "highest"
     of: str = "small"
@@ -84,7 +87,6 @@ class Cartography:
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a value that is not finite at any checkpoint, by the sample's id."""
-        check_budget(budget, len(pool.ids))
         signal, statistic = STATISTICS[self.statistic]
         values = np.asarray(pool.ask(signal, of=f"{self.of}@epochs"))
         check_scores(np.abs(values).max(axis=1), pool.ids, f"{signal} at a checkpoint")

@@ -1,8 +1,8 @@
 """CCS, coverage-centric coreset selection (Zheng et al., ICLR 2023).
 
-The hardest samples are dropped, the rest is stratified by score, and the budget is shared out equally over the
-strata, smallest first, so that what a small stratum cannot take goes to larger ones. Samples are drawn uniformly
-inside a stratum. STAFF is this with unequal shares.
+The hardest samples are dropped, and the rest is stratified by score. The budget is divided equally among the
+strata, smallest first, so that what a small stratum cannot take is left for larger ones. Samples are drawn
+uniformly inside a stratum. STAFF has the same structure with unequal shares.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class CCS:
     """Coverage-centric selection by EL2N on the target fine-tuned on the whole pool.
 
     Attributes:
-        num_strata: strata of equal score width (the paper: 50).
-        beta: fraction of highest-scored samples dropped beforehand; the paper searches it for every pruning rate,
-            the STAFF authors' code has 0.
-        variant: of EL2N, see `baselines.el2n.el2n_scores`.
+        num_strata: the number of strata of equal score width (the paper: 50).
+        beta: fraction of highest-scored samples to drop first. The paper tunes it for every pruning rate; the STAFF
+            authors' code has 0.
+        variant: variant of EL2N, see `baselines.el2n.el2n_scores`.
     """
 
     version: ClassVar[int] = 1
@@ -41,8 +41,12 @@ class CCS:
         check_choice(self, "variant", VARIANTS)
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
-        """Raises UserError for a score that is not finite, by the sample's id, and for a budget above the number
-        of samples that beta leaves."""
+        """The coreset of `budget` samples.
+
+        Raises:
+            UserError: a score that is not finite, by the sample's id, or a budget above the number of samples that
+                `beta` leaves.
+        """
         check_budget(budget, left_after_dropping(self.beta, len(pool.ids)))
         scores = el2n_scores(pool, self.variant)
         eligible = rng.all_but_highest(scores, self.beta)
@@ -62,9 +66,9 @@ class CCS:
         return Coreset(np.concatenate(picked), diagnostics, {"el2n": scores})
 
     def strata(self, scores: np.ndarray, eligible: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Strata that are not empty in serving order, and each one's members (positions in the pool)."""
+        """The non-empty strata in serving order, and their members (positions in the pool)."""
         low, high = scores[eligible].min(), scores[eligible].max()
-        # 1.0001 max for a positive maximum; for any other, too, the highest score must lie below the last edge.
+        # 1.0001 max, as in the released code; for maxima that are not positive too, it is above the highest score.
         high += max(1e-4 * abs(high), np.finfo(np.float64).tiny)
         edges = equal_width_edges(low, high, self.num_strata)
         return serving_order(stratify(scores[eligible], edges, upper_closed=False), eligible)

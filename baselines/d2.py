@@ -1,14 +1,13 @@
-"""D2 pruning: difficulty and diversity, by messages over a graph of samples (Maharana et al., ICLR 2024).
+"""D2 pruning: difficulty and diversity by message passing on a graph of samples (Maharana et al., ICLR 2024).
 
-Every sample is joined to its k nearest neighbours in the space of embeddings, d_ij being the Euclidean distance.
-Forward messages make the importance x_i of a sample (EL2N on the fine-tuned target) into the density of its
-neighbourhood, x_i + sum over neighbours of exp(-d_ij) x_j. Then the sample of largest value is picked and its
-neighbours are charged for it, x_j -= exp(-gamma d_ij) x_i, again and again until the budget is spent.
+Every sample is connected to its k nearest neighbours in embedding space, at Euclidean distances d_ij. Forward
+message passing adds to the importance x_i of a sample (EL2N on the fine-tuned target) that of its neighbours:
+x_i + sum over neighbours of exp(-d_ij) x_j. Then the sample with the highest value is picked and the values of its
+neighbours are reduced, x_j -= exp(-gamma d_ij) x_i, until the budget is spent.
 
-There is no N x N matrix: distances are computed for a block of rows at a time, and the graph is sparse. The search
-is exact, and at N^2 times the dimensions it is what D2 costs. With embeddings of 576 dimensions, on 2 cores shared
-with other work: 4.5 s of processor time (9 s by the clock) and 0.27 GB at N = 12,460, where N x N matrices take
-28 s and 5.4 GB; 194 s (481 s by the clock) and 1.1 GB at N = 100,000 (results/benchmarks/selection.md).
+No N x N matrix is formed: distances are computed for a block of rows at a time, and the graph is sparse. The search
+is exact; its N^2 times dimensions operations dominate the cost of D2. results/benchmarks/selection.md has times and
+memory, also in comparison with N x N matrices.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from baselines.el2n import VARIANTS
 from staff.runtime.progress import progress
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
 
-BLOCK_ROWS = 256  # samples whose neighbours are searched at once: 100 MB of distances at N = 100,000
+BLOCK_ROWS = 256
+"""Samples per block of the neighbour search: 100 MB of distances at N = 100,000."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class D2:
     """Graph-based selection on EL2N and mean-pooled last hidden states of the target fine-tuned on the whole pool.
 
     Attributes:
-        num_neighbors: k of the graph, which joins two samples if either is among the other's k nearest.
-        gamma: of the charge on neighbours; the smaller, the more diverse the coreset.
+        num_neighbors: k; two samples are connected if either is among the other's k nearest.
+        gamma: gamma of the reduction of neighbours; a smaller value gives a more diverse coreset.
         features: "normalised" to L2 norm 1, or "raw". At the scale of raw hidden states exp(-d) vanishes, and D2
-            selects what EL2N would.
-        variant: of EL2N, see `baselines.el2n.el2n_scores`.
+            selects the same samples as EL2N.
+        variant: variant of EL2N, see `baselines.el2n.el2n_scores`.
     """
 
     version: ClassVar[int] = 1
@@ -53,13 +53,16 @@ class D2:
         check_choice(self, "variant", VARIANTS)
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
-        """Raises UserError for an EL2N score or an embedding that is not finite, by the sample's id."""
+        """The coreset of `budget` samples.
+
+        Raises:
+            UserError: an EL2N score or an embedding that is not finite, by the sample's id.
+        """
         el2n, features = pool.ask(["el2n", "embedding"], of="target_tuned", variant=self.variant)
         el2n = check_scores(el2n, pool.ids, "EL2N score")
         features = np.asarray(features, dtype=np.float32)
         norms = check_scores(np.linalg.norm(features, axis=1), pool.ids, "the norm of the embedding")
-        # In an order drawn by id, ties of distance and of value, and rounding too, fall alike in every order of
-        # the pool.
+        # Work in an order drawn by id, so that ties and rounding do not depend on the order of the pool.
         order = np.argsort(rng.priorities("ties"))
         importance, features = np.maximum(el2n[order], 1e-7), features[order]
         if self.features == "normalised":
@@ -84,12 +87,12 @@ class D2:
 
 @dataclass(frozen=True)
 class Graph:
-    """An undirected graph in compressed rows: sample i is joined to ends[starts[i]:starts[i + 1]].
+    """An undirected graph in compressed rows: sample i is connected to ends[starts[i]:starts[i + 1]].
 
     Attributes:
-        starts: shape (N + 1,).
-        ends: shape (edges,), every edge from both sides.
-        distances: its length d_ij, shape (edges,).
+        starts: first edge of each sample, shape (N + 1,).
+        ends: other end of each edge, shape (edges,); every edge is stored in both directions.
+        distances: length d_ij of each edge, shape (edges,).
     """
 
     starts: np.ndarray
@@ -98,7 +101,7 @@ class Graph:
 
     @classmethod
     def of_neighbours(cls, neighbours: np.ndarray, distances: np.ndarray) -> Graph:
-        """The union of the directed edges i -> neighbours[i] and their reverses, both arguments of shape (N, k)."""
+        """The graph with edges from i to each of neighbours[i]; both arguments have shape (N, k)."""
         n, k = neighbours.shape
         here, there = np.repeat(np.arange(n), k), neighbours.ravel()
         edges, first = np.unique(np.concatenate([here * n + there, there * n + here]), return_index=True)
@@ -106,17 +109,17 @@ class Graph:
         return cls(np.searchsorted(rows, np.arange(n + 1)), ends, np.tile(distances.ravel(), 2)[first])
 
     def gather(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """The sum over each sample's edges of weight times the value at the other end, shape (N,)."""
+        """For each sample, the sum over its edges of weight times the value at the other end, shape (N,)."""
         rows = np.repeat(np.arange(len(values)), np.diff(self.starts))
         return np.bincount(rows, weights=weights * values[self.ends], minlength=len(values))
 
 
 def pick_and_charge(values: np.ndarray, graph: Graph, charges: np.ndarray, budget: int) -> np.ndarray:
-    """Pick the largest value, take from its neighbours charge times that value, `budget` times over.
+    """Positions of `budget` samples: pick the highest value, subtract charge times it from its neighbours, repeat.
 
-    Values may fall below zero, and to pick one of those raises its neighbours: a heap would have to be told of
-    every change, edge by edge. To look through all values for the largest costs N per pick, which is next to
-    nothing beside the search for neighbours.
+    Values can become negative, and picking a negative one raises its neighbours. A heap would need an update for
+    every such change. A scan for the highest value costs N per pick, which is negligible beside the neighbour
+    search.
     """
     values = values.copy()
     picked = np.empty(budget, dtype=np.int64)
@@ -129,7 +132,9 @@ def pick_and_charge(values: np.ndarray, graph: Graph, charges: np.ndarray, budge
 
 
 def nearest_neighbours(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every sample's k nearest others (fewer in a smaller pool), exactly: positions and distances, both (N, k).
+    """Positions and distances of the exact k nearest neighbours of each sample, both (N, k).
+
+    A pool of k samples or fewer has fewer neighbours.
 
     Args:
         features: (N, dimensions), float32.
@@ -147,22 +152,22 @@ def nearest_neighbours(features: np.ndarray, k: int) -> tuple[np.ndarray, np.nda
 def _search(
     features: np.ndarray, rows: np.ndarray, k: int, dtype: type
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions and distances of the k nearest of each of `rows`, and whether the precision of `dtype` sufficed.
+    """Positions and distances of the k nearest neighbours of `rows`, and whether they are certain, for each row.
 
-    Squared distances come from one matrix product, |y|^2 - 2xy up to the row's own |x|^2, whose rounding may upset
-    the order of near neighbours. So twice as many candidates are measured again by their differences in
-    float64, and a row is settled if rounding cannot have kept a nearer one from being a candidate.
+    Squared distances come from a matrix product, as |y|^2 - 2xy without the row's own |x|^2. Its rounding can
+    change the order of near neighbours. So the distances of 2k candidates are computed again from differences in
+    float64. A row is certain if no rounding error can have excluded a nearer candidate.
     """
     n, dimensions = features.shape
     count = min(2 * k, n - 1)
     group = isqrt(n // count)
     columns = -(-n // group) * group
-    # Distances survive a shift, and a small norm keeps rounding small. What fills up the columns is infinitely far.
+    # Centring does not change distances and reduces rounding errors. The columns of padding are infinitely far.
     points = np.zeros((columns, dimensions), dtype)
     np.subtract(features, features.mean(0, dtype=np.float64).astype(dtype), out=points[:n])
     squares = np.full(columns, np.inf, dtype)
     squares[:n] = np.einsum("nd,nd->n", points[:n], points[:n], dtype=np.float64)
-    # Twice the worst case of a dot product of two points, and the rounding of the points themselves.
+    # Twice the largest rounding error of a dot product, plus the rounding of the points themselves.
     slack = (dimensions + 16) * np.finfo(dtype).eps * squares[:n].max()
     positions, distances = np.empty((len(rows), k), dtype=np.int64), np.empty((len(rows), k))
     settled = np.empty(len(rows), dtype=bool)
@@ -187,13 +192,13 @@ def _search(
 
 
 def smallest(values: np.ndarray, count: int, group: int) -> np.ndarray:
-    """Columns of each row's `count` smallest values, shape (rows, count).
+    """Columns of the `count` smallest values in each row, shape (rows, count).
 
-    They lie in the `count` groups whose minima are smallest, so that only these need sorting.
+    They are in the `count` groups with the smallest minima, so only these are sorted.
 
     Args:
         values: (rows, columns).
-        group: columns of a group; divides their number, which is at least group x count.
+        group: columns per group; it divides the number of columns, which is at least group x count.
     """
     grouped = values.reshape(len(values), group, -1)
     best = np.argpartition(grouped.min(1), count - 1)[:, :count]

@@ -15,20 +15,23 @@ offsets overlook the begin token (`attention_mass_official`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
+from baselines.asks import MODELS
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
 
 
 @dataclass(frozen=True)
 class DataWhisperer:
     """The samples of the highest in-context score.
 
-    The pool carries out E evaluations at once: `ask("in_context", of, view=, demonstrations=, queries=)` takes
+    It asks the pool for E evaluations at once: `ask("in_context", of, view=, demonstrations=, queries=)` takes
     positions in the pool, (E, b), -1 for none, and numbers of queries, (E, q), -1 for none, whose remainder by the
     size of the view is the position there. It gives the attention on a demonstration per token and the metric of
-    each answer, (E, b + q), NaN where an evaluation failed or there is none.
+    each answer, (E, b + q), NaN where an evaluation failed or there is none. `staff.pool.Pool` generates no answers
+    and refuses.
 
     Attributes:
         of: the model that answers.
@@ -38,6 +41,8 @@ class DataWhisperer:
         rounds: how often each sample is a demonstration.
     """
 
+    version: ClassVar[int] = 1
+
     of: str = "target"
     queries_from: str = "slice"
     demonstrations: int = 5
@@ -45,13 +50,13 @@ class DataWhisperer:
     rounds: int = 3
 
     def __post_init__(self) -> None:
+        check_choice(self, "of", MODELS)
         check_choice(self, "queries_from", ("slice", "folds"))
         for name in ("demonstrations", "queries", "rounds"):
             check_range(self, name, 1, whole=True)
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a sample whose every evaluation failed, by its id."""
-        check_budget(budget, len(pool.ids))
         demonstrations, queries = self.plan(len(pool.ids), rng)
         view = "dev" if self.queries_from == "slice" else "pool"
         asked = {"demonstrations": demonstrations, "queries": queries}

@@ -4,29 +4,32 @@ The gain of sample j for sample i is by how much the distance between the model'
 falls when j stands before it as an example. The coreset maximises facility location on these gains: each sample is
 represented by the member that helps it most. A negative gain counts as 0, as in the paper.
 
-There is an evaluation for every pair of samples, so that a large pool is refused. The released code (DELIFT at
-b282b9f) min-max scales the gains, so that a harmful pair still counts (`gains: minmax`, preset `delift_official`);
-of equal gains it takes the largest index, here a keyed draw decides.
+There is an evaluation for every pair of samples, so that a large pool is refused. A pair is read as the example, a
+blank line (in a chat: the end of the turn) and the sample; its distance is the root mean square of 1 - p over the
+answer tokens, as released. The released code (DELIFT at b282b9f) min-max scales the gains, so that a harmful pair
+still counts (`gains: minmax`, preset `delift_official`); of equal gains it takes the largest index, here a keyed
+draw decides.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from baselines.embeddings import slice_ids
+from baselines.asks import MODELS, slice_ids
 from baselines.facility_location import greedy, lazy_greedy
 from staff.errors import UserError
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
 
 
 @dataclass(frozen=True)
 class DELIFT:
     """Facility location on gains in context.
 
-    The pool gives them by the signal "in_context_gain": (N, N), or (M, N) for the validation slice, rows helped by
-    columns.
+    The pool gives them as "in_context_gain" (`staff.scoring.in_context`): (N, N), or (M, N) for the validation
+    slice, rows helped by columns.
 
     Attributes:
         of: the model whose predictions are compared.
@@ -35,12 +38,15 @@ class DELIFT:
         max_pool: a larger pool is refused; N samples take N^2 evaluations.
     """
 
+    version: ClassVar[int] = 1
+
     of: str = "target"
     represent: str = "pool"
     gains: str = "positive"
     max_pool: int = 2000
 
     def __post_init__(self) -> None:
+        check_choice(self, "of", MODELS)
         check_choice(self, "represent", ("pool", "slice"))
         check_choice(self, "gains", ("positive", "minmax"))
         check_range(self, "max_pool", 1, whole=True)
@@ -48,7 +54,6 @@ class DELIFT:
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a pool above `max_pool`, and for a gain that is not finite, by the sample helped."""
         size = len(pool.ids)
-        check_budget(budget, size)
         if size > self.max_pool:
             raise UserError(
                 f"method.max_pool={self.max_pool}, but the pool has {size} samples and DELIFT asks about every "

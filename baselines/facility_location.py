@@ -19,11 +19,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from baselines.embeddings import check_embeddings, unit_rows
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice
+from baselines.asks import Embedded, unit_rows
+from staff.selection import Coreset, Draws, ScorePool, check_choice
 
 ROWS, COLUMNS = 256, 4096  # of a block of similarities: 4 MB, which stays in a processor's cache
 ACTIVE_SHARE, FEWEST_ACTIVE = 16, 512  # one of so many gains is kept exact, and at least so many are
@@ -31,25 +32,27 @@ ACTIVE_SHARE, FEWEST_ACTIVE = 16, 512  # one of so many gains is kept exact, and
 Similarity = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of the samples `rows` to the samples `columns`
 
 
-@dataclass(frozen=True)
-class FacilityLocation:
+@dataclass(frozen=True, kw_only=True)
+class FacilityLocation(Embedded):
     """Greedy facility location on embeddings.
 
     Attributes:
-        of: the model whose embeddings are compared.
+        of: the small model fine-tuned on the pool by default.
         similarity: "cosine", 0.5 + 0.5 cosine; "euclidean", exp(-distance / dimensions).
     """
+
+    version: ClassVar[int] = 1
 
     of: str = "small"
     similarity: str = "cosine"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice(self, "similarity", ("cosine", "euclidean"))
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for an embedding that is not finite, by the sample's id."""
-        check_budget(budget, len(pool.ids))
-        embeddings = check_embeddings(pool.ask("embedding", of=self.of), pool.ids)
+        embeddings = self.embeddings(pool)
         # In an order drawn by id, ties and rounding fall alike in every order of the pool.
         order = np.argsort(rng.priorities("ties"))
         kernel = half_cosine if self.similarity == "cosine" else exponential

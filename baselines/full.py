@@ -1,4 +1,4 @@
-"""The two ends that a coreset lies between: all samples, and none."""
+"""Bounds for every method: fine-tuning on all samples, and no fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from staff.selection import Coreset, Draws, ScorePool
 
 @dataclass(frozen=True)
 class Full:
-    """Every sample, whatever the pruning rate."""
+    """Selects all samples, whatever the pruning rate."""
 
     version: ClassVar[int] = 1
 
@@ -25,7 +25,7 @@ class Full:
 
 @dataclass(frozen=True)
 class Raw:
-    """No sample: the target LLM as it is, without fine-tuning."""
+    """Selects no sample: the raw target LLM, without fine-tuning."""
 
     version: ClassVar[int] = 1
 

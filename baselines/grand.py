@@ -1,6 +1,7 @@
-"""GraNd: the samples that move the fine-tuned target most (Paul et al., NeurIPS 2021, "Deep Learning on a Data
-Diet"): the norm of the gradient of the sample's own loss. For a language model under LoRA, the loss is the mean
-cross-entropy of the answer tokens, and the gradient that of the adapters.
+"""GraNd, the gradient norm on the fine-tuned target (Paul et al., NeurIPS 2021, "Deep Learning on a Data Diet").
+
+It is the norm of the gradient of the sample's own loss. For a language model with LoRA the loss is the mean
+cross-entropy of the answer tokens, and the gradient is that of the adapters.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from staff.selection import Coreset, Draws, ScorePool, check_choice, check_score
 
 @dataclass(frozen=True)
 class GraNd:
-    """Highest gradient norm on the target fine-tuned on the whole pool first.
+    """Selects the samples with the highest gradient norm on the target fine-tuned on the whole pool.
 
     Attributes:
         gradient: "all_lora": all LoRA parameters; "last_v_b": last block's v_proj lora_B alone;
-            "all_linear": all weights of linear layers, adapters merged into them.
-        fresh_adapter: None: fine-tuning's own LoRA; otherwise {rank, alpha, targets} of a fresh one put in its
-            place, as in `staff.speculative.Staff` (with last_v_b what the STAFF authors' code calls GraNd).
+            "all_linear": all weights of linear layers, with adapters merged into them.
+        fresh_adapter: {rank, alpha, targets} of a new adapter that replaces that of fine-tuning, as in
+            `baselines.staff_official`; with "last_v_b" this is what the STAFF authors' code calls GraNd. None: the
+            adapter of fine-tuning.
     """
 
     version: ClassVar[int] = 1
@@ -31,7 +33,11 @@ class GraNd:
         check_choice(self, "gradient", ("all_lora", "last_v_b", "all_linear"))
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
-        """Raises UserError for a score that is negative or not finite, by the sample's id."""
+        """The coreset of `budget` samples.
+
+        Raises:
+            UserError: a score that is negative or not finite, by the sample's id.
+        """
         options = {"parameters": self.gradient, "fresh_adapter": self.fresh_adapter}
         scores = check_scores(pool.ask("effort", of="target_tuned", **options), pool.ids, "GraNd score", minimum=0)
         return Coreset(rng.highest_first(scores)[:budget], scores={"grand": scores})

@@ -15,11 +15,12 @@ alone, counts the rate from the 52,002 samples of Alpaca, and keeps a sample tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from baselines.asks import MODELS
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
 
 RATIOS = ("losses", "perplexities")
 
@@ -34,6 +35,8 @@ class IFD:
         limit: samples above it are dropped; so are those at it for perplexities, as in the released code.
     """
 
+    version: ClassVar[int] = 1
+
     ratio: str = "losses"
     of: str = "target"
     limit: float = 1.0
@@ -46,7 +49,6 @@ class IFD:
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a loss or a ratio that is not finite, by the sample's id. Where fewer samples than
         the budget are kept, those dropped with the lowest ratio fill it up."""
-        check_budget(budget, len(pool.ids))
         given = check_scores(pool.ask("loss", of=self.of), pool.ids, "loss", minimum=0)
         alone = check_scores(
             pool.ask("loss", of=self.of, prompt=False), pool.ids, "loss without the prompt", minimum=0

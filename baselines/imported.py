@@ -7,14 +7,14 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
 from baselines.ranks import WHICH, take
 from staff.errors import UserError
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_scores
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_scores
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Imported:
         column: of the scores, in CSV and Parquet.
         which: "top" for the highest, "low" for the lowest, "middle" for those around the median.
     """
+
+    version: ClassVar[int] = 1
 
     path: str | None = None
     column: str = "score"
@@ -65,7 +67,6 @@ class Imported:
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a sample of the pool without a score, or with one that is not finite, by its id."""
-        check_budget(budget, len(pool.ids))
         missing = [id for id in pool.ids if id not in self.by_id]
         if missing:
             raise UserError(

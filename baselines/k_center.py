@@ -14,6 +14,7 @@ farthest samples are brought up to date for many picks at once, by one matrix pr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,8 @@ class KCenter(Embedded):
         features: "normalised" to norm 1, or "raw".
     """
 
+    version: ClassVar[int] = 1
+
     features: str = "normalised"
 
     def __post_init__(self) -> None:
@@ -41,7 +44,7 @@ class KCenter(Embedded):
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for an embedding that is not finite, by the sample's id."""
-        points = self.embeddings(pool, budget)
+        points = self.embeddings(pool)
         # In an order drawn by id the first sample is a random one, and ties and rounding fall alike in every order
         # of the pool.
         order = np.argsort(rng.priorities("ties"))

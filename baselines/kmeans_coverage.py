@@ -8,6 +8,7 @@ is no paper to be faithful to: this is the plain form of what many methods that 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,8 @@ class KMeansCoverage(Embedded):
         features: "normalised" to norm 1, or "raw".
     """
 
+    version: ClassVar[int] = 1
+
     num_clusters: int = 100
     pick: str = "random"
     features: str = "normalised"
@@ -43,7 +46,7 @@ class KMeansCoverage(Embedded):
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for an embedding that is not finite, by the sample's id."""
-        points = self.embeddings(pool, budget)
+        points = self.embeddings(pool)
         points = points if self.features == "raw" else unit_rows(points)
         _, centroids = kmeans(points, self.num_clusters, rng.priorities("k-means"))
         labels, squares = nearest(points, centroids)

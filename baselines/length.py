@@ -8,11 +8,12 @@ over the answer alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from baselines.ranks import WHICH, take
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice
+from staff.selection import Coreset, Draws, ScorePool, check_choice
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,13 @@ class Length:
         which: "top" for the longest answers, "low" for the shortest, "middle" for those around the median.
     """
 
+    version: ClassVar[int] = 1
+
     which: str = "top"
 
     def __post_init__(self) -> None:
         check_choice(self, "which", WHICH)
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
-        check_budget(budget, len(pool.ids))
         lengths = np.asarray(pool.answer_lengths, dtype=np.int64)
         return Coreset(take(lengths, self.which, budget, rng), scores={"answer_length": lengths})

@@ -4,27 +4,30 @@ The influence of a sample on the slice is the sum over the checkpoints of the le
 the sample's Adam direction and the plain gradients of the slice, all projected to few dimensions (equation 5). Per
 group of the slice it is averaged, and a sample scores as high as its best group.
 
+The checkpoints are the ends of the epochs of a warm-up: the target fine-tuned on a random 5 % of the pool. Adam's
+moments are kept of that fine-tuning alone, so that of others plain gradients are compared (`adam: false`).
+
 Where the released code (princeton-nlp/LESS) differs from the paper, the default follows the code. It averages the
 cosines with each slice sample; the paper takes the cosine with the mean gradient (`average: gradients`, preset
 `less_paper`). It divides the learning rates by their sum, which changes no order. Its Adam direction has no bias
-correction and epsilon inside the root (`adam_direction_official`); the paper's is `adam_direction`. It sorts NaN
-first and selects it, which is refused here.
+correction and epsilon inside the root (`adam_direction_official`, and the signal "projected_gradient"); the paper's
+is `adam_direction`. It sorts NaN first and selects it, which is refused here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
-from baselines.embeddings import slice_ids, unit_rows
+from baselines.asks import slice_ids, unit_rows
 from staff.errors import UserError
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
 
 BLOCK_BYTES = 2**29  # of projected gradients asked for at once; those of 100,000 samples would take 13 GB
-WARMUP = 0.1  # share of steps in which the cosine schedule of fine-tuning rises
 
 
 @dataclass(frozen=True)
@@ -32,49 +35,44 @@ class LESS:
     """The samples of the highest influence on the validation slice.
 
     Attributes:
-        of: the model whose checkpoints are asked.
+        of: the fine-tuning whose checkpoints are asked, each weighed by the mean learning rate of its epoch:
+            "warmup"; "small" or "target_tuned", which other methods may have paid for, with `adam: false`.
         dim: dimensions of the projection (the paper: 8,192).
+        adam: compare the slice's gradients with a sample's Adam direction; false: with its gradient.
         average: "cosines" with each sample of a group, as released; "gradients": the cosine with their mean.
-        learning_rates: the weight of each checkpoint; None: the mean learning rate of each epoch under the cosine
-            schedule with a tenth of warm-up.
     """
 
-    of: str = "small"
+    version: ClassVar[int] = 1
+
+    of: str = "warmup"
     dim: int = 8192
+    adam: bool = True
     average: str = "cosines"
-    learning_rates: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        check_choice(self, "of", ("warmup", "small", "target_tuned"))
         check_range(self, "dim", 1, whole=True)
         check_choice(self, "average", ("cosines", "gradients"))
-        rates = self.learning_rates
-        if rates is not None and not (
-            rates and all(isinstance(r, int | float) and r >= 0 for r in rates) and any(rates)
-        ):
+        if self.adam and self.of != "warmup":
             raise UserError(
-                f"method.learning_rates={rates!r} must be null or a list of rates, one of them above 0."
+                f"method.adam=true needs Adam's moments, which only the warm-up keeps: with method.of={self.of} "
+                "set method.adam=false."
             )
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
-        """Raises UserError for a gradient that is not finite, by the sample's id, and for learning rates that are
-        not as many as the checkpoints."""
-        check_budget(budget, len(pool.ids))
+        """Raises UserError for a gradient that is not finite, by the sample's id, and for a pool without a
+        validation slice."""
         of = f"{self.of}@epochs"
         dev = pool.ask("projected_gradient", of=of, view="dev", dim=self.dim, adam=False)
         dev = _checked(dev, slice_ids(len(dev)))
-        checkpoints = dev.shape[1]
-        rates = self.learning_rates
-        weights = mean_learning_rates(checkpoints) if rates is None else np.array(rates, dtype=np.float64)
-        if len(weights) != checkpoints:
-            raise UserError(
-                f"method.learning_rates has {len(weights)} rates for {checkpoints} checkpoints: give one each."
-            )
+        rates = pool.learning_rates(self.of)
+        weights = rates / rates.sum() if rates.any() else np.full(len(rates), 1 / len(rates))
         labels = np.zeros(len(dev), dtype=int) if pool.dev_groups is None else np.asarray(pool.dev_groups)
         names, groups = np.unique(labels, return_inverse=True)
         directions = _directions(dev, groups, self.average)
         per_group = np.empty((len(pool.ids), len(names)), dtype=np.float32)
-        for at, block in self._blocks(pool, of, rng, 4 * checkpoints * dev.shape[2]):
-            per_group[at] = group_influence(_unit(block), *directions, weights / weights.sum())
+        for at, block in self._blocks(pool, of, rng, 4 * len(weights) * self.dim):
+            per_group[at] = group_influence(_unit(block), *directions, weights)
         scores = per_group.max(axis=1).astype(np.float64)
         picked = rng.highest_first(scores)[:budget]
         best = per_group.argmax(axis=1)
@@ -96,7 +94,7 @@ class LESS:
         order, size = np.argsort(rng.priorities("ties")), max(BLOCK_BYTES // sample_bytes, 1)
         for start in range(0, len(order), size):
             at = order[start : start + size]
-            block = pool.ask("projected_gradient", of=of, at=at, dim=self.dim, adam=True)
+            block = pool.ask("projected_gradient", of=of, at=at, dim=self.dim, adam=self.adam)
             yield at, _checked(block, [str(pool.ids[i]) for i in at])
 
 
@@ -133,13 +131,6 @@ def group_influence(train: np.ndarray, dev: np.ndarray, groups: np.ndarray, weig
     for checkpoint, weight in enumerate(weights.astype(np.float32)):
         influence += weight * (train[:, checkpoint] @ dev[:, checkpoint].T)
     return np.stack([influence[:, groups == group].mean(axis=1) for group in range(groups.max() + 1)], axis=1)
-
-
-def mean_learning_rates(epochs: int) -> np.ndarray:
-    """The mean of the cosine schedule over each epoch, in units of its peak, (epochs,)."""
-    done = (np.arange(1000 * epochs) + 0.5) / (1000 * epochs)
-    falling = 0.5 * (1 + np.cos(np.pi * (done - WARMUP) / (1 - WARMUP)))
-    return np.where(done < WARMUP, done / WARMUP, falling).reshape(epochs, -1).mean(axis=1)
 
 
 def adam_direction(

@@ -13,6 +13,7 @@ than r N; the budget is met exactly here, from the same first rank. It returns t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class Moderate(Embedded):
         features: "normalised" to norm 1, or "raw".
     """
 
+    version: ClassVar[int] = 1
+
     classes: str = "one"
     num_clusters: int = 10
     features: str = "normalised"
@@ -47,13 +50,14 @@ class Moderate(Embedded):
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for an embedding that is not finite, by the sample's id, and for classes by groups where
         the task has none."""
-        if self.classes == "groups" and pool.groups is None:
+        groups = pool.groups
+        if self.classes == "groups" and groups is None:
             raise UserError("method.classes=groups needs groups: set task.group_field, or method.classes=one.")
-        points = self.embeddings(pool, budget)
+        points = self.embeddings(pool)
         points = points if self.features == "raw" else unit_rows(points)
         labels = np.zeros(len(points), dtype=np.int64)
-        if self.classes == "groups":
-            labels = np.unique(pool.groups, return_inverse=True)[1]
+        if self.classes == "groups" and groups is not None:
+            labels = np.unique(groups, return_inverse=True)[1]
         elif self.classes == "kmeans":
             labels, _ = kmeans(points, self.num_clusters, rng.priorities("k-means"))
         distances = distances_to_median(points, labels)

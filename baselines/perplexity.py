@@ -14,12 +14,13 @@ then moves it up, so that its size is always exact.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from baselines.asks import MODELS
 from baselines.ranks import WHICH, take
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, check_scores
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
 
 TEXTS = ("answer", "all")
 
@@ -36,6 +37,8 @@ class Perplexity:
         of: the model that is asked.
     """
 
+    version: ClassVar[int] = 1
+
     which: str = "top"
     text: str = "answer"
     middle_start: float | None = None
@@ -50,7 +53,6 @@ class Perplexity:
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a loss that is not finite, by the sample's id."""
-        check_budget(budget, len(pool.ids))
         loss = check_scores(pool.ask("loss", of=self.of, text=self.text), pool.ids, "loss")
         if self.which != "middle" or self.middle_start is None:
             return Coreset(take(loss, self.which, budget, rng), scores={"loss": loss})

@@ -1,4 +1,4 @@
-"""Precomputed: a coreset that was chosen elsewhere, or in an earlier run."""
+"""Precomputed: a coreset from a file, selected elsewhere or in an earlier run."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ COLUMNS = ("id", "position")
 
 @dataclass(frozen=True)
 class Precomputed:
-    """The samples that a file lists, whatever the pruning rate; its order counts for nothing.
+    """Selects the samples that a file lists, whatever the pruning rate. The order of the list is ignored.
 
     Attributes:
         path: a JSON list of ids (text) or of positions from 0 (numbers); a CSV file with a column `id` or
             `position`, such as the coreset.csv of a run; or a `.pt` file of positions, as the STAFF authors
-            released theirs, of which nothing but integers is unpickled.
-        pool_size: N of the pool that the list was chosen from. Positions say nothing of the pool they index (the
-            authors' for DialogSum index 13,014 samples drawn from all its splits, not the 12,460 for training),
-            so they ask for it.
+            released theirs, from which only integers are unpickled.
+        pool_size: N of the pool that the list was selected from. It is required for positions, which do not
+            identify their pool: those of the authors for DialogSum index 13,014 samples from all its splits, not
+            the 12,460 for training.
     """
 
     version: ClassVar[int] = 1
@@ -42,14 +42,14 @@ class Precomputed:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
-            raise UserError(f"method.path={self.path!r} names no coreset: set method.path=FILE (.json, .csv, .pt).")
+            raise UserError(f"method.path={self.path!r} is not a file: set method.path=FILE (.json, .csv, .pt).")
         if self.pool_size is not None and (type(self.pool_size) is not int or self.pool_size < 1):
             raise UserError(f"method.pool_size={self.pool_size!r} must be a whole number of at least 1.")
         lists_positions = isinstance(self.entries[0], int)  # read at once, so that a bad file is refused at once
         if lists_positions and self.pool_size is None:
             raise UserError(
-                f"{self._setting} lists positions, which say nothing of the pool they index: set method.pool_size "
-                "to the number of its samples."
+                f"{self._setting} lists positions, which do not identify their pool: set method.pool_size to its "
+                "number of samples."
             )
 
     @property
@@ -67,7 +67,7 @@ class Precomputed:
             entries = read(file)
         except UserError:
             raise
-        except Exception as error:  # a torn .pt file can end in any error
+        except Exception as error:  # for a damaged .pt file torch can raise any error
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self._setting} cannot be read ({said}); give a whole {file.suffix} file.") from error
         listed = isinstance(entries, list)
@@ -79,24 +79,28 @@ class Precomputed:
             )
         twice, count = Counter(entries).most_common(1)[0]
         if count > 1:
-            raise UserError(f"{self._setting} lists {twice!r} {count} times: each sample may come once.")
+            raise UserError(f"{self._setting} lists {twice!r} {count} times: list each sample once.")
         return entries
 
     @property
     def content_digest(self) -> str:
-        """Of what is listed, for fingerprints: the same for the same samples in another file."""
+        """Digest of the listed samples, for fingerprints; the same for the same samples in another file."""
         return hashlib.sha256(json.dumps(sorted(self.entries)).encode()).hexdigest()
 
     def fixed_size(self, pool_size: int) -> int:
         return len(self.entries)
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
-        """Raises UserError for a pool of another size, and for an entry that is not in it."""
+        """The coreset of the listed samples.
+
+        Raises:
+            UserError: a pool of another size, or an entry that is not in it.
+        """
         size, listed = len(pool.ids), len(self.entries)
         if self.pool_size not in (None, size):
             raise UserError(
                 f"method.pool_size={self.pool_size}, but this pool has {size} samples (without any dropped as too "
-                f"long): choose the data that {self.path} was chosen from."
+                f"long): use the data that {self.path} was selected from."
             )
         if budget != listed:
             raise UserError(f"{self._setting} lists {listed} samples, not the {budget} of the budget.")
@@ -106,8 +110,8 @@ class Precomputed:
         if unknown:
             example = f"{places[0]!r} to {places[-1]!r}" if isinstance(places, range) else f"such as {places[0]!r}"
             raise UserError(
-                f"{self._setting} lists {unknown[0]!r} ({len(unknown)} such in all), which is not among the pool's "
-                f"{size} samples ({example}): choose the data that it was chosen from."
+                f"{self._setting} lists {unknown[0]!r} ({len(unknown)} in total), which is not among the pool's "
+                f"{size} samples ({example}): use the data that it was selected from."
             )
         return Coreset(np.array([position[entry] for entry in self.entries]))
 

@@ -10,6 +10,7 @@ distance.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class Prototypes(Embedded):
         keep: "hard" for the farthest, "easy" for the nearest.
     """
 
+    version: ClassVar[int] = 1
+
     num_clusters: int = 100
     metric: str = "cosine_spherical"
     keep: str = "hard"
@@ -42,7 +45,7 @@ class Prototypes(Embedded):
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for an embedding that is not finite, by the sample's id."""
-        points = self.embeddings(pool, budget)
+        points = self.embeddings(pool)
         points = points if self.metric == "l2" else unit_rows(points)
         spherical = self.metric == "cosine_spherical"
         _, centroids = kmeans(points, self.num_clusters, rng.priorities("k-means"), spherical=spherical)

@@ -1,4 +1,4 @@
-"""Random: a uniform draw, the baseline that every other method has to beat."""
+"""Random: a uniform draw, which every other method should beat."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from staff.selection import Coreset, Draws, ScorePool
 
 @dataclass(frozen=True)
 class Random:
-    """Uniform without replacement; scores nothing and costs nothing."""
+    """Selects samples uniformly without replacement, at no cost."""
 
     version: ClassVar[int] = 1
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
 from staff.errors import UserError
-from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, check_budget, check_range
+from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, check_range
 
 MATCHES = ("length", "tokens", "group")
 
@@ -38,6 +39,8 @@ class RandomMatched:
             as equal. The more there are, the closer the lengths, and the more samples are shared by necessity.
     """
 
+    version: ClassVar[int] = 1
+
     reference: SelectionMethod
     match: Sequence[str] = ("tokens",)
     num_bins: int = 20
@@ -53,7 +56,6 @@ class RandomMatched:
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for what the reference refuses, for one that does not keep to the budget, and for
         groups of a pool that has none."""
-        check_budget(budget, len(pool.ids))
         if "group" in self.match and pool.groups is None:
             raise UserError("method.match names group, but the samples have none: set task.group_field.")
         reference = self.reference.select(pool, budget, rng)

@@ -16,10 +16,11 @@ they are 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from baselines.asks import Embedded, checked, unit_rows
+from baselines.asks import Embedded, unit_rows
 from staff.selection import Coreset, Draws, ScorePool, check_choice
 
 AGGREGATES = ("round_robin", "max", "mean", "normalised_mean")
@@ -36,6 +37,8 @@ class RDSPlus(Embedded):
         lose_turn: in the round robin, a query whose next sample has been taken waits for the next round.
     """
 
+    version: ClassVar[int] = 1
+
     pooling: str = "position_weighted"
     aggregate: str = "round_robin"
     lose_turn: bool = False
@@ -47,9 +50,8 @@ class RDSPlus(Embedded):
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for an embedding that is not finite, by the sample's id, and for a pool without a
         validation slice."""
-        points = unit_rows(self.embeddings(pool, budget))
-        asked = pool.ask("embedding", of=self.of, view="dev", layer=self.layer, pooling=self.pooling)
-        queries = unit_rows(checked(asked, [f"validation sample {i}" for i in range(len(asked))]))
+        queries = unit_rows(self.slice_embeddings(pool))
+        points = unit_rows(self.embeddings(pool))
         # Columns lie in an order drawn by id and sorts are stable: ties fall alike in every order of the pool.
         order = np.argsort(rng.priorities("ties"))
         points = points[order]

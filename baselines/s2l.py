@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
 from baselines.kmeans import kmeans
 from staff.regions import regions_left, serving_order, share_out
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_range, check_scores
+from staff.selection import Coreset, Draws, ScorePool, check_range, check_scores
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class S2L:
         pooled_size: clusters of at most so many samples are served last, as one. The released code has 2.
         by_group: share the budget out over groups of samples first, where the task has groups.
     """
+
+    version: ClassVar[int] = 1
 
     num_clusters: int = 100
     num_checkpoints: int | None = None
@@ -48,7 +51,6 @@ class S2L:
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a loss that is not finite, by the sample's id."""
-        check_budget(budget, len(pool.ids))
         losses = np.asarray(pool.ask("loss", of="small@epochs"), dtype=np.float64)
         for epoch, column in enumerate(losses.T, start=1):
             check_scores(column, pool.ids, f"loss at checkpoint {epoch}")

@@ -1,11 +1,16 @@
-"""STAFF as its authors' released code computes it, for exact comparisons.
+"""STAFF as in the authors' released code, for exact comparisons.
 
-Differences to the paper, each a field or a method here: scores are min-max normalised over the pool, small and target
-each, so that the target scores every sample and no overhead is saved; the highest-scored tenth is dropped; regions
-have float32 edges, above the last of which a sample belongs to no region; regions of b_v or fewer samples are not
-verified and get an equal share; inside a region the highest scored come first; what is left over is a uniform draw.
-The released code fine-tunes the small model and then re-initialises its adapters on q_proj and v_proj (an accident
-that `fresh_adapter` repeats), with rank 81 and alpha 16.
+Differences from the paper, each a field or a method here:
+
+- Scores are min-max normalised over the pool, separately for both models. So the target scores every sample, and no
+  overhead is saved.
+- The highest-scored tenth is dropped.
+- Regions have float32 edges. A sample above the last edge belongs to no region.
+- Regions of b_v or fewer samples are not verified and get an equal share of the budget.
+- Inside a region the highest-scored samples come first.
+- The rest of the budget is drawn uniformly.
+- After fine-tuning, the small model's adapters on q_proj and v_proj are re-initialised, with rank 81 and alpha 16.
+  This is an accident of the released code, which `fresh_adapter` reproduces.
 """
 
 from __future__ import annotations
@@ -18,19 +23,19 @@ import numpy as np
 
 from staff.errors import UserError
 from staff.regions import equal_width_edges, serving_order, share_out, stratify
-from staff.selection import Draws, ScorePool, check_range, check_scores
+from staff.selection import Draws, ScorePool, check_range
 from staff.speculative import Staff
 
 
 @dataclass(frozen=True)
 class StaffOfficial(Staff):
-    """`Staff` with the fields that exist only to reproduce the released code.
+    """`Staff` with the additional fields that reproduce the released code.
 
     Attributes:
-        verification_fraction: verify int(fraction x size) samples of a region in place of b_v. The released code's
-            option `verify_sample_rate` means a tenth, whatever its value. None: b_v, and only in larger regions.
-        normalise: min-max normalise the scores of either model over the pool.
-        fresh_adapter: {rank, alpha, targets} of a fresh adapter in place of fine-tuning's on both models.
+        verification_fraction: verify int(fraction x size) samples of a region instead of b_v. The released code's
+            option `verify_sample_rate` means a tenth, whatever its value. None: b_v, in regions with more samples.
+        normalise: whether to min-max normalise the scores of both models over the pool.
+        fresh_adapter: {rank, alpha, targets} of a new adapter for both models, in place of that of fine-tuning.
     """
 
     verification_fraction: float | None = None
@@ -45,15 +50,19 @@ class StaffOfficial(Staff):
             raise UserError(f"method.fresh_adapter={self.fresh_adapter} must have rank, alpha and targets.")
         if self.fresh_adapter is not None and (self.scores == "online" or self.gradient == "all_linear"):
             raise UserError(
-                f"method.fresh_adapter is a LoRA adapter for a scoring pass: leave it out with scores={self.scores} "
-                f"and gradient={self.gradient}."
+                f"method.fresh_adapter is a LoRA adapter for a scoring pass: leave it out with "
+                f"scores={self.scores} and gradient={self.gradient}."
             )
 
     def scored(self, pool: ScorePool, model: str, probes: Sequence[np.ndarray] | None = None) -> np.ndarray:
+        return super().scored(pool, model, None if self.normalise else probes)
+
+    def rescaled(self, scores: np.ndarray, pool: ScorePool, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
+        scores, notes = super().rescaled(scores, pool, name)
         if not self.normalise:
-            return super().scored(pool, model, probes)
-        name = "target's score" if model == "target" else "speculative score"
-        return min_max(check_scores(self.ask(pool, model), pool.ids, name, minimum=0))
+            return scores, notes
+        constant = (f"the {name} scores are constant: taken as 1.",) if scores.min() == scores.max() else ()
+        return min_max(scores), notes + constant
 
     def effort_options(self) -> dict[str, Any]:
         return {"parameters": self.gradient, "fresh_adapter": self.fresh_adapter}
@@ -72,17 +81,11 @@ class StaffOfficial(Staff):
         return [rng.choose("verification", m, count) for m, count in zip(members, counts)]
 
     def budgets(self, sizes: np.ndarray, ratios: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
-        """One pass over the regions; the budgets may fall short of `budget`."""
+        """The budgets after one pass over the regions, which can sum to less than `budget`, and no fill."""
         return share_out(budget, sizes, *self.shares(ratios)), 0
-
-    def notes(self, speculative: np.ndarray, verified: np.ndarray) -> tuple[str, ...]:
-        if not self.normalise:
-            return ()
-        named = ("speculative", speculative), ("target's", verified)
-        return tuple(f"the {name} scores are constant: taken as 1." for name, s in named if s.min() == 1)
 
 
 def min_max(scores: np.ndarray) -> np.ndarray:
-    """Scores scaled to [0, 1] over the pool; a constant score becomes one throughout."""
+    """Scores scaled to [0, 1] over the pool; constant scores become 1."""
     low, high = scores.min(), scores.max()
     return (scores - low) / (high - low) if high > low else np.ones_like(scores)

@@ -15,29 +15,32 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
-from baselines.embeddings import check_embeddings, slice_ids, unit_rows
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range
+from baselines.asks import Embedded, unit_rows
+from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range
 
 ROWS, COLUMNS = 256, 4096  # of a block of distances: 4 MB, which stays in a processor's cache
 DENSITY_NEIGHBOURS = 1000  # of the released density
 
 
-@dataclass(frozen=True)
-class TSDS:
+@dataclass(frozen=True, kw_only=True)
+class TSDS(Embedded):
     """The samples of the largest mass under TSDS' assignment, on embeddings of norm 1.
 
     Attributes:
-        of: the model whose embeddings are compared.
+        of: the small model fine-tuned on the pool by default.
         alpha: weight of alignment against diversity; the larger, the fewer neighbours are used.
         scale: C of the paper, in units of distance.
         sigma: radius of the kernel of the density, 1 - (distance / sigma)^2.
         max_neighbors: of a slice sample, at most a tenth of the pool.
         density: "pool", "neighbours" as released, or "uniform".
     """
+
+    version: ClassVar[int] = 1
 
     of: str = "small"
     alpha: float = 0.5
@@ -47,6 +50,7 @@ class TSDS:
     density: str = "pool"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self, "alpha", 0, 1)
         check_range(self, "scale", 1e-9)
         check_range(self, "sigma", 1e-9)
@@ -55,12 +59,10 @@ class TSDS:
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for an embedding that is not finite, by the sample's id."""
-        check_budget(budget, len(pool.ids))
         # In an order drawn by id, ties and rounding fall alike in every order of the pool.
         order = np.argsort(rng.priorities("ties"))
-        candidates = unit_rows(check_embeddings(pool.ask("embedding", of=self.of), pool.ids))[order]
-        dev = np.asarray(pool.ask("embedding", of=self.of, view="dev"))
-        queries = unit_rows(check_embeddings(dev, slice_ids(len(dev))))
+        queries = unit_rows(self.slice_embeddings(pool))
+        candidates = unit_rows(self.embeddings(pool))[order]
         neighbours, distances = nearest_candidates(candidates, queries, self.max_neighbors)
         density = self._density(candidates, neighbours)
         assigned, level, used = assign_mass(neighbours, distances, density, len(order), self.alpha, self.scale)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
 from staff.errors import UserError
-from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, check_budget
+from staff.selection import Coreset, Draws, ScorePool, SelectionMethod
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class WithinGroups:
         inner: the method; the validation slice that it may ask about is the whole one for every group.
     """
 
+    version: ClassVar[int] = 1
+
     inner: SelectionMethod
 
     def __post_init__(self) -> None:
@@ -35,7 +37,6 @@ class WithinGroups:
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a pool without groups, for what the inner method refuses, and for one that does not
         keep to its quota."""
-        check_budget(budget, len(pool.ids))
         if pool.groups is None:
             raise UserError("method=within_groups needs the group of each sample: set task.group_field.")
         labels, group_of, sizes = np.unique(np.asarray(pool.groups), return_inverse=True, return_counts=True)
@@ -87,7 +88,10 @@ class GroupPool:
         self._pool, self._members = pool, members
         self.ids: Sequence[str] = [str(pool.ids[i]) for i in members]
         self.groups = None if pool.groups is None else np.asarray(pool.groups)[members]
-        self.dev_groups = pool.dev_groups
+
+    @property
+    def dev_groups(self) -> np.ndarray | None:
+        return self._pool.dev_groups
 
     @property
     def answer_lengths(self) -> np.ndarray:
@@ -97,7 +101,13 @@ class GroupPool:
     def lengths(self) -> np.ndarray:
         return np.asarray(self._pool.lengths)[self._members]
 
+    def learning_rates(self, of: str) -> np.ndarray:
+        return self._pool.learning_rates(of)
+
     def ask(self, signal: Any, of: str, at: np.ndarray | None = None, view: str = "pool", **options: Any) -> Any:
+        if signal == "in_context_gain":  # of pairs, the pool's samples by column
+            gains = self._pool.ask(signal, of, view=view)[:, self._members]
+            return gains[self._members] if view == "pool" else gains
         if view != "pool":
             return self._pool.ask(signal, of, at=at, view=view, **options)
         if at is not None:

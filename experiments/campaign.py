@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.parquet import read_table, write_table
 
+from experiments.console import pipeable
 from experiments.recorded import TEXTS, RecordedRun, packed_runs, recorded_runs, run_folders
 from staff.errors import UserError
 
@@ -224,6 +224,7 @@ def _unpack(results: Path, folder: Path) -> None:
     print(f"{len(wanted)} run folders written to {folder / 'runs'}, {len(packed) - len(wanted)} were there")
 
 
+@pipeable
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="staff-campaign",
@@ -248,5 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     main()

@@ -8,13 +8,13 @@ sample may cross a region's edge, and the table tells how far that goes.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from experiments.console import pipeable
 from experiments.recorded import RecordedRun, recorded_runs
 from staff.errors import UserError
 
@@ -62,6 +62,7 @@ def _answers(run: RecordedRun) -> pd.DataFrame:
     return answers
 
 
+@pipeable
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="staff-compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -87,5 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     main()

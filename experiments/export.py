@@ -184,6 +184,8 @@ def _origin(record: dict[str, Any]) -> str:
     if source := record["identity"]["data"]["source"]:
         return f"{source['hub']} (commit {source['commit']})"
     data = record["config"]["task"]
+    if "train_file" not in data:
+        return f"generated rows of {data['name']}"
     files = files_of("train", data["train_file"], data["data_dir"])
     return f"{files[0].name if len(files) == 1 else f'{len(files)} files'} of {data['name']}"
 

@@ -54,7 +54,7 @@ class MeasuredRun(RecordedRun):
 
     def predictions(self, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
         table = self._measured[1]
-        return table if table is None or columns is None else table[[c for c in columns if c in table]]
+        return table if table is None or columns is None else table.filter(list(columns))
 
     def samples(self) -> pd.DataFrame | None:
         return self.run.samples()

@@ -4,9 +4,9 @@ The overrides are those of the sweep. Its runs are carried out as a dry run, on 
 estimated from shapes instead of run. No weights are loaded, and a stage that runs share is counted once.
 
 Scores are placeholders, so two things are not exact, and marked `~`: STAFF's verification is counted at its most,
-K b_v samples, and a coreset that scores choose as one of average samples. Answers are counted at full length, marked
-`~` too. Seconds come from a GPU's peak and an assumed utilisation, or, with --calibrate, from the stages themselves
-on a few samples on this machine. Ranking (such as the neighbours of D2) is not in them.
+K b_v samples, and a coreset that scores choose as one of average samples. Answers, marked `~` too, are counted at
+full length. Seconds come from a GPU's peak and an assumed utilisation, or, with --calibrate, from the stages
+themselves on a few samples on this machine. Ranking (such as the neighbours of D2) is not in them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import re
-import signal
 import sys
 import tempfile
 import warnings
@@ -33,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import sweep
 from experiments.configuration import CONF
+from experiments.console import pipeable
 from experiments.single import Run
 from staff.models.spec import ARCHITECTURES
 from staff.runtime.progress import progress
@@ -179,7 +179,10 @@ def dry_run(cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> Run
     if all(charge.stage == "coreset" for charge in chosen.charged().values()):
         store.certain.add(tokenized["target"].take(coreset.indices).fingerprint)
     if run.generator is not None:
-        store.get(run.answering(run.finetuning(coreset)))
+        answering = run.answering(run.finetuning(coreset))
+        store.get(answering)
+        if (scored := run.measuring(answering).likelihood) is not None:
+            store.get(scored)
     return run
 
 
@@ -276,6 +279,7 @@ def plan(
     return stages, [seconds_of(stage, gpu, speeds) for stage in stages], memory
 
 
+@pipeable
 def main() -> None:
     parser = argparse.ArgumentParser(prog="staff-plan", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="as for the sweep itself")
@@ -292,7 +296,6 @@ def main() -> None:
         if sentence := sweep.sentence_of(error):
             sys.exit(f"plan: {sentence}")
         raise
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     sums = table(stages, seconds)
     shown = sums.drop(columns="exact").assign(
         FLOPs=[f"{'' if exact else '~'}{flops:.3g}" for flops, exact in zip(sums["FLOPs"], sums["exact"])],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ import pandas as pd
 
 from experiments import campaign
 from staff import tracking
+from staff.data.planted import PlantedTask
+from staff.evaluation.metrics import measure, named_metric
 from staff.evaluation.stage import read_measured
 from staff.runtime import processes
 from staff.selection import Coreset
@@ -46,6 +49,7 @@ def write(run: Run, outcome: Outcome) -> Path:
         },
         "metrics": metrics,
         "warnings": [f"{label}: {text}" for label, history in trainings for text in history["warnings"]],
+        **({"metrics_by_group": _metrics_by_group(run, answers)} if "group" in answers else {}),
         "overhead": _overhead(run, chosen, tuned),
         "finetuning": _cost(tuned),
         "evaluation": _cost(answered),
@@ -54,6 +58,7 @@ def write(run: Run, outcome: Outcome) -> Path:
             "size": len(coreset.indices),
             "filled": coreset.filled,
             "notes": list(coreset.notes),
+            **_composition(run, coreset),
         },
         "counts": {
             "pool": len(run.pool.ids),
@@ -63,8 +68,8 @@ def write(run: Run, outcome: Outcome) -> Path:
             "budget": run.budget,
             "selected": len(coreset.indices),
             "trained": len(coreset.indices) if tuned else 0,
-            "test": answers,
-            "test_dropped_too_long": len(run.splits.test) - answers,
+            "test": len(answers),
+            "test_dropped_too_long": len(run.splits.test) - len(answers),
             "test_prompts_in_pool": run.splits.test_prompts_in_pool,
         },
         "duplicates": run.splits.duplicates and run.splits.duplicates.counts(),
@@ -81,13 +86,43 @@ def write(run: Run, outcome: Outcome) -> Path:
     return run.folder
 
 
-def _answers(run: Run, measured: Artifact | None) -> tuple[dict[str, float], int]:
-    """The metrics, and how many test samples were answered, whose answers are written; none without evaluation."""
+def _answers(run: Run, measured: Artifact | None) -> tuple[dict[str, float], pd.DataFrame]:
+    """The metrics, and the answers to the test samples, which are written; both empty without evaluation."""
     if measured is None:
-        return {}, 0
+        return {}, pd.DataFrame()
     metrics, answers = read_measured(measured)
+    if run.task.group_field:
+        group_of = {sample.id: sample.group for sample in run.splits.test}
+        answers["group"] = [group_of[id] for id in answers["id"]]
     answers.to_parquet(run.folder / "predictions.parquet")
-    return {**metrics, "output_tokens": sum(answers["tokens"]) / len(answers)}, len(answers)
+    return {**metrics, "output_tokens": sum(answers["tokens"]) / len(answers)}, answers
+
+
+def _metrics_by_group(run: Run, answers: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Test samples and every metric, by the group of the test samples; a corpus metric is that of the group."""
+    table = {}
+    for group, part in answers.groupby("group"):
+        of_answers = [metric for metric in map(named_metric, run.task.metrics) if metric.needs == "answers"]
+        metrics, _ = measure(of_answers, part["prediction"].tolist(), part["references"].tolist())
+        others = {name: part[name].mean() for name in run.task.metrics if name not in metrics}
+        table[str(group)] = {"samples": len(part), **metrics, **others}
+    return table
+
+
+def _composition(run: Run, coreset: Coreset) -> dict[str, Any]:
+    """What pool and coreset are made of, where the task knows: "groups", samples by group; "planted", shares of
+    the samples that were planted wrong or as copies."""
+    pool = list(run.pool.ids)
+    chosen = [pool[i] for i in coreset.indices]
+    composition: dict[str, Any] = {}
+    if run.task.group_field:
+        group_of = {sample.id: str(sample.group) for sample in run.splits.pool}
+        all_, kept = (Counter(group_of[id] for id in ids) for ids in (pool, chosen))
+        composition["groups"] = {g: {"pool": n, "coreset": kept[g]} for g, n in sorted(all_.items())}
+    if isinstance(run.task, PlantedTask):
+        parts = {"pool": pool, "coreset": chosen} if chosen else {"pool": pool}
+        composition["planted"] = {part: run.task.shares(ids) for part, ids in parts.items()}
+    return composition
 
 
 def _write_samples(run: Run, coreset: Coreset) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import sys
 import traceback
 import warnings
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
 from experiments.configuration import CONF
+from experiments.console import reader_gone
 from staff.errors import UserError
 from staff.runtime import processes
 
@@ -88,21 +88,11 @@ def main() -> None:
             print(said, file=sys.stderr)
         processes.leave(130)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_gone():
+        if isinstance(error, BrokenPipeError) and reader_gone():
             processes.leave(1)
         sweep.end()
         _leave(error)
     sys.exit(1 if failed else 0)
-
-
-def _reader_gone() -> bool:
-    """Whether the reader of standard output, such as `head`, has closed it. If so, nothing more is printed."""
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
-    gone = any(event & select.POLLERR for _, event in output.poll(0))
-    if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
-    return gone
 
 
 def _leave(error: Exception) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -34,8 +36,9 @@ from staff.models.spec import check_quantization
 from staff.models.state import ModelState
 from staff.pool import Pool, Select, Slice
 from staff.runtime import processes
-from staff.scoring.stage import ScoringSettings
+from staff.scoring.stage import Score, ScoringSettings
 from staff.selection import Coreset, SelectionMethod, budget_of, check_flags
+from staff.signals.nll import AnswerNll
 from staff.store.manifest import Artifact, digest
 from staff.store.store import Store
 from staff.training.memory import check_fits
@@ -175,11 +178,17 @@ class Run:
 
     @cached_property
     def pool(self) -> Pool:
-        parts = {"pool": self.tokenized}
+        parts = {"pool": (self.splits.pool, self.tokenized)}
         if self.splits.dev:
-            parts["dev"] = self._trained(self.splits.dev)
-        slices = {name: Slice(read["small"], read["selecting"]) for name, read in parts.items()}
+            parts["dev"] = self.splits.dev, self._trained(self.splits.dev)
+        slices = {name: self._slice(samples, read) for name, (samples, read) in parts.items()}
         return Pool(slices, self.selecting, self.settings, self.store, self.cfg.selection_seed, self.scoring)
+
+    def _slice(self, samples: Sequence[Sample], read: dict[str, TokenizedSamples]) -> Slice:
+        """What methods see of these samples, with their groups where the task knows them."""
+        group_of = {sample.id: sample.group for sample in samples}
+        groups = np.array([group_of[id] for id in read["selecting"].ids]) if self.task.group_field else None
+        return Slice(read["small"], read["selecting"], groups)
 
     @property
     def budget(self) -> int:
@@ -218,7 +227,22 @@ class Run:
 
     def measuring(self, answering: Generate) -> Measure:
         metrics = [named_metric(name) for name in self.task.metrics]
-        return Measure(answering, metrics, {sample.id: sample.references for sample in self.splits.test})
+        references = {sample.id: sample.references for sample in self.splits.test}
+        asks = any(metric.needs == "likelihood" for metric in metrics)
+        return Measure(answering, metrics, references, self.likelihood(answering.state) if asks else None)
+
+    def likelihood(self, state: ModelState) -> Score:
+        """The negative log-likelihood of every reference answer under the model."""
+        return Score(state, self.reference_tokens, (AnswerNll(),), self.scoring, self.settings.lora, 0)
+
+    @cached_property
+    def reference_tokens(self) -> TokenizedSamples:
+        asked = set(self.tokenized["test"].ids)
+        samples = self.task.reference_samples(sample for sample in self.splits.test if sample.id in asked)
+        tokens = read_tokens(self.store.get(Tokens(samples, self.family.target, self.family.reading)))
+        windows = {"target": self.family.target.window()}
+        fitting([tokens], sys.maxsize, "refuse", windows, "reference(s) behind their prompts")
+        return tokens
 
     def locked(self) -> AbstractContextManager[Any]:
         """Keeps two workers of a sweep from carrying out the same run side by side."""

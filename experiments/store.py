@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.console import pipeable
 from experiments.recorded import recorded_runs
 from staff.data.tokens import Tokens
 from staff.errors import UserError
@@ -167,6 +167,7 @@ def _sum(found: Sequence[Entry]) -> str:
     return f"{len(found)} artefacts, {sum(entry.size for entry in found) / 1e6:.1f} MB"
 
 
+@pipeable
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("list", "verify", "prune"))
@@ -194,5 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     main()

@@ -1,7 +1,6 @@
-"""Coreset selection for task-specific fine-tuning; README.md shows the use as a library.
+"""Coreset selection for task-specific fine-tuning. README.md shows how to use it as a library.
 
-What it offers is imported on first use, so that `import staff` takes no time and torch is loaded only by what needs
-a model.
+Names are imported on first use. So `import staff` is quick, and torch is loaded only where a model is needed.
 """
 
 from importlib import import_module

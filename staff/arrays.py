@@ -1,4 +1,4 @@
-"""A pool whose signals are arrays at hand: selection without a model."""
+"""A pool with given arrays as signals, for selection without models."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from staff.scoring.signal import Signal
 from staff.signals import NAMED, named, named_all
 
 Asked = str | Signal
-Signals = Mapping[tuple[Asked, str], np.ndarray]
+Signals = Mapping[tuple[Any, str], np.ndarray]
+"""Values by signal (or its name) and model."""
 
 
 class ArrayPool:
-    """A pool whose signals are arrays; no model is needed.
+    """A pool with given arrays as signals, so that no model is needed.
 
     Args:
         ids: the samples' ids, unique.
-        signals: by signal and model, such as {("effort", "small"): array of shape (N,)}. A shipped signal's name
-            stands for its default options; give the signal itself for others: (Effort("all_lora"), "small").
-        answer_lengths, lengths: tokens of the answers and of the whole samples, shape (N,), for methods that ask.
+        signals: arrays by signal and model, such as {("effort", "small"): array of shape (N,)}. A name means the
+            signal with its default options; for others give the signal itself: (Effort("all_lora"), "small").
+        answer_lengths, lengths: tokens of the answers and of the whole samples, shape (N,).
         groups: the samples' groups, shape (N,).
         dev: the signals of a validation slice.
         dev_groups: the groups of its samples.
+        learning_rates: by model, the mean learning rate of each epoch of its fine-tuning, shape (epochs,).
 
     Raises:
-        UserError: ids that are no text or not unique.
+        UserError: ids that are not text or not unique.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class ArrayPool:
         groups: np.ndarray | None = None,
         dev: Signals | None = None,
         dev_groups: np.ndarray | None = None,
+        learning_rates: Mapping[str, np.ndarray] | None = None,
     ):
         for position, given in enumerate(ids):
             if not isinstance(given, str):
@@ -50,6 +53,7 @@ class ArrayPool:
         self.ids = list(ids)
         self.groups, self.dev_groups = groups, dev_groups
         self._answer_lengths, self._lengths = answer_lengths, lengths
+        self._learning_rates = learning_rates or {}
         self._views = {"pool": _resolved(signals)}
         if dev is not None:
             self._views["dev"] = _resolved(dev)
@@ -73,7 +77,7 @@ class ArrayPool:
         """As `staff.pool.Pool.ask`.
 
         Raises:
-            UserError: the pool does not have the signal, with these options, of this model.
+            UserError: the pool has no such signal, with these options, of this model.
         """
         if isinstance(signal, Sequence) and not isinstance(signal, str):
             return [self.ask(one, of, at, view) for one in named_all(signal, options)]
@@ -85,6 +89,9 @@ class ArrayPool:
             raise UserError(f"the pool has no {_words(wanted)} of {of!r}: it has {has}.")
         values = known[wanted, of]
         return values if at is None else values[at]
+
+    def learning_rates(self, of: str) -> np.ndarray:
+        return self._given("learning_rates", self._learning_rates.get(of))
 
     @staticmethod
     def _given(name: str, values: np.ndarray | None) -> np.ndarray:
@@ -98,7 +105,7 @@ def _resolved(signals: Signals) -> dict[tuple[Any, str], np.ndarray]:
 
 
 def _signal(signal: Asked, options: Mapping[str, Any]) -> Any:
-    """The signal with these options in a form that can be looked up; an unknown name without options as it is."""
+    """A key for the signal with these options. An unknown name without options is its own key."""
     if isinstance(signal, str) and signal not in NAMED and not options:
         return signal
     made = named(signal, **options)
@@ -106,7 +113,7 @@ def _signal(signal: Asked, options: Mapping[str, Any]) -> Any:
 
 
 def _words(signal: Any) -> str:
-    """A looked-up signal in words: its name, and the options that differ from its defaults."""
+    """A signal's key in words: its name, and its options if they are not the defaults."""
     if isinstance(signal, str):
         return repr(signal)
     kind, text = signal

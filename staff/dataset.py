@@ -1,4 +1,4 @@
-"""Use without Hydra: a pool from a data set and models, given as objects or by name, and a selection in one call."""
+"""Use without Hydra: a pool from a data set and models, and selection from a pool."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from staff.store.store import Store
 from staff.training.settings import FinetuneSettings
 
 Model = str | Path | ModelSpec | tuple[Any, Any]
-"""A folder or a name on the hub (loaded in float32); a `ModelSpec`, which also names precision and revision; or a
+"""A folder or a name on the hub (loaded in float32); a `ModelSpec`, which also has precision and revision; or a
 transformers model with its tokenizer."""
 
 
@@ -35,23 +35,25 @@ def dataset_pool(
     finetune: FinetuneSettings | None = None,
     store: Path | str = "results/artifacts",
 ) -> Pool:
-    """A pool of a data set's rows, in their order: position i of a coreset is row i.
+    """A pool with the rows of a data set, in their order: position i of a coreset is row i.
 
-    Models are fine-tuned when a method first asks for them, and every result is kept in `store`. A model that is
-    given as an object is saved there once and left as it is.
+    Models are fine-tuned when a method first asks for their signals, and all results are stored in `store`. A model
+    that is given as an object is saved there once, and not changed.
 
     Args:
         data: a `datasets.Dataset`, or any iterable of rows.
-        small: the small model; None: the target in its place, for methods that ask the target alone.
-        prompt, answer: templates over a row's fields, as in `staff.data.task.Task`; by default the columns of TRL.
+        target: the model to select for.
+        small: the small model; None: the target, for methods that ask the target alone.
+        prompt, answer: templates with a row's fields, as in `staff.data.task.Task`; by default the columns of TRL.
             None for both: the columns tell, which may hold conversations.
-        id_field: field with the rows' ids; None: ids are made from the texts.
+        id_field: field with the rows' ids; None: ids are digests of the texts.
         prompt_format: "plain" or "chat", as in `staff.models.family.Family`.
         finetune: how models are fine-tuned; None: as in the paper, in the target's precision.
+        store: folder for all results.
 
     Raises:
-        UserError: bad rows, a sample that does not fit `finetune.max_length` or a model's window, or a model that
-            cannot be loaded.
+        UserError: bad rows, a sample that does not fit `finetune.max_length` or a model's context window, or a
+            model that cannot be loaded.
     """
     kept = Store(store)
     of_target = _spec(target, kept)
@@ -69,12 +71,17 @@ def dataset_pool(
 
 
 def select(pool: ScorePool, method: SelectionMethod, pruning_rate: float, seed: int = 0) -> Coreset:
-    """The coreset that `method` chooses when the fraction `pruning_rate` of the pool is removed.
+    """The coreset that `method` selects.
 
-    Its `indices` are positions in the pool. `seed` reaches every draw, and in a pool with models their fine-tuning.
+    Args:
+        pruning_rate: the fraction of the pool that is removed.
+        seed: seed of all draws and, in a pool with models, of their fine-tuning.
+
+    Returns:
+        The coreset; its `indices` are positions in the pool.
 
     Raises:
-        UserError: a rate outside [0, 1), and what the method refuses.
+        UserError: a rate outside [0, 1), or input that the method refuses.
     """
     check_flags(method)
     budget = budget_of(method, pruning_rate, len(pool.ids))

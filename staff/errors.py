@@ -1,9 +1,9 @@
-"""The one exception that is meant for the user's eyes."""
+"""The exception for bad input."""
 
 
 class UserError(ValueError):
-    """Bad input, said in one sentence that names the field, the value and the mend.
+    """Bad input. The message is one sentence that names the field, the value and the fix.
 
-    The application prints the sentence alone and exits with a non-zero status; nothing that was
-    already computed is lost.
+    The application prints this sentence without a traceback and exits with a non-zero status. Results that were
+    already computed stay in the store.
     """

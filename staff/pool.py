@@ -1,11 +1,13 @@
-"""What a selection method may ask about the training samples: signals of models, lengths, groups."""
+"""The pool of training samples, and what a selection method can ask about them: signals, lengths, groups."""
 
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
@@ -17,29 +19,33 @@ from staff.errors import UserError
 from staff.models.family import Family
 from staff.models.spec import ModelSpec
 from staff.models.state import ModelState
+from staff.scoring.in_context import in_context_gains, separator_of
 from staff.scoring.signal import Signal
 from staff.scoring.stage import Score, ScoringSettings, read_scores
 from staff.selection import Draws, SelectionMethod, run_method
-from staff.signals import named_all
+from staff.signals import PAIRS, named_all
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage, identity, plain
 from staff.store.store import Store
 from staff.training.settings import FinetuneSettings
-from staff.training.stage import Finetune, read_online_efforts
+from staff.training.stage import Finetune, read_learning_rates, read_online_efforts
 
 log = logging.getLogger(__name__)
 
-STATES = ("small", "small_raw", "target", "target_tuned")
-"""Names of model states: the small model fine-tuned on the whole pool, and raw; the target raw, and fine-tuned on the
-whole pool."""
+STATES = ("small", "small_raw", "target", "target_tuned", "warmup")
+"""Names of model states: the small model fine-tuned on the whole pool, and raw; the target raw, fine-tuned on the
+whole pool, and fine-tuned on a random part of it for which Adam's moments are kept."""
+
+WARMUP = 0.05
+"""The part of the pool that the warm-up is on (LESS, Xia et al. 2024, section 3.1), rounded up to whole samples."""
 
 Asked = str | Signal
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The same samples, in the same order, as the small model's tokenizer and as the target's reads them."""
+    """The same samples in the same order, tokenised for the small model and for the target."""
 
     small: TokenizedSamples
     target: TokenizedSamples
@@ -48,13 +54,17 @@ class Slice:
 
 @dataclass(frozen=True)
 class Pool:
-    """The training samples and the models that can be asked about them; every answer is an artefact.
+    """The training samples, and the models that compute signals of them. Every signal is an artefact.
 
-    A model is fine-tuned when a method first asks for it. See `STATES` for the names of the models.
+    A model is fine-tuned when a method first asks for its signals. `STATES` has the names of the models.
 
     Attributes:
-        slices: "pool", the samples to choose from; "dev", the validation slice, where there is one.
-        seed: the selection seed, for fine-tuning before scoring, fresh adapters and draws.
+        slices: "pool", the samples to choose from; and optionally "dev", the validation slice.
+        family: the models.
+        settings: how they are fine-tuned.
+        store: where artefacts are stored.
+        seed: the selection seed, for fine-tuning before scoring, new adapters and draws.
+        scoring: how samples are scored.
     """
 
     slices: Mapping[str, Slice]
@@ -66,26 +76,27 @@ class Pool:
 
     @property
     def ids(self) -> Sequence[str]:
+        """The samples' ids, in the pool's order."""
         return self.slices["pool"].target.ids
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sample as the target reads it, prompt and answer, shape (N,)."""
+        """Tokens of each sample for the target, prompt and answer, shape (N,)."""
         return self.slices["pool"].target.lengths
 
     @property
     def answer_lengths(self) -> np.ndarray:
-        """Tokens of each answer as the target reads it, the end token included, shape (N,)."""
+        """Tokens of each answer for the target, with the end token, shape (N,)."""
         return self.slices["pool"].target.answer_lengths
 
     @property
     def groups(self) -> np.ndarray | None:
-        """The group of each sample, shape (N,); None where the task names no group field."""
+        """The group of each sample, shape (N,); None if the task has no groups."""
         return self.slices["pool"].groups
 
     @property
     def dev_groups(self) -> np.ndarray | None:
-        """The same of the validation slice."""
+        """The group of each sample of the validation slice; None if the task has no groups."""
         return self._slice("dev").groups
 
     @overload
@@ -104,23 +115,26 @@ class Pool:
         view: str = "pool",
         **options: Any,
     ) -> np.ndarray | list[np.ndarray]:
-        """A signal of every sample, shape (N, ...), in the pool's order; of several signals a list of arrays.
+        """A signal of every sample, shape (N, ...), in the pool's order; for several signals, a list of arrays.
 
-        Several signals come out of one pass over the samples, and are charged as one.
+        Several signals come out of one pass over the samples, and are charged as one. "in_context_gain" is of pairs
+        (`staff.scoring.in_context`): (N, pool size), the samples that are helped by those of the pool.
 
         Args:
-            signal: a name such as "loss", or a signal.
-            of: one of `STATES`. "small@2" is the model at the end of its second epoch; "small@epochs" at the end of
-                every epoch, which gives shape (N, epochs, ...); "small@online" takes efforts from the backward
-                passes of the last epoch.
-            at: positions in the slice, shape (n,); the answer then has n rows. None: all samples.
+            signal: a name such as "loss", or a signal, or a sequence of these.
+            of: one of `STATES`. "small@2" is the model at the end of its second epoch. "small@epochs" is the model
+                at the end of every epoch, and gives shape (N, epochs, ...). "small@online" gives efforts from the
+                backward passes of the last epoch.
+            at: positions in the slice, shape (n,), for an array with n rows; None: all samples.
             view: "pool", or "dev" for the validation slice.
-            options: fields of the signal; of several, each takes those that it has.
+            options: fields of the signal; each of several signals takes those that it has.
 
         Raises:
-            UserError: an unknown signal, option, model or slice; a model that cannot be scored.
+            UserError: an unknown signal, option, model or slice, or a model that cannot be scored.
         """
-        several = isinstance(signal, Sequence) and not isinstance(signal, str)
+        if isinstance(signal, str) and signal == PAIRS:
+            return self._in_context_gains(of, view)
+        several = not isinstance(signal, str | Signal)
         signals = named_all(signal if several else [signal], options)
         name, _, moment = of.partition("@")
         if moment == "online":
@@ -133,32 +147,45 @@ class Pool:
         return values if several else values[0]
 
     def states(self, of: str) -> list[ModelState]:
-        """The model states that `of` names, as in `ask`: one, or with "@epochs" one an epoch."""
+        """The model states that `of` names, as in `ask`: one, or with "@epochs" one for each epoch."""
         name, _, moment = of.partition("@")
         if name not in STATES:
             raise UserError(f"the model {name!r} is unknown: choose one of {', '.join(STATES)}.")
         spec = self._spec(name)
         if name == "small" and self.family.small.identity() == self.family.target.identity():
-            log.warning("the small model is the target itself, and scoring with it costs as much: name a smaller one")
-        training = self.training(name) if name in ("small", "target_tuned") else None
+            log.warning(
+                "the small model is the target itself, and scoring with it costs as much: name a smaller one"
+            )
+        training = None if name in ("small_raw", "target") else self.training(name)
         if not moment:
             return [ModelState(spec, training)]
         if training is None:
-            raise UserError(f"of={of!r}: the raw model has no epochs; ask small or target_tuned.")
+            raise UserError(f"of={of!r}: the raw model has no epochs; ask small, target_tuned or warmup.")
         epochs = list(range(1, int(training.epochs) + 1))
         if moment != "epochs" and moment not in map(str, epochs):
             raise UserError(f"of={of!r}: {name} has the epochs 1 to {epochs[-1]}, or write {name}@epochs.")
         wanted = epochs if moment == "epochs" else [int(moment)]
-        # The end of the last epoch is the end of the training.
+        # The last epoch's checkpoint is the trained model.
         return [ModelState(spec, training, None if k == epochs[-1] else k) for k in wanted]
 
     def training(self, name: str, online: str | None = None) -> Finetune:
-        """The fine-tuning of the small model or the target on the whole pool."""
+        """The fine-tuning that the state of this name is the end of."""
         epochs = self.settings.small_epochs if name == "small" else self.settings.epochs
-        return Finetune(self._spec(name), self._samples(name), self.settings, epochs, self.seed, online)
+        samples, warmup = self._samples(name), name == "warmup"
+        if warmup:
+            count = math.ceil(Fraction(str(WARMUP)) * len(samples))
+            samples = samples.take(Draws(self.seed, self.ids).choose(name, np.arange(len(samples)), count))
+        return Finetune(self._spec(name), samples, self.settings, epochs, self.seed, online, moments=warmup)
+
+    def learning_rates(self, of: str) -> np.ndarray:
+        """The mean learning rate of each epoch of the fine-tuning that `of` names, as "warmup", shape (epochs,)."""
+        if self.states(of)[0].training is None:
+            raise UserError(f"of={of!r}: the raw model has no learning rates; ask small, target_tuned or warmup.")
+        training = self.training(of)
+        return read_learning_rates(self.store.get(training), int(training.epochs))
 
     def key(self) -> dict[str, Any]:
-        """All that answers depend on, as JSON holds it."""
+        """Everything that the pool's answers depend on, as JSON holds it."""
         return {
             "slices": {
                 name: {
@@ -181,6 +208,18 @@ class Pool:
         if self.store.find(stage) is None:
             stage.check()  # before the model is fine-tuned
         return read_scores(self.store.get(stage))
+
+    def _in_context_gains(self, of: str, view: str) -> np.ndarray:
+        (state,) = self.states(of)
+        parts, small = (self._slice(view), self._slice("pool")), state.spec is self.family.small
+        helped, examples = (part.small if small else part.target for part in parts)
+
+        def distances(samples: TokenizedSamples) -> np.ndarray:
+            signals = named_all(["distance"], {})
+            return read_scores(self.store.get(self._stage(state, samples, signals)))["distance"]
+
+        separator = separator_of(self.family, state.spec)
+        return in_context_gains(distances, helped, examples, separator, state.spec.window())
 
     def _stage(self, state: ModelState, samples: TokenizedSamples, signals: tuple[Signal, ...]) -> Score:
         seed = int(np.random.default_rng([self.seed, zlib.crc32(b"fresh adapter")]).integers(2**31))
@@ -214,7 +253,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Select(Stage):
-    """The coreset that a method chooses. What the method asks meanwhile becomes an input of it."""
+    """The coreset that a method selects. The signals that the method asks for become inputs of its artefact."""
 
     kind: ClassVar[str] = "coreset"
     version: ClassVar[int] = 2

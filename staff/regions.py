@@ -1,7 +1,8 @@
-"""Stratification by score, and sharing a budget out over the strata; STAFF and CCS rest on it.
+"""Stratification by score, and allocation of a budget to the strata, for STAFF and CCS.
 
-A region (the paper's word) and a stratum (CCS's) are the same: the samples whose scores lie in one of K intervals
-of equal width. Regions are served smallest first, so that what a small region cannot take goes to larger ones.
+A region (in STAFF) or stratum (in CCS) has the samples whose scores are in one of K intervals of equal width. The
+budget is allocated to the smallest region first, so that what it cannot take is left for larger ones. This is
+called the serving order.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import numpy as np
 
 
 def equal_width_edges(low: float, high: float, num_regions: int, dtype: str = "float64") -> np.ndarray:
-    """The K upper edges of K regions of equal width over [low, high], shape (K,), ascending.
+    """The upper edges of K regions of equal width over [low, high], shape (K,), ascending.
 
-    In float32 the edges are those of the authors' code, whose last one may lie below `high`.
+    In float32 they are the edges of the authors' code, and the last one can be below `high`.
     """
     if dtype == "float32":
         first, last = np.float32(low), np.float32(high)
-        with np.errstate(over="ignore"):  # what is too large lies above the last edge
+        with np.errstate(over="ignore"):  # edges that overflow are clipped to the last
             step = (last - first) / np.float32(num_regions)
             edges = first + step * np.arange(1, num_regions + 1, dtype=np.float32)
         return np.minimum(edges, last).astype(np.float64)
@@ -26,20 +27,21 @@ def equal_width_edges(low: float, high: float, num_regions: int, dtype: str = "f
 
 
 def stratify(scores: np.ndarray, edges: np.ndarray, *, upper_closed: bool = True) -> np.ndarray:
-    """The region of each sample, shape (N,), int64; -1 where a score lies above the last edge.
+    """The region of each sample, shape (N,), int64; -1 for a score above the last edge.
 
-    `upper_closed`: a score on an edge belongs to the region below it (STAFF) or above it (CCS).
+    Args:
+        upper_closed: whether a score on an edge belongs to the region below it (STAFF) or above it (CCS).
     """
     region_of = np.searchsorted(edges, scores, side="left" if upper_closed else "right")
     return np.where(region_of < len(edges), region_of, -1)
 
 
 def serving_order(region_of: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The regions that are not empty, smallest first (equal sizes by score), and each one's members.
+    """The non-empty regions, smallest first (those of equal size by score), and their members.
 
     Args:
-        region_of: region of each of the samples `positions`, -1 for none.
-        positions: their positions in the pool.
+        region_of: the region of each sample, -1 for none.
+        positions: the samples' positions in the pool.
     """
     inside = region_of >= 0
     region_of, positions = region_of[inside], positions[inside]
@@ -51,10 +53,10 @@ def serving_order(region_of: np.ndarray, positions: np.ndarray) -> tuple[np.ndar
 
 
 def share_out(left: int, sizes: Sequence[int] | np.ndarray, weights: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """One pass over the regions in serving order, `left` being what is left of the budget at each.
+    """The budgets of the regions after one pass in serving order, shape (regions,), int64.
 
-    Region i gets floor(left x weights[i] / totals[i]), never more than its size or than what is left.
-    Returns the budgets, shape (regions,), int64.
+    Region i gets floor(left x weights[i] / totals[i]) of the budget that is left at its turn, but at most its size
+    and at most what is left.
     """
     budgets = np.zeros(len(sizes), dtype=np.int64)
     for i, (size, weight, total) in enumerate(zip(sizes, weights, totals)):
@@ -64,15 +66,15 @@ def share_out(left: int, sizes: Sequence[int] | np.ndarray, weights: np.ndarray,
 
 
 def regions_left(count: int) -> np.ndarray:
-    """How many regions are left, the one being served included: count, ..., 2, 1."""
+    """The number of regions left at each turn, with the current one: count, ..., 2, 1."""
     return np.arange(count, 0, -1)
 
 
 def shares_of_ratio(ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights V_i and totals (the sum of V over region i and those after it) for `share_out`.
+    """Weights V_i, and totals (the sum of V over the regions left at turn i), for `share_out`.
 
-    A region without a ratio (NaN) has an equal share among the regions left, and so has one whose ratio, and
-    those of all regions after it, are zero.
+    A region gets an equal share among the regions left if it has no ratio (NaN), or if its ratio and those of all
+    later regions are zero.
     """
     known = np.nan_to_num(ratios)
     totals = np.cumsum(known[::-1])[::-1]

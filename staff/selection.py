@@ -1,4 +1,4 @@
-"""The interface of a selection method: what it is given, what it returns, and how randomness reaches it."""
+"""The interface of selection methods: what they get, what they return, and how they draw at random."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from staff.errors import UserError
 
 
 class ScorePool(Protocol):
-    """What a method may ask about the training samples; `staff.pool.Pool` answers with models."""
+    """What a method can ask about the training samples. See `staff.pool.Pool`, which answers with models."""
 
     @property
     def ids(self) -> Sequence[str]: ...
@@ -39,25 +39,32 @@ class ScorePool(Protocol):
         self, signal: Any, of: str, at: np.ndarray | None = None, view: str = "pool", **options: Any
     ) -> Any: ...
 
+    def learning_rates(self, of: str) -> np.ndarray: ...
+
 
 class SelectionMethod(Protocol):
-    """Chooses `budget` of the pool's samples. Implementations are frozen dataclasses whose fields are the
-    method's hyper-parameters; a value out of range is refused in `__post_init__`. `run_method` calls them, checking
-    the budget beforehand and the selection afterwards."""
+    """A selection method. Implementations are frozen dataclasses.
 
-    def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset: ...
+    Their fields are the method's hyperparameters; `__post_init__` refuses values out of range. `run_method` calls
+    `select`, and checks the budget before and the selection after it.
+    """
+
+    def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
+        """A coreset of `budget` samples of the pool."""
+        ...
 
 
 @dataclass(frozen=True)
 class Coreset:
-    """The samples a method chose.
+    """The samples that a method selected.
 
     Attributes:
-        indices: sorted positions in the training pool, shape (budget,), int64.
-        diagnostics: one row per region (or what a method reports of itself).
-        scores: per-sample values the choice rests on, each of shape (pool size,); NaN where not computed.
-        filled: how many samples came from a fill rather than from the method's own rule.
-        notes: what a reader of the result should know, in sentences.
+        indices: sorted positions in the pool, shape (budget,), int64.
+        diagnostics: a table that the method reports, such as a row for each region.
+        scores: values of the samples that the selection is based on, each of shape (pool size,); NaN where not
+            computed.
+        filled: how many samples were selected to reach the budget rather than by the method's own rule.
+        notes: what readers of the result should know, in sentences.
     """
 
     indices: np.ndarray
@@ -70,7 +77,7 @@ class Coreset:
         object.__setattr__(self, "indices", np.sort(np.asarray(self.indices, dtype=np.int64)))
 
     def save(self, folder: Path, ids: Sequence[str]) -> None:
-        """Write samples.parquet (a row per sample of the pool), regions.parquet and coreset.json."""
+        """Write samples.parquet (a row for each sample of the pool), regions.parquet and coreset.json."""
         selected = np.isin(np.arange(len(ids)), self.indices)
         pd.DataFrame({"id": ids, "selected": selected, **self.scores}).to_parquet(folder / "samples.parquet")
         self.diagnostics.to_parquet(folder / "regions.parquet")
@@ -78,7 +85,7 @@ class Coreset:
 
     @classmethod
     def load(cls, folder: Path) -> Coreset:
-        """What `save` wrote."""
+        """The coreset that `save` wrote."""
         samples = pd.read_parquet(folder / "samples.parquet")
         said = json.loads((folder / "coreset.json").read_text())
         return cls(
@@ -93,9 +100,9 @@ class Coreset:
 class Draws:
     """Random draws keyed by seed, purpose and sample id.
 
-    Every sample has, for every purpose, a number of its own that depends on nothing else: neither on the order
-    of the pool nor on what was drawn before. To draw k samples is to take the k with the lowest numbers; ties
-    between scores are broken by the same numbers.
+    Every sample has a random number for each purpose. It depends neither on the order of the pool nor on earlier
+    draws. Drawing k samples takes those with the k lowest numbers; ties between scores are broken by the same
+    numbers.
 
     Args:
         seed: the selection seed.
@@ -109,7 +116,7 @@ class Draws:
         self.seed = seed
 
     def priorities(self, purpose: str) -> np.ndarray:
-        """A number for each sample, uniform over 64 bits, shape (pool size,), uint64."""
+        """The random number of each sample, uniform over 64 bits, shape (pool size,), uint64."""
         if purpose not in self._priorities:
             self._priorities[purpose] = self._mix(purpose)
         return self._priorities[purpose]
@@ -118,22 +125,22 @@ class Draws:
         key = np.random.default_rng([self.seed, zlib.crc32(purpose.encode())]).integers(
             2**64, dtype=np.uint64, size=2
         )
-        # SplitMix64's finaliser, a bijection: distinct samples keep distinct numbers.
+        # The finaliser of SplitMix64. It is a bijection, so distinct samples keep distinct numbers.
         z = (self._hashes + key[0]) ^ key[1]
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
 
     def choose(self, purpose: str, candidates: np.ndarray, count: int) -> np.ndarray:
-        """`count` of `candidates` (positions), uniformly and without replacement; all of them if fewer."""
+        """`count` of `candidates` (positions), drawn uniformly without replacement; all if there are fewer."""
         return candidates[np.argsort(self.priorities(purpose)[candidates])[:count]]
 
     def highest_first(self, scores: np.ndarray, purpose: str = "ties") -> np.ndarray:
-        """All positions, highest score first; equal scores in random order."""
+        """All positions by descending score, equal scores in random order."""
         return np.lexsort((self.priorities(purpose), -scores))
 
     def all_but_highest(self, scores: np.ndarray, fraction: float) -> np.ndarray:
-        """The positions, ascending, that are left without the floor(fraction N) highest scored."""
+        """All positions except those of the floor(fraction N) highest scores, ascending."""
         dropped = len(scores) - left_after_dropping(fraction, len(scores))
         return np.sort(self.highest_first(scores)[dropped:])
 
@@ -144,7 +151,7 @@ def left_after_dropping(fraction: float, pool_size: int) -> int:
 
 
 def budget_for(pruning_rate: float, pool_size: int) -> int:
-    """m = floor((1 - p) N) in exact arithmetic on the decimal that was typed: 0.9 of 1,000 leaves 100, not 99.
+    """m = floor((1 - p) N), computed exactly from the decimal form of p: removing 0.9 of 1,000 leaves 100, not 99.
 
     Raises:
         UserError: p outside [0, 1), or a budget of zero samples.
@@ -162,8 +169,10 @@ def budget_for(pruning_rate: float, pool_size: int) -> int:
 
 
 def budget_of(method: SelectionMethod, pruning_rate: float, pool_size: int, count: int | None = None) -> int:
-    """How many samples the method is to select: `count`, or `budget_for` where that is None. A method may have a
-    `fixed_size(pool_size)` of its own whatever is asked for (everything, nothing, a list made before).
+    """The number of samples that the method selects.
+
+    It is the method's own `fixed_size(pool_size)` if it ignores what is asked for (all samples, none, or a given
+    list); else `count`, or `budget_for` where that is None.
 
     Raises:
         UserError: a rate or a count that leaves no sample, or a count beyond the pool.
@@ -178,11 +187,12 @@ def budget_of(method: SelectionMethod, pruning_rate: float, pool_size: int, coun
 
 
 def run_method(method: SelectionMethod, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
-    """The coreset that `method` selects: exactly `budget` distinct samples of the pool, or as many as the method's
-    own `fixed_size`. Every caller selects by this function, so that a method need not check any of it.
+    """The coreset that `method` selects: exactly `budget` distinct samples, or the method's own `fixed_size`.
+
+    All selection goes through this function, so methods need not check this themselves.
 
     Raises:
-        UserError: a budget outside [1, pool size], or, by the method's name, a selection that is not as asked for.
+        UserError: a budget outside [1, pool size], or a selection that is not of this form.
     """
     size, name = len(pool.ids), type(method).__name__
     fixed = getattr(method, "fixed_size", None)
@@ -194,33 +204,43 @@ def run_method(method: SelectionMethod, pool: ScorePool, budget: int, rng: Draws
         raise UserError(f"{name}.select returned a {type(coreset).__name__}: it must return a Coreset.")
     outside = coreset.indices[(coreset.indices < 0) | (coreset.indices >= size)]
     if len(outside):
-        raise UserError(f"{name}.select chose position {outside[0]}, but the pool's are 0 to {size - 1}: mend it.")
+        raise UserError(
+            f"{name}.select chose position {outside[0]}, but the pool's are 0 to {size - 1}: fix the method."
+        )
     positions, times = np.unique(coreset.indices, return_counts=True)
     if len(positions) and times.max() > 1:
         twice = positions[times.argmax()]
-        raise UserError(f"{name}.select chose position {twice} {times.max()} times: each sample may come once.")
+        raise UserError(f"{name}.select chose position {twice} {times.max()} times: choose each sample once.")
     if len(positions) != wanted:
-        raise UserError(f"{name}.select chose {len(positions)} samples, not the {wanted} of the budget: mend it.")
+        raise UserError(
+            f"{name}.select chose {len(positions)} samples, not the {wanted} of the budget: fix the method."
+        )
     return coreset
 
 
 def check_scores(scores: np.ndarray, ids: Sequence[str], name: str, minimum: float = -np.inf) -> np.ndarray:
-    """`scores` as float64 of shape (len(ids),), or a sentence that names the first sample with a NaN, an
-    infinite score, or one below `minimum`."""
+    """`scores` as float64, shape (len(ids),).
+
+    Args:
+        name: what the scores are, for messages.
+
+    Raises:
+        UserError: another shape, or a score that is not finite or below `minimum`, with the sample's id.
+    """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.shape != (len(ids),):
         raise UserError(f"{name} has shape {scores.shape}, but the pool has {len(ids)} samples: give one each.")
     bad = np.flatnonzero(~np.isfinite(scores) | (scores < minimum))
     if len(bad):
         raise UserError(
-            f"{name} of sample {ids[bad[0]]!r} is {scores[bad[0]]} ({len(bad)} such in all): "
+            f"{name} of sample {ids[bad[0]]!r} is {scores[bad[0]]} ({len(bad)} in total): "
             "scores must be finite" + (f" and at least {minimum:g}." if minimum > -np.inf else ".")
         )
     return scores
 
 
 def check_range(owner: object, name: str, low: float, high: float = np.inf, *, whole: bool = False) -> None:
-    """Refuse a hyper-parameter of a method that is not a number in [low, high]."""
+    """Refuse a hyperparameter of a method that is not a number in [low, high]."""
     value = getattr(owner, name)
     kind = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
@@ -230,13 +250,13 @@ def check_range(owner: object, name: str, low: float, high: float = np.inf, *, w
 
 
 def check_choice(owner: object, name: str, choices: Sequence[str]) -> None:
-    """Refuse a hyper-parameter of a method that is not one of `choices`."""
+    """Refuse a hyperparameter of a method that is not one of `choices`."""
     if getattr(owner, name) not in choices:
         raise UserError(f"method.{name}={getattr(owner, name)!r} is unknown: choose {' or '.join(choices)}.")
 
 
 def check_flags(method: SelectionMethod) -> None:
-    """Refuse a text or a number where a method's field is true or false: every text but the empty one is true."""
+    """Refuse a boolean field of a method that is not a bool, since any non-empty text would count as true."""
     for name, kind in getattr(type(method), "__annotations__", {}).items():
         if kind in (bool, "bool") and not isinstance(value := getattr(method, name), bool):
             raise UserError(f"method.{name}={value!r} must be true or false.")

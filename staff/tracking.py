@@ -1,4 +1,4 @@
-"""The record of a run: metrics.json always, Weights & Biases as its mirror."""
+"""The record of a run: metrics.json, mirrored to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -67,16 +67,15 @@ def _plain(value: Any) -> Any:
 
 
 def environment(root: Path) -> dict[str, Any]:
-    """What a run ran on: the git commit of the checkout at `root` and whether anything but its results/ held
-    uncommitted changes (None where `root` is no checkout), versions of Python and of the packages that decide
-    results, and the hardware.
+    """The environment of a run: the git commit, the versions of Python and of packages, and the hardware.
 
-    Imports nothing: GPUs are named only where torch is already loaded.
+    "git_dirty" is whether the checkout at `root` has uncommitted changes outside of results/; it is None if `root`
+    is not a checkout. GPUs are named only if torch is already imported.
     """
     from staff.runtime.machine import processor_name
 
     top = _git(root, "rev-parse", "--show-toplevel")
-    ours = top is not None and Path(top).resolve() == root.resolve()  # not of a project that we are installed in
+    ours = top is not None and Path(top).resolve() == root.resolve()  # not another project's with an environment
     status = _git(root, "status", "--porcelain", "--", ":/", ":(exclude)results") if ours else None
     torch = sys.modules.get("torch")
     gpus = range(torch.cuda.device_count()) if torch else ()
@@ -114,22 +113,25 @@ def check_mode(mode: str) -> None:
 
 
 def log_to_wandb(folder: Path, mode: str, fall_back: bool = True) -> bool:
-    """Mirror the record in `folder` to W&B, now or whenever there is a network; True if it is there, or in a file
-    that `wandb sync` uploads. Whatever goes wrong there is one line of warning, never the end of a run.
+    """Mirror the record in `folder` to Weights & Biases. Errors become warnings and never end a run.
 
-    The page's summary is metrics.json without the configuration, nested as it is. Of the other files, where there
-    are any, every score of samples.parquet becomes a histogram `scores/NAME` (finite values), training.csv curves
-    `LABEL/loss` over `LABEL/step`, coreset.csv, predictions.parquet and the stages of the overhead tables.
+    The summary of the W&B run is metrics.json without the configuration. Each score in samples.parquet becomes a
+    histogram `scores/NAME` of its finite values, training.csv becomes curves `LABEL/loss` over `LABEL/step`, and
+    coreset.csv, predictions.parquet and the stages of the overhead become tables. Files that are missing are
+    skipped.
 
-    Its group is the experiment, its job type the method, its id from the run's fingerprint, so that a repeated run
-    resumes its own page.
+    The group is the experiment, the job type is the method. The id is from the run's fingerprint, so that a
+    repeated run resumes its W&B run.
 
     Args:
-        folder: of one run; W&B's files go to `folder`/wandb.
-        mode: "auto" follows WANDB_MODE, and without it goes online where the user is logged in and offline
-            elsewhere. A server that does not answer within 10 s (WANDB_INIT_TIMEOUT) leaves an offline run, to
-            be uploaded with `wandb sync`.
-        fall_back: False leaves no offline run in place of an online one; the answer is False then.
+        folder: the run's folder; W&B's files go to `folder`/wandb.
+        mode: one of `MODES`. "auto" is WANDB_MODE; if that is not set, online if the user is logged in, otherwise
+            offline. If the server does not answer within 10 s (WANDB_INIT_TIMEOUT), the run is logged offline and
+            can be uploaded with `wandb sync`.
+        fall_back: whether to log offline if the server does not answer.
+
+    Returns:
+        Whether the record is on the server, or in a file that `wandb sync` uploads.
     """
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "auto")
@@ -156,17 +158,17 @@ def log_to_wandb(folder: Path, mode: str, fall_back: bool = True) -> bool:
         run.summary.update({key: value for key, value in record.items() if key != "config"})
         return True
     except Exception as error:
-        log.warning("Weights & Biases: %s; the record is in %s all the same", _sentence(error), folder)
+        log.warning("Weights & Biases: %s; the record is still in %s", _sentence(error), folder)
         return False
     finally:
-        # The runs of a sweep share a process: an unfinished one would take in the next one's values.
+        # The runs of a sweep share a process: an unfinished W&B run would log the values of the next run.
         if run is not None:
             _finish(run)
 
 
 def _start(mode: Any, fall_back: bool, **identity: Any) -> Any:
-    """A W&B run, offline where online does not answer (or that error, without falling back)."""
-    # W&B's reports of its own errors keep a process up to half a minute at its end where no server answers.
+    """A W&B run. If the server does not answer, it is offline, or without `fall_back` the error is raised."""
+    # Without a network, W&B's reports of its own errors delay the exit of a process by up to half a minute.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
@@ -176,14 +178,14 @@ def _start(mode: Any, fall_back: bool, **identity: Any) -> Any:
         console="off",
         init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 10)),
         finish_timeout=60,
-        # metrics.json holds the provenance already, and the work is done: there is no system to watch.
+        # metrics.json has the provenance already, and the work is done, so there is nothing to monitor.
         disable_git=True,
         disable_code=True,
         x_disable_stats=True,
         x_disable_viewer=True,
         x_save_requirements=False,
     )
-    wandb.setup(settings)  # without it, logging in speaks before the settings of the run are read
+    wandb.setup(settings)  # without it, logging in prints before the settings of the run are read
     start = {"settings": settings, "resume": "allow", "reinit": "create_new", **identity}
     if mode != "offline":
         try:
@@ -196,7 +198,7 @@ def _start(mode: Any, fall_back: bool, **identity: Any) -> Any:
                 wandb.teardown()
                 raise
             log.warning("Weights & Biases: %s; logging offline, upload later with `wandb sync`", _sentence(error))
-            wandb.teardown()  # the failed run holds its id until its service ends
+            wandb.teardown()  # the failed run keeps its id until its service ends
             wandb.setup(settings)
     return wandb.init(mode="offline", **start)
 
@@ -209,7 +211,7 @@ def _finish(run: Any) -> None:
 
 
 def _logged_in() -> bool:
-    """Whether W&B finds credentials without asking: in the environment, ~/.netrc or its settings file."""
+    """Whether W&B finds credentials in the environment, ~/.netrc or its settings file."""
     import wandb
     from wandb.sdk.lib import wbauth
 
@@ -218,7 +220,7 @@ def _logged_in() -> bool:
 
 
 def _log_training(run: Any, file: Path) -> None:
-    """Every training's loss and learning rate, over its own steps."""
+    """Log the curves of every training, over its own steps."""
     if not file.is_file():
         return
     for label, curve in pd.read_csv(file).groupby("training", sort=False):
@@ -228,7 +230,7 @@ def _log_training(run: Any, file: Path) -> None:
 
 
 def _media(folder: Path, overhead: Mapping[str, Any]) -> dict[str, Any]:
-    """Histograms and tables of what lies in a run's folder."""
+    """Histograms and tables from the files in a run's folder."""
     import wandb
 
     wandb.Table.MAX_ROWS = wandb.Table.MAX_ARTIFACT_ROWS  # type: ignore # rows beyond 10,000 are dropped otherwise
@@ -238,7 +240,7 @@ def _media(folder: Path, overhead: Mapping[str, Any]) -> dict[str, Any]:
         finite = {name: values[np.isfinite(values)].tolist() for name, values in scores.items()}
         media |= {f"scores/{name}": wandb.Histogram(v) for name, v in finite.items() if v}
     if (folder / "coreset.csv").is_file():
-        # An id such as 007 or NA is text; a score that was not computed is an empty field.
+        # Ids such as 007 or NA are text; an empty field is a score that was not computed.
         coreset = pd.read_csv(folder / "coreset.csv", dtype={"id": str}, keep_default_na=False, na_values=[""])
         media["coreset"] = wandb.Table(dataframe=coreset)
     if (folder / "predictions.parquet").is_file():

@@ -14,7 +14,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and a busy machine loses much
 
-pytest.register_assert_rewrite("contract")
+pytest.register_assert_rewrite("support")
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (

@@ -6,16 +6,18 @@ import os
 import re
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.stores import Clock, Job, never
 
-from staff import artifacts
-from staff.artifacts import Store
-from staff.cost import Cost
+from staff.store import cost
+from staff.store.cost import Cost
+from staff.store.store import Store
 
 KEY = {"model": "tiny", "seed": 0, "finetune": {"lr": 1e-4, "modules": ["q_proj", "v_proj"], "note": None}}
+SCORES = Job(KEY)
 
 
 @pytest.fixture
@@ -23,20 +25,11 @@ def store(tmp_path) -> Store:
     return Store(tmp_path / "store")
 
 
-def write_scores(folder, meter):
-    (folder / "scores.json").write_text("[1, 2]")
-    meter.add(flops=3.5e9, tokens_forward=20, tokens_backward=10)
-
-
-def never(folder, meter):
-    raise AssertionError("made a second time")
-
-
 # The fingerprint
 
 
 @pytest.mark.parametrize(
-    ("stage", "change"),
+    ("kind", "change"),
     [
         ("scores", {"model": "smollm2"}),
         ("scores", {"seed": 1}),
@@ -47,60 +40,69 @@ def never(folder, meter):
         ("finetune", {}),
     ],
 )
-def test_a_changed_field_gives_another_fingerprint(stage, change):
-    assert Store.fingerprint(stage, KEY | change) != Store.fingerprint("scores", KEY)
+def test_a_changed_field_gives_another_fingerprint(kind, change):
+    assert Job(KEY | change, kind=kind).fingerprint != SCORES.fingerprint
 
 
-def test_a_new_version_of_a_stage_gives_another_fingerprint(monkeypatch):
-    before = Store.fingerprint("scores", KEY), Store.fingerprint("finetune", KEY)
-    monkeypatch.setitem(artifacts.STAGE_VERSIONS, "scores", 99)
-    assert Store.fingerprint("scores", KEY) != before[0]
-    assert Store.fingerprint("finetune", KEY) == before[1]
+def test_a_new_version_of_a_stage_gives_it_and_all_that_rests_on_it_another_fingerprint():
+    model, newer = Job({}, kind="finetune"), Job({}, kind="finetune", version=2)
+    assert len({replace(SCORES, inputs=inputs).fingerprint for inputs in ((), (model,), (newer,))}) == 3
+    assert replace(SCORES, version=99).fingerprint != SCORES.fingerprint
 
 
 def test_the_same_key_has_the_same_fingerprint_in_any_order_process_and_hash_seed():
-    expected = Store.fingerprint("scores", dict(reversed(KEY.items())))
-    script = f"from staff.artifacts import Store; print(Store.fingerprint('scores', {KEY!r}), end='')"
+    assert Job(dict(reversed(KEY.items()))).fingerprint == SCORES.fingerprint
+    script = f"from support.stores import Job; print(Job({KEY!r}).fingerprint, end='')"
+    tests = Path(__file__).parent
     for seed in ("0", "1"):
-        environment = os.environ | {"PYTHONHASHSEED": seed}
-        assert subprocess.check_output([sys.executable, "-c", script], env=environment, text=True) == expected
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{tests.parent}:{tests}"}
+        said = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True)
+        assert said == SCORES.fingerprint
 
 
 @pytest.mark.parametrize("value", [(1, 2), Path("x"), {1}, b"x", float("nan"), float("inf")])
 def test_a_key_that_json_does_not_hold_is_refused_by_name(store, value):
     with pytest.raises(TypeError, match=r"scores key\.finetune\.bad\[1\] is "):
-        store.get("scores", {"finetune": {"bad": [0, value]}}, never)
+        store.get(Job({"finetune": {"bad": [0, value]}}, never))
     with pytest.raises(TypeError, match="has the name 1"):
-        store.fingerprint("scores", {1: "x"})
+        _ = Job({1: "x"}).fingerprint
     assert not store.root.exists()
 
 
-# Made once, read for ever
+# Computed once, read for ever
 
 
-def test_an_artefact_is_made_once_and_read_afterwards(store):
-    made = store.get("scores", KEY, write_scores)
-    read = Store(store.root).get("scores", dict(reversed(KEY.items())), never)
+def test_an_artefact_is_computed_once_and_read_afterwards(store):
+    made = store.get(SCORES)
+    again = Store(store.root)
+    read = again.get(Job(dict(reversed(KEY.items())), never))
     assert (made.computed, read.computed) == (True, False)
-    assert read.path == made.path == store.root / "scores" / made.fingerprint[:32]
+    assert (store.computed, again.computed) == ({SCORES.fingerprint}, set())
+    assert read.path == made.path == store.folder(SCORES) == store.root / "scores" / made.fingerprint[:32]
     assert (read.path / "scores.json").read_text() == "[1, 2]"
     assert not list((store.root / "tmp").iterdir())
 
 
+def test_what_is_only_looked_for_is_neither_computed_nor_an_input(store):
+    assert store.find(Job(KEY, never)) is None
+    made = store.get(SCORES)
+    coreset = store.get(Job({}, lambda folder, meter: store.find(SCORES), "coreset"))
+    assert store.find(SCORES) == replace(made, computed=False) and coreset.inputs == {}
+
+
 def test_a_reader_is_charged_what_the_maker_was_to_the_digit(store):
-    made = store.get("scores", KEY, write_scores)
-    read = store.get("scores", KEY, never)
-    assert read.charged() == made.charged() == {made.fingerprint: ("scores", "", made.cost)}
+    made, read = store.get(SCORES), store.get(Job(KEY, never))
+    assert read.charged() == made.charged() == {made.fingerprint: ("scores", "effort", made.cost)}
     assert (made.cost.flops, made.cost.tokens_forward, made.cost.tokens_backward) == (3.5e9, 20, 10)
     assert made.cost.seconds > 0
 
 
 def test_the_manifest_tells_what_it_is_and_what_it_took(store):
     store.workers = 3
-    artefact = store.get("scores", KEY, write_scores)
+    artefact = store.get(replace(SCORES, version=5))
     manifest = json.loads((artefact.path / "manifest.json").read_text())
     assert manifest["stage"] == "scores" and manifest["key"] == KEY and manifest["workers"] == 3
-    assert manifest["version"] == artifacts.STAGE_VERSIONS["scores"]
+    assert manifest["version"] == 5 and manifest["label"] == "effort"
     assert manifest["fingerprint"] == artefact.fingerprint
     assert manifest["files"] == {
         "scores.json": {
@@ -112,15 +114,15 @@ def test_the_manifest_tells_what_it_is_and_what_it_took(store):
     assert {"python", "numpy", "torch"} <= manifest["versions"].keys()
 
 
-def test_an_exception_in_make_is_raised_and_publishes_nothing(store):
+def test_an_exception_in_a_stage_is_raised_and_publishes_nothing(store):
     def fail(folder, meter):
         (folder / "scores.json").write_text("[1")
         raise ZeroDivisionError("loss is gone")
 
     with pytest.raises(ZeroDivisionError, match="loss is gone"):
-        store.get("scores", KEY, fail)
+        store.get(Job(KEY, fail))
     assert not (store.root / "scores").exists() and not list((store.root / "tmp").iterdir())
-    assert store.get("scores", KEY, write_scores).computed
+    assert store.get(SCORES).computed
 
 
 def test_publication_is_one_rename_of_a_complete_folder(store, monkeypatch):
@@ -133,45 +135,37 @@ def test_publication_is_one_rename_of_a_complete_folder(store, monkeypatch):
         real(source, target)
 
     monkeypatch.setattr(os, "rename", watched)
-    artefact = store.get("scores", KEY, write_scores)
+    artefact = store.get(SCORES)
     assert renames == [(["manifest.json", "scores.json"], artefact.path)]
 
 
 def test_each_get_says_what_happened(store, caplog):
-    caplog.set_level(logging.INFO, "staff.artifacts")
-    name = store.get("scores", KEY, write_scores).fingerprint[:8]
-    store.get("scores", KEY, never)
-    store.get("scores", KEY, never, label="effort of 2 samples")
-    made, read, labelled = caplog.messages
-    assert re.fullmatch(rf"scores {name}: computed in \d+\.\d s", made)
+    caplog.set_level(logging.INFO, "staff.store.store")
+    name = store.get(SCORES).fingerprint[:8]
+    store.get(Job(KEY, never))
+    made, read = caplog.messages
+    assert re.fullmatch(rf"effort \(scores {name}\): computed in \d+\.\d s", made)
     assert read == made.replace("computed in", "read (cost") + ")"
-    assert labelled == f"effort of 2 samples ({read.replace(':', '):')}"
 
 
 # Inputs and what they are charged
 
 
-def chain(store, pauses=(0.0, 0.0, 0.0)):
-    """A coreset from two scorings, which share one fine-tuned model."""
+def chain(store, sleep=lambda seconds: None):
+    """A coreset from two scorings that it asks for as it works; both have one fine-tuned model as their input."""
 
-    def model(folder, meter):
-        time.sleep(pauses[0])
-        meter.add(flops=100)
+    def working(seconds, flops, *asked):
+        def work(folder, meter):
+            sleep(seconds)
+            for stage in asked:
+                store.get(stage)
+            meter.add(flops=flops)
 
-    def scores(signal):
-        def make(folder, meter):
-            time.sleep(pauses[1])
-            store.get("finetune", {"seed": 0}, model)
-            meter.add(flops=10)
+        return work
 
-        return store.get("scores", {"signal": signal}, make)
-
-    def coreset(folder, meter):
-        time.sleep(pauses[2])
-        scores("effort"), scores("el2n"), scores("effort")
-        meter.add(flops=1)
-
-    return store.get("coreset", {"method": "staff"}, coreset)
+    model = Job({"seed": 0}, working(5.0, 100), "finetune")
+    effort, el2n = (Job({"signal": s}, working(2.0, 10), inputs=(model,)) for s in ("effort", "el2n"))
+    return store.get(Job({"method": "staff"}, working(0.5, 1, effort, el2n, effort), "coreset"))
 
 
 def test_inputs_are_recorded_transitively_and_each_is_charged_once(store):
@@ -183,18 +177,30 @@ def test_inputs_are_recorded_transitively_and_each_is_charged_once(store):
 
 def test_an_input_that_was_there_already_is_charged_all_the_same(store, tmp_path):
     cold = chain(Store(tmp_path / "other"))
-    store.get("finetune", {"seed": 0}, lambda folder, meter: meter.add(flops=100))
+    store.get(Job({"seed": 0}, lambda folder, meter: meter.add(flops=100), "finetune"))
     warm = chain(store)
     flops = [{name: charge.cost.flops for name, charge in run.charged().items()} for run in (cold, warm)]
     assert flops[0] == flops[1]
 
 
-def test_the_seconds_of_inputs_are_not_in_the_seconds_of_what_reads_them(store):
-    charged = chain(store, pauses=(0.5, 0.2, 0.0)).charged()
+def test_the_results_of_inputs_are_given_to_the_stage_in_their_order(store):
+    given = []
+
+    class Reads(Job):
+        def run(self, folder, meter, *inputs):
+            given.extend((artifact.stage, artifact.computed) for artifact in inputs)
+
+    model = Job({}, kind="finetune")
+    store.get(SCORES)
+    store.get(Reads({}, inputs=(SCORES, model), kind="coreset"))
+    assert given == [("scores", False), ("finetune", True)]
+
+
+def test_the_seconds_of_inputs_are_not_in_the_seconds_of_what_reads_them(store, monkeypatch):
+    monkeypatch.setattr(cost, "time", clock := Clock())
+    charged = chain(store, clock.sleep).charged()
     seconds = {charge.stage: charge.cost.seconds for charge in charged.values()}
-    assert seconds["finetune"] >= 0.5
-    assert 0.2 <= seconds["scores"] < 0.5
-    assert seconds["coreset"] < 0.2
+    assert seconds == {"finetune": 5.0, "scores": 2.0, "coreset": 0.5} and clock.now == 9.5
 
 
 def test_what_failed_is_no_input(store):
@@ -203,14 +209,11 @@ def test_what_failed_is_no_input(store):
 
     def coreset(folder, meter):
         with pytest.raises(ZeroDivisionError):
-            store.get("scores", KEY, fail)
+            store.get(Job(KEY, fail))
 
-    assert store.get("coreset", {}, coreset).inputs == {}
+    assert store.get(Job({}, coreset, "coreset")).inputs == {}
 
 
 def test_an_artefact_that_asks_for_itself_is_an_error_not_a_deadlock(store):
-    def make(folder, meter):
-        store.get("scores", KEY, make)
-
     with pytest.raises(RuntimeError, match="asks for itself"):
-        store.get("scores", KEY, make)
+        store.get(Job(KEY, lambda folder, meter: store.get(SCORES)))

@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pools import tiny_pool
+from support.tuning import farthest, tuned, weights_of
 
-from staff.data import Sample, Task
+from staff.data.limits import answerable, fitting
+from staff.data.task import Sample, Task
+from staff.data.tokens import TokenizedSamples, tokenize
 from staff.errors import UserError
-from staff.models import ModelSpec
-from staff.tokens import TokenizedSamples, answerable, fitting, tokenize
+from staff.models.adapters import LoraSpec, fresh_lora
+from staff.models.family import Family
+from staff.models.spec import ModelSpec
+from staff.scoring.passes import score_samples
+from staff.signals import named
 
 TASK = Task("t", "Q: {question}\nA:", " {answer}", ["rougeL"], 8, data_dir="x")
 GOOD = {"question": "one?", "answer": "two"}
@@ -54,9 +61,9 @@ LINES: dict[str, tuple[object, dict[str, Any], str]] = {
     "an id twice": ({**GOOD, "id": "a"}, {"id_field": "id"}, r"the id 'a' comes twice \(task.id_field=id\)"),
     "an id as text and as number": ({**GOOD, "id": "7"}, {"id_field": "id"}, "line 2: the id '7' comes twice"),
     "no id": (GOOD, {"id_field": "id"}, r"line 2: no field 'id' \(wanted by task.id_field\)"),
-    "a null id": ({**GOOD, "id": None}, {"id_field": "id"}, "line 2: field 'id' is NoneType, no id"),
-    "an empty id": ({**GOOD, "id": ""}, {"id_field": "id"}, "line 2: field 'id' is empty, no id"),
-    "a list for an id": ({**GOOD, "id": [1]}, {"id_field": "id"}, "line 2: field 'id' is list, no id"),
+    "a null id": ({**GOOD, "id": None}, {"id_field": "id"}, "line 2: field 'id' is NoneType, not an id"),
+    "an empty id": ({**GOOD, "id": ""}, {"id_field": "id"}, "line 2: field 'id' is empty, not an id"),
+    "a list for an id": ({**GOOD, "id": [1]}, {"id_field": "id"}, "line 2: field 'id' is list, not an id"),
     "a reference missing": (None, {"references": ["r1"]}, r"line 1: no field 'r1' \(wanted by task.references\)"),
     "an unknown field": (None, {"prompt": "{quest}"}, r"no field 'quest' \(wanted by task.prompt\); it has"),
     "a position for a field": (None, {"prompt": "{}"}, r"^task.prompt='{}': '{}' names no field; write {field} or"),
@@ -87,13 +94,15 @@ def test_a_bad_line_or_template_gives_its_sentence(tmp_path: Path, case: str):
     write(tmp_path, first, GOOD if bad is None else bad)
     with pytest.raises(UserError, match=sentence) as raised:
         replace(TASK, data_dir=str(tmp_path), **fields).load("test")
-    assert len(str(raised.value)) < 1_000 and "\n" not in str(raised.value)
+    said = str(raised.value)
+    assert len(said) < 1_000 and "\n" not in said
+    assert said.startswith(f"{tmp_path / 'test.jsonl'}, line ") or sentence.startswith("^task.")
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "train.jsonl is not there: task.data_dir must be a folder that holds train.jsonl"),
+        (None, "train.jsonl does not exist: task.data_dir must be a folder with train.jsonl"),
         (b"", "task 't': the train split is empty; check task.data_dir"),
         (b"\n \n\r\n", "the train split is empty"),
         (b'[\n{"question": "one?"}\n]', "line 1: not JSON"),
@@ -135,7 +144,7 @@ def test_curious_characters_pass_unchanged_through_reading_and_tokens(tmp_path: 
     tokenizer = ModelSpec(TINY).tokenizer()
     tokens = tokenize(samples, tokenizer)
     start = tokens.prompt_lengths[0]
-    assert tokenizer.decode(tokens.input_ids[0][start:-1], clean_up_tokenization_spaces=False) == f" {text}"
+    assert tokenizer.decode(tokens.row(0)[start:-1], clean_up_tokenization_spaces=False) == f" {text}"
 
 
 def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path):
@@ -186,29 +195,20 @@ def model_with(folder: Path, **tokens: str | None) -> ModelSpec:
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path):
     spec = model_with(tmp_path / "model", eos_token=None, pad_token=None)
-    with pytest.raises(UserError, match="has no end token, without which no answer ends; set eos_token"):
+    with pytest.raises(UserError, match="has no end token to end answers with: set eos_token"):
         tokenize([Sample("a", "b", "c", ())], spec.tokenizer())
 
 
 def test_a_pad_token_that_is_the_end_token_or_none_changes_no_score_and_no_weight(tmp_path: Path):
-    from test_finetune import SETTINGS
-
-    from staff.artifacts import Store
-    from staff.finetune import finetuned
-    from staff.models import Family
-    from staff.pool import Pool
-
     found = []
     for name, change in {"own": {}, "end": {"pad_token": "</s>"}, "none": {"pad_token": None}}.items():
         spec = model_with(tmp_path / name, **change)
-        samples = tokenize([Sample(str(i), "Say " * (1 + i), f" {i}", ()) for i in range(6)], spec.tokenizer())
-        store = Store(tmp_path / f"store {name}")
-        pool = Pool(samples, samples, Family("t", spec, spec), SETTINGS, store, 0)
-        tuned = finetuned(store, spec, samples, SETTINGS, 1, 0)
-        found.append((pool.scores("effort", "target"), (tuned.path / "adapter_model.safetensors").read_bytes()))
-        assert all(row[-1] == 1 for row in samples.input_ids), "every answer ends"
-    for scores, weights in found[1:]:
-        assert scores.tolist() == found[0][0].tolist() and weights == found[0][1]
+        pool = tiny_pool(tmp_path / f"store {name}", 6, family=Family("t", spec, spec))
+        found.append((pool.ask("effort", of="target"), pool.store.get(pool.training("target_tuned"))))
+        assert pool.slices["pool"].target.end_tokens == [1], "every answer ends"
+    for scores, tuned_model in found[1:]:
+        assert scores.tolist() == found[0][0].tolist()
+        assert farthest(weights_of(tuned_model.path), weights_of(found[0][1].path)) == 0
 
 
 # Losses and scores that are no numbers
@@ -234,28 +234,25 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
     return specs
 
 
+def one_poisoned(spec: ModelSpec) -> TokenizedSamples:
+    rows = [Sample(f"s{i}", "Say it:", " " + "#" * (i == 3) + "ab" * i, ()) for i in range(8)]
+    return tokenize(rows, spec.tokenizer())
+
+
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_names_its_sample_in_training(poisoned, tmp_path: Path, value: str):
-    from test_finetune import SETTINGS, tuned
-
     spec = poisoned[value]
-    rows = [Sample(f"s{i}", "Say it:", " " + "#" * (i == 3) + "ab" * i, ()) for i in range(8)]
     with pytest.raises(UserError, match=r"the loss of sample 's3' is not finite in step [12]: take it out, or"):
-        tuned(tokenize(rows, spec.tokenizer()), tmp_path / "tuned", SETTINGS, spec=spec)
+        tuned(one_poisoned(spec), tmp_path / "tuned", spec=spec)
 
 
 @pytest.mark.parametrize("signal", ["effort", "el2n", "loss", "embedding"])
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_score_that_is_not_finite_names_its_sample(poisoned, value: str, signal: str):
-    from staff.adapters import fresh_lora
-    from staff.models import LoraSpec
-    from staff.scoring import Asked, score_samples
-
-    spec = poisoned[value]
-    rows = [Sample(f"s{i}", "Say it:", " " + "#" * (i == 3) + "ab" * i, ()) for i in range(8)]
-    model = fresh_lora(spec.load(), LoraSpec(2, 4), 0)
-    with pytest.raises(UserError, match=f"sample 's3': its {signal} score is not finite; take it out"):
-        score_samples(model, tokenize(rows, spec.tokenizer()), Asked((signal,)), batch_tokens=64, pad_token_id=2)
+    model = fresh_lora(poisoned[value].load(), LoraSpec(2, 4), 0)
+    samples = one_poisoned(poisoned[value])
+    with pytest.raises(UserError, match=f"sample 's3': its {signal} is not finite; take it out"):
+        score_samples(model, samples, (named(signal),), batch_tokens=64, pad_token_id=2)
 
 
 @pytest.mark.parametrize("rows", [[GOOD], [GOOD] * 6], ids=["one sample", "all equal"])

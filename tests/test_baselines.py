@@ -1,20 +1,16 @@
-"""What every selection method keeps, found by its file in conf/method; and each baseline's own semantics."""
+"""The baselines of the paper. What every method keeps: test_methods.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import contract
 import numpy as np
 import pytest
-from contract import CONF, METHODS, AnyPool, method_named, select
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
+from support.contract import AnyPool, select
 from support.golden import recorded
 
 from baselines.ccs import CCS
@@ -22,41 +18,13 @@ from baselines.d2 import D2, nearest_neighbours
 from baselines.el2n import EL2N
 from baselines.grand import GraNd
 from baselines.random import Random
-from baselines.random_matched import RandomMatched
+from staff import ArrayPool
 from staff.errors import UserError
-from staff.pool import ArrayPool
-from staff.selection import SelectionMethod, source_digest
+from staff.selection import SelectionMethod
+from staff.signals.effort import Effort
+from staff.store.stage import identity
 
-GOLDEN = Path(__file__).parent / "golden"
 VECTORS = {method: recorded(method) for method in ("ccs", "d2")}  # of the authors' code
-
-
-# ---------------------------------------------------------------- the contract
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("constant", [False, True], ids=["scores differ", "scores are constant"])
-def test_every_method_selects_exactly_the_budget_of_distinct_samples(name: str, constant: bool):
-    contract.selects_exactly_the_budget_of_distinct_samples(method_named(name), constant)
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("constant", [False, True], ids=["scores differ", "scores are constant"])
-def test_every_method_selects_by_seed_and_id_and_not_by_the_order_of_the_pool(name: str, constant: bool):
-    contract.selects_by_seed_and_id_and_not_by_the_order_of_the_pool(method_named(name), constant)
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("check", contract.OTHERS, ids=lambda check: check.__name__)
-def test_every_method_keeps_the_rest_of_the_contract(name: str, check: Callable[[SelectionMethod], None]):
-    check(method_named(name))
-
-
-def test_methods_name_every_hyper_parameter_in_their_yaml():
-    for name in METHODS:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            written = compose("config", overrides=[f"method={name}"]).method
-        assert set(written) - {"_target_"} == {f.name for f in fields(method_named(name))}, name
 
 
 # ---------------------------------------------------------------- random, EL2N, GraNd
@@ -69,13 +37,22 @@ def test_random_is_uniform():
     assert np.abs(hits - 250).max() < 56  # four standard deviations
 
 
-def test_a_method_is_known_by_the_methods_among_its_fields():
-    digests = {source_digest(m) for m in (RandomMatched(Random()), RandomMatched(EL2N()), Random())}
-    assert len(digests) == 3
+@dataclass(frozen=True)
+class Twin:
+    """A method with a method among its fields."""
+
+    reference: SelectionMethod
 
 
-@pytest.mark.parametrize(("method", "signal"), [(EL2N(), "el2n"), (GraNd(), "effort")])
-def test_the_highest_scored_are_selected_and_ties_fall_by_seed(method: SelectionMethod, signal: str):
+def test_a_method_is_known_by_its_fields_and_the_methods_among_them():
+    methods = (Twin(Random()), Twin(EL2N()), Twin(EL2N("official")), Random(), EL2N())
+    known = [identity(method) for method in methods]
+    assert all(a != b for i, a in enumerate(known) for b in known[:i])
+    assert identity(Twin(Random())) == known[0]
+
+
+@pytest.mark.parametrize(("method", "signal"), [(EL2N(), "el2n"), (GraNd(), Effort("all_lora"))])
+def test_the_highest_scored_are_selected_and_ties_fall_by_seed(method: SelectionMethod, signal: Any):
     scores = np.repeat([3.0, 1.0, 2.0], 10)
     pool = ArrayPool([f"{i}" for i in range(30)], {(signal, "target_tuned"): scores})
     chosen = [select(method, pool, 15, seed).indices for seed in range(4)]
@@ -84,20 +61,18 @@ def test_the_highest_scored_are_selected_and_ties_fall_by_seed(method: Selection
     assert len({tuple(indices) for indices in chosen}) > 1
 
 
-def test_variants_reach_the_pool():
-    asked: dict[str, Any] = {}
+@pytest.mark.parametrize("method", [EL2N("official"), CCS(variant="official"), D2(variant="official")])
+def test_a_variant_reaches_the_pool(method: SelectionMethod):
+    pool = AnyPool(20)
+    select(method, pool, 5)
+    signal, of, _ = pool.asked[0]
+    assert (signal.name, signal.variant, of) == ("el2n", "official", "target_tuned")
 
-    class Recording(AnyPool):
-        def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray:
-            asked.update(options, model=model)
-            return super().scores(signal, model, indices)
 
-    for method in (EL2N("official"), CCS(variant="official"), D2(variant="official")):
-        select(method, Recording(20), 5)
-        assert asked.pop("variant") == "official" and asked["model"] == "target_tuned"
-    fresh = {"rank": 81, "alpha": 16, "targets": ["q_proj", "v_proj"]}
-    select(GraNd("last_v_b", fresh), Recording(20), 5)
-    assert asked == {"model": "target_tuned", "gradient": "last_v_b", "fresh_adapter": fresh}
+def test_the_gradient_of_grand_reaches_the_pool():
+    pool, fresh = AnyPool(20), {"rank": 81, "alpha": 16, "targets": ["q_proj", "v_proj"]}
+    select(GraNd("last_v_b", fresh), pool, 5)
+    assert pool.asked == [(Effort("last_v_b", fresh), "target_tuned", "pool")]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support2.pool import StubPool, chosen, select
-from support2.vectors import cases, vectors
+from support.any_pool import AnyPool, chosen, select
+from support.golden import recorded
 
 from baselines.cartography import (
     STATISTICS,
@@ -22,17 +22,20 @@ from baselines.cartography import (
 )
 from staff.errors import UserError
 
-MAPS, EVENTS, AUM = (cases("cartography", starting=name) for name in ("cartography", "forgetting", "aum"))
+VECTORS = recorded("cartography")
+MAPS, EVENTS, AUM = (
+    [case for case in VECTORS if case.startswith(name)] for name in ("cartography", "forgetting", "aum")
+)
 
 
-def pool_of(signal: str, values: np.ndarray) -> StubPool:
-    return StubPool([f"sample {i}" for i in range(len(values))], {(signal, "small@epochs", "pool"): values})
+def pool_of(signal: str, values: np.ndarray) -> AnyPool:
+    return AnyPool(len(values), {signal: values})
 
 
 @pytest.mark.parametrize("epochs", [None, 3])
 @pytest.mark.parametrize("case", MAPS)
 def test_the_statistics_of_data_maps_are_those_of_the_released_code(case: str, epochs: int | None):
-    golden = vectors("cartography")[case]
+    golden = VECTORS[case]
     correct = (golden["logits"].argmax(axis=2) == golden["gold"])[:epochs]
     ours = training_dynamics_official(golden["true_prob"][:epochs].T, correct.T)
     for name, values in ours.items():
@@ -41,10 +44,10 @@ def test_the_statistics_of_data_maps_are_those_of_the_released_code(case: str, e
 
 @pytest.mark.parametrize("case", MAPS)
 def test_selections_from_data_maps_have_the_released_values_and_size_whichever_way_ties_fall(case: str):
-    golden = vectors("cartography")[case]
-    recorded = [name for name in golden if name.startswith("sel_")]
-    assert len(recorded) >= 28
-    for name in recorded:
+    golden = VECTORS[case]
+    names = [name for name in golden if name.startswith("sel_")]
+    assert len(names) >= 28
+    for name in names:
         metric, ends, fraction = name.removeprefix("sel_").rsplit("_", 2)
         values = golden[metric]
         ours = cartography_official(values, metric, float(fraction), ends)
@@ -53,7 +56,7 @@ def test_selections_from_data_maps_have_the_released_values_and_size_whichever_w
 
 @pytest.mark.parametrize("case", EVENTS)
 def test_counts_of_forgetting_are_those_of_both_released_codes(case: str):
-    golden = vectors("cartography")[case]
+    golden = VECTORS[case]
     correct = golden["correct"].T
     assert forgetting_events(correct).tolist() == golden["deepcore_events"].tolist()
     assert forgetting(correct).tolist() == golden["toneva_counts"].tolist()
@@ -64,21 +67,21 @@ def test_counts_of_forgetting_are_those_of_both_released_codes(case: str):
 
 @pytest.mark.parametrize("case", EVENTS)
 def test_the_most_forgotten_are_selected_as_by_deepcore_whichever_way_ties_fall(case: str):
-    golden = vectors("cartography")[case]
+    golden = VECTORS[case]
     pool = pool_of("correct", golden["correct"].T)
     events, labels = golden["deepcore_events"], golden["labels"]
     for fraction in ("0.1", "0.3", "0.7"):
-        recorded = golden[f"selected_global_{fraction}"]
-        ours = select(Cartography("forgetting_events"), pool, len(recorded)).indices
-        assert sorted(events[ours]) == sorted(events[recorded])
-        recorded = golden[f"selected_balanced_{fraction}"]
+        theirs = golden[f"selected_global_{fraction}"]
+        ours = select(Cartography("forgetting_events"), pool, len(theirs)).indices
+        assert sorted(events[ours]) == sorted(events[theirs])
+        theirs = golden[f"selected_balanced_{fraction}"]
         ours = forgetting_balanced_official(events, labels, float(fraction))
-        assert sorted(zip(labels[ours], events[ours])) == sorted(zip(labels[recorded], events[recorded]))
+        assert sorted(zip(labels[ours], events[ours])) == sorted(zip(labels[theirs], events[theirs]))
 
 
 @pytest.mark.parametrize("case", AUM)
 def test_margins_and_their_means_are_those_of_the_released_code(case: str):
-    golden = vectors("cartography")[case]
+    golden = VECTORS[case]
     margins, means = margins_official(golden["logits"], golden["targets"], golden["seen"])
     np.testing.assert_allclose(margins, golden["margins"], atol=1e-6)
     np.testing.assert_allclose(means, golden["aum"], atol=1e-6)

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken
 
-from staff.chat import ChatTemplate
-from staff.data import Sample
+from staff.data.chat import ChatTemplate
+from staff.data.task import Sample
+from staff.data.tokens import tokenize
 from staff.errors import UserError
-from staff.evaluate import generate
-from staff.models import Family, ModelSpec
-from staff.tokens import tokenize
+from staff.evaluation.generator import generate
+from staff.models.family import Family
+from staff.models.spec import ModelSpec
 
 TINY = ModelSpec("pkg://staff/assets/tiny/small")
 SAMPLES = [Sample("a", "What is 2 plus 2?", " It is 4.", ()), Sample("b", "Say it. ", "\nTwo\n\nlines", ())]
@@ -59,7 +60,7 @@ def test_an_end_of_turn_that_only_the_vocabulary_knows_ends_every_answer(tmp_pat
     assert "<turn_end>" not in tokenizer.all_special_tokens
     tokens = tokenize(SAMPLES, tokenizer, "chat")
     assert answers_of(tokens, tokenizer) == ["It is 4.<turn_end>", "Two\n\nlines<turn_end>"]
-    assert {row[-1] for row in tokens.input_ids} == {tokenizer.convert_tokens_to_ids("<turn_end>")}
+    assert tokens.end_tokens == [tokenizer.convert_tokens_to_ids("<turn_end>")]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_an_unknown_token_ends_no_answer():
 
 def test_an_end_of_turn_of_ordinary_text_is_told_of(caplog):
     ChatTemplate(tokenizer_of(chat("<|im_end|>\n"))).end  # noqa: B018
-    assert "'<|im_end|>\\n', which begins with no added token: '</s>' ends it here" in caplog.text
+    assert "'<|im_end|>\\n', which does not start with an added token: using '</s>'" in caplog.text
 
 
 def test_generation_waits_for_the_end_that_was_trained(tmp_path: Path):
@@ -134,7 +135,7 @@ def test_an_answer_with_reasoning_of_its_own_needs_no_empty_think_block():
     reasoned = Sample("c", "Why?", "<think>\nHm.\n</think>\n\nSo.", ())
     tokens = tokenize([*SAMPLES, reasoned], tokenizer := tokenizer_of(template, special=["<end>"]), "chat")
     assert tokenizer.decode(tokens.prompts()[0]).endswith(THINK)
-    assert tokenizer.decode(tokens.input_ids[2]).endswith("assistant\n<think>\nHm.\n</think>\n\nSo.<end>")
+    assert tokenizer.decode(tokens.row(2)).endswith("assistant\n<think>\nHm.\n</think>\n\nSo.<end>")
 
 
 def test_white_space_alone_before_an_answer_belongs_to_the_answer():
@@ -170,7 +171,7 @@ def test_a_template_that_fails_is_one_sentence_with_what_it_said(template: str, 
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
-        (chat("").replace("m.content", "m.content.replace('\n', ' ')"), "does not show the answer of sample 'b'"),
+        (chat("").replace("m.content", "m.content.replace('\n', ' ')"), "does not leave the answer of sample 'b'"),
         (chat("").replace("m.content", "m.content + m.content"), "does not put an answer as it is"),
         (chat("").replace("m.content", "m.content | lower"), "does not put an answer as it is"),
         ("{{ messages[-1].content }}", "does not put an answer as it is"),  # no question
@@ -189,7 +190,7 @@ def test_a_template_that_asks_for_the_day_is_told_the_same_one_every_day(monkeyp
 
     tokenizer = tokenizer_of(DATED, special=["<end>"])
     first = tokenize(SAMPLES, tokenizer, "chat")
-    assert tokenizer.decode(first.input_ids[0]).startswith("26 Jul 2024|26 Jul 2024|")
+    assert tokenizer.decode(first.row(0)).startswith("26 Jul 2024|26 Jul 2024|")
 
     class Tomorrow:
         @staticmethod
@@ -198,7 +199,7 @@ def test_a_template_that_asks_for_the_day_is_told_the_same_one_every_day(monkeyp
 
     monkeypatch.setattr(templates, "datetime", Tomorrow)
     other = tokenize(SAMPLES, tokenizer, "chat", date="2025-01-02")
-    assert tokenizer.decode(other.input_ids[0]).startswith("02 Jan 2025|02 Jan 2025|")
+    assert tokenizer.decode(other.row(0)).startswith("02 Jan 2025|02 Jan 2025|")
     assert tokenize(SAMPLES, tokenizer, "chat").fingerprint == first.fingerprint
 
 
@@ -230,16 +231,19 @@ def test_an_option_that_belongs_to_the_rendering_is_refused():
 def test_a_run_records_its_day_and_options_and_is_known_by_them_where_a_template_reads_them(run, tmp_path: Path):
     folder = tmp_path / "model"
     shutil.copytree(TINY.local, folder)
-    tokenizer_of(DATED).save_pretrained(folder)
-    paths = [f"family.{role}.path={folder}" for role in ("target", "small")]
-    raw = ["method=raw", *paths]
-    first = run("family.prompt_format=chat", *raw)
-    other = run("family.prompt_format=chat", "family.date=2025-01-02", *raw)
+    tokenizer_of("{{ enable_thinking }}|" + DATED).save_pretrained(folder)
+    raw = ["method=raw", *(f"family.{role}.path={folder}" for role in ("target", "small"))]
+    chat_runs = {
+        options: run("family.prompt_format=chat", *options, *raw)
+        for options in ((), ("family.date=2025-01-02",), ("family.template_options={enable_thinking: false}",))
+    }
+    first, dated, told = chat_runs.values()
     assert first["config"]["family"]["date"] == first["identity"]["date"] == "2024-07-26"
-    assert first["run"]["fingerprint"] != other["run"]["fingerprint"]
-    told = run("family.prompt_format=chat", "family.template_options={enable_thinking: false}", *raw)
+    assert dated["identity"]["date"] == "2025-01-02"
     assert told["identity"]["template_options"] == {"enable_thinking": False}
-    assert told["run"]["fingerprint"] not in (first["run"]["fingerprint"], other["run"]["fingerprint"])
+    assert len({record["run"]["fingerprint"] for record in chat_runs.values()}) == 3
+    unread = run("family.prompt_format=chat", "family.template_options={unread: 1}", *raw)
+    assert unread["run"]["fingerprint"] == first["run"]["fingerprint"], "the prompts are the same"
     plain = [run(f"family.date={date}", *raw)["run"]["fingerprint"] for date in ("2024-07-26", "2025-01-02")]
     assert plain[0] == plain[1], "a plain prompt has no day"
 

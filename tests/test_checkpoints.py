@@ -6,34 +6,38 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_finetune import SETTINGS, SPEC, far
+from support.stores import wait_for
+from support.tuning import SETTINGS, SPEC, difference, history, samples_of
 from transformers import Trainer
 
-from staff import attempts, checkpoints
-from staff.artifacts import Artifact, Store
-from staff.data import Sample
-from staff.finetune import FinetuneSettings, finetuned
-from staff.tokens import TokenizedSamples, tokenize
+from staff.store import attempts
+from staff.store.attempts import failed_attempts
+from staff.store.manifest import Artifact
+from staff.store.store import Store
+from staff.training import checkpoints
+from staff.training.settings import FinetuneSettings
+from staff.training.stage import Finetune
 
 STEPS = 24  # of 3 epochs, and of 4 samples each
-ROWS = [Sample(str(i), f"Say {i} twice:" + " please" * (7 * i % 32), f" {i} and {i}", ()) for i in range(32)]
 
 
-@pytest.fixture(scope="module")
-def samples() -> TokenizedSamples:
-    return tokenize(ROWS, SPEC.tokenizer())
+def tuning(settings: FinetuneSettings, online: str | None) -> Finetune:
+    return Finetune(SPEC, samples_of(32), settings, 3, 0, online)
 
 
-def tuned(store: Path, samples: TokenizedSamples, settings: FinetuneSettings, online: str | None) -> Artifact:
-    return finetuned(Store(store), SPEC, samples, settings, 3, 0, online)
+def tuned(store: Path, stage: Finetune) -> Artifact:
+    return Store(store).get(stage)
 
 
-def killed(store: Path, at: int, *arguments, wait: float = 0) -> None:
+def killed(
+    store: Path, at: int, stage: Finetune, until: Callable[[], bool] = lambda: True, pause: float = 0.0
+) -> None:
     """Tune in a process that is killed in the step after `at`, of which there is a checkpoint."""
 
     def work() -> None:
@@ -44,26 +48,25 @@ def killed(store: Path, at: int, *arguments, wait: float = 0) -> None:
             if self.state.global_step == at:
                 (store / "at work").touch()
                 time.sleep(600)
+            time.sleep(pause)
             return step(self, *args, **kwargs)
 
         Trainer.training_step = stop
-        tuned(store, *arguments)
+        tuned(store, stage)
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
-    deadline = time.monotonic() + 120
-    while not (store / "at work").exists():
-        assert process.is_alive() and time.monotonic() < deadline
+    wait_for(store / "at work", seconds=120)
+    while not until():
         time.sleep(0.02)
-    time.sleep(wait)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     (store / "at work").unlink()
 
 
-def history(artefact: Artifact) -> list[dict]:
-    return json.loads((artefact.path / "training.json").read_text())["log"][:-1]  # the last entry tells times
+def steps(artefact: Artifact) -> list[dict]:
+    return history(artefact.path)["log"][:-1]  # the last entry tells times
 
 
 @pytest.mark.parametrize(
@@ -78,40 +81,44 @@ def history(artefact: Artifact) -> list[dict]:
     ],
     ids=["in random order, scoring online", "grouped by length, with dropout, in parts", "all weights"],
 )
-def test_killed_twice_it_ends_with_the_same_weights_log_and_scores(samples, tmp_path, caplog, settings, online):
+def test_killed_twice_it_ends_with_the_same_weights_log_and_scores(tmp_path, caplog, settings, online):
     caplog.set_level("INFO")
-    undisturbed = tuned(tmp_path / "undisturbed", samples, settings, online)
+    stage = tuning(settings, online)
+    undisturbed = tuned(tmp_path / "undisturbed", stage)
     assert not list((tmp_path / "undisturbed/checkpoints").glob("*")), "it took no time"
 
-    killed(tmp_path / "killed", 8, samples, settings, online)  # where an epoch ends
-    (checkpoint,) = (tmp_path / "killed").glob("checkpoints/*/*")
+    killed(tmp_path / "killed", 8, stage)  # where an epoch ends
+    (checkpoint,) = (tmp_path / "killed").glob("checkpoints/*/checkpoint-*")
     shutil.copytree(checkpoint, torn := checkpoint.with_name("checkpoint-9"))
     (torn / "manifest.json").write_text("{")
-    killed(tmp_path / "killed", 19, samples, settings, online)  # in the midst of the last
-    resumed = tuned(tmp_path / "killed", samples, settings, online)
+    killed(tmp_path / "killed", 19, stage)  # in the midst of the last
+    resumed = tuned(tmp_path / "killed", stage)
 
-    assert "going on after step 19" in caplog.text
-    for file in sorted(file.name for file in undisturbed.path.glob("*.safetensors")):
-        assert far(load_file(undisturbed.path / file), load_file(resumed.path / file)) < 1e-6
-    first, second = history(undisturbed), history(resumed)
+    assert "resuming after step 19" in caplog.text
+    files = sorted(file.relative_to(undisturbed.path) for file in undisturbed.path.rglob("*.safetensors"))
+    assert files == sorted(file.relative_to(resumed.path) for file in resumed.path.rglob("*.safetensors"))
+    assert len(files) == (1 if settings.kind == "full" else 3) + bool(online), (
+        "the model, at the end of every epoch"
+    )
+    for file in files:
+        assert difference(load_file(undisturbed.path / file), load_file(resumed.path / file)) < 1e-6
+    first, second = steps(undisturbed), steps(resumed)
     assert [entry["step"] for entry in second] == list(range(1, STEPS + 1))
     assert [entry["loss"] for entry in second] == pytest.approx([entry["loss"] for entry in first])
     assert resumed.cost.flops == undisturbed.cost.flops
     assert not list((tmp_path / "killed/checkpoints").glob("*"))
 
 
-def test_what_a_checkpoint_keeps_is_charged_to_the_artefact_and_the_rest_is_lost(samples, tmp_path, monkeypatch):
-    monkeypatch.setattr(attempts, "BEAT", 0.1)
-    step = Trainer.training_step
-
-    def slowly(self: Trainer, *args, **kwargs):
-        time.sleep(0.1)
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", slowly)
-    killed(tmp_path, 12, samples, SETTINGS, None, wait=1.0)
-    resumed = tuned(tmp_path, samples, SETTINGS, None)
-    (lost,) = json.loads((resumed.path / "manifest.json").read_text())["lost_attempts"]
-    assert 0.5 < lost["seconds"] < 1.2
-    assert resumed.cost.seconds > 2.4
-    assert json.loads((resumed.path / "training.json").read_text())["seconds"] > 2.4
+def test_what_a_checkpoint_keeps_is_charged_to_the_artefact_and_the_rest_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(attempts, "BEAT", 0.05)
+    stage = tuning(SETTINGS, None)
+    attempt = Store(tmp_path).attempts(stage)
+    killed(tmp_path, 12, stage, lambda: failed_attempts(attempt)[0]["seconds"] > 0.5, pause=0.1)
+    (noted,) = failed_attempts(attempt)
+    (checkpoint,) = tmp_path.glob("checkpoints/*/checkpoint-*")
+    kept = json.loads((checkpoint / "manifest.json").read_text())
+    resumed = tuned(tmp_path, stage)
+    (failed,) = json.loads((resumed.path / "manifest.json").read_text())["failed_attempts"]
+    assert failed == noted and 0.5 < failed["seconds"] < kept["cost"]["seconds"]
+    assert resumed.cost.seconds > kept["cost"]["seconds"] > 1.2
+    assert history(resumed.path)["seconds"] > kept["step_seconds"] > 1.2

@@ -10,10 +10,13 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from support.stores import Clock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from staff.cost import Cost, Meter, forward_flops, training_flops
+from staff.models.flops import forward_flops, training_flops
+from staff.store import cost
+from staff.store.cost import Cost, Meter
 
 SHAPES = {
     "vocab_size": 96,
@@ -104,31 +107,48 @@ def test_a_meter_counts_what_it_is_told_and_names_the_device():
     with Meter() as meter:
         meter.add(flops=1e12, tokens_forward=5)
         meter.add(tokens_forward=2, tokens_backward=3)
-    cost = meter.cost
-    assert (cost.flops, cost.tokens_forward, cost.tokens_backward) == (1e12, 7, 3)
-    assert cost.device
+    told = meter.cost
+    assert (told.flops, told.tokens_forward, told.tokens_backward) == (1e12, 7, 3)
+    assert told.device
 
 
-def test_a_pause_is_not_counted():
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    monkeypatch.setattr(cost, "time", clock := Clock())
+    return clock
+
+
+def test_a_pause_is_not_counted_nor_is_one_that_ends_with_an_exception(clock):
     with Meter() as meter:
-        time.sleep(0.1)
+        clock.sleep(1)
         with meter.paused():
-            time.sleep(0.5)
-        time.sleep(0.1)
-    assert 0.2 <= meter.cost.seconds < 0.5
-
-
-def test_a_pause_ends_with_an_exception_too():
-    with Meter() as meter:
+            clock.sleep(10)
+        clock.sleep(2)
         with pytest.raises(ZeroDivisionError), meter.paused():
+            clock.sleep(20)
             raise ZeroDivisionError
-        time.sleep(0.1)
-    assert meter.cost.seconds >= 0.1
+        clock.sleep(4)
+    clock.sleep(40)
+    assert meter.cost.seconds == meter.seconds == 7
+
+
+def test_what_a_checkpoint_saved_is_added_to_the_process_that_resumes_and_the_rest_is_lost(clock):
+    with Meter() as killed:
+        killed.add(flops=5)
+        clock.sleep(3)
+        saved = killed.checkpoint()
+        clock.sleep(2)
+        assert (saved.seconds, killed.unsaved) == (3, 2)
+    with Meter() as resumed:
+        resumed.resume(saved)
+        clock.sleep(1)
+        assert resumed.unsaved == 1
+    assert (resumed.cost.seconds, resumed.cost.flops) == (4, 0), "FLOPs are counted of the whole stage, at its end"
 
 
 HOLDS = """
 import mmap
-from staff.cost import Meter
+from staff.store.cost import Meter
 
 def hold(megabytes):
     with mmap.mmap(-1, megabytes << 20) as memory:
@@ -165,8 +185,8 @@ def test_on_a_gpu_the_meter_waits_for_it_and_sees_its_memory():
 def test_the_store_and_its_meter_do_not_load_torch():
     script = """
 import sys
-from staff.artifacts import Store
-from staff.cost import Meter
+from staff.store.store import Store
+from staff.store.cost import Meter
 with Meter() as meter: pass
 assert meter.cost.device and "torch" not in sys.modules
 """

@@ -1,15 +1,19 @@
-"""Reading a task: what is read, and the sentence for everything that is wrong with it."""
+"""Reading a task, and its samples as tokens. What is wrong with data is in test_bad_data.py."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from staff.data import Sample, Task
+from staff.data.limits import fitting
+from staff.data.task import Sample, Task
+from staff.data.tokens import TokenizedSamples, Tokens, read_tokens, tokenize
+from staff.data.views import DataView
 from staff.errors import UserError
-from staff.models import ModelSpec
-from staff.tokens import fitting, tokenize
+from staff.models.spec import ModelSpec
+from staff.store.store import Store
 
 TASK = Task("t", "Q: {question}\nA:", " {answer}", ["rougeL"], 8, data_dir="x")
 GOOD = {"question": "one?", "answer": "two"}
@@ -37,32 +41,6 @@ def test_templates_reach_into_nested_fields(tmp_path: Path):
 def test_braces_in_the_data_are_left_alone(tmp_path: Path):
     (sample,) = task_of(tmp_path, {"question": "{x} {", "answer": "{answer}"}).load("train")
     assert (sample.prompt, sample.answer) == ("Q: {x} {\nA:", " {answer}")
-
-
-@pytest.mark.parametrize(
-    ("bad", "sentence"),
-    [
-        ("{not json", "line 2: not JSON"),
-        ("[1, 2]", "line 2: a list, not an object"),
-        ({"question": "one?"}, "line 2: no field 'answer' .wanted by task.answer.; it has question"),
-        ({"question": "one?", "answer": None}, "line 2: field 'answer' is NoneType, not text"),
-        ({"question": 3, "answer": "x"}, "line 2: field 'question' is int, not text"),
-        ({"question": "one?", "answer": "  "}, "line 2: the answer is empty"),
-        ("\udcff", "line 2: not UTF-8 .byte 0."),
-    ],
-)
-def test_a_bad_line_is_refused_with_file_line_and_field(tmp_path: Path, bad: object, sentence: str):
-    with pytest.raises(UserError, match=f"train.jsonl, {sentence}"):
-        task_of(tmp_path, GOOD, bad).load("train")
-
-
-def test_a_missing_file_an_empty_file_and_a_bad_template_are_refused(tmp_path: Path):
-    with pytest.raises(UserError, match=r"train.jsonl is not there: task.data_dir must be a folder"):
-        replace(TASK, data_dir=str(tmp_path)).load("train")
-    with pytest.raises(UserError, match="the train split is empty"):
-        task_of(tmp_path).load("train")
-    with pytest.raises(UserError, match=r"task.prompt='{question' is not a template"):
-        task_of(tmp_path, GOOD, prompt="{question").load("train")
 
 
 def test_ids_come_from_their_field_or_from_the_text(tmp_path: Path):
@@ -119,8 +97,42 @@ def test_labels_cover_the_answer_and_its_end_token_alone(tmp_path: Path):
     labels = tokens.labels(0)
     answer = [t for t in labels if t != -100]
     assert tokenizer.decode(answer[:-1]) == " two" and answer[-1] == tokenizer.eos_token_id
-    assert len(labels) == len(tokens.input_ids[0]) == tokens.lengths[0]
+    assert len(labels) == len(tokens.row(0)) == tokens.lengths[0]
     assert tokens.answer_lengths[0] == len(answer)
+
+
+ROWS = [[1, 10, 11, 12], [1, 20, 21], [1, 30, 31, 32, 33]]  # behind a begin token
+TOKENS = TokenizedSamples.of_rows(["a", "b", "c"], ROWS, [2, 1, 3], begin=1)
+
+
+def rows_of(tokens: TokenizedSamples) -> list[list[int]]:
+    return [tokens.row(i).tolist() for i in range(len(tokens))]
+
+
+def test_a_part_of_the_samples_is_in_the_order_that_was_asked_for():
+    part = TOKENS.take([2, 0])
+    assert (rows_of(part), part.ids, part.prompts()) == ([ROWS[2], ROWS[0]], ["c", "a"], [[1, 30, 31], [1, 10]])
+    assert part.answer_lengths.tolist() == [2, 2] and len(TOKENS.take([])) == 0
+    assert TOKENS.take(range(3)) == TOKENS != part and TOKENS.end_tokens == [12, 21, 33]
+
+
+def test_a_view_leaves_out_prompts_or_counts_them_as_answers():
+    alone = DataView(prompt=False, indices=np.array([2, 1])).of(TOKENS)
+    assert rows_of(alone) == [[1, 32, 33], [1, 20, 21]] and alone.prompt_lengths.tolist() == [1, 1]
+    everything = DataView(text="all").of(TOKENS)
+    assert rows_of(everything) == ROWS and everything.prompt_lengths.tolist() == [1, 1, 1]
+    without_begin = TokenizedSamples.of_rows(["a"], [[10, 11, 12]], [1])
+    assert rows_of(without_begin.without_prompts()) == [[11, 12]]
+    assert without_begin.all_as_answer().prompt_lengths.tolist() == [0]
+
+
+def test_tokens_come_back_from_the_store_and_are_computed_once_for_tokenizers_that_are_the_same(tmp_path: Path):
+    store, samples = Store(tmp_path), [Sample("a", "Say:", " it", ()), Sample("b", "Say it", " twice, twice", ())]
+    target, small = (ModelSpec(f"pkg://staff/assets/tiny/{name}") for name in ("target", "small"))
+    stage = Tokens(samples, target, {"prompt_format": "plain"})
+    assert read_tokens(store.get(stage)) == tokenize(samples, target.tokenizer())
+    assert Tokens(samples, small, stage.reading).fingerprint == stage.fingerprint
+    assert Tokens(samples[:1], target, stage.reading).fingerprint != stage.fingerprint
 
 
 def test_a_large_pool_is_tokenised_some_at_a_time_and_comes_out_the_same():

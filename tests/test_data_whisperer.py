@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support2.pool import chosen, pool_of, select
-from support2.vectors import cases, vectors
+from support.any_pool import chosen, pool_of, select
+from support.golden import recorded
 
 from baselines.data_whisperer import (
     DataWhisperer,
@@ -21,13 +21,14 @@ from baselines.data_whisperer import (
 from staff.errors import UserError
 from staff.selection import Draws
 
-ATTENTION = cases("data_whisperer", starting="dw_attention")
-RUNS = [case for case in cases("data_whisperer") if case not in ATTENTION]
+VECTORS = recorded("data_whisperer")
+ATTENTION = [case for case in VECTORS if case.startswith("dw_attention")]
+RUNS = [case for case in VECTORS if case not in ATTENTION]
 
 
 @pytest.mark.parametrize("case", RUNS)
 def test_evaluations_counts_and_scores_are_those_of_the_released_code_to_the_last_bit(case: str):
-    golden = vectors("data_whisperer")[case]
+    golden = VECTORS[case]
     size, slice_size, shown, asked = (int(golden[n]) for n in ("n_train", "n_val", "batch_train", "batch_test"))
     demonstrations, queries = plan_official(size, slice_size, shown, asked, folds=case.endswith("kfold"))
     assert demonstrations.tolist() == golden["demonstrations"].tolist()
@@ -41,7 +42,7 @@ def test_evaluations_counts_and_scores_are_those_of_the_released_code_to_the_las
 
 @pytest.mark.parametrize("case", ATTENTION)
 def test_the_mass_of_attention_is_that_of_the_released_code_to_the_last_bit(case: str):
-    golden = vectors("data_whisperer")[case]
+    golden = VECTORS[case]
     given = (
         golden[name] for name in ("attention", "attention_mask", "n_instruction", "demo_lengths", "n_response")
     )
@@ -52,7 +53,7 @@ def test_the_mass_of_attention_is_that_of_the_released_code_to_the_last_bit(case
 
 @pytest.mark.parametrize("case", [case for case in RUNS if "N60" in case or "N300" in case])
 def test_where_evaluations_are_full_the_default_is_the_released_score_times_the_demonstrations(case: str):
-    golden = vectors("data_whisperer")[case]
+    golden = VECTORS[case]
     attention = np.where(golden["failed"][:, None], np.nan, golden["attention"].astype(np.float64))
     scores = aggregate(golden["demonstrations"], attention, golden["query_scores"], int(golden["n_train"]))
     evaluated = golden["count"] > 0
@@ -110,7 +111,7 @@ def test_the_size_is_exact_and_the_order_of_the_pool_changes_nothing(source: str
 
 def test_a_sample_whose_every_evaluation_failed_is_named_and_bad_fields_are_refused():
     pool = pool_of(30)
-    pool.answers["loss", "target", "pool"][13] = np.nan
+    pool.bad_sample = 13
     with pytest.raises(UserError, match=r"the in-context score of sample 'sample \d+' is nan"):
         select(DataWhisperer(rounds=1), pool, 5)
     bad: list[tuple[dict[str, Any], str]] = [

@@ -6,24 +6,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support2.pool import StubPool, chosen, pool_of, select
-from support2.vectors import cases, vectors
+from support.any_pool import AnyPool, chosen, pool_of, select
+from support.golden import recorded
 
 from baselines.delift import DELIFT, delift_official, distance_official, minmax, minmax_official, utility_official
 from staff.errors import UserError
 
-ORDERS, DISTANCES, KERNELS = (cases("delift", starting=f"delift_{name}") for name in ("N", "distance", "kernel"))
+VECTORS = recorded("delift")
+ORDERS, DISTANCES, KERNELS = (
+    [case for case in VECTORS if case.startswith(f"delift_{name}")] for name in ("N", "distance", "kernel")
+)
 
 
-def pool_with(gains: np.ndarray, view: str = "pool") -> StubPool:
-    ids = [f"sample {i}" for i in range(gains.shape[1])]
-    return StubPool(ids, {("in_context_gain", "target", view): gains})
+def pool_with(gains: np.ndarray, view: str = "pool") -> AnyPool:
+    return AnyPool(gains.shape[1], {"in_context_gain" if view == "pool" else "in_context_gain/dev": gains})
 
 
 @pytest.mark.parametrize("objective", ["fl", "mi", "cg"])
 @pytest.mark.parametrize("case", ORDERS)
 def test_orders_and_gains_are_those_of_the_released_code(case: str, objective: str):
-    golden = vectors("delift")[case]
+    golden = VECTORS[case]
     for fraction in ("0.05", "0.3"):
         order, gains = delift_official(golden["utility"], float(fraction), objective, golden["private"])
         assert order.tolist() == golden[f"{objective}_order_{fraction}"].tolist()
@@ -32,7 +34,7 @@ def test_orders_and_gains_are_those_of_the_released_code(case: str, objective: s
 
 @pytest.mark.parametrize("case", ORDERS)
 def test_the_official_preset_selects_the_recorded_samples(case: str):
-    golden = vectors("delift")[case]
+    golden = VECTORS[case]
     recorded = golden["fl_order_0.3"]
     ours = select(DELIFT(gains="minmax"), pool_with(golden["utility"]), len(recorded))
     assert set(ours.indices) == set(recorded)
@@ -40,14 +42,14 @@ def test_the_official_preset_selects_the_recorded_samples(case: str):
 
 @pytest.mark.parametrize("case", DISTANCES)
 def test_distances_are_those_of_the_released_code(case: str):
-    golden = vectors("delift")[case]
+    golden = VECTORS[case]
     ours = distance_official(golden["logits"], golden["input_ids"], golden["token_type_ids"])
     np.testing.assert_allclose(ours, golden["distance"], atol=1e-6)
 
 
 @pytest.mark.parametrize("case", KERNELS)
 def test_utilities_are_those_of_the_released_code(case: str):
-    golden = vectors("delift")[case]
+    golden = VECTORS[case]
     ours = utility_official(golden["distance_without"], golden["distance_with"], str(golden["kernel_type"]))
     np.testing.assert_allclose(ours, golden["utility"], atol=1e-6)
 
@@ -78,7 +80,7 @@ def test_the_slice_alone_is_represented_if_asked_for():
 def test_the_size_is_exact_and_the_order_of_the_pool_changes_nothing(
     n: int, constant: bool, seed: int, data: st.DataObject
 ):
-    pool = pool_of(n, seed, constant)
+    pool = pool_of(n, constant)
     budget = data.draw(st.integers(1, n))
     for method in (DELIFT(), DELIFT(gains="minmax")):
         ours = chosen(method, pool, budget)
@@ -93,7 +95,7 @@ def test_a_large_pool_is_refused_before_anything_is_asked_and_bad_gains_and_fiel
     ):
         select(DELIFT(max_pool=29), pool, 5)
     assert not pool.asked
-    pool.answers["in_context_gain", "target", "pool"][7, 2] = np.nan
+    pool.bad_sample = 7
     with pytest.raises(UserError, match=r"the gain in context of sample 'sample 7' is nan"):
         select(DELIFT(), pool, 5)
     with pytest.raises(UserError, match=r"method.represent='dev' is unknown: choose pool or slice"):

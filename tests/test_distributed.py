@@ -5,9 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,75 +15,11 @@ from hydra import compose, initialize_config_dir
 from safetensors.numpy import load_file
 
 from staff.errors import UserError
-from staff.finetune import FinetuneSettings
+from staff.training.settings import FinetuneSettings
 
+SCRIPT = ROOT / "tests/support/runs_of_two.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-
-# Steps of 8, 8 and 5 samples; by 2 processes with 2 in memory, the second has nothing to do in its last pass.
-RUNS = """
-import sys
-from pathlib import Path
-from staff.runtime import processes
-processes.start()
-from conftest import run_shrunk
-results, data = Path(sys.argv[1]), sys.argv[2]
-common = ["task=jsonl", f"task.data_dir={data}", "task.train_limit=21", "task.test_limit=5", "pruning_rate=0.5"]
-common += ["finetune.device_batch_size=2", "method.verification_budget=2", "method.num_regions=3", "method=staff"]
-run_shrunk(results / "pass", *common)
-online = ["method.scores=online", "finetune.length_grouped=true", "finetune.small_epochs=2"]
-run_shrunk(results / "online", *common, *online, "finetune.gradient_checkpointing=true")
-run_shrunk(results / "d2", *common[:-3], "method=d2", "finetune=full")
-unequal = ["scoring.batch_tokens=64", "evaluation.batch_tokens=48", "method.signal=el2n"]
-run_shrunk(results / "fsdp", *common, *unequal, "finetune.fsdp=true", "finetune.gradient_checkpointing=true")
-
-from test_distributed import interrupted, part_of_the_weights
-interrupted(results / "interrupted", fsdp=False)
-interrupted(results / "interrupted", fsdp=True)
-(results / f"part {processes.rank()}").write_text(str(part_of_the_weights()))
-processes.end()
-"""
-
-
-def part_of_the_weights() -> float:
-    """Which part of a sharded model this process holds."""
-    from test_finetune import SPEC
-    from torch.distributed.tensor import DTensor
-
-    weights = list(replace(SPEC, sharded=True).load().parameters())
-    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in weights)
-    return held / sum(p.numel() for p in weights)
-
-
-def interrupted(store: Path, fsdp: bool) -> None:
-    """A fine-tuning that ends in its fifth step, and goes on from a checkpoint after the fourth."""
-    from test_checkpoints import ROWS
-    from test_finetune import SETTINGS, SPEC
-    from transformers import Trainer
-
-    from staff import checkpoints
-    from staff.artifacts import Store
-    from staff.finetune import finetuned
-    from staff.tokens import tokenize
-
-    step, checkpoints.INTERVAL = Trainer.training_step, 0.0
-
-    class Killed(BaseException):
-        pass
-
-    def stop(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 4:
-            raise Killed
-        return step(self, *args, **kwargs)
-
-    settings, samples = replace(SETTINGS, fsdp=fsdp), tokenize(ROWS[:21], SPEC.tokenizer())
-    arguments = (replace(SPEC, sharded=fsdp), samples, settings, 2, int(fsdp), "last_v_b")
-    Trainer.training_step = stop
-    try:
-        finetuned(Store(store), *arguments)
-    except Killed:
-        Trainer.training_step = step
-    finetuned(Store(store), *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +29,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     rows = [{"prompt": f"Add {i} to {i * i}:", "answer": f"{i + i * i} " * (1 + i % 5)} for i in range(26)]
     for split, of_it in (("train", rows[:21]), ("test", rows[21:])):
         (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in of_it))
-    (folder / "runs.py").write_text(RUNS)
     commands = {"one": [sys.executable], "two": [*TORCHRUN]}
     pipe = subprocess.PIPE
     running = [
-        subprocess.Popen(
-            [*command, folder / "runs.py", folder / name, folder], env=ENVIRONMENT, stderr=pipe, text=True
-        )
+        subprocess.Popen([*command, SCRIPT, folder / name, folder], env=ENVIRONMENT, stderr=pipe, text=True)
         for name, command in commands.items()
     ]
     for process in running:
@@ -131,14 +62,16 @@ def test_two_processes_select_the_same_samples_and_give_the_same_answers(results
     for one, two in files(results, "*/artifacts/evaluation/*/predictions.parquet"):
         assert pd.read_parquet(one).equals(pd.read_parquet(two))
     for one, two in files(results, "*/runs/*/metrics.json"):
-        assert json.loads(one.read_text())["metrics"] == json.loads(two.read_text())["metrics"]
+        alone, together = (json.loads(file.read_text())["metrics"] for file in (one, two))
+        assert together == pytest.approx(alone, rel=1e-5), "the likelihood of references is a float's sum"
 
 
 def test_two_processes_fine_tune_to_the_weights_of_one(results):
     for one, two in files(results, "*/*/finetune/*/*model.safetensors"):
         alone, together = load_file(one), load_file(two)
         for name, weights in alone.items():
-            assert np.abs(together[name] - weights).max() <= 1e-3 * np.abs(weights).max(), name
+            # Adam's first step divides each gradient by its own size: where that is nearly zero, rounding is seen.
+            assert np.linalg.norm(together[name] - weights) <= 3e-4 * np.linalg.norm(weights), name
 
 
 def test_the_losses_of_two_processes_are_those_of_one(results):
@@ -161,7 +94,8 @@ def test_the_work_of_both_processes_is_charged(results):
         alone, together = json.loads(one.read_text()), json.loads(two.read_text())
         for name in ("flops", "tokens_forward", "tokens_backward"):
             assert together["cost"][name] == alone["cost"][name]
-        assert (alone["processes"], together["processes"]) == (1, 2)
+        shared = alone["stage"] not in ("tokens", "metrics")
+        assert (alone["processes"], together["processes"]) == (1, 2 if shared else 1)
         assert together["inputs"].keys() == alone["inputs"].keys()
 
 
@@ -251,7 +185,7 @@ def test_a_sweep_under_torchrun_is_refused_once_with_what_to_do_instead(tmp_path
         "-m", "experiments.run", "-m", "seed=0,1", f"results_dir={tmp_path}"
     )
     assert (first, second) == (1, 1)
-    refusal = "staff: torchrun is for one run: start `torchrun ... -m experiments.run` once a configuration"
+    refusal = "staff: torchrun is for one run: start `torchrun --no-python ... staff` once a configuration"
     assert (said + also_said).startswith(refusal) and (said + also_said).count("\n") == 1
     assert not list(tmp_path.glob("runs/*"))
 
@@ -271,5 +205,5 @@ def test_a_step_has_as_many_samples_on_any_number_of_devices(devices, at_once):
 @pytest.mark.parametrize(("devices", "device_batch_size"), [(5, 12), (24, 12), (2, 4)])
 def test_a_step_that_cannot_be_shared_out_evenly_is_refused(devices, device_batch_size):
     settings = FinetuneSettings(batch_size=12, device_batch_size=device_batch_size)
-    with pytest.raises(UserError, match=f"batch_size=12 cannot be shared by {devices} processes"):
+    with pytest.raises(UserError, match=f"batch_size=12 cannot be divided among {devices} processes"):
         settings.on_each_device(devices)

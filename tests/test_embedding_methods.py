@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from support.array_answers import ArrayAnswers
-from support.selection_vectors import recorded
+from support.any_pool import AnyPool, select
+from support.golden import recorded
 
 import baselines.k_center as k_center
 from baselines.asks import unit_rows
@@ -20,13 +20,8 @@ from baselines.moderate import Moderate, distances_to_median, middle_ranks
 from baselines.prototypes import Prototypes, prototype_distances
 from baselines.rds_plus import RDSPlus, best_first, scaled, take_turns
 from staff.errors import UserError
-from staff.selection import Coreset, Draws
 
 RDS, CENTERS, MODERATE, PROTOTYPES = map(recorded, ("rds_plus", "k_center", "moderate", "prototypes"))
-
-
-def select(method: Any, pool: ArrayAnswers, budget: int, seed: int = 0) -> Coreset:
-    return method.select(pool, budget, Draws(seed, pool.ids))
 
 
 def in_blobs(sizes: list[int], dimensions: int = 6) -> np.ndarray:
@@ -37,7 +32,7 @@ def in_blobs(sizes: list[int], dimensions: int = 6) -> np.ndarray:
 
 @pytest.mark.parametrize("method", [RDSPlus(), KCenter(), Moderate(), KMeansCoverage(), Prototypes()])
 def test_embeddings_are_asked_as_the_fields_say(method: Any):
-    pool = ArrayAnswers(12)
+    pool = AnyPool(12)
     changed = type(method)(of="small", layer=5, pooling="last_token")
     select(changed, pool, 3)
     options = {"layer": 5, "pooling": "last_token"}
@@ -107,7 +102,7 @@ def test_a_query_whose_choice_is_taken_goes_on_or_loses_its_turn():
 
 @pytest.mark.parametrize("lose_turn", [False, True])
 def test_blocks_of_queries_change_nothing(lose_turn: bool, monkeypatch: pytest.MonkeyPatch):
-    pool = ArrayAnswers(80, {"embedding/dev": np.random.default_rng(2).normal(size=(23, 8))})
+    pool = AnyPool(80, {"embedding/dev": np.random.default_rng(2).normal(size=(23, 8))})
     whole = select(RDSPlus(lose_turn=lose_turn), pool, 30)
     monkeypatch.setattr("baselines.rds_plus.BLOCK_QUERIES", 5)
     blocks = select(RDSPlus(lose_turn=lose_turn), pool, 30)
@@ -119,7 +114,7 @@ def test_blocks_of_queries_change_nothing(lose_turn: bool, monkeypatch: pytest.M
 def test_a_sample_like_the_slice_is_selected_and_one_of_norm_zero_is_not_preferred(aggregate: str):
     points = np.random.default_rng(0).normal(size=(30, 8))
     points[:5] = 0
-    pool = ArrayAnswers(30, {"embedding": points, "embedding/dev": points[[9, 9, 9]] * 7})
+    pool = AnyPool(30, {"embedding": points, "embedding/dev": points[[9, 9, 9]] * 7})
     chosen = select(RDSPlus(aggregate=aggregate), pool, 1)
     assert chosen.indices.tolist() == [9] and (chosen.scores["highest_similarity"][:5] == 0).all()
 
@@ -127,8 +122,8 @@ def test_a_sample_like_the_slice_is_selected_and_one_of_norm_zero_is_not_preferr
 def test_a_validation_sample_that_is_not_finite_is_refused():
     queries = np.ones((3, 8))
     queries[2, 1] = np.inf
-    with pytest.raises(UserError, match="'validation sample 2' is inf"):
-        select(RDSPlus(), ArrayAnswers(10, {"embedding/dev": queries}), 3)
+    with pytest.raises(UserError, match="'2 of the validation slice' is inf"):
+        select(RDSPlus(), AnyPool(10, {"embedding/dev": queries}), 3)
 
 
 # ---------------------------------------------------------------- k-center
@@ -174,7 +169,7 @@ def test_every_pick_is_the_first_of_the_farthest_points_whatever_the_window(n, s
 
 
 def test_k_center_reaches_every_blob_before_any_twice_and_reports_its_radius():
-    pool = ArrayAnswers(100, {"embedding": in_blobs([1, 9, 30, 60])})
+    pool = AnyPool(100, {"embedding": in_blobs([1, 9, 30, 60])})
     for seed in range(5):
         coreset = select(KCenter(features="raw"), pool, 4, seed)
         assert np.searchsorted([1, 10, 40], coreset.indices, side="right").tolist() == [0, 1, 2, 3]
@@ -183,9 +178,9 @@ def test_k_center_reaches_every_blob_before_any_twice_and_reports_its_radius():
 
 def test_normalised_features_ignore_the_norm_which_raw_features_follow():
     points = np.random.default_rng(0).normal(size=(50, 8))
-    pool, stretched = ArrayAnswers(50, {"embedding": points}), points.copy()
+    pool, stretched = AnyPool(50, {"embedding": points}), points.copy()
     stretched[7] *= 1000
-    other = ArrayAnswers(50, {"embedding": stretched})
+    other = AnyPool(50, {"embedding": stretched})
     assert select(KCenter(), pool, 9).indices.tolist() == select(KCenter(), other, 9).indices.tolist()
     assert 7 in select(KCenter(features="raw"), other, 2).indices
 
@@ -214,7 +209,7 @@ def test_moderate_keeps_the_middle_ranks_by_distance_to_the_median_of_the_pool_o
     classes: str, largest: int
 ):
     line = np.concatenate([np.arange(-12.0, 13.0), 100 + np.arange(-12.0, 13.0)])  # medians 50, or 0 and 100
-    pool = ArrayAnswers(50, {"embedding": line[:, None]}, groups=["a"] * 25 + ["b"] * 25)
+    pool = AnyPool(50, {"embedding": line[:, None]}, groups=["a"] * 25 + ["b"] * 25)
     coreset = select(Moderate(classes=classes, features="raw"), pool, 10)
     distances = coreset.scores["distance"]
     assert sorted(distances[coreset.indices]) == np.sort(distances)[20:30].tolist()
@@ -223,7 +218,7 @@ def test_moderate_keeps_the_middle_ranks_by_distance_to_the_median_of_the_pool_o
 
 def test_moderate_by_kmeans_measures_from_the_median_of_each_cluster():
     sizes = [20, 40, 60]
-    pool = ArrayAnswers(120, {"embedding": in_blobs(sizes)})
+    pool = AnyPool(120, {"embedding": in_blobs(sizes)})
     coreset = select(Moderate(classes="kmeans", num_clusters=3, features="raw"), pool, 30)
     assert sorted(np.bincount(coreset.scores["class"])) == sizes
     assert coreset.scores["distance"].max() < 10  # from one median they would lie at 50
@@ -231,7 +226,7 @@ def test_moderate_by_kmeans_measures_from_the_median_of_each_cluster():
 
 def test_classes_by_groups_need_groups():
     with pytest.raises(UserError, match="classes=groups needs groups"):
-        select(Moderate(classes="groups"), ArrayAnswers(10), 3)
+        select(Moderate(classes="groups"), AnyPool(10), 3)
 
 
 # ---------------------------------------------------------------- coverage and prototypes
@@ -250,7 +245,7 @@ def test_nearest_prototypes_distances_and_orders_are_the_recorded_ones(case: str
 
 @pytest.mark.parametrize("metric", ["cosine_spherical", "cosine", "l2"])
 def test_hard_prototypes_are_the_farthest_and_easy_ones_the_nearest(metric: str):
-    pool = ArrayAnswers(100, {"embedding": in_blobs([40, 60])})
+    pool = AnyPool(100, {"embedding": in_blobs([40, 60])})
     hard = select(Prototypes(num_clusters=2, metric=metric), pool, 30)
     easy = select(Prototypes(num_clusters=2, metric=metric, keep="easy"), pool, 70)
     assert not set(hard.indices) & set(easy.indices)
@@ -261,7 +256,7 @@ def test_hard_prototypes_are_the_farthest_and_easy_ones_the_nearest(metric: str)
 @pytest.mark.parametrize("pick", ["random", "nearest", "farthest"])
 def test_coverage_shares_the_budget_out_equally_and_picks_inside_a_cluster_as_told(pick: str):
     sizes = [4, 30, 60]
-    pool = ArrayAnswers(94, {"embedding": in_blobs(sizes)})
+    pool = AnyPool(94, {"embedding": in_blobs(sizes)})
     coreset = select(KMeansCoverage(num_clusters=3, pick=pick), pool, 44)
     blob = np.repeat(range(3), sizes)
     assert np.bincount(blob[coreset.indices]).tolist() == [4, 20, 20]

@@ -10,13 +10,13 @@ from typing import Any
 import datasets
 import pytest
 from conftest import ROOT
+from staff.tokens import tokenize
 
 from experiments.campaign import pack
 from experiments.export import WRITERS, chosen_samples, export
 from experiments.recorded import recorded_run
 from staff.errors import UserError
 from staff.models import ModelSpec
-from staff.tokens import tokenize
 
 TARGET = ModelSpec("pkg://staff/assets/tiny/target")
 

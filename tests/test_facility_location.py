@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support2.pool import StubPool, select
-from support2.vectors import cases, vectors
+from support.any_pool import AnyPool, select
+from support.golden import recorded
 
 from baselines import facility_location as module
 from baselines.facility_location import (
@@ -21,11 +21,12 @@ from baselines.facility_location import (
 )
 from staff.errors import UserError
 
-PLAIN = [case for case in cases("facility_location") if "superfiltering" not in case]
+VECTORS = recorded("facility_location")
+PLAIN = [case for case in VECTORS if "superfiltering" not in case]
 
 
 def recorded_kernel(case: str) -> np.ndarray:
-    golden = vectors("facility_location")[case]
+    golden = VECTORS[case]
     return golden["kernel"] if "kernel" in golden else kernel_matrix(golden["embeddings"], case.split("_")[-1])
 
 
@@ -44,7 +45,7 @@ def replay(kernel: np.ndarray, order: np.ndarray) -> tuple[float, np.ndarray]:
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_the_lazy_order_and_gains_are_those_of_submodlib(case: str):
-    golden = vectors("facility_location")[case]
+    golden = VECTORS[case]
     order, gains = lazy_greedy(recorded_kernel(case), len(golden["order"]))
     assert order.tolist() == golden["order"].tolist()
     np.testing.assert_allclose(gains, golden["gains"], atol=1e-6)
@@ -52,14 +53,14 @@ def test_the_lazy_order_and_gains_are_those_of_submodlib(case: str):
 
 @pytest.mark.parametrize("case", [case for case in PLAIN if "dense" in case and "N60" in case])
 def test_kernels_are_those_of_submodlib_to_the_last_bit_but_for_the_exponential(case: str):
-    golden = vectors("facility_location")[case]
+    golden = VECTORS[case]
     kernel = kernel_matrix(golden["embeddings"], case.split("_")[-1])
     np.testing.assert_array_max_ulp(kernel, golden["kernel"], maxulp=0 if "cosine" in case else 1)
 
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_the_blocked_choice_is_greedy_on_recorded_kernels_whichever_way_ties_fall(case: str):
-    golden, kernel = vectors("facility_location")[case], recorded_kernel(case)
+    golden, kernel = VECTORS[case], recorded_kernel(case)
     order, gains, covered = greedy(lambda r, c: kernel[np.ix_(r, c)], *kernel.shape, len(golden["order"]))
     worst, replayed = replay(kernel, order)
     assert worst < 1e-5 and len(set(order)) == len(order)
@@ -67,9 +68,9 @@ def test_the_blocked_choice_is_greedy_on_recorded_kernels_whichever_way_ties_fal
     np.testing.assert_array_equal(covered, np.maximum(kernel[:, order].max(axis=1), 0))
 
 
-@pytest.mark.parametrize("case", cases("facility_location", starting="fl_superfiltering"))
+@pytest.mark.parametrize("case", [case for case in VECTORS if case not in PLAIN])
 def test_superfiltering_with_diversity_selects_what_was_recorded(case: str):
-    golden = vectors("facility_location")[case]
+    golden = VECTORS[case]
     count, budget = int(golden["ifd_num"]), int(golden["fla_num"])
     kept, selected = superfiltering_official(golden["embeddings"], golden["ifd"], count, budget)
     assert kept.tolist() == golden["kept_after_ifd"].tolist()
@@ -122,7 +123,7 @@ def test_every_cluster_is_represented_before_any_is_represented_twice():
     centres = np.eye(6, 10)
     members = np.repeat(np.arange(6), 20)
     x = centres[members] + 0.05 * np.random.default_rng(0).normal(size=(120, 10))
-    pool = StubPool([f"{i}" for i in range(120)], {("embedding", "target", "pool"): x})
+    pool = AnyPool(120, {"embedding": x})
     coreset = select(FacilityLocation(of="target"), pool, 6)
     assert sorted(members[coreset.indices]) == list(range(6))
     assert coreset.scores["coverage"].min() > 0.9
@@ -132,8 +133,8 @@ def test_every_cluster_is_represented_before_any_is_represented_twice():
 def test_an_embedding_that_is_not_finite_names_its_sample_and_an_unknown_similarity_its_choices():
     x = np.ones((5, 3))
     x[3, 1] = np.nan
-    pool = StubPool([f"s{i}" for i in range(5)], {("embedding", "small", "pool"): x})
-    with pytest.raises(UserError, match=r"the embedding of sample 's3' is nan"):
+    pool = AnyPool(5, {"embedding": x})
+    with pytest.raises(UserError, match=r"the embedding of sample 'sample 3' is nan"):
         select(FacilityLocation(), pool, 2)
     with pytest.raises(UserError, match=r"method.similarity='dot' is unknown: choose cosine or euclidean"):
         FacilityLocation(similarity="dot")

@@ -12,12 +12,21 @@ import torch
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from support.pools import tiny_pool
+from support.tuning import SETTINGS, weights_of
 
-from staff.data import Sample, Task
+from staff.data.task import Sample, Task
+from staff.data.tokens import tokenize
 from staff.errors import UserError
-from staff.evaluate import generate
-from staff.models import Family, ModelSpec
-from staff.tokens import tokenize
+from staff.evaluation.generator import Greedy, generate
+from staff.evaluation.stage import Generate, read_predictions
+from staff.models.family import Family
+from staff.models.spec import ModelSpec
+from staff.models.state import ModelState
+from staff.pool import Select
+from staff.selection import Coreset
+from staff.speculative import Staff
+from staff.training.stage import Finetune
 
 TINY = ModelSpec("pkg://staff/assets/tiny/small")
 FAMILIES = ("gemma", "llama2", "mistral", "qwen2_5", "gemma3")
@@ -70,20 +79,21 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize(("family", "architecture"), ARCHITECTURES)
-def test_every_architecture_goes_from_scores_to_metrics(
-    run, folder_of, tmp_path: Path, family: str, architecture: str
-):
+def test_every_architecture_goes_from_scores_to_answers(folder_of, tmp_path: Path, family: str, architecture: str):
     folder = folder_of(family, architecture)
     paths = [f"family.{role}.path={folder}" for role in ("target", "small")]
     attention = "eager" if architecture == "gemma2" else "sdpa"
-    shrunk = ("family.target.dtype=float32", f"family.target.attention={attention}", "task.train_limit=12")
-    record = run("method=staff", f"family={family}", *paths, *shrunk)
-    assert record["counts"]["selected"] == record["counts"]["trained"] == 3
-    tuned = record["finetuning"]["fingerprint"]
-    adapter = tmp_path / f"results/artifacts/finetune/{tuned[:32]}/adapter_model.safetensors"
-    from safetensors.torch import load_file
-
-    layers = {name.split(".layers.")[1].rsplit(".", 2)[0] for name in load_file(adapter)}
+    shrunk = ("family.target.dtype=float32", f"family.target.attention={attention}")
+    models: Family = instantiate(composed(f"family={family}", *paths, *shrunk).family, _convert_="all")
+    pool = tiny_pool(tmp_path, family=models)
+    chosen = pool.store.get(Select(Staff(num_regions=3, verification_budget=2), pool, 3))
+    samples = pool.slices["pool"].target.take(Coreset.load(chosen.path).indices)
+    tuning = Finetune(models.target, samples, SETTINGS, 1, 0)
+    answers = Generate(ModelState(models.target, tuning), samples, Greedy(), 4)
+    answered = pool.store.get(answers)
+    assert len(samples) == 3 and read_predictions(answered)["tokens"].between(0, 4).all()
+    tuned = pool.store.get(tuning)
+    layers = {name.split(".layers.")[1].rsplit(".", 2)[0] for name in weights_of(tuned.path)}
     attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
     assert layers == {f"{i}.self_attn.{n}" for i in (0, 1) for n in attention} | {
         f"{i}.mlp.{n}" for i in (0, 1) for n in mlp
@@ -102,7 +112,7 @@ def test_a_chat_model_reads_its_template_and_learns_the_answer_and_its_end_of_tu
         prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"]
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
         assert tokens.prompts()[i] == prompt
-        assert tokenizer.decode(tokens.input_ids[i]) == whole.rstrip("\n")
+        assert tokenizer.decode(tokens.row(i)) == whole.rstrip("\n")
         answer = [token for token in tokens.labels(i) if token != -100]
         assert tokenizer.decode(answer[:-1]).strip() == sample.answer.strip()
         assert tokenizer.decode(answer[-1:]) == ("<|im_end|>" if "im_end" in template else tokenizer.eos_token)
@@ -199,7 +209,7 @@ def test_qlora_goes_from_scores_to_metrics_with_4_bit_models_throughout(run, mon
     """On a processor, which bitsandbytes can do as well, if slowly."""
     import bitsandbytes
 
-    for user in ("staff.models", "experiments.single"):
+    for user in ("staff.models.spec", "experiments.single"):
         monkeypatch.setattr(f"{user}.check_quantization", lambda: None)
     loaded, load = [], ModelSpec.load
     monkeypatch.setattr(ModelSpec, "load", lambda spec: loaded.append(load(spec)) or loaded[-1])
@@ -214,8 +224,9 @@ def test_qlora_goes_from_scores_to_metrics_with_4_bit_models_throughout(run, mon
         run("finetune=qlora", "method=staff_official")
 
 
-def test_an_outage_of_the_hub_ends_a_run_in_a_sentence_and_loses_no_finished_stage(run, monkeypatch):
-    load = ModelSpec.load
+def test_an_outage_of_the_hub_ends_a_run_in_a_sentence_and_loses_no_finished_stage(tmp_path, monkeypatch):
+    load, pool = ModelSpec.load, tiny_pool(tmp_path)
+    method = Select(Staff(num_regions=2, verification_budget=1), pool, 4)
 
     def target_is_away(spec: ModelSpec):
         if "target" in spec.path:
@@ -224,12 +235,15 @@ def test_an_outage_of_the_hub_ends_a_run_in_a_sentence_and_loses_no_finished_sta
 
     monkeypatch.setattr(ModelSpec, "load", target_is_away)
     with pytest.raises(UserError, match="cannot be had"):
-        run("method.num_regions=2", "method.verification_budget=1")
+        pool.store.get(method)
     monkeypatch.setattr(ModelSpec, "load", load)
-    record = run("method.num_regions=2", "method.verification_budget=1")
-    computed = {stage["label"]: stage["computed"] for stage in record["overhead"]["stages"]}
-    assert not computed["fine-tune small on 24 samples"] and not computed["effort of 24 samples, small model"]
-    assert computed["select by Staff"]
+    pool.store.computed.clear()
+    charged = pool.store.get(method).charged()
+    computed = {charged[name].label for name in pool.store.computed}
+    assert computed == {"effort of 2 samples, raw target", "select by Staff"}
+    assert {"fine-tune small on 12 samples", "effort of 12 samples, fine-tuned small"} < {
+        charge.label for charge in charged.values()
+    }
 
 
 def test_the_commit_of_a_data_set_on_the_hub_is_recorded_and_changes_no_fingerprint(run, monkeypatch):

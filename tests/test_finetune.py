@@ -3,90 +3,69 @@
 import json
 import math
 import shutil
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file as load_numpy
-from safetensors.torch import load_file
+from support.tuning import SETTINGS, SPEC, STILL, difference, farthest, history, samples_of, tuned, weights_of
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import staff.trainer
-from staff.adapters import load_tuned
-from staff.cost import Meter
-from staff.data import Sample
+from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.finetune import SCHEDULERS, FinetuneSettings, finetune
-from staff.models import LoraSpec, ModelSpec
-from staff.scoring import Asked, score_samples
-from staff.tokens import TokenizedSamples, tokenize
-from staff.training_warnings import MIN_STEPS
-
-SPEC = ModelSpec("pkg://staff/assets/tiny/small")
-SETTINGS = FinetuneSettings(
-    kind="lora",
-    lora=LoraSpec(8, 16),
-    learning_rate=1e-3,
-    batch_size=4,
-    device_batch_size=4,
-    epochs=1,
-    small_epochs=1,
-    match="epochs",
-    scheduler="cosine",
-    warmup_ratio=0.1,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    max_length=512,
-    precision="float32",
-    length_grouped=False,
-)
+from staff.models.adapters import LoraSpec, fresh_lora, load_trained
+from staff.models.spec import ModelSpec
+from staff.scoring.passes import score_samples
+from staff.scoring.positions import token_losses
+from staff.signals.effort import Effort
+from staff.training import trainer
+from staff.training.settings import SCHEDULERS
+from staff.training.stage import Finetune, read_online_efforts
+from staff.training.warnings import MIN_STEPS
 
 
 @pytest.fixture(scope="module")
 def samples() -> TokenizedSamples:
-    rows = [Sample(str(i), f"Say {i} twice:" + " please" * i, f" {i} and {i}" * (1 + i % 3), ()) for i in range(12)]
-    return tokenize(rows, SPEC.tokenizer())
+    return samples_of(12)
 
 
-def tuned(
-    samples: TokenizedSamples,
-    folder: Path,
-    settings: FinetuneSettings = SETTINGS,
-    seed: int = 0,
-    spec: ModelSpec = SPEC,
-) -> dict:
-    folder.mkdir()
-    with Meter() as meter:
-        finetune(spec, samples, settings, 2, seed, folder, meter)
-    assert meter.cost.tokens_backward == 2 * samples.lengths.sum() and meter.cost.flops > 0
-    return load_file(folder / "adapter_model.safetensors")
+@pytest.fixture(scope="module")
+def usual(samples, tmp_path_factory) -> dict:
+    """The weights of a fine-tuning as it usually is."""
+    return tuned(samples, tmp_path_factory.mktemp("usual") / "tuned")
 
 
-def online(samples: TokenizedSamples, folder: Path, settings: FinetuneSettings, gradient: str) -> np.ndarray:
-    folder.mkdir()
-    finetune(SPEC, samples, settings, 1, 0, folder, Meter(), gradient)
-    return load_numpy(folder / "online.safetensors")["effort"]
+def online(samples, folder, settings, gradient) -> np.ndarray:
+    tuned(samples, folder, settings, epochs=1, online=gradient)
+    return read_online_efforts(Folder(folder))  # type: ignore[arg-type]
+
+
+@dataclass
+class Folder:
+    """Stands for an artefact."""
+
+    path: object
 
 
 @pytest.mark.parametrize("gradient", ["last_v_b", "all_lora"])
 def test_online_scores_are_the_efforts_of_the_weights_that_backpropagate(samples, tmp_path, gradient):
-    still = replace(SETTINGS, learning_rate=1e-12)  # weights that stay where they are
-    scores = online(samples, tmp_path / "whole", still, gradient)
-    model = load_tuned(SPEC, tmp_path / "whole", "lora")
-    asked = Asked(("effort",), gradient=gradient)
-    exact = score_samples(model, samples, asked, batch_tokens=1000, pad_token_id=0)["effort"]
+    scores = online(samples, tmp_path / "whole", STILL, gradient)
+    model, effort = load_trained(SPEC, tmp_path / "whole"), Effort(gradient)
+    exact = score_samples(model, samples, (effort,), batch_tokens=1000, pad_token_id=0)["effort"]
     np.testing.assert_allclose(scores, exact, rtol=1e-4)
-    divided = online(samples, tmp_path / "divided", replace(still, device_batch_size=1), gradient)
+    divided = online(samples, tmp_path / "divided", replace(STILL, device_batch_size=1), gradient)
     np.testing.assert_allclose(divided, exact, rtol=1e-4)
 
 
-def test_taking_scores_online_leaves_the_weights_alone(samples, tmp_path):
-    plain = tuned(samples, tmp_path / "plain")
-    (tmp_path / "online").mkdir()
-    finetune(SPEC, samples, SETTINGS, 2, 0, tmp_path / "online", Meter(), "last_v_b")
-    assert far(plain, load_file(tmp_path / "online" / "adapter_model.safetensors")) == 0
+def test_taking_scores_online_leaves_the_weights_alone(samples, usual, tmp_path):
+    assert farthest(usual, tuned(samples, tmp_path / "online", online="last_v_b")) == 0
+
+
+def test_scores_online_are_of_adapters_and_no_other_fine_tuning_has_them(samples):
+    with pytest.raises(
+        UserError, match="scores online are gradients of adapters: they need finetune=lora, not full"
+    ):
+        Finetune(SPEC, samples, replace(SETTINGS, kind="full"), 1, 0, "last_v_b")
 
 
 def test_equal_steps_pass_over_a_coreset_as_often_as_makes_up_for_its_size(samples, tmp_path):
@@ -96,18 +75,16 @@ def test_equal_steps_pass_over_a_coreset_as_often_as_makes_up_for_its_size(sampl
     for pool in range(16, 400):  # the trainer rounds up
         steps = settings.steps(pool - 12)
         assert math.ceil(settings.coreset_epochs(pool - 12, pool) * steps) == 2 * settings.steps(pool)
-    tuned(samples, tmp_path / "whole")
-    few = samples.take(range(5))
-    (tmp_path / "few").mkdir()
-    finetune(SPEC, few, settings, settings.coreset_epochs(5, 12), 0, tmp_path / "few", Meter())
-    logs = [json.loads((tmp_path / f / "training.json").read_text())["log"] for f in ("whole", "few")]
-    assert logs[0][-1]["step"] == logs[1][-1]["step"] == 6
+    few = samples.take(range(7))  # 2 steps an epoch, where the pool has 3
+    tuned(
+        few, tmp_path / "few", replace(settings, epochs=1), epochs=replace(settings, epochs=1).coreset_epochs(7, 12)
+    )
+    assert history(tmp_path / "few")["steps"] == settings.steps(12) == 3
 
 
-def rates(folder: Path) -> list[float]:
+def rates(folder) -> list[float]:
     """The learning rate of every step."""
-    log = json.loads((folder / "training.json").read_text())["log"]
-    return [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    return [entry["learning_rate"] for entry in history(folder)["log"] if "learning_rate" in entry]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -126,73 +103,70 @@ def test_the_kth_of_w_warm_up_steps_has_k_of_w_parts_of_the_rate_and_the_rest_is
 
 
 def test_a_fine_tuning_of_one_step_trains_and_says_that_it_is_short(samples, tmp_path, caplog):
-    (tmp_path / "one").mkdir()
-    finetune(SPEC, samples.take(range(4)), SETTINGS, 1, 0, tmp_path / "one", Meter())
-    weights = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    weights = tuned(samples.take(range(4)), tmp_path / "one", epochs=1)
     assert max(float(weight.abs().max()) for name, weight in weights.items() if "lora_B" in name) > 1e-4
-    told = json.loads((tmp_path / "one" / "training.json").read_text())
+    told = history(tmp_path / "one")
     assert told["steps"] == 1 and told["warnings"] == ["only 1 optimiser step, fewer than 10."]
     assert "fine-tuning small on 4 samples: only 1 optimiser step" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_fine_tuning_that_moved_no_weight_says_so(samples, tmp_path, kind):
-    (tmp_path / "none").mkdir()
-    settings = replace(SETTINGS, kind=kind, warmup_start="zero")
-    finetune(SPEC, samples.take(range(4)), settings, 1, 0, tmp_path / "none", Meter())
-    assert any("no trainable weight moved" in w for w in warnings(tmp_path / "none"))
+    tuned(samples.take(range(4)), tmp_path / "none", replace(SETTINGS, kind=kind, warmup_start="zero"), epochs=1)
+    assert any("no trainable weight moved" in warning for warning in history(tmp_path / "none")["warnings"])
 
 
 def test_a_fine_tuning_of_enough_steps_has_no_warning(samples, tmp_path):
-    (tmp_path / "enough").mkdir()
-    finetune(SPEC, samples, SETTINGS, math.ceil(MIN_STEPS / 3), 0, tmp_path / "enough", Meter())
-    assert warnings(tmp_path / "enough") == []
+    tuned(samples, tmp_path / "enough", epochs=math.ceil(MIN_STEPS / 3))
+    assert history(tmp_path / "enough")["warnings"] == []
 
 
-def warnings(folder: Path) -> list[str]:
-    return json.loads((folder / "training.json").read_text())["warnings"]
+def test_the_end_of_every_epoch_but_the_last_is_kept_as_the_model_was_then(samples, tmp_path):
+    settings = replace(SETTINGS, scheduler="constant")
+    weights = {epochs: tuned(samples, tmp_path / f"{epochs}", settings, epochs=epochs) for epochs in (1, 2, 3)}
+    stage = Finetune(SPEC, samples, settings, 3, 0)
+    assert sorted(folder.name for folder in (tmp_path / "3/epochs").iterdir()) == ["1", "2"]
+    assert not (tmp_path / "1/epochs").exists()
+    for epoch in (1, 2):
+        kept = stage.checkpoint(tmp_path / "3", epoch)
+        assert farthest(weights_of(kept), weights[epoch]) == 0
+    with pytest.raises(UserError, match="keeps no model of epoch 1: choose finetune=lora"):
+        replace(stage, settings=replace(settings, kind="full")).checkpoint(tmp_path, 1)
 
 
-def far(first: dict, second: dict) -> float:
-    return max(float((first[name] - second[name]).abs().max()) for name in first)
-
-
-def test_leaving_out_positions_without_labels_changes_nothing_but_the_work(samples, tmp_path, monkeypatch):
-    sparing = tuned(samples, tmp_path / "sparing")
-    monkeypatch.setattr(staff.trainer, "ARCHITECTURES", ())
+def test_leaving_out_positions_without_labels_changes_nothing_but_the_work(samples, usual, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "ARCHITECTURES", ())
     ordinary = tuned(samples, tmp_path / "ordinary")
-    assert far(sparing, ordinary) < 1e-5
-    assert max(float(weight.abs().max()) for name, weight in sparing.items() if "lora_B" in name) > 1e-3
+    assert difference(usual, ordinary) < 1e-5
+    assert max(float(weight.abs().max()) for name, weight in usual.items() if "lora_B" in name) > 1e-3
 
 
-def test_a_tokenizer_that_pads_on_the_left_changes_nothing(samples, tmp_path):
+def test_a_tokenizer_that_pads_on_the_left_changes_nothing(samples, usual, tmp_path):
     padded_left = tmp_path / "model"
     shutil.copytree(SPEC.local, padded_left)
     settings = json.loads((padded_left / "tokenizer_config.json").read_text())
     (padded_left / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left"}))
-    usual = tuned(samples, tmp_path / "usual")
     other = tuned(samples, tmp_path / "other", spec=ModelSpec(str(padded_left)))
-    assert far(usual, other) == 0
+    assert farthest(usual, other) == 0
 
 
-def test_dividing_a_batch_over_memory_changes_nothing(samples, tmp_path):
-    whole = tuned(samples, tmp_path / "whole")
-    divided = tuned(samples, tmp_path / "divided", replace(SETTINGS, device_batch_size=1))
-    assert far(whole, divided) < 1e-5
+def test_dividing_a_batch_over_memory_changes_nothing(samples, usual, tmp_path):
+    divided = replace(SETTINGS, device_batch_size=1)
+    assert difference(usual, tuned(samples, tmp_path / "divided", divided)) < 1e-5
+    assert divided.key() == SETTINGS.key()
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["sparing", "ordinary"])
-def test_gradient_checkpointing_changes_nothing_but_memory_and_time(samples, tmp_path, monkeypatch, known):
-    remembered = tuned(samples, tmp_path / "remembered")
+def test_gradient_checkpointing_changes_nothing_but_memory_and_time(samples, usual, tmp_path, monkeypatch, known):
     if not known:
-        monkeypatch.setattr(staff.trainer, "ARCHITECTURES", ())
+        monkeypatch.setattr(trainer, "ARCHITECTURES", ())
     ran, forward = [], LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: ran.append(mlp) or forward(mlp, x))
     again = replace(SETTINGS, gradient_checkpointing=True)
     weights = tuned(samples, tmp_path / "again", again)
     steps, blocks = 6, SPEC.config().num_hidden_layers
     assert len(ran) == steps * (2 * blocks - 1 if known else 2 * blocks), "blocks are run twice, but for the last"
-    assert far(remembered, weights) < (1e-6 if known else 1e-5)
+    assert difference(usual, weights) < 1e-5
     assert again.key() == SETTINGS.key()
 
 
@@ -203,20 +177,33 @@ def test_online_scores_are_the_same_under_gradient_checkpointing(samples, tmp_pa
     np.testing.assert_allclose(again, remembered, rtol=1e-6)
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(samples, tmp_path):
-    first, again = tuned(samples, tmp_path / "first"), tuned(samples, tmp_path / "again")
-    other = tuned(samples, tmp_path / "other", seed=1)
-    assert far(first, again) == 0 and far(first, other) > 1e-3
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(samples, usual, tmp_path):
+    assert farthest(usual, tuned(samples, tmp_path / "again")) == 0
+    assert farthest(usual, tuned(samples, tmp_path / "other", seed=1)) > 1e-3
 
 
 def test_all_weights_can_be_tuned_and_loaded_again(samples, tmp_path):
-    tmp_path.joinpath("full").mkdir()
-    with Meter() as meter:
-        finetune(SPEC, samples, replace(SETTINGS, kind="full"), 1, 0, tmp_path / "full", meter)
-    before, after = SPEC.load().state_dict(), load_tuned(SPEC, tmp_path / "full", "full").state_dict()
-    assert far(before, after) > 1e-4
-    log = json.loads((tmp_path / "full/training.json").read_text())
-    assert log["trainable_parameters"] == SPEC.load().num_parameters()
+    tuned(samples, tmp_path / "full", replace(SETTINGS, kind="full"), epochs=1)
+    model = SPEC.load()
+    assert farthest(model.state_dict(), load_trained(SPEC, tmp_path / "full").state_dict()) > 1e-4
+    assert history(tmp_path / "full")["trainable_parameters"] == model.num_parameters()
+
+
+@dataclass(frozen=True)
+class Halved:
+    """Half the usual loss."""
+
+    def compute(self, logits, targets):
+        return token_losses(logits, targets) / 2
+
+
+def test_another_objective_is_what_is_minimised_and_belongs_to_the_key(samples, usual, tmp_path):
+    settings = replace(SETTINGS, objective=Halved())
+    tuned(samples, tmp_path / "usual", epochs=1)
+    tuned(samples, tmp_path / "halved", settings, epochs=1)
+    first, halved = (history(tmp_path / name)["log"][0]["loss"] for name in ("usual", "halved"))
+    assert halved == pytest.approx(first / 2, rel=1e-4)
+    assert settings.key() != SETTINGS.key()
 
 
 def test_a_loss_that_is_not_finite_is_refused_with_the_learning_rate(samples, tmp_path):
@@ -225,9 +212,7 @@ def test_a_loss_that_is_not_finite_is_refused_with_the_learning_rate(samples, tm
 
 
 def test_the_callers_random_state_is_left_alone_by_a_fresh_adapter():
-    from staff.adapters import fresh_lora
-
     before = torch.random.get_rng_state()
     one, two = (fresh_lora(SPEC.load(), LoraSpec(4, 8), seed).state_dict() for seed in (0, 0))
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert far(one, two) == 0
+    assert farthest(one, two) == 0

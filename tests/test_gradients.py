@@ -1,7 +1,9 @@
+"""Exact gradients of single samples out of one batched pass, against autograd on one sample at a time."""
+
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import zlib
 from typing import Any
 
 import pytest
@@ -18,7 +20,16 @@ from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
 from staff.errors import UserError
-from staff.gradients import ARCHITECTURES, gradient_layers, layer_gradient_norms, per_sample_gradient_norms
+from staff.scoring.gradients import (
+    LayerGradient,
+    SampleGradients,
+    batch_gradients,
+    gradient_layers,
+    gradient_parameters,
+    layer_gradient_norms,
+    per_sample_gradient_norms,
+)
+from staff.scoring.positions import ARCHITECTURES
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -55,15 +66,6 @@ CONFIGS = {
     ),
 }
 LENGTHS = [(5, 3), (9, 4), (12, 1), (4, 6), (2, 2)]  # prompt and answer tokens of the batch's samples
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices gain nothing by threads, and wait long for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_model(architecture: str = "llama", *, trained: bool = False, **lora: Any) -> Any:
@@ -202,6 +204,37 @@ def test_padding_and_its_mask_change_nothing(gradient: str) -> None:
     torch.testing.assert_close(norms, per_sample_gradient_norms(model, *wider, gradient), rtol=1e-5, atol=0)
 
 
+class Projected:
+    """The gradient's product with a direction that is drawn for every parameter: a reducer of one's own."""
+
+    def of_layer(self, gradient: LayerGradient) -> Tensor:
+        along = self.direction(f"{gradient.name}.weight", gradient.layer.weight)
+        return torch.einsum("bto,bti,oi->b", gradient.g, gradient.x, along)
+
+    def of_parameter(self, name: str, gradient: Tensor) -> Tensor:
+        return (gradient * self.direction(name, gradient)).sum()
+
+    def direction(self, name: str, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+@pytest.mark.parametrize("parameters", ["last_v_b", "all_lora"])
+def test_a_reducer_of_ones_own_is_given_the_gradients_of_each_sample_by_the_parameters_names(
+    parameters: str,
+) -> None:
+    model = tiny_model(trained=True)
+    weights = gradient_parameters(model, parameters)
+    assert list(weights) == [f"{name}.weight" for name in gradient_layers(model, parameters)]
+    input_ids, mask, labels = padded_batch()
+    together = batch_gradients(model, gradient_layers(model, parameters), input_ids, mask, labels)
+    alone = []
+    for row, length in enumerate(mask.sum(1).tolist()):
+        loss = model(input_ids=input_ids[row, None, :length], labels=labels[row, None, :length]).loss
+        gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+        alone.append(SampleGradients(gradients).reduce(Projected()))
+    torch.testing.assert_close(together.reduce(Projected()), torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
 def test_last_v_b_keeps_no_graph_before_the_last_value_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(trained=True)
     first, last = model.get_decoder().layers
@@ -246,7 +279,7 @@ def test_what_cannot_be_exact_is_refused_by_name() -> None:
         (twice, "all_lora", "LlamaForCausalLM uses a layer twice"),
         (shared, "all_lora", "shares one weight"),
         (merged, "all_lora", "merged or inactive"),
-        (bidirectional, "last_v_b", "Gemma3ForCausalLM .*causal"),
+        (bidirectional, "last_v_b", "Gemma3ForCausalLM .*cannot be scored exactly"),
         (tiny_model(use_dora=True), "all_lora", "lora_magnitude_vector"),
         (tiny_model(target_modules=["q_proj"]), "last_v_b", "no such LoRA layer"),
         (tiny_model(), "all", "gradient='all' is unknown"),

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support2.pool import StubPool, chosen, pool_of, select
-from support2.vectors import cases, vectors
+from support.any_pool import AnyPool, chosen, pool_of, select
+from support.golden import recorded
 
 from baselines import less as module
 from baselines.less import (
@@ -15,18 +15,20 @@ from baselines.less import (
     adam_direction,
     adam_direction_official,
     match_official,
-    mean_learning_rates,
     project_official,
     round_to_bfloat16,
 )
 from staff.errors import UserError
 
-MATCHING, ADAM, PROJECTIONS = (cases("less", starting=f"less_{name}") for name in ("match", "adam", "proj"))
+VECTORS = recorded("less")
+MATCHING, ADAM, PROJECTIONS = (
+    [case for case in VECTORS if case.startswith(f"less_{name}")] for name in ("match", "adam", "proj")
+)
 
 
 @pytest.mark.parametrize("case", MATCHING)
 def test_scores_and_selections_are_those_of_the_released_matching(case: str):
-    golden = vectors("less")[case]
+    golden = VECTORS[case]
     scores, order = match_official(golden["train"], golden["val"], golden["weights"], int(golden["n_subtasks"]))
     np.testing.assert_allclose(scores, golden["score"], atol=2e-6)
     assert order.tolist() == golden["sorted_order"].tolist()
@@ -36,15 +38,12 @@ def test_scores_and_selections_are_those_of_the_released_matching(case: str):
 
 @pytest.mark.parametrize("case", MATCHING)
 def test_the_method_selects_what_the_released_scripts_select(case: str):
-    golden = vectors("less")[case]
+    golden = VECTORS[case]
     train, dev = (golden[name].astype(np.float32).swapaxes(0, 1) for name in ("train", "val"))
-    answers = {
-        ("projected_gradient", "small@epochs", "pool"): train,
-        ("projected_gradient", "small@epochs", "dev"): dev,
-    }
     subtask = np.repeat(np.arange(int(golden["n_subtasks"])), dev.shape[0] // int(golden["n_subtasks"]))
-    pool = StubPool([f"{i}" for i in range(len(train))], answers, dev_groups=subtask.astype(str))
-    coreset = select(LESS(learning_rates=golden["weights"].tolist()), pool, len(golden["top_p0.5"]))
+    answers = {"projected_gradient": train, "projected_gradient/dev": dev}
+    pool = AnyPool(len(train), answers, dev_groups=subtask.astype(str), learning_rates=golden["weights"])
+    coreset = select(LESS(), pool, len(golden["top_p0.5"]))
     # The recorded gradients have norm 1 but for float16, so that cosines are inner products.
     np.testing.assert_allclose(coreset.scores["influence"], golden["score"], atol=1e-3)
     assert len(set(coreset.indices) & set(golden["top_p0.5"])) >= 0.98 * len(golden["top_p0.5"])
@@ -58,7 +57,7 @@ def test_nan_comes_first_in_the_released_order_and_equal_scores_in_the_order_of_
 
 @pytest.mark.parametrize("case", ADAM)
 def test_adam_directions_are_those_of_the_released_code(case: str):
-    golden = vectors("less")[case]
+    golden = VECTORS[case]
     direction = adam_direction_official(golden["grad"], golden["m"], golden["v"])
     np.testing.assert_allclose(direction, golden["adam"], rtol=1e-6, atol=1e-6)
 
@@ -80,7 +79,7 @@ def test_the_papers_adam_direction_is_one_step_of_torch():
 
 @pytest.mark.parametrize("case", PROJECTIONS)
 def test_projections_are_those_of_the_released_code(case: str):
-    golden = vectors("less")[case]
+    golden = VECTORS[case]
     gradients = golden["grad"]
     dtype = str(golden["model_dtype"]).removeprefix("torch.")
     for dim in golden["dims"].tolist():
@@ -101,33 +100,27 @@ def test_rounding_to_bfloat16_is_torchs():
     assert np.isnan(round_to_bfloat16(np.array([np.nan]))[0])
 
 
-def test_learning_rates_rise_for_a_tenth_and_fall_to_zero():
-    assert mean_learning_rates(1)[0] == pytest.approx(0.5, abs=1e-3)
-    rates = mean_learning_rates(10)
-    assert rates[0] == pytest.approx(0.5, abs=1e-3) and (np.diff(rates[1:]) < 0).all() and rates[-1] < 0.02
-
-
 def test_training_samples_are_asked_for_adam_directions_and_the_slice_for_plain_gradients():
     pool = pool_of(30)
     select(LESS(dim=64), pool, 5)
-    asked = {view: (of, options) for signal, of, view, options in pool.asked if signal == "projected_gradient"}
-    assert asked["dev"] == ("small@epochs", {"dim": 64, "adam": False})
-    assert asked["pool"] == ("small@epochs", {"dim": 64, "adam": True})
+    plain, adam = {"dim": 64, "adam": False}, {"dim": 64, "adam": True}
+    assert [(of, view, options) for _, of, view, options in pool.asked] == [
+        ("warmup@epochs", "dev", plain),  # the slice first, so that a pool without one refuses at once
+        ("warmup@epochs", "pool", adam),
+    ]
+    select(LESS("small", dim=64, adam=False), other := pool_of(30), 5)
+    assert {(of, str(options)) for _, of, _, options in other.asked} == {("small@epochs", str(plain))}
 
 
-def planted(average_pool: int = 40) -> StubPool:
+def planted(average_pool: int = 40) -> AnyPool:
     """The first sample points where group "b" of the slice does, the second at group "a", the others nowhere."""
     train = np.zeros((average_pool, 2, 4))
     train[:, :, 3] = 1
     train[0], train[1] = [0, 5, 0, 0], [2, 0, 0, 0]
     dev = np.zeros((3, 2, 4))
     dev[:2, :, 0], dev[2, :, 1] = 1, 3
-    answers = {
-        ("projected_gradient", "small@epochs", "pool"): train,
-        ("projected_gradient", "small@epochs", "dev"): dev,
-    }
-    ids = [f"sample {i}" for i in range(average_pool)]
-    return StubPool(ids, answers, dev_groups=np.array(["a", "a", "b"]))
+    answers = {"projected_gradient": train, "projected_gradient/dev": dev}
+    return AnyPool(average_pool, answers, dev_groups=np.array(["a", "a", "b"]), learning_rates=np.array([1e-4, 0]))
 
 
 @pytest.mark.parametrize("average", ["cosines", "gradients"])
@@ -143,18 +136,19 @@ def test_a_sample_scores_as_high_as_its_best_group_and_lengths_of_gradients_do_n
 
 def test_learning_rates_weigh_the_checkpoints():
     pool = planted()
-    pool.answers["projected_gradient", "small@epochs", "pool"][0, 1] = [0, 0, 5, 0]  # right at the first one only
-    for rates, first in (([1, 0], {"sample 0", "sample 1"}), ([0, 1], {"sample 1"})):
-        scores = select(LESS(learning_rates=rates), pool, 1).scores["influence"]
+    pool.given["projected_gradient"][0, 1] = [0, 0, 5, 0]  # right at the first one only
+    for rates, first in (([1e-4, 0], {"sample 0", "sample 1"}), ([0, 1e-5], {"sample 1"})):
+        pool.rates = np.array(rates)
+        scores = select(LESS(), pool, 1).scores["influence"]
         assert {pool.ids[i] for i in np.flatnonzero(scores > 0.9)} == first
 
 
 def test_blocks_give_what_one_question_gives():
     pool = pool_of(50)
-    whole = select(LESS(), pool, 20)
+    whole = select(LESS(dim=8), pool, 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK_BYTES", 4 * 3 * 8 * 7)
-        blocked = select(LESS(), pool, 20)
+        blocked = select(LESS(dim=8), pool, 20)
     assert len(pool.asked) == 2 + 1 + 8  # the slice each time, everything at once, and blocks of seven
     assert whole.indices.tolist() == blocked.indices.tolist()
     np.testing.assert_allclose(whole.scores["influence"], blocked.scores["influence"], atol=1e-6)
@@ -165,9 +159,8 @@ def test_blocks_give_what_one_question_gives():
     [
         ({"dim": 0}, r"method.dim=0 must be a whole number of at least 1"),
         ({"average": "max"}, r"method.average='max' is unknown"),
-        ({"learning_rates": []}, r"method.learning_rates=\[\] must be null or a list of rates"),
-        ({"learning_rates": [0, 0.0]}, r"method.learning_rates=\[0, 0.0\] must be null or a list"),
-        ({"learning_rates": ["1"]}, r"method.learning_rates=\['1'\] must be null or a list"),
+        ({"of": "target"}, r"method.of='target' is unknown: choose warmup or small or target_tuned"),
+        ({"of": "small"}, r"method.adam=true needs Adam's moments, .* with method.of=small set method.adam"),
     ],
 )
 def test_bad_fields_are_refused(fields: dict[str, Any], said: str):
@@ -175,11 +168,13 @@ def test_bad_fields_are_refused(fields: dict[str, Any], said: str):
         LESS(**fields)
 
 
-def test_gradients_that_are_not_finite_and_too_few_learning_rates_are_refused():
-    with pytest.raises(UserError, match=r"learning_rates has 2 rates for 3 checkpoints: give one each"):
-        select(LESS(learning_rates=[1, 1]), pool_of(10), 3)
-    for view, name in (("pool", "'sample 4'"), ("dev", "'4 of the validation slice'")):
-        pool = pool_of(10)
-        pool.answers["projected_gradient", "small@epochs", view][4, 1, 2] = np.inf
+def test_gradients_that_are_not_finite_are_refused():
+    for key, name in (
+        ("projected_gradient", "'sample 4'"),
+        ("projected_gradient/dev", "'4 of the validation slice'"),
+    ):
+        pool, values = pool_of(10), np.ones((10, 3, 8))
+        values[4, 1, 2] = np.inf
+        pool.given[key] = values
         with pytest.raises(UserError, match=f"the projected gradient of sample {name} is inf"):
             select(LESS(), pool, 3)

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from baselines.random import Random
-from staff import ArrayPool, FinetuneSettings, ModelSpec, Staff, UserError, dataset_pool, select
+from baselines.staff_official import StaffOfficial
+from experiments.single import Run
+from staff import ArrayPool, Coreset, FinetuneSettings, ModelSpec, Staff, UserError, dataset_pool, select
+from staff.pool import Select
 
 TINY = ROOT / "staff/assets/tiny"
 OF_DATASET, OF_OBJECTS, OF_SCORES = re.findall(r"```python\n(.*?)```", (ROOT / "staff/README.md").read_text(), re.S)
@@ -36,15 +38,18 @@ def executed(code: str) -> dict[str, Any]:
     return names
 
 
-def test_a_data_set_is_selected_from_as_the_readme_shows_and_as_the_application_does(run, checkout: Path):
+def test_a_data_set_is_selected_from_as_the_readme_shows_and_as_the_application_does(checkout: Path):
     names = executed(OF_DATASET)
     chosen = [json.loads(line)["fname"] for line in (checkout / "coreset.jsonl").read_text().splitlines()]
     published = {"learning_rate": 1e-4, "epochs": 4, "small_epochs": 3, "max_length": 1024, "length_grouped": False}
     settings = [f"finetune.{name}={str(value).lower()}" for name, value in published.items()]
-    record = run("task.train_limit=32", "pruning_rate=0.9", *settings, results=checkout / "results")
-    assert len(names["coreset"].indices) == 3
-    assert pd.read_csv(record["folder"] / "coreset.csv")["id"].tolist() == chosen
-    assert not any(stage["computed"] for stage in record["overhead"]["stages"]), "one store for both"
+    overrides = ["task.train_limit=32", "pruning_rate=0.9", f"results_dir={checkout / 'results'}", *settings]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        run = Run(compose("config", overrides=overrides), {})
+    selected = run.store.find(run.selection)
+    assert selected is not None, "one store for both"
+    ids = [run.pool.ids[i] for i in Coreset.load(selected.path).indices]
+    assert ids == chosen and len(ids) == len(names["coreset"].indices) == 3
 
 
 def test_models_at_hand_are_selected_by_as_the_readme_shows_and_stay_as_they_are(checkout: Path):
@@ -56,9 +61,10 @@ def test_models_at_hand_are_selected_by_as_the_readme_shows_and_stay_as_they_are
     after = names["model"].state_dict()
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
     again = dataset_pool(names["data"], target=(names["model"], names["tokenizer"]))
-    artifact, coreset = again.select(names["EL2N"](), 10)
-    assert not artifact.computed and coreset.indices.tolist() == names["coreset"].indices.tolist()
-    assert "fine-tune target on 20 samples" in [charge.label for charge in artifact.charged().values()]
+    chosen = again.store.find(Select(names["EL2N"](), again, 10))
+    assert chosen is not None, "known by their content"
+    assert Coreset.load(chosen.path).indices.tolist() == names["coreset"].indices.tolist()
+    assert "fine-tune target on 20 samples" in [charge.label for charge in chosen.charged().values()]
 
 
 def test_a_model_with_other_weights_is_another(tmp_path: Path):
@@ -75,8 +81,7 @@ def test_a_model_with_other_weights_is_another(tmp_path: Path):
 
 
 def test_a_model_with_an_adapter_is_refused(tmp_path: Path):
-    from staff.adapters import fresh_lora
-    from staff.models import LoraSpec
+    from staff.models.adapters import LoraSpec, fresh_lora
 
     spec = ModelSpec(str(TINY / "small"))
     with pytest.raises(UserError, match="has an adapter or packed weights: merge or unpack it, or give its path"):
@@ -109,12 +114,12 @@ def test_bad_rows_rates_and_samples_that_do_not_fit_are_refused(tmp_path: Path):
 
 def test_without_a_small_model_the_target_stands_in_and_who_asks_it_is_told(tmp_path: Path, caplog):
     pool = dataset_pool(ROWS, str(TINY / "small"), store=tmp_path, finetune=FinetuneSettings(small_epochs=1))
-    pool.scores("loss", "target")
+    pool.ask("loss", of="target")
     assert "the small model is the target" not in "".join(caplog.messages)
-    pool.scores("loss", "small")
+    pool.ask("loss", of="small")
     assert "the small model is the target itself" in "".join(caplog.messages)
     with pytest.raises(UserError, match="normalise='no' must be true or false"):
-        select(pool, Staff(normalise="no"), 0.5)  # type: ignore[arg-type]
+        select(pool, StaffOfficial(normalise="no"), 0.5)  # type: ignore[arg-type]
 
 
 def test_the_seed_reaches_the_draws():

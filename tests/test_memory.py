@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_finetune import SETTINGS
+from support.tuning import SETTINGS
 
-from staff import memory
-from staff.adapters import fresh_lora
+from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.gradients import Positions, last_block_at, token_losses
-from staff.memory import Memory, finetuning_memory
-from staff.models import ModelSpec
-from staff.trainer import checkpoint_blocks
+from staff.models.adapters import fresh_lora
+from staff.models.spec import ModelSpec
+from staff.scoring.positions import Positions, last_block_at, token_losses
+from staff.training import memory
+from staff.training.memory import check_fits, finetuning_memory
+from staff.training.trainer import checkpoint_blocks
 
 SIZES = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 SIZES |= {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 100}
@@ -83,6 +84,7 @@ def test_weights_adapters_and_optimiser_are_counted_from_shapes():
     assert 0.125 < four_bits.weights / told.weights < 0.5, "embeddings, which are much of so small a model, stay"
 
 
+LONG = TokenizedSamples.of_rows(list("abcdefgh"), [[5] * 300] * 8, [250] * 8)
 SMALLEST = {"gradient_checkpointing": True, "device_batch_size": 1}
 
 
@@ -91,27 +93,29 @@ SMALLEST = {"gradient_checkpointing": True, "device_batch_size": 1}
     [
         ({"device_batch_size": 4}, "it would fit with finetune.device_batch_size=4"),
         (SMALLEST, "it would fit with finetune.gradient_checkpointing=true finetune.device_batch_size=1"),
-        ({**SMALLEST, "max_length": 128}, r"it would fit with .*finetune.max_length=\d+"),
+        ({**SMALLEST, "max_length": 75}, r"it would fit with .*finetune.max_length=\d+"),
         (None, "and so would no other setting: choose a smaller model or a larger device"),
     ],
 )
-def test_a_run_that_does_not_fit_is_refused_before_loading_with_settings_that_would(
-    run, monkeypatch, changes, mend
-):
-    asked = []
-
-    def watched(*arguments) -> Memory:
-        asked.append(arguments)
-        return finetuning_memory(*arguments)
-
+def test_what_does_not_fit_is_refused_with_settings_that_would(monkeypatch, changes, mend):
+    spec, lengths = ModelSpec("pkg://staff/assets/tiny/target"), (LONG.lengths, LONG.answer_lengths)
+    settings = replace(SETTINGS, batch_size=8, device_batch_size=8)
+    available = 0 if changes is None else finetuning_memory(spec, replace(settings, **changes), *lengths).total
     monkeypatch.setattr(ModelSpec, "weights", lambda *args, **options: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(memory, "finetuning_memory", watched)
+    monkeypatch.setattr(memory, "available_memory", lambda: available)
+    with pytest.raises(UserError, match=rf"fine-tuning target needs about .* GiB are free: {mend}"):
+        check_fits(spec, LONG, settings)
+
+
+def test_what_fits_is_not_refused(monkeypatch):
+    spec = ModelSpec("pkg://staff/assets/tiny/target")
+    needed = finetuning_memory(spec, SETTINGS, LONG.lengths, LONG.answer_lengths).total
+    monkeypatch.setattr(memory, "available_memory", lambda: needed)
+    check_fits(spec, LONG, SETTINGS)
+
+
+def test_a_run_that_does_not_fit_is_refused_before_a_model_loads(run, monkeypatch):
+    monkeypatch.setattr(ModelSpec, "weights", lambda *args, **options: pytest.fail("a model was loaded"))
     monkeypatch.setattr(memory, "available_memory", lambda: 0)
-    with pytest.raises(UserError):
-        run("method=random")
-    spec, settings, *lengths = asked[0]
-    if changes is not None:
-        available = finetuning_memory(spec, replace(settings, **changes), *lengths).total
-        monkeypatch.setattr(memory, "available_memory", lambda: available)
-    with pytest.raises(UserError, match=rf"fine-tuning \w+ needs about .* GiB are free: {mend}"):
+    with pytest.raises(UserError, match="and so would no other setting"):
         run("method=random")

@@ -9,13 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.pools import TINY, tiny_pool
 
-import staff.models
-from staff.adapters import fresh_lora, replace_lora
-from staff.artifacts import Store
 from staff.errors import UserError
-from staff.made import keep_blocks, materialise
-from staff.models import DepthPruning, Family, LoraSpec, ModelSpec, local_path
+from staff.models import spec
+from staff.models.adapters import LoraSpec, fresh_lora, replace_lora
+from staff.models.depth import DepthPruning, keep_blocks
+from staff.models.family import Family
+from staff.models.prepare import prepare
+from staff.models.spec import ModelSpec
+from staff.pool import Select
+from staff.runtime.paths import local_path
+from staff.selection import Coreset
+from staff.speculative import Staff
+from staff.store.store import Store
 
 TARGET, SMALL = ModelSpec("pkg://staff/assets/tiny/target"), ModelSpec("pkg://staff/assets/tiny/small")
 DEPTH = json.loads((local_path(TARGET.path) / "config.json").read_text())["num_hidden_layers"]
@@ -24,11 +31,11 @@ DEPTH = json.loads((local_path(TARGET.path) / "config.json").read_text())["num_h
 def cut_out(keep_layers, store: Path, target: ModelSpec = TARGET) -> ModelSpec:
     """The small model made from blocks of the target."""
     family = Family("tiny", target, replace(SMALL, from_target=DepthPruning(keep_layers)))
-    return materialise(family, Store(store)).small
+    return prepare(family, Store(store)).small
 
 
 def converted(file: Path, store: Path) -> ModelSpec:
-    return materialise(Family("gguf", ModelSpec(str(file)), SMALL), Store(store)).target
+    return prepare(Family("gguf", ModelSpec(str(file)), SMALL), Store(store)).target
 
 
 @pytest.mark.parametrize(("keep_layers", "kept"), [(2, [0, DEPTH - 1]), ([0, 2], [0, 2]), (1, [0])])
@@ -65,12 +72,15 @@ def test_what_a_configuration_says_block_by_block_is_cut_along(model_type: str, 
     assert types is None or again.config.layer_types == [types[0], types[3]]
 
 
-def test_staff_runs_on_a_small_model_made_from_the_target_and_nobody_is_charged_for_making_it(run):
-    record = run("method=staff", "family.small.from_target.keep_layers=2")
-    labels = [stage["label"] for stage in record["overhead"]["stages"]]
-    assert f"fine-tune target, 2 of {DEPTH} blocks on 24 samples" in labels
-    assert {stage["stage"] for stage in record["overhead"]["stages"]} == {"finetune", "scores", "coreset"}
-    assert record["counts"]["selected"] == 6
+def test_staff_runs_on_a_small_model_made_from_the_target_and_nobody_is_charged_for_making_it(tmp_path: Path):
+    family = replace(TINY, small=replace(SMALL, from_target=DepthPruning(2)))
+    pool = tiny_pool(tmp_path, family=family)
+    chosen = pool.store.get(Select(Staff(num_regions=3, verification_budget=2), pool, 4))
+    charged = list(chosen.charged().values())
+    assert {charge.stage for charge in charged} == {"finetune", "scores", "coreset"}
+    assert f"fine-tune target, 2 of {DEPTH} blocks on 12 samples" in [charge.label for charge in charged]
+    assert len(Coreset.load(chosen.path).indices) == 4
+    assert len(list((tmp_path / "model").iterdir())) == 1, "which is kept"
 
 
 def write_gguf(file: Path, source: ModelSpec = SMALL) -> None:
@@ -121,16 +131,16 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_comes_back_from_a_gguf_file_and_is_converted_once(gguf_file: Path, tmp_path: Path):
-    spec = converted(gguf_file, tmp_path)
+    model = converted(gguf_file, tmp_path)
     text = "How are you? Fine, thanks."
     ids = SMALL.tokenizer()(text).input_ids
-    assert spec.tokenizer()(text).input_ids == ids
-    assert spec.tokenizer().bos_token_id == SMALL.tokenizer().bos_token_id
+    assert model.tokenizer()(text).input_ids == ids
+    assert model.tokenizer().bos_token_id == SMALL.tokenizer().bos_token_id
     with torch.no_grad():
-        theirs, ours = (s.load()(torch.tensor([ids])).logits for s in (SMALL, spec))
+        theirs, ours = (s.load()(torch.tensor([ids])).logits for s in (SMALL, model))
     torch.testing.assert_close(ours, theirs)
-    assert spec.name == "model.gguf" and spec.made.computed
-    assert not converted(gguf_file, tmp_path).made.computed
+    assert model.name == "model.gguf" and model.prepared.computed
+    assert not converted(gguf_file, tmp_path).prepared.computed
 
 
 def test_a_model_is_what_it_is_wherever_it_lies(gguf_file: Path, tmp_path: Path):
@@ -179,7 +189,7 @@ def test_a_model_that_is_not_there_or_not_one_is_told_in_a_sentence(gguf_file: P
     whole = gguf_file.read_bytes()
     for length in (2, 8, 1000, len(whole) // 2, len(whole) - 1):
         (tmp_path / "torn.gguf").write_bytes(whole[:length])
-        staff.models._digest.cache_clear()
+        spec._digest.cache_clear()
         with pytest.raises(UserError, match=r"the model in .*torn.gguf cannot be loaded"):
             converted(tmp_path / "torn.gguf", tmp_path)
     shutil.copytree(local_path(SMALL.path), tmp_path / "base")

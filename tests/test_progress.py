@@ -2,7 +2,7 @@
 
 import logging
 
-from staff import progress
+from staff.runtime import progress
 
 
 def test_a_log_gets_a_line_now_and_then_of_what_takes_long_and_none_of_what_does_not(monkeypatch, caplog, capsys):

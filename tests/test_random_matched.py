@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support2.pool import HighestEffort, StubPool, chosen, pool_of, pool_where_short_answers_score_high, select
+from support.any_pool import AnyPool, HighestEffort, chosen, pool_of, pool_where_short_answers_score_high, select
 
 from baselines.full import Full
 from baselines.random import Random
@@ -71,8 +71,7 @@ def test_a_twin_is_of_exact_size_keeps_every_cell_and_ignores_the_order_of_the_p
 ):
     rng = np.random.default_rng(seed)
     lengths, groups = rng.integers(1, longest + 1, n), rng.choice(["a", "b", "c"], n)
-    efforts = {("effort", "small", "pool"): rng.random(n)}
-    pool = StubPool([f"{i}" for i in range(n)], efforts, lengths, groups)
+    pool = AnyPool(n, {"effort": rng.random(n)}, answer_lengths=lengths, groups=groups)
     budget = data.draw(st.integers(1, n))
     reference, twin = HighestEffort(), RandomMatched(HighestEffort(), match, num_bins=4)
     ours, theirs = select(twin, pool, budget).indices, select(reference, pool, budget).indices
@@ -88,7 +87,7 @@ def test_a_twin_is_of_exact_size_keeps_every_cell_and_ignores_the_order_of_the_p
 @pytest.mark.parametrize("match", [TOKENS, ["tokens", "group"], ["tokens", "length"]])
 def test_the_tokens_are_the_references_to_the_last_and_the_samples_differ(match: list[str]):
     pool = pool_where_short_answers_score_high()
-    pool.answers["effort", "small", "pool"] = 15 * np.random.default_rng(4).normal(size=400) - pool.answer_lengths
+    pool.given["effort"] = 15 * np.random.default_rng(4).normal(size=400) - pool.answer_lengths
     reference = select(HighestEffort(), pool, 100)
     wanted = pool.lengths[reference.indices].sum()
     assert wanted < 0.7 * pool.lengths.sum() / 4  # the reference is far from the mean
@@ -103,8 +102,7 @@ def test_the_tokens_are_the_references_to_the_last_and_the_samples_differ(match:
 
 def test_the_one_sample_without_which_the_tokens_cannot_be_matched_is_drawn_by_every_seed():
     lengths = np.array([1000, 1, 1, 1, 1, 1])
-    scores = {("effort", "small", "pool"): np.array([5.0, 4, 3, 2, 1, 0])}
-    pool = StubPool(list("abcdef"), scores, lengths)
+    pool = AnyPool(6, {"effort": np.array([5.0, 4, 3, 2, 1, 0])}, answer_lengths=lengths)
     twins = [select(RandomMatched(HighestEffort(), TOKENS), pool, 2, seed).indices.tolist() for seed in range(40)]
     assert sorted({tuple(twin) for twin in twins}) == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5)]
 

@@ -8,21 +8,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from support.array_answers import ArrayAnswers
-from support.selection_vectors import recorded
+from support.any_pool import AnyPool, select
+from support.golden import recorded
 
 from baselines.ifd import IFD, difficulty, is_kept, preference
 from baselines.imported import Imported
 from baselines.length import Length
 from baselines.perplexity import Perplexity, window_from
 from staff.errors import UserError
-from staff.selection import Coreset, Draws
 
 PERPLEXITY, DIFFICULTY = recorded("perplexity"), recorded("ifd")
-
-
-def select(method, pool: ArrayAnswers, budget: int, seed: int = 0) -> Coreset:
-    return method.select(pool, budget, Draws(seed, pool.ids))
 
 
 # ---------------------------------------------------------------- length
@@ -32,13 +27,13 @@ def select(method, pool: ArrayAnswers, budget: int, seed: int = 0) -> Coreset:
     ("which", "expected"), [("top", [37, 38, 39]), ("middle", [19, 20, 21]), ("low", [0, 1, 2])]
 )
 def test_length_selects_the_longest_the_shortest_or_those_around_the_median(which: str, expected: list[int]):
-    pool = ArrayAnswers(40)
+    pool = AnyPool(40)
     pool.answer_lengths = np.arange(40)
     assert select(Length(which), pool, 3).indices.tolist() == expected
 
 
 def test_among_answers_of_one_length_the_draw_decides():
-    pool = ArrayAnswers(40)
+    pool = AnyPool(40)
     pool.answer_lengths = np.repeat([5, 9, 30], [20, 19, 1])
     hits = np.zeros(40)
     for seed in range(400):
@@ -63,14 +58,14 @@ def test_the_top_and_the_middle_of_perplexity_are_the_recorded_ones(case: str):
 @pytest.mark.parametrize("case", PERPLEXITY)
 def test_the_lowest_perplexities_are_the_set_that_ccds_keeps(case: str):
     perplexities = PERPLEXITY[case]["ccds_ppl"]
-    pool = ArrayAnswers(len(perplexities), {"loss": np.log(perplexities)})
+    pool = AnyPool(len(perplexities), {"loss": np.log(perplexities)})
     for name, kept in PERPLEXITY[case].items():
         if name.endswith("_ascending") and len(kept):
             assert set(select(Perplexity("low"), pool, len(kept)).indices) == set(kept), name
 
 
 def test_a_middle_that_would_end_past_the_pool_moves_up_and_says_so():
-    pool = ArrayAnswers(60, {"loss": np.arange(60.0)[::-1]})  # the highest loss first
+    pool = AnyPool(60, {"loss": np.arange(60.0)[::-1]})  # the highest loss first
     method = Perplexity("middle", middle_start=0.33)
     within = select(method, pool, 20)
     assert within.indices.tolist() == list(range(19, 39)) and not within.filled and not within.notes
@@ -79,7 +74,7 @@ def test_a_middle_that_would_end_past_the_pool_moves_up_and_says_so():
 
 
 def test_perplexity_asks_for_the_text_that_is_set():
-    pool = ArrayAnswers(8)
+    pool = AnyPool(8)
     select(Perplexity(text="all"), pool, 3)
     assert pool.asked == [("loss", "target", "pool", {"text": "all"})]
 
@@ -120,7 +115,7 @@ def test_superfilterings_ratio_and_what_it_selects_are_the_recorded_ones(case: s
         assert order[: min(int(52002 * float(rate)), kept.sum())].tolist() == vectors[name].tolist(), name
 
 
-class WithAndWithoutPrompt(ArrayAnswers):
+class WithAndWithoutPrompt(AnyPool):
     """Losses given the prompt, and 1 without it."""
 
     def ask(self, signal, of, at=None, view="pool", **options):
@@ -137,7 +132,7 @@ def test_what_the_prompt_makes_harder_is_dropped_and_fills_up_only_what_is_short
 
 
 def test_an_answer_of_no_loss_without_its_prompt_is_refused_by_its_id():
-    pool = ArrayAnswers(3, {"loss": np.array([0.5, 0.0, 0.5])})
+    pool = AnyPool(3, {"loss": np.array([0.5, 0.0, 0.5])})
     with pytest.raises(UserError, match="IFD of sample 'sample 1' is nan"):
         select(IFD(), pool, 2)
 
@@ -163,11 +158,11 @@ def write(folder: Path, suffix: str) -> Path:
 @pytest.mark.parametrize(("which", "expected"), [("top", [2, 3]), ("middle", [0, 3]), ("low", [0, 1])])
 def test_imported_scores_are_ranked_by_id_whatever_the_order_of_the_file(tmp_path, suffix, which, expected):
     method = Imported(str(write(tmp_path, suffix)), which=which)
-    assert select(method, ArrayAnswers(4), 2).indices.tolist() == expected
+    assert select(method, AnyPool(4), 2).indices.tolist() == expected
 
 
 def test_the_scores_of_a_coreset_can_be_imported(tmp_path: Path):
-    pool = ArrayAnswers(30)
+    pool = AnyPool(30)
     select(Perplexity(), pool, 5).save(tmp_path, pool.ids)
     method = Imported(str(tmp_path / "samples.parquet"), column="loss", which="low")
     assert select(method, pool, 5).indices.tolist() == select(Perplexity("low"), pool, 5).indices.tolist()
@@ -210,9 +205,9 @@ def test_a_file_that_holds_no_scores_is_refused_at_once(tmp_path: Path, name: st
 def test_a_sample_without_a_score_or_with_a_nan_is_refused_by_its_id(tmp_path: Path):
     method = Imported(str(write(tmp_path, ".csv")))
     with pytest.raises(UserError, match="no score for sample 'sample 4' \\(2 such in all\\)"):
-        select(method, ArrayAnswers(6), 2)
+        select(method, AnyPool(6), 2)
     (tmp_path / "nan.json").write_text('{"sample 0": 1, "sample 1": NaN}')
     with pytest.raises(UserError, match="imported score of sample 'sample 1' is nan"):
-        select(Imported(str(tmp_path / "nan.json")), ArrayAnswers(2), 1)
+        select(Imported(str(tmp_path / "nan.json")), AnyPool(2), 1)
     with pytest.raises(UserError, match="path=None names no scores"):
         Imported()

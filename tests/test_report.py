@@ -23,15 +23,17 @@ from conftest import ROOT, run_shrunk
 
 from experiments.campaign import pack
 from experiments.recorded import recorded_runs
-from experiments.report import cautions, overhead, overview, performance
-from experiments.report.__main__ import left_over, summary, write
+from experiments.report import cautions, floors, overhead, overview, performance, verdicts
+from experiments.report.__main__ import left_over, main, summary, write
 from experiments.report.comparisons import mean, of_finetuning, pairs
-from experiments.report.figures import _spread_labels, overlap
+from experiments.report.contrasts import registered
+from experiments.report.figures import _spread_labels, overlap, pareto
 from experiments.report.records import Context, collect, contexts
 from experiments.report.settings import UNTOLD, told_apart, variants
 from experiments.report.similarity import region_similarity, similarity
 from experiments.report.statistics import t_interval
 from experiments.single import NOT_IN_FINGERPRINT
+from staff.errors import UserError
 from staff.tracking import write_record
 
 PAPER = pd.read_csv(ROOT / "experiments/report/paper/table1.csv")
@@ -118,6 +120,7 @@ def test_a_report_of_real_and_copied_runs_is_whole_and_every_file_can_be_read(re
         "stages",
         "break-even",
         "similarity",
+        "verdicts",
     } | (names & {"savings"})
     for tex in tmp_path.glob("tables/*.tex"):
         assert r"\toprule" in tex.read_text() and r"\caption{" in tex.read_text()
@@ -172,11 +175,125 @@ def test_a_large_difference_is_marked_and_chance_is_not(real: Path, tmp_path: Pa
     table = performance.performance(context, pairs(context))
     marked = {(table.cells.loc[row, "method"], column): mark for (row, column), mark in table.marks.items()}
     assert marked == {("staff", "p = 0.5"): "bold", ("staff", "p = 0.9"): "bold"}, "no second best between equals"
-    assert "Holm" in table.caption and "bootstrap" in table.caption and "3 seeds" in table.caption
+    assert "Holm" in table.caption and "pooled over the pairs" in table.caption and "3 seeds" in table.caption
     assert "\\bfseries" in table.latex() and "| **" in table.markdown()
     by_pair = {(p.rate, p.a, p.b): p.difference.mean for p in pairs(context)}
     assert by_pair[0.9, "staff", "random"] == pytest.approx(5, abs=0.6)
     assert by_pair[0.9, "staff", "full"] == pytest.approx(3, abs=0.6)
+
+
+def test_verdicts_on_the_default_contrasts_come_first_and_are_in_words(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"full": 0, "random": -2, "ccs": 3.4, "random_length": 3, "staff": 3})
+    context = only_context(tmp_path)
+    first, *_ = verdicts.tables(context)
+    assert first.name.startswith("verdicts-") and "default contrasts" in first.caption
+    rows = first.cells.set_index(["contrast", "pruning rate"])["verdict"].to_dict()
+    assert set(rows) == {
+        (f"staff - {other}", rate)
+        for other in ("random", "best other", "random_length")
+        for rate in ("0.5", "0.9", "mean of 2")
+    }
+    assert rows["staff - random", "0.9"] == rows["staff - random", "mean of 2"] == "better"
+    assert rows["staff - random_length", "0.9"] == "equal within 1 point"
+    assert rows["staff - best other", "mean of 2"] in ("worse, by less than 1 point", "equal within 1 point")
+    page = write(tmp_path, collect(tmp_path)).read_text()
+    assert page.index("Registered contrasts") < page.index("bold: the best")
+
+
+def test_ones_own_method_is_the_one_that_is_asked_about(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"random": 0, "staff": 1, "mine": 1})
+    for file in tmp_path.glob("runs/mine-*/metrics.json"):
+        file.write_text(file.read_text().replace("baselines.own.Own", "mine.selection.Mine"))
+    found = registered(only_context(tmp_path), None)
+    assert [(c.method, *c.others) for c in found] == [("mine", "random"), ("mine", "random", "staff")]
+
+
+def test_methods_are_found_though_a_setting_stands_in_their_labels(real: Path, tmp_path: Path):
+    for rate, changes in ((0.9, {}), (0.5, {"config__finetune__learning_rate": 0.5})):
+        for method in ("raw", "full", "random", "staff"):
+            copied(real, tmp_path, method, RATES.get(method, (rate,))[0], (0, 0), np.arange(8.0), **changes)
+    context = max(contexts(collect(tmp_path), tmp_path / "runs"), key=lambda context: len(context.variants))
+    assert any(variant.startswith("full finetune.learning_rate=") for variant in context.variants)
+    found = [
+        (c.method.split("=")[1], [other.split(" ")[0] for other in c.others]) for c in registered(context, None)
+    ]
+    assert sorted(found) == 2 * [("0.003", ["random"])] + 2 * [("0.5", ["random"])], found
+
+
+def test_contrasts_margin_and_effect_are_asked_on_the_command_line(real: Path, tmp_path: Path, monkeypatch):
+    grid(real, tmp_path, {"random": 0, "ccs": 0.3, "staff": 3}, rates=(0.9,))
+
+    def report(*options: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["report", "--results", str(tmp_path), *options])
+        main()
+
+    for options, said in (
+        (("--contrasts", "staff-grand"), "--contrasts 'staff-grand' names 'grand', which is no method"),
+        (("--margin", "0"), "--margin 0 must be a number above 0"),
+        (("--effect", "inf"), "--effect inf must be a number above 0"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            report(*options)
+        assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "tables").exists()
+    report("--contrasts", "staff-ccs", "ccs-best", "--margin", "2", "--effect", "0.5")
+    (file,) = tmp_path.glob("tables/verdicts-*.md")
+    text = file.read_text()
+    assert "contrasts named by the user" in text and "| seeds for 0.5 |" in re.sub(r" +", " ", text)
+    assert re.findall(r"^\| (\S+ - \S+(?: other)?) ", text, re.M) == ["staff - ccs", "ccs - best other"]
+    assert "--margin 2 --effect 0.5 --contrasts staff-ccs ccs-best`" in text
+
+
+def rename_metric(results: Path, name: str) -> None:
+    """As if the runs had been measured by the metric `name`."""
+    for folder in results.glob("runs/*"):
+        record = json.loads((folder / "metrics.json").read_text())
+        record["run"]["metric"], record["metrics"][name] = name, record["metrics"].pop("rougeL")
+        write_record(folder, record)
+        answers = pd.read_parquet(folder / "predictions.parquet")
+        answers.rename(columns={"rougeL": name}).to_parquet(folder / "predictions.parquet")
+
+
+def test_where_a_metric_is_a_loss_the_lowest_is_the_best(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"full": 0, "random": 6, "ccs": 5, "staff": -3})
+    rename_metric(tmp_path, "nll")
+    context = only_context(tmp_path)
+    table = performance.performance(context, pairs(context))
+    marked = {(table.cells.loc[row, "method"], column): mark for (row, column), mark in table.marks.items()}
+    assert marked["staff", "p = 0.9"] == "bold" and "lower is better" in table.caption
+    gains = performance.gains(context) or pytest.fail("no table")
+    best = gains.cells.set_index("over").loc["the best baseline", "p = 0.9"]
+    assert best.startswith("+") and best == gains.cells.set_index("over").loc["ccs", "p = 0.9"]
+    told = (verdicts.table(context) or pytest.fail("no table")).cells.set_index(["contrast", "pruning rate"])
+    assert told.loc[("staff - best other", "0.9"), "verdict"] == "better"
+    assert told.loc[("staff - best other", "0.9"), "difference"].startswith("-")
+    figure, _ = pareto(context) or pytest.fail("no figure")
+    (front,) = [line for line in figure.axes[0].lines if line.get_label() == "Pareto front"]
+    assert list(front.get_ydata()) == [mean(context, "staff", 0.9).value]  # type: ignore[union-attr]
+    assert "lower is better" in figure.axes[0].get_ylabel()
+    plt.close(figure)
+
+
+def test_a_metric_of_no_known_direction_is_refused(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"random": 0, "staff": 1}, seeds=1)
+    rename_metric(tmp_path, "speed")
+    with pytest.raises(UserError, match="metric 'speed' has no known direction"):
+        write(tmp_path, collect(tmp_path))
+
+
+def test_from_the_fifth_seed_on_a_table_says_what_is_decided_and_which_seeds_to_add(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"random": 0, "staff": 0.1}, seeds=4, rates=(0.9,))
+    assert verdicts.looks(only_context(tmp_path)) is None
+    grid(real, tmp_path, {"random": 0, "staff": 0.1}, seeds=6, rates=(0.9,))
+    question = verdicts.Question(margin=9.0)
+    table = verdicts.looks(only_context(tmp_path), question) or pytest.fail("no table")
+    assert table.cells["looked at"].tolist() == ["5 seeds"] and table.cells["verdict"].tolist() == ["equal"]
+    for file in tmp_path.glob("runs/staff-*/predictions.parquet"):
+        answers = pd.read_parquet(file)
+        chance = np.random.default_rng(int(re.search(r"-s(\d)", file.parent.name)[1])).normal(0, 3)  # type: ignore[index]
+        answers.assign(rougeL=answers["rougeL"] + chance).to_parquet(file)
+    table = verdicts.looks(only_context(tmp_path), question) or pytest.fail("no table")
+    assert table.cells["verdict"].tolist() == ["open"] and "seeds to add next: 6, 7, 8, 9." in table.caption
 
 
 def test_the_pairs_difference_is_the_difference_of_the_means_that_are_shown(real: Path, tmp_path: Path):
@@ -192,6 +309,10 @@ def test_one_seed_has_no_interval_and_the_caption_says_so(real: Path, tmp_path: 
     context = only_context(tmp_path)
     table = performance.performance(context, pairs(context))
     assert "One seed" in table.caption and "±" not in "".join(texts(table))
+    alone = performance.differences(context, pairs(context)) or pytest.fail("no table")
+    assert set(alone.cells["interval over"]) == {"samples alone"} and set(alone.cells["p"]) == {"–"}
+    told = verdicts.table(context) or pytest.fail("no table")
+    assert set(told.cells["verdict"]) == {"one seed: no verdict"} and set(told.cells["p (Holm)"]) == {"–"}
 
 
 def test_a_model_that_nothing_random_touched_has_no_interval(real: Path, tmp_path: Path):
@@ -514,6 +635,30 @@ def test_a_thousand_records_are_reported_in_seconds(real: Path, tmp_path: Path):
     write(tmp_path, collect(tmp_path))
     taken = time.process_time() - started
     assert taken < 20, f"{taken:.1f} s of processor time"  # 10 on an idle machine
+
+
+def test_floors_split_the_score_of_each_method_and_name_the_best_constant(real: Path, tmp_path: Path, monkeypatch):
+    grid(real, tmp_path, {"random": 0, "staff": 1}, seeds=2, rates=(0.5,))
+    answers = pd.read_parquet(real / "predictions.parquet")
+    for folder in tmp_path.glob("runs/*"):  # random answers with the next sample's reference, STAFF with its own
+        shift = 1 if folder.name.startswith("random") else 0
+        texts = np.roll([group[0] for group in answers["references"]], shift)
+        answers.assign(prediction=texts).to_parquet(folder / "predictions.parquet")
+    arguments = ["--results", str(tmp_path), "--data", str(ROOT / "staff/assets"), "--rate", "0.5"]
+    monkeypatch.setattr(sys, "argv", ["floors", *arguments])
+    floors.main()
+    (file,) = tmp_path.glob("tables/floors-*.md")
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in file.read_text().splitlines() if "|" in line
+    ]
+    rows = {row[0].split(" (")[0]: row[1:] for row in cells[2:]}
+    assert set(rows) == {"constant chosen on training answers", "constant in hindsight", "random", "staff"}
+    assert rows["staff"][1] == "100.00" and float(rows["random"][3]) < 1 < 50 < float(rows["staff"][3])
+    assert float(rows["constant in hindsight"][1]) >= float(rows["constant chosen on training answers"][1]) > 5
+    assert rows["constant in hindsight"][3] == "0.00" and "--data DATA --rate 0.5`" in file.read_text()
+    assert rows["staff"][5].startswith("+") and rows["random"][5] == "–"
+    write(tmp_path, collect(tmp_path))
+    assert left_over(tmp_path) == [], "the report knows that it has a command of its own"
 
 
 def test_a_replay_without_a_server_says_what_was_not_sent(real: Path):

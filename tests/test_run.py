@@ -1,21 +1,25 @@
 """The main job: what is computed, what is read, what is charged, and what is said when it cannot be."""
 
-import json
 import os
-import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, run_shrunk
 
-from experiments.benchmarking import configured
 from staff.errors import UserError
-from staff.models import ModelSpec
+from staff.models.spec import ModelSpec
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory):
+    """As `run`, in one results folder for all tests of this file."""
+    return partial(run_shrunk, tmp_path_factory.mktemp("shared"))
 
 
 def computed(record: dict) -> dict[str, bool]:
@@ -26,11 +30,21 @@ def computed(record: dict) -> dict[str, bool]:
     }
 
 
+def stages(record: dict) -> list[str]:
+    return sorted(stage["stage"] for stage in record["overhead"]["stages"])
+
+
+def scores(record: dict) -> pd.DataFrame:
+    return pd.read_parquet(record["folder"] / "samples.parquet")
+
+
 def test_staff_from_scores_to_metrics_and_the_same_charge_for_whoever_reads(run, tmp_path: Path):
     first = run("method=staff")
     assert first["counts"] == {
         "pool": 24,
         "dropped_too_long": 0,
+        "dropped_duplicates": 0,
+        "dev": 0,
         "budget": 6,
         "selected": 6,
         "trained": 6,
@@ -38,7 +52,7 @@ def test_staff_from_scores_to_metrics_and_the_same_charge_for_whoever_reads(run,
         "test_dropped_too_long": 0,
         "test_prompts_in_pool": 0,
     }
-    assert set(first["metrics"]) == {"rougeL", "rouge1", "rouge2", "output_tokens"}
+    assert set(first["metrics"]) == {"rougeL", "rouge1", "rouge2", "nll", "output_tokens"}
     assert set(computed(first).values()) == {True}
     assert first["overhead"]["seconds"] == pytest.approx(sum(s["seconds"] for s in first["overhead"]["stages"]))
     assert first["overhead"]["flops"] > 0 and first["overhead"]["str_basis"] == "estimated from FLOPs"
@@ -61,8 +75,8 @@ def test_staff_from_scores_to_metrics_and_the_same_charge_for_whoever_reads(run,
     assert tuned_otherwise["finetuning"]["fingerprint"] != first["finetuning"]["fingerprint"]
 
 
-def test_the_whole_pool_gives_the_measure_for_the_overhead_of_the_others(run):
-    full, raw, chosen = run("method=full"), run("method=raw"), run("method=random")
+def test_the_whole_pool_gives_the_measure_for_the_overhead_of_the_others(shared):
+    full, raw, chosen = shared("method=full"), shared("method=raw"), shared("method=random")
     assert (full["run"]["pruning_rate"], full["coreset"]["size"]) == (0, 24)
     assert (raw["run"]["pruning_rate"], raw["coreset"]["size"], raw["finetuning"]) == (1, 0, None)
     assert full["overhead"]["str_basis"] == chosen["overhead"]["str_basis"] == "measured"
@@ -74,7 +88,7 @@ def test_the_whole_pool_gives_the_measure_for_the_overhead_of_the_others(run):
 def test_scorer_and_trainer_see_the_same_token_ids_and_labels(run, monkeypatch):
     from transformers import Trainer
 
-    import staff.scoring
+    import staff.scoring.passes
 
     trained, scored = set(), set()
 
@@ -82,62 +96,68 @@ def test_scorer_and_trainer_see_the_same_token_ids_and_labels(run, monkeypatch):
         lengths = [int((row != -100).nonzero().max()) + 1 for row in labels]
         return {(tuple(i[:n].tolist()), tuple(y[:n].tolist())) for i, y, n in zip(ids, labels, lengths)}
 
-    training_step, norms = Trainer.training_step, staff.scoring.per_sample_gradient_norms
+    training_step, gradients = Trainer.training_step, staff.scoring.passes.batch_gradients
 
     def spy_on_trainer(self, model, inputs, *args, **kwargs):
         trained.update(rows(inputs["input_ids"], inputs["labels"]))
         return training_step(self, model, inputs, *args, **kwargs)
 
-    def spy_on_scorer(model, input_ids, mask, labels, *rest):
+    def spy_on_scorer(model, layers, input_ids, mask, labels, *rest):
         scored.update(rows(input_ids, labels))
-        return norms(model, input_ids, mask, labels, *rest)
+        return gradients(model, layers, input_ids, mask, labels, *rest)
 
     monkeypatch.setattr(Trainer, "training_step", spy_on_trainer)
-    monkeypatch.setattr(staff.scoring, "per_sample_gradient_norms", spy_on_scorer)
+    monkeypatch.setattr(staff.scoring.passes, "batch_gradients", spy_on_scorer)
     run("method=staff", "task.train_limit=8", "method.verification_budget=1")
     assert len(trained) == 8 and scored == trained
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"store_dir={tmp_path_factory.mktemp('shared')}"
-
-
-def stages(record: dict) -> list[str]:
-    return sorted(stage["stage"] for stage in record["overhead"]["stages"])
-
-
-def scores(record: dict) -> pd.DataFrame:
-    folder = Path(record["config"]["store_dir"]) / "coreset" / record["coreset"]["fingerprint"][:32]
-    return pd.read_parquet(folder / "samples.parquet")
-
-
-def test_scores_online_spare_the_small_models_scoring_pass(run, shared):
-    passed, online = run("method=staff", shared), run("method=staff", "method.scores=online", shared)
+def test_scores_online_spare_the_small_models_scoring_pass(shared):
+    passed, online = shared("method=staff"), shared("method=staff", "method.scores=online")
     assert stages(passed) == ["coreset", "finetune", "scores", "scores"]  # of the small model and of the target
     assert stages(online) == ["coreset", "finetune", "scores"]
     ours = scores(online).speculative
     assert np.isfinite(ours).all() and ours.corr(scores(passed).speculative, method="spearman") > 0.8
 
 
-def test_several_signals_of_one_model_are_charged_one_pass(run, shared):
-    assert stages(run("method=d2", shared)) == ["coreset", "finetune", "scores"]
+def test_several_signals_of_one_model_are_charged_one_pass(shared):
+    assert stages(shared("method=d2")) == ["coreset", "finetune", "scores"]
 
 
-def test_all_linear_layers_can_be_scored_by_and_outweigh_one_of_them(run, shared):
-    one, every = run("method=staff", shared), run("method=staff", "method.gradient=all_linear", shared)
+def test_all_linear_layers_can_be_scored_by_and_outweigh_one_of_them(shared):
+    one, every = shared("method=staff"), shared("method=staff", "method.gradient=all_linear")
     assert (scores(every).speculative > scores(one).speculative).all()
     assert every["metrics"].keys() == one["metrics"].keys()
 
 
-def test_a_precision_for_scoring_alone_makes_other_scores_of_the_same_fine_tuning(run, shared):
-    wide, narrow = run("method=staff", shared), run("method=staff", "scoring.dtype=bfloat16", shared)
+def test_a_precision_for_scoring_alone_makes_other_scores_of_the_same_fine_tuning(shared):
+    wide, narrow = shared("method=staff"), shared("method=staff", "scoring.dtype=bfloat16")
     tuned = [
         {s["fingerprint"] for s in r["overhead"]["stages"] if s["stage"] == "finetune"} for r in (wide, narrow)
     ]
     assert tuned[0] == tuned[1] and wide["run"]["fingerprint"] != narrow["run"]["fingerprint"]
     ours, theirs = scores(wide).speculative, scores(narrow).speculative
     assert ours.corr(theirs, method="spearman") > 0.99 and not ours.equals(theirs)
+
+
+def test_samples_that_do_not_fit_are_dropped_only_when_asked_and_counted(shared):
+    record = shared("method=raw", "finetune.max_length=200", "task.too_long=drop")
+    assert record["counts"]["dropped_too_long"] > 0
+    assert record["counts"]["pool"] + record["counts"]["dropped_too_long"] == 24
+
+
+def test_methods_run_end_to_end_on_what_the_others_left(shared):
+    """Every method on the embedded models: tests/stress/test_methods.py."""
+    methods = ("staff", "staff_official", "random", "el2n", "grand", "ccs", "full", "raw")
+    records = {method: shared(f"method={method}") for method in methods}
+    sizes = {method: record["coreset"]["size"] for method, record in records.items()}
+    assert sizes == dict.fromkeys(methods, 6) | {"full": 24, "raw": 0}
+    assert records["staff_official"]["overhead"]["flops"] > records["staff"]["overhead"]["flops"]
+
+
+def test_full_fine_tuning_is_scored_through_a_fresh_adapter(shared):
+    record = shared("method=staff", "finetune=full", "task.train_limit=16", "task.test_limit=2")
+    assert record["coreset"]["size"] == 4 and record["overhead"]["flops"] > 0
 
 
 @pytest.mark.parametrize(
@@ -157,18 +177,19 @@ def test_a_precision_for_scoring_alone_makes_other_scores_of_the_same_fine_tunin
         ("finetune.warmup_ratio=7", "finetune.warmup_ratio=7 must be a number of at least 0 and at most 1"),
         ("finetune.lora.rank=0", "LoRA rank=0 must be a whole number of at least 1"),
         ("task.max_new_tokens=null", "task.max_new_tokens=None must be a whole number"),
-        ("method.fresh_adapter={rank:8}", "must have rank, alpha and targets"),
+        ("method=staff_official ~method.fresh_adapter.alpha", "must have rank, alpha and targets"),
         ("method.num_regions=0", "method.num_regions=0 must be a whole number of at least 1"),
         ("method.pick=lowest", "method.pick='lowest' is unknown: choose random or highest"),
         ("method.scores=later", "method.scores='later' is unknown: choose pass or online"),
-        ("method=staff_official method.scores=online", "method.scores=online is by fine-tuning's own LoRA"),
+        ("method=staff_official method.scores=online", "method.fresh_adapter is a LoRA adapter for a scoring pass"),
+        ("method.scores=online method.gradient=all_linear", "method.scores=online is by fine-tuning's own LoRA"),
         ("finetune=full method.scores=online", "scores online are gradients of adapters"),
         ("finetune.match=tokens", "finetune.match='tokens' is unknown: choose epochs or steps"),
         ("scoring.batch_tokens=0", "scoring.batch_tokens=0 must be null or a whole number"),
         ("scoring.dtype=int8", "scoring.dtype='int8' is unknown: choose null, float32 or bfloat16"),
-        ("scoring.one_at_a_time=no", "scoring.one_at_a_time='no' must be true or false"),
+        ("scoring.one_at_a_time=no", "scoring.one_at_a_time='no' must be null, true or false"),
         ("evaluation.batch_tokens=0", "evaluation.batch_tokens=0 must be null or a whole number"),
-        ("method.normalise=no", "method.normalise='no' must be true or false"),
+        ("method=staff_official method.normalise=no", "method.normalise='no' must be true or false"),
         ("finetune.learning_rate=nan", "finetune.learning_rate=nan must be a positive number"),
         ("finetune.lora.dropout=2", "LoRA dropout=2 must be a number of at least 0 and at most 1"),
         ("finetune.lora.targets=nowhere", "LoRA targets='nowhere': Target modules nowhere not found"),
@@ -194,12 +215,6 @@ def test_bad_input_is_one_sentence_before_a_model_loads(run, monkeypatch, overri
         run(*override.split())
 
 
-def test_samples_that_do_not_fit_are_dropped_only_when_asked_and_counted(run):
-    record = run("method=raw", "finetune.max_length=200", "task.too_long=drop")
-    assert record["counts"]["dropped_too_long"] > 0
-    assert record["counts"]["pool"] + record["counts"]["dropped_too_long"] == 24
-
-
 def staff(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "experiments.run", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
@@ -208,7 +223,7 @@ def staff(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("method=staf", "method=staf is unknown: choose ccs"),
+        ("method=staf", "method=staf is unknown: choose aum"),
         ("metod=staff", "metod is no setting: choose from evaluation, family"),
         ("method.num_region=3", "method.num_region is no setting: choose from budget_rule"),
         ("pruning_rate=most", "pruning_rate='most' is not a number"),
@@ -240,42 +255,9 @@ def test_help_lists_groups_and_options_without_importing_torch():
     assert "staff_official" in ended.stdout and ended.stdout.strip().endswith("False")
 
 
-@pytest.mark.parametrize("command", ["run --help", "store list --store {}", "compare {} {}"])
-def test_a_reader_that_has_had_enough_is_no_error(tmp_path, command: str):
-    shutil.copytree(ROOT / "results" / "slice" / "runs", tmp_path / "runs")
-    piped = f"{sys.executable} -m experiments.{command.replace('{}', str(tmp_path))} | true"
+@pytest.mark.parametrize(
+    "command", ["run --help", "store list --store results/slice", "compare results/slice results/slice"]
+)
+def test_a_reader_that_has_had_enough_is_no_error(command: str):
+    piped = f"{sys.executable} -m experiments.{command} | true"
     assert subprocess.run(piped, shell=True, cwd=ROOT, capture_output=True, text=True).stderr == ""
-
-
-def test_runs_that_follow_each_other_share_their_tokens_where_nothing_that_makes_them_differs():
-    small = ("tracking=none", "pruning_rate=0.5", "task.train_limit=8", "task.test_limit=2")
-    tokenized = configured("method=random", *small).tokenized
-    assert configured("method=staff", *small, "pruning_rate=0.2", "seed=3").tokenized is tokenized
-    for other in ("task.train_limit=7", "task.test_limit=3", "finetune.max_length=500", "family=tiny_small"):
-        assert configured("method=random", *small, other).tokenized is not tokenized
-        tokenized = configured("method=random", *small).tokenized
-
-
-def test_a_sweep_by_submitit_goes_on_past_a_failing_job_names_it_and_exits_with_an_error(tmp_path: Path):
-    """By the other launchers: test_honest_failure.py and test_sweep.py."""
-    sweep = ("method=random", "pruning_rate=2,0.5", "hydra/launcher=submitit_local", f"results_dir={tmp_path}")
-    ended = staff("-m", *SMALL[:-1], "tracking=none", *sweep)
-    assert ended.returncode == 1
-    assert "pruning_rate=2 is outside [0, 1)" in ended.stdout and "1 of 2 jobs failed" in ended.stdout
-    (record,) = tmp_path.glob("runs/*/metrics.json")
-    assert json.loads(record.read_text())["run"]["pruning_rate"] == 0.5
-    (traceback,) = tmp_path.glob("sweeps/*/*.traceback.txt")
-    assert "UserError" in traceback.read_text()
-
-
-def test_every_method_runs_end_to_end_on_what_the_others_left(run):
-    methods = sorted({file.stem for file in (ROOT / "conf/method").glob("*.yaml")} - {"precomputed"})
-    records = {method: run(f"method={method}", "task.train_limit=16", "task.test_limit=2") for method in methods}
-    sizes = {method: record["coreset"]["size"] for method, record in records.items()}
-    assert sizes == dict.fromkeys(methods, 4) | {"full": 16, "raw": 0}
-    assert records["staff_official"]["overhead"]["flops"] > records["staff"]["overhead"]["flops"]
-
-
-def test_full_fine_tuning_is_scored_through_a_fresh_adapter(run):
-    record = run("method=staff", "finetune=full", "task.train_limit=16", "task.test_limit=2")
-    assert record["coreset"]["size"] == 4 and record["overhead"]["flops"] > 0

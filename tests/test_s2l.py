@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from support.array_answers import ArrayAnswers
-from support.selection_vectors import recorded
+from support.any_pool import AnyPool
+from support.golden import recorded
 
 from baselines.kmeans import kmeans, nearest, squared_distances
 from baselines.s2l import S2L, clusters_to_serve, equal_shares, serve, trajectories
@@ -76,7 +76,7 @@ def losses_in_blobs(sizes: list[int], seed: int = 0) -> np.ndarray:
 
 def test_small_clusters_are_taken_whole_and_large_ones_share_what_is_left():
     sizes = [3, 10, 40, 50]
-    pool = ArrayAnswers(103, {"loss": losses_in_blobs(sizes)})
+    pool = AnyPool(103, {"loss": losses_in_blobs(sizes)})
     coreset = S2L(num_clusters=4).select(pool, 50, Draws(0, pool.ids))  # type: ignore[arg-type]
     blob = np.repeat(range(4), sizes)[coreset.indices]
     assert np.bincount(blob).tolist() == [3, 10, 18, 19]
@@ -85,7 +85,7 @@ def test_small_clusters_are_taken_whole_and_large_ones_share_what_is_left():
 
 
 def test_pooled_clusters_get_only_what_the_others_leave():
-    pool = ArrayAnswers(104, {"loss": losses_in_blobs([2, 2, 40, 60])})
+    pool = AnyPool(104, {"loss": losses_in_blobs([2, 2, 40, 60])})
     method = S2L(num_clusters=4, pooled_size=2)
     for budget, from_small in ((100, 0), (103, 3)):
         chosen = method.select(pool, budget, Draws(0, pool.ids)).indices  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ def test_pooled_clusters_get_only_what_the_others_leave():
 
 def test_groups_share_the_budget_first_unless_they_are_ignored():
     groups = ["small"] * 10 + ["large"] * 90
-    pool = ArrayAnswers(100, groups=groups)
+    pool = AnyPool(100, groups=groups)
     with_groups = S2L(num_clusters=5).select(pool, 40, Draws(0, pool.ids))  # type: ignore[arg-type]
     assert (with_groups.indices < 10).sum() == 10  # floor(40 / 2) is more than there are
     assert set(with_groups.diagnostics["group"]) == {"small", "large"}

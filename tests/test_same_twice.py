@@ -1,9 +1,12 @@
 """The same command twice gives the same files; a seed, and nothing else, changes what is random."""
 
 import json
-import shutil
+import os
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +14,28 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from contract import METHODS, AnyPool, method_named
-from test_sweep import SHRUNK, finish, records, start
+from conftest import ROOT, SMALL
+from support.contract import METHODS, AnyPool, method_named, select
+from support.pools import tiny_pool
 
-import staff.finetune
-import staff.pool
-from staff.pool import ArrayPool
-from staff.selection import Draws, run_method
-from staff.trainer import AnswerTrainer
+import staff.models.state
+import staff.training.stage
+from experiments.compare import compare
+from staff.pool import Pool, Select
+from staff.scoring.stage import ScoringSettings
+from staff.selection import Coreset
+from staff.speculative import Staff
+from staff.training.trainer import AnswerTrainer
 
 
 def contents(results: Path) -> dict[str, str]:
-    """Checksums of all weights, scores, coresets and answers in a store, by artefact and file."""
+    """Checksums of all tokens, weights, scores, coresets and answers in a store, by artefact and file."""
     manifests = {file.parent: json.loads(file.read_text()) for file in results.glob("artifacts/*/*/manifest.json")}
     return {
         f"{folder.parent.name}/{folder.name}/{name}": entry["sha256"]
         for folder, manifest in manifests.items()
         for name, entry in manifest["files"].items()
-        if name.endswith((".safetensors", ".parquet"))
+        if name.endswith((".npy", ".safetensors", ".parquet"))
     }
 
 
@@ -43,54 +50,58 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return ("task=jsonl", f"task.data_dir={folder}", "method=staff", *shrunk)
 
 
-def test_the_same_jobs_give_the_same_files_in_whatever_order_process_and_hash_seed(
-    run, short, tmp_path, monkeypatch
-):
-    seeds = (1, 0)
-    monkeypatch.setenv("PYTHONHASHSEED", "1")  # of the sweep; this process has another
-    sweep = start(tmp_path / "reversed", *short, "seed=0,1")
-    for seed in seeds:
-        run(*SHRUNK, *short, f"seed={seed}", results=tmp_path / "fresh")
-    finish(sweep)
-    kept = contents(tmp_path / "fresh")
-    assert {name.split("/")[0] for name in kept} == {"finetune", "scores", "coreset", "evaluation"}
-    assert contents(tmp_path / "reversed") == kept
-    assert records(tmp_path / "reversed") == records(tmp_path / "fresh") and len(records(tmp_path / "fresh")) == 2
+def test_the_same_jobs_give_the_same_files_in_whatever_order_process_and_hash_seed(run, short, tmp_path):
+    fresh, reverse = tmp_path / "fresh", tmp_path / "reversed"
+    command = [sys.executable, "-m", "experiments.run", "-m", *SMALL, *short, "tracking=none", "seed=0,1"]
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}  # this process has another
+    sweep = subprocess.Popen([*command, f"results_dir={reverse}"], cwd=ROOT, env=environment)
+    for seed in (1, 0):
+        run(*short, f"seed={seed}", results=fresh)
+    assert sweep.wait(300) == 0
+    kept = contents(fresh)
+    assert {name.split("/")[0] for name in kept} == {
+        *("tokens", "finetune", "scores", "coreset", "evaluation", "metrics")
+    }
+    assert contents(reverse) == kept
+    assert_equal_records(fresh, reverse)
 
-    warm = f"store_dir={tmp_path / 'reversed/artifacts'}"
-    for seed in seeds:
-        run(*SHRUNK, *short, f"seed={seed}", warm, results=tmp_path / "warm")
-    assert records(tmp_path / "warm") == records(tmp_path / "fresh")
-    assert contents(tmp_path / "reversed") == kept, "a store that is read stays as it was"
+    for seed in (1, 0):
+        run(*short, f"seed={seed}", f"store_dir={reverse / 'artifacts'}", results=tmp_path / "warm")
+    assert_equal_records(fresh, tmp_path / "warm")
+    assert contents(reverse) == kept, "a store that is read stays as it was"
+
+
+def assert_equal_records(first: Path, again: Path) -> None:
+    """Runs of the same names, with the same coresets, answers and metrics."""
+    table = compare(first, again)
+    assert len(table) == 2 and table["equal"].all(), table
 
 
 def jaccard(one: Any, other: Any) -> float:
     return len(np.intersect1d(one, other)) / len(np.union1d(one, other))
 
 
-def test_another_batch_size_moves_scores_by_rounding_alone(run, short, tmp_path):
-    def scored(results: Path, batch_tokens: int) -> pd.DataFrame:
-        record = run(*short, "task.train_limit=64", f"scoring.batch_tokens={batch_tokens}", results=results)
-        assert record["config"]["scoring"]["batch_tokens"] == batch_tokens
-        return pd.read_parquet(record["folder"] / "samples.parquet")
+def test_another_batch_size_moves_scores_by_rounding_alone(tmp_path):
+    def scored(pool: Pool) -> Coreset:
+        method = Staff(num_regions=3, verification_budget=2)
+        return Coreset.load(pool.store.get(Select(method, pool, 32)).path)
 
-    large = scored(tmp_path / "large", 8192)
-    shutil.copytree(tmp_path / "large/artifacts/finetune", tmp_path / "small/artifacts/finetune")
-    small = scored(tmp_path / "small", 64)
-    for score in ("speculative", "verified"):
-        np.testing.assert_allclose(small[score], large[score], rtol=1e-5)
-    assert not small.equals(large), "the batches were others, and so was rounding"
-    assert jaccard(small.id[small.selected], large.id[large.selected]) >= 0.99
+    large = tiny_pool(tmp_path / "large", 64, scoring=ScoringSettings(batch_tokens=8192))
+    first = scored(large)
+    for folder in ("scores", "coreset"):
+        (large.store.root / folder).rename(large.store.root / f"{folder} in large batches")
+    second = scored(replace(large, scoring=ScoringSettings(batch_tokens=64)))
+    for name in ("speculative", "verified"):
+        np.testing.assert_allclose(first.scores[name], second.scores[name], rtol=1e-5)
+    assert (first.scores["speculative"] != second.scores["speculative"]).any(), "and rounding was another"
+    assert jaccard(first.indices, second.indices) >= 0.99
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_rounding_of_the_scores_moves_a_sample_across_an_edge_and_no_more(name: str):
-    pool = AnyPool(10_000 if name == "d2" else 100_000)
-    rng = np.random.default_rng(1)
-    scores = {key: values * (1 + rng.uniform(-1e-5, 1e-5, values.shape)) for key, values in pool._scores.items()}
-    moved = ArrayPool(pool.ids, scores, pool.answer_lengths)
-    method, budget, draws = method_named(name), len(pool.ids) // 2, Draws(0, pool.ids)
-    one, other = (run_method(method, p, budget, draws).indices for p in (pool, moved))
+    pool, moved = AnyPool(10_000), AnyPool(10_000)
+    moved.noise = 1e-5
+    one, other = (select(method_named(name), p, 5_000).indices for p in (pool, moved))
     assert len(one) == 0 or jaccard(one, other) >= 0.99
 
 
@@ -116,15 +127,15 @@ def drawn(run, short, monkeypatch) -> Callable[..., dict[str, Any]]:
         seen[f"order of the {set_of}"].append([self.ids[int(row)] for row in inputs["row"]])
         return compute_loss(self, model, inputs, *rest, **options)
 
-    watch_adapters(staff.finetune)
-    watch_adapters(staff.pool)
+    watch_adapters(staff.training.stage)
+    watch_adapters(staff.models.state)
     monkeypatch.setattr(AnswerTrainer, "compute_loss", watched_loss)
 
     def drawn(*seeds: str, results: Path) -> dict[str, Any]:
         seen.clear()
         record = run(*short, "finetune.length_grouped=false", *seeds, results=results)
         samples = pd.read_parquet(record["folder"] / "samples.parquet")
-        (small, target), (verifying,) = seen.pop("staff.finetune"), seen.pop("staff.pool")
+        (small, target), (verifying,) = seen.pop("staff.training.stage"), seen.pop("staff.models.state")
         return {
             **seen,
             "adapter of the small model": small,

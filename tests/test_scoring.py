@@ -1,9 +1,9 @@
+"""Signals out of batched passes, against each sample's own forward and backward pass."""
+
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from decimal import Decimal, getcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,29 +12,27 @@ import torch
 from peft import LoraConfig, get_peft_model
 from support.golden import recorded
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, CohereConfig
 from transformers.models.llama import LlamaConfig
 
-from staff import scoring
-from staff.cost import Meter
+from staff.data.tokens import TokenizedSamples
+from staff.data.views import DataView
 from staff.errors import UserError
-from staff.gradients import Positions
-from staff.scoring import Asked, el2n_scores, score_samples
-from staff.tokens import TokenizedSamples
+from staff.models.spec import ModelSpec
+from staff.scoring.passes import score_samples
+from staff.scoring.positions import Positions
+from staff.scoring.signal import Signal
+from staff.signals import el2n, named, named_all
+from staff.signals.effort import Effort
+from staff.signals.el2n import EL2N, el2n_scores
+from staff.signals.embedding import Embedding
+from staff.signals.loss import Loss
+from staff.store.cost import Meter
 
-TINY = Path(scoring.__file__).parent / "assets" / "tiny" / "small"
 BROKEN_TOKEN = 60
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices gain nothing by threads, and wait long for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_llama(**changes: Any) -> Any:
@@ -53,7 +51,7 @@ def random_llama(**changes: Any) -> Any:
 
 
 def tiny_family() -> Any:
-    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    return ModelSpec("pkg://staff/assets/tiny/small").load()
 
 
 @pytest.fixture(params=[random_llama, tiny_family], ids=["random", "tiny"])
@@ -70,86 +68,99 @@ def random_samples(n: int = 17) -> TokenizedSamples:
     rng = np.random.default_rng(0)
     prompts, answers = rng.integers(1, 30, n), rng.integers(1, 9, n)
     rows = [rng.integers(1, BROKEN_TOKEN, p + a).tolist() for p, a in zip(prompts, answers, strict=True)]
-    return TokenizedSamples([f"s{i}" for i in range(n)], rows, prompts.tolist())
+    return TokenizedSamples.of_rows([f"s{i}" for i in range(n)], rows, prompts, begin=1)
 
 
-def score(
-    model: Any, samples: TokenizedSamples, signal: str, batch_tokens: int = 64, meter: Any = None, **how: Any
-) -> np.ndarray:
-    asked = Asked((signal,), **how)
-    return score_samples(model, samples, asked, batch_tokens=batch_tokens, pad_token_id=0, meter=meter)[signal]
+def score(model: Any, samples: TokenizedSamples, signal: Signal, batch_tokens: int = 64, **how: Any) -> np.ndarray:
+    asked = DataView(prompt=signal.prompt, text=signal.text).of(samples)
+    return score_samples(model, asked, (signal,), batch_tokens=batch_tokens, pad_token_id=0, **how)[signal.name]
 
 
-def one_at_a_time(model: Any, samples: TokenizedSamples, signal: str, **how: Any) -> np.ndarray:
+def one_at_a_time(model: Any, samples: TokenizedSamples, signal: Any) -> np.ndarray:
     """Each signal from the model's own forward pass over one whole sample, and its own backward pass."""
     model.eval()
-    kept = ".lora_"
-    if how.get("gradient") == "last_v_b":
-        kept = f"layers.{model.config.num_hidden_layers - 1}.self_attn.v_proj.lora_B"
-    wanted = [parameter for name, parameter in model.named_parameters() if kept in name]
     values = []
     for i in range(len(samples)):
-        ids, labels = torch.tensor([samples.input_ids[i]]), torch.tensor([samples.labels(i)])
-        out = model(input_ids=ids, labels=labels, output_hidden_states=True)
-        answer = labels[0] >= 0
-        z, y = out.logits[0, :-1][answer[1:]].double(), labels[0, 1:][answer[1:]]
-        if signal == "effort":
-            gradients = torch.autograd.grad(out.loss, wanted)
-            values.append(torch.cat([g.flatten() for g in gradients]).norm())
-        elif signal == "loss":
-            values.append(out.loss)
-        elif signal == "embedding":
-            values.append(out.hidden_states[-1][0, answer].mean(0))
-        elif how.get("variant") == "official":
-            z, y = out.logits[0, answer], labels[0, answer]
-            values.append((z - torch.eye(z.shape[1])[y]).square().mean().sqrt())
-        else:
-            values.append((z.softmax(-1) - torch.eye(z.shape[1])[y]).norm(dim=-1).mean())
+        ids, start = torch.from_numpy(samples.row(i)).long(), int(samples.prompt_lengths[i])
+        if not signal.prompt:
+            ids, start = torch.cat([ids[:1], ids[start:]]), 1
+        start = 1 if signal.text == "all" else start
+        labels = ids.clone()
+        labels[:start] = -100
+        out = model(input_ids=ids[None], labels=labels[None], output_hidden_states=True)
+        z, y = out.logits[0, start - 1 : -1], ids[start:]
+        layers = {None: -1, -1: -1}  # the last after the final norm; in front of a block's the embedding
+        hidden = out.hidden_states[layers.get(signal.layer, (signal.layer or 0) + 1)][0]
+        weights = torch.arange(1.0, len(ids) + 1) / (len(ids) * (len(ids) + 1) / 2)
+        match signal:
+            case Effort(parameters=parameters):
+                wanted = [p for name, p in model.named_parameters() if is_wanted(parameters, name, model)]
+                values.append(torch.cat([g.flatten() for g in torch.autograd.grad(out.loss, wanted)]).norm())
+            case Loss():
+                values.append(out.loss)
+            case Embedding(pooling="answer_mean"):
+                values.append(hidden[start:].mean(0))
+            case Embedding(pooling="position_weighted"):
+                values.append(weights @ hidden)
+            case Embedding(pooling="last_token"):
+                values.append(hidden[-1])
+            case EL2N(variant="standard"):
+                z = z.double()
+                values.append((z.softmax(-1) - one_hot(y, z.shape[1])).norm(dim=-1).mean())
+            case EL2N(variant="official"):
+                z = out.logits[0, start:]
+                values.append((z - one_hot(ids[start:], z.shape[1])).square().mean().sqrt())
     return torch.stack(values).detach().numpy()
 
 
-SIGNALS = [
-    ("effort", {"gradient": "last_v_b"}),
-    ("effort", {"gradient": "all_lora"}),
-    ("el2n", {"variant": "standard"}),
-    ("el2n", {"variant": "official"}),
-    ("loss", {}),
-    ("embedding", {}),
+def is_wanted(parameters: str, name: str, model: Any) -> bool:
+    last = f"layers.{model.config.num_hidden_layers - 1}.self_attn.v_proj.lora_B"
+    return (last if parameters == "last_v_b" else ".lora_") in name
+
+
+SIGNALS: list[Any] = [
+    Effort("last_v_b"),
+    Effort("all_lora"),
+    EL2N(),
+    EL2N("official"),
+    Loss(),
+    Loss(prompt=False),
+    Loss(text="all"),
+    Embedding(),
+    Embedding(layer=0),
+    Embedding(pooling="position_weighted"),
+    Embedding(pooling="last_token"),
 ]
+of_every_signal = pytest.mark.parametrize("signal", SIGNALS, ids=repr)
 
 
-@pytest.mark.parametrize(("signal", "how"), SIGNALS)
-def test_batched_scores_equal_one_sample_at_a_time(model: Any, signal: str, how: dict[str, Any]) -> None:
+@of_every_signal
+def test_batched_scores_equal_one_sample_at_a_time(model: Any, signal: Any) -> None:
     samples = random_samples()
-    expected = one_at_a_time(model, samples, signal, **how)
-    np.testing.assert_allclose(score(model, samples, signal, **how), expected, rtol=1e-4, atol=1e-6)
+    expected = one_at_a_time(model, samples, signal)
+    np.testing.assert_allclose(score(model, samples, signal), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["standard", "official"])
-@pytest.mark.parametrize("gradient", ["last_v_b", "all_lora"])
-def test_several_signals_come_from_one_pass(model: Any, gradient: str, variant: str) -> None:
-    samples, signals = random_samples(), ("loss", "embedding", "effort", "el2n")
-    apart = {s: score(model, samples, s, gradient=gradient, variant=variant) for s in signals}
-    shapes = batch_shapes(model)
-    for asked in (signals, signals[:2], ("el2n", "embedding")):
-        how = Asked(asked, gradient=gradient, variant=variant)
-        together = score_samples(model, samples, how, batch_tokens=10_000, pad_token_id=0)
-        assert set(together) == set(asked) and len(shapes) == 1
-        shapes.clear()
-        for signal, values in together.items():
-            np.testing.assert_allclose(values, apart[signal], rtol=1e-5, atol=1e-5)
-
-
-def alone(model: Any, samples: TokenizedSamples, signal: str, **how: Any) -> np.ndarray:
-    asked = Asked((signal,), **how)
-    return score_samples(model, samples, asked, batch_tokens=9, pad_token_id=0, one_at_a_time=True)[signal]
-
-
-@pytest.mark.parametrize(("signal", "how"), SIGNALS)
-def test_one_at_a_time_gives_the_same_scores(model: Any, signal: str, how: dict[str, Any]) -> None:
+@of_every_signal
+def test_single_samples_by_plain_autograd_have_the_same_scores(model: Any, signal: Any) -> None:
     samples = random_samples(5)
-    expected = score(model, samples, signal, **how)
-    np.testing.assert_allclose(alone(model, samples, signal, **how), expected, rtol=1e-4, atol=1e-6)
+    alone = score(model, samples, signal, one_at_a_time=True)
+    np.testing.assert_allclose(alone, score(model, samples, signal), rtol=1e-4, atol=1e-6)
+
+
+def test_several_signals_come_from_one_pass(model: Any) -> None:
+    samples = random_samples()
+    for asked in (
+        (Loss(), Embedding(), Effort("last_v_b"), EL2N("official")),
+        (Effort("all_lora"), Embedding(layer=0, pooling="position_weighted")),
+        (EL2N(), Embedding()),
+    ):
+        apart = {signal.name: score(model, samples, signal) for signal in asked}
+        shapes = batch_shapes(model)
+        together = score_samples(model, samples, asked, batch_tokens=10_000, pad_token_id=0)
+        assert set(together) == set(apart) and len(shapes) == 1
+        for name, values in together.items():
+            np.testing.assert_allclose(values, apart[name], rtol=1e-5, atol=1e-5)
 
 
 def test_an_architecture_unknown_to_the_batched_pass_is_scored_only_when_that_is_asked_for() -> None:
@@ -159,31 +170,39 @@ def test_an_architecture_unknown_to_the_batched_pass_is_scored_only_when_that_is
     model = get_peft_model(cohere, LoraConfig(target_modules=["v_proj"]))
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     samples = random_samples(4)
-    for signal in ("effort", "el2n", "embedding"):
+    for signal in (Effort(), EL2N(), Embedding()):
         with pytest.raises(UserError, match=r"scoring\.one_at_a_time=true"):
             score(model, samples, signal)
-        expected = one_at_a_time(model, samples, signal, gradient="last_v_b")
-        np.testing.assert_allclose(alone(model, samples, signal), expected, rtol=1e-4, atol=1e-6)
+        expected = one_at_a_time(model, samples, signal)
+        alone = score(model, samples, signal, one_at_a_time=True)
+        np.testing.assert_allclose(alone, expected, rtol=1e-4, atol=1e-6)
     assert trainable == [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize(("signal", "how"), SIGNALS)
-def test_scores_do_not_depend_on_batch_size_padding_or_order(model: Any, signal: str, how: dict[str, Any]) -> None:
+@of_every_signal
+def test_scores_do_not_depend_on_batch_size_padding_or_order(model: Any, signal: Any) -> None:
     samples = random_samples()
-    single = score(model, samples, signal, batch_tokens=1, **how)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5 * float(np.abs(single).max()) if signal == "embedding" else 0}
-    np.testing.assert_allclose(score(model, samples, signal, **how), single, **tolerance)
-    np.testing.assert_allclose(score(model, samples, signal, batch_tokens=10_000, **how), single, **tolerance)
+    single = score(model, samples, signal, batch_tokens=1)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5 * float(np.abs(single).max()) if signal.name == "embedding" else 0}
+    np.testing.assert_allclose(score(model, samples, signal), single, **tolerance)
+    np.testing.assert_allclose(score(model, samples, signal, batch_tokens=10_000), single, **tolerance)
     shuffled = np.random.default_rng(1).permutation(len(samples))
-    np.testing.assert_allclose(score(model, samples.take(shuffled), signal, **how), single[shuffled], **tolerance)
+    np.testing.assert_allclose(score(model, samples.take(shuffled), signal), single[shuffled], **tolerance)
+
+
+def test_without_a_begin_token_the_first_of_an_answer_alone_is_left_out_of_its_loss() -> None:
+    model, samples = random_llama().eval(), TokenizedSamples.of_rows(["a"], [[5, 6, 7, 8, 9]], [2])
+    with torch.no_grad():
+        expected = model(torch.tensor([[7, 8, 9]]), labels=torch.tensor([[7, 8, 9]])).loss.item()
+    assert score(model, samples, Loss(prompt=False))[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_scores_have_the_promised_shapes_and_types() -> None:
     model, samples = random_llama(), random_samples(3)
-    assert score(model, samples, "loss").dtype == np.float64
-    embedding = score(model, samples, "embedding")
+    assert score(model, samples, Loss()).dtype == np.float64
+    embedding = score(model, samples, Embedding())
     assert (embedding.shape, embedding.dtype) == ((3, 32), np.float32)
-    assert len(score(model, samples.take([]), "loss")) == 0
+    assert len(score(model, samples.take([]), Loss())) == 0
 
 
 def batch_shapes(model: Any) -> list[tuple[int, int]]:
@@ -197,7 +216,7 @@ def batch_shapes(model: Any) -> list[tuple[int, int]]:
 def test_batches_keep_to_the_token_budget_and_a_longer_sample_goes_alone() -> None:
     model, samples = random_llama(), random_samples(40)
     shapes = batch_shapes(model)
-    score(model, samples, "loss", batch_tokens=30)
+    score(model, samples, Loss(), batch_tokens=30)
     assert all(rows * length <= 30 or rows == 1 for rows, length in shapes)
     assert any(length > 30 for _, length in shapes) and any(rows > 1 for rows, _ in shapes)
     assert sum(rows for rows, _ in shapes) == len(samples)
@@ -214,7 +233,7 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(
     error: RuntimeError, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, samples = random_llama(), random_samples()
-    expected = score(model, samples, "loss")
+    expected = score(model, samples, Loss())
 
     def small_memory(_, args: tuple, kwargs: dict[str, Tensor]) -> None:
         if kwargs["input_ids"].numel() > 70:
@@ -222,8 +241,8 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(
 
     model.register_forward_pre_hook(small_memory, with_kwargs=True)
     shapes = batch_shapes(model)
-    with caplog.at_level(logging.WARNING, "staff.scoring"):
-        np.testing.assert_allclose(score(model, samples, "loss", batch_tokens=500), expected, rtol=1e-5)
+    with caplog.at_level(logging.WARNING, "staff.scoring.passes"):
+        np.testing.assert_allclose(score(model, samples, Loss(), batch_tokens=500), expected, rtol=1e-5)
     assert "out of memory" in caplog.text and max(rows * length for rows, length in shapes) <= 70
 
 
@@ -236,33 +255,60 @@ def test_a_sample_too_large_for_the_memory_is_named() -> None:
     model.register_forward_pre_hook(no_memory)
     longest = samples.ids[int(samples.lengths.argmax())]
     with pytest.raises(UserError, match=f"'{longest}' .* does not fit in memory"):
-        score(model, samples, "loss")
+        score(model, samples, Loss())
 
 
 def test_other_errors_of_the_model_are_not_taken_for_lack_of_memory() -> None:
-    samples = TokenizedSamples(["a"], [[1, 99]], [1])
+    samples = TokenizedSamples.of_rows(["a"], [[1, 99]], [1])
     with pytest.raises(IndexError):
-        score(random_llama(), samples, "loss")
+        score(random_llama(), samples, Loss())
 
 
-@pytest.mark.parametrize(("signal", "how"), SIGNALS)
-def test_a_score_that_is_not_finite_is_refused_with_the_sample_named(signal: str, how: dict[str, Any]) -> None:
+@of_every_signal
+def test_a_score_that_is_not_finite_is_refused_with_the_sample_named(signal: Any) -> None:
     model = get_peft_model(random_llama(), LoraConfig(target_modules=["v_proj"]))
     model.get_input_embeddings().weight.data[BROKEN_TOKEN] = torch.nan
     samples = random_samples()
-    samples.input_ids[7][0] = BROKEN_TOKEN
+    samples.row(7)[-1] = BROKEN_TOKEN
     with pytest.raises(UserError, match=r"'s7'.*not finite"):
-        score(model, samples, signal, **how)
+        score(model, samples, signal)
 
 
-def test_unknown_settings_are_refused() -> None:
-    model, samples = random_llama(), random_samples()
-    with pytest.raises(UserError, match="signal='grand' is unknown: choose"):
-        score(model, samples, "grand")
-    with pytest.raises(UserError, match="variant='raw' is unknown: choose"):
-        score(model, samples, "el2n", variant="raw")
-    with pytest.raises(UserError, match="gradient='all' is unknown: choose"):
-        score(model, samples, "effort", gradient="all")
+@pytest.mark.parametrize(
+    ("ask", "sentence"),
+    [
+        (lambda: named("grand"), "signal='grand' is unknown: choose one of effort, el2n, loss, nll, embedding"),
+        (lambda: named("loss", variant="raw"), "signal 'loss' has no option 'variant': it has prompt, text"),
+        (lambda: EL2N("raw"), "variant='raw' of the signal 'el2n': choose standard or official"),
+        (lambda: Effort("all"), "gradient='all' is unknown: choose last_v_b, all_lora, all_linear"),
+        (lambda: Effort(fresh_adapter={"rank": 2}), "must have rank, alpha and targets"),
+        (
+            lambda: Effort("all_linear", {"rank": 2, "alpha": 4, "targets": "all-linear"}),
+            "gradient=all_linear .*: leave out fresh_adapter",
+        ),
+        (lambda: Loss(text="prompt"), "text='prompt' of the signal 'loss' is unknown: choose answer or all"),
+        (lambda: Embedding(pooling="max"), "pooling='max' of the signal 'embedding': choose answer_mean"),
+    ],
+)
+def test_an_unknown_signal_or_option_is_refused_with_the_choices(ask: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        ask()
+
+
+def test_options_of_several_signals_reach_those_that_have_them() -> None:
+    loss, error = named_all(["loss", EL2N()], {"prompt": False, "variant": "official"})
+    assert (loss, error) == (Loss(prompt=False), EL2N("official"))
+
+
+def test_signals_of_one_pass_differentiate_by_the_same_parameters() -> None:
+    class Other(Effort):
+        name = "other"
+
+    model = get_peft_model(random_llama(), LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(
+        UserError, match="effort, other differentiate by different parameters: ask for them one aft"
+    ):
+        score_samples(model, random_samples(), (Effort(), Other("all_lora")), batch_tokens=64, pad_token_id=0)
 
 
 def test_el2n_equals_the_recorded_values() -> None:
@@ -294,9 +340,9 @@ def test_el2n_is_accurate_where_the_model_is_almost_sure(dtype: torch.dtype) -> 
 
 def test_el2n_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples = random_llama(), random_samples()
-    whole = score(model, samples, "el2n")
-    monkeypatch.setattr(scoring, "EL2N_CHUNK", 2)
-    np.testing.assert_array_equal(score(model, samples, "el2n"), whole)
+    whole = score(model, samples, EL2N())
+    monkeypatch.setattr(el2n, "CHUNK", 2)
+    np.testing.assert_array_equal(score(model, samples, EL2N()), whole)
 
 
 class FlopCounter(TorchDispatchMode):
@@ -311,15 +357,20 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("signal", "how"), SIGNALS)
-def test_the_meter_is_told_what_was_computed(signal: str, how: dict[str, Any]) -> None:
-    model = get_peft_model(random_llama(attn_implementation="eager"), LoraConfig(r=2, target_modules="all-linear"))
+@pytest.mark.parametrize("signal", [*SIGNALS, Effort("all_linear")], ids=repr)
+def test_the_meter_is_told_what_was_computed(signal: Any) -> None:
+    model = random_llama(attn_implementation="eager")
+    if signal != Effort("all_linear"):
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     rows = np.random.default_rng(0).integers(1, 60, (4, 40)).tolist()
-    samples = TokenizedSamples(list("abcd"), rows, [30] * 4)
-    meter = Meter()
+    samples, meter = TokenizedSamples.of_rows(list("abcd"), rows, [30] * 4, begin=1), Meter()
     with FlopCounter() as counted:
-        score(model, samples, signal, batch_tokens=1000, meter=meter, **how)
-    # All LoRA parameters: the gradient at the input of the first block, here one of two, is counted but not needed.
-    assert meter.cost.flops == pytest.approx(counted.flops, rel=0.1 if how.get("gradient") == "all_lora" else 0.03)
-    assert meter.cost.tokens_forward == 160
-    assert meter.cost.tokens_backward == (160 if signal == "effort" else 0)
+        score(model, samples, signal, batch_tokens=1000, meter=meter)
+    # All parameters: the gradient at the input of the first block, here one of two, is counted but not needed; and
+    # all norms of the last block, here the other, are counted at all tokens.
+    rough = {"all_lora": 0.1, "all_linear": 0.2}
+    rel = rough.get(getattr(signal, "parameters", ""), 0.03)
+    assert meter.cost.flops == pytest.approx(counted.flops, rel=rel)
+    tokens = 44 if not signal.prompt else 160  # the begin token, and ten of each answer
+    assert meter.cost.tokens_forward == tokens
+    assert meter.cost.tokens_backward == (tokens if signal.name == "effort" else 0)

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from staff import ArrayPool
 from staff.errors import UserError
-from staff.pool import ArrayPool
 from staff.regions import equal_width_edges, regions_left, serving_order, share_out, shares_of_ratio, stratify
 from staff.selection import Coreset, Draws, budget_for, check_scores, run_method
+from staff.signals.effort import Effort
+from staff.signals.el2n import EL2N
 
 IDS = [f"sample {i}" for i in range(1000)]
 
@@ -156,7 +158,7 @@ def test_the_last_region_takes_what_is_left_whatever_its_ratio():
 def test_a_bad_score_is_refused_by_the_name_of_its_sample(value: float, said: str):
     scores = np.ones(1000)
     scores[[17, 400]] = value
-    with pytest.raises(UserError, match=rf"effort of sample 'sample 17' is {said} \(2 such in all\)"):
+    with pytest.raises(UserError, match=rf"effort of sample 'sample 17' is {said} \(2 in total\)"):
         check_scores(scores, IDS, "effort", minimum=0)
 
 
@@ -216,11 +218,44 @@ def test_a_coreset_is_sorted_and_survives_saving(tmp_path):
     assert (loaded.filled, loaded.notes) == (1, ("a note",))
 
 
-def test_selection_needs_no_model_library():
-    code = (
-        "import sys, staff, staff.selection, staff.regions, staff.speculative, staff.artifacts, staff.errors, "
-        "baselines.full, baselines.random, baselines.el2n, baselines.grand, baselines.ccs, baselines.d2;"
-        "print(*{'torch', 'transformers', 'trl', 'wandb', 'hydra'} & set(sys.modules))"
+# ---------------------------------------------------------------- a pool of arrays
+
+FRESH = {"rank": 81, "alpha": 16, "targets": ["q_proj", "v_proj"]}
+
+
+def test_an_array_stands_for_a_signal_with_its_options_of_a_model():
+    arrays = np.arange(50.0).reshape(5, 10)
+    pool = ArrayPool(
+        IDS[:10],
+        {
+            ("effort", "small"): arrays[0],
+            (Effort("all_lora"), "small"): arrays[1],
+            (Effort(fresh_adapter={**FRESH, "targets": ("q_proj", "v_proj")}), "small"): arrays[2],
+            ("el2n", "target_tuned"): arrays[3],
+            ("my own", "small"): arrays[4],
+        },
+        dev={("effort", "small"): np.arange(3.0)},
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.split() == []
+    assert (pool.ask("effort", "small") == pool.ask(Effort(), of="small")).all()
+    assert (pool.ask("effort", "small", parameters="all_lora") == arrays[1]).all()
+    assert (pool.ask("effort", "small", np.array([7, 2]), fresh_adapter=FRESH) == arrays[2, [7, 2]]).all()
+    assert pool.ask("my own", "small") is not None
+    assert [a.tolist() for a in pool.ask([EL2N()], "target_tuned")] == [arrays[3].tolist()]
+    assert pool.ask("effort", "small", view="dev").tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("ask", "sentence"),
+    [
+        (lambda pool: pool.ask("loss", "small"), "no 'loss' of 'small': it has 'effort' of small"),
+        (lambda pool: pool.ask("effort", "target"), "no 'effort' of 'target': it has 'effort' of small"),
+        (lambda pool: pool.ask(Effort("all_lora"), "small"), r"no 'effort' \(Effort\(parameters='all_lora'"),
+        (lambda pool: pool.ask("effort", "small", variant="x"), "'effort' has no option 'variant'"),
+        (lambda pool: pool.ask("effort", "small", view="dev"), r"no dev slice: give ArrayPool dev=\.\.\."),
+        (lambda pool: pool.answer_lengths, "no answer_lengths: give ArrayPool answer_lengths"),
+        (lambda pool: pool.lengths, "no lengths: give ArrayPool lengths"),
+    ],
+)
+def test_what_a_pool_of_arrays_was_not_given_is_refused_with_what_it_has(ask, sentence):
+    with pytest.raises(UserError, match=f"the pool has {sentence}|signal {sentence}"):
+        ask(ArrayPool(IDS[:10], {("effort", "small"): np.ones(10)}))

@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.contract import method_named
 from support.golden import recorded
 
 from baselines.ccs import CCS
+from staff import ArrayPool
 from staff.errors import UserError
-from staff.pool import ArrayPool
 from staff.selection import Coreset, Draws, run_method
+from staff.signals.effort import Effort
 from staff.speculative import Staff
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "staff": {},
-    "staff_paper": {"budget_rule": "ratio", "gradient": "all_lora"},
-    "staff_official": {
-        "pick": "highest",
-        "leftover": "uniform",
-        "normalise": True,
-        "drop_hardest": 0.1,
-        "verify_small_regions": False,
-        "edge_dtype": "float32",
-    },
-}
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "random regions": {"speculation": "none"},
-    "target's own scores": {"speculation": "target"},
+PRESETS: dict[str, Any] = {name: method_named(name) for name in ("staff", "staff_paper", "staff_official")}
+EFFORTS = [Effort(**preset.effort_options()) for preset in PRESETS.values()]
+ABLATIONS: dict[str, Staff] = {
+    "random regions": Staff(speculation="none"),
+    "target's own scores": Staff(speculation="target"),
 }
 VECTORS = recorded("staff")
 
 
 def pool_of(small: np.ndarray, target: np.ndarray, ids: list[str] | None = None) -> ArrayPool:
     ids = ids or [f"sample {i}" for i in range(len(small))]
-    return ArrayPool(ids, {("effort", "small"): small, ("effort", "target"): target})
+    scores = {"small": small, "target": target}
+    return ArrayPool(ids, {(effort, model): values for effort in EFFORTS for model, values in scores.items()})
+
+
+class Asked(ArrayPool):
+    """Remembers who was asked for what, and of how many samples."""
+
+    def __init__(self, scores: dict[tuple[str, str], np.ndarray]):
+        super().__init__([f"{i}" for i in range(len(next(iter(scores.values()))))], scores)
+        self.log: list[tuple[Any, str, int]] = []
+
+    def ask(self, signal: Any, of: str, at: np.ndarray | None = None, view: str = "pool", **options: Any) -> Any:
+        self.log.append((signal, of, len(self.ids) if at is None else len(at)))
+        return super().ask(signal, of, at, view, **options)
 
 
 def select(method: Staff, pool: ArrayPool, budget: int, seed: int = 0) -> Coreset:
@@ -67,7 +73,7 @@ def test_agrees_with_the_authors_code(case: str):
     fill = golden["coreset"][golden["n_before_fill"] :]
     draws = Recorded(pool.ids, verification=golden["verify_idx"], fill=fill)
     # The recorded scores are min-max normalised already.
-    method = Staff(**PRESETS["staff_official"] | {"normalise": False})
+    method = replace(PRESETS["staff_official"], normalise=False)
 
     regions, members = method.regions(golden["overall"], draws.all_but_highest(golden["overall"], 0.1))
     region_of = np.full(len(pool.ids), -1)
@@ -126,7 +132,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 def method_of(preset: str, case: dict[str, Any]) -> Staff:
     fields = {name: case[name] for name in ("num_regions", "verification_budget")}
-    return Staff(**(PRESETS | ABLATIONS)[preset] | fields)
+    return replace((PRESETS | ABLATIONS)[preset], **fields)
 
 
 def eligible_count(preset: str, n: int) -> int:
@@ -239,19 +245,10 @@ def test_the_papers_formula_depends_on_the_scale_of_the_targets_gradients_and_th
 
 def test_the_target_scores_nothing_but_the_verified_samples():
     small = np.random.default_rng(0).random(500)
-    asked: list[np.ndarray] = []
-
-    class Counting(ArrayPool):
-        def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray:
-            if model == "target":
-                assert indices is not None
-                asked.append(indices)
-            return super().scores(signal, model, indices, **options)
-
-    pool = Counting([f"{i}" for i in range(500)], {("effort", "small"): small, ("effort", "target"): small})
+    pool = Asked({("effort", "small"): small, ("effort", "target"): small})
     coreset = select(Staff(num_regions=10, verification_budget=3), pool, 50)
-    assert len(asked) == 1 and len(asked[0]) == coreset.diagnostics["verified"].sum() == 30
-    assert np.isfinite(coreset.scores["verified"]).sum() == 30
+    assert pool.log == [("effort", "small", 500), ("effort", "target", 30)]
+    assert np.isfinite(coreset.scores["verified"]).sum() == coreset.diagnostics["verified"].sum() == 30
 
 
 def test_the_highest_scored_of_a_region_come_first_where_that_is_asked_for():
@@ -261,18 +258,6 @@ def test_the_highest_scored_of_a_region_come_first_where_that_is_asked_for():
 
 
 # ---------------------------------------------------------------- ablations
-
-
-class Asked(ArrayPool):
-    """Remembers who was asked for what, and of how many samples."""
-
-    def __init__(self, scores: dict[tuple[str, str], np.ndarray]):
-        super().__init__([f"{i}" for i in range(len(next(iter(scores.values()))))], scores)
-        self.log: list[tuple[str, str, int]] = []
-
-    def scores(self, signal: str, model: str, indices: np.ndarray | None = None, **options: Any) -> np.ndarray:
-        self.log.append((signal, model, len(self.ids) if indices is None else len(indices)))
-        return super().scores(signal, model, indices, **options)
 
 
 def test_random_regions_do_without_the_small_model_and_share_out_by_the_targets_mean_score():
@@ -321,7 +306,7 @@ def test_scores_online_are_the_small_models_effort_and_nothing_else(field: dict[
 def test_a_score_that_is_negative_or_not_finite_is_refused_by_name(preset: str, value: float, said: str):
     good, bad = np.linspace(1, 2, 20), np.linspace(1, 2, 20)
     bad[7] = value
-    method = Staff(**PRESETS[preset] | {"num_regions": 1, "verification_budget": 19})
+    method = replace(PRESETS[preset], num_regions=1, verification_budget=19)
     with pytest.raises(UserError, match=f"speculative score of sample 'sample 7' is {said}"):
         select(method, pool_of(bad, good), 5)
     everywhere = np.full(20, value)
@@ -335,7 +320,7 @@ def test_undefined_ratios_count_as_one_and_are_noted():
     assert undefined.diagnostics["ratio"].tolist() == [1.0] and "zero sum" in undefined.notes[0]
     all_zero = select(Staff(num_regions=5), pool_of(np.linspace(1, 2, 50), zeros), 10)
     assert set(all_zero.diagnostics["ratio"]) == {1.0} and "all verification ratios are zero" in all_zero.notes[0]
-    constant = select(Staff(**PRESETS["staff_official"]), pool_of(ones, ones), 10)
+    constant = select(PRESETS["staff_official"], pool_of(ones, ones), 10)
     assert constant.diagnostics["ratio"].tolist() == [1.0]
     assert sum("constant" in note for note in constant.notes) == 2
     assert select(Staff(), pool_of(ones, ones), 10).notes == ()
@@ -350,11 +335,10 @@ def test_undefined_ratios_count_as_one_and_are_noted():
         {"drop_hardest": 1.0},
         {"budget_rule": "fair"},
         {"pick": "lowest"},
-        {"leftover": "none"},
         {"gradient": "all"},
         {"signal": "length"},
         {"speculation": "large"},
-        {"edge_dtype": "float16"},
+        {"scores": "twice"},
     ],
     ids=lambda field: next(iter(field)),
 )

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from staff.artifacts import Artifact, Store
 from test_store_failures import KILLED_WHILE_WRITING, flip_a_bit, run, wait_for
 
 from experiments import store as tool
 from experiments.campaign import pack
 from experiments.recorded import recorded_runs
 from staff import artifacts
-from staff.artifacts import Artifact, Store
 
 
 def write(folder, meter):

@@ -34,7 +34,7 @@ def test_a_task_runs_end_to_end_and_tells_of_test_samples_that_are_in_the_pool(r
         lines = "".join(json.dumps(ROWS[task](i)) + "\n" for i in numbers)
         (tmp_path / f"{split}.jsonl").write_text(lines)
     record = run(f"task={task}", f"task.data_dir={tmp_path}", "method=random")
-    assert set(record["metrics"]) == METRICS[task] | {"output_tokens"}
+    assert set(record["metrics"]) == METRICS[task] | {"nll", "output_tokens"}
     assert record["counts"]["selected"] == 2 and record["counts"]["test"] == 2
     assert record["counts"]["test_prompts_in_pool"] == 1
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from experiments import threads
 
-COMMANDS = ("run", "plan", "report.__main__", "export", "store", "compare", "replay", "benchmark_scoring")
+COMMANDS = ("run", "plan", "report.__main__", "export", "store", "compare", "replay", "benchmarks.scoring")
 OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 SEES_THREADS = """
 import os

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support2.pool import StubPool, chosen, pool_of, select
-from support2.vectors import cases, vectors
+from support.any_pool import AnyPool, chosen, pool_of, select
+from support.golden import recorded
 
 from baselines import tsds as module
 from baselines.tsds import (
@@ -22,10 +22,12 @@ from baselines.tsds import (
 )
 from staff.errors import UserError
 
+VECTORS = recorded("tsds")
 
-@pytest.mark.parametrize("case", cases("tsds"))
+
+@pytest.mark.parametrize("case", VECTORS)
 def test_masses_levels_and_last_neighbours_are_those_of_the_released_code(case: str):
-    golden = vectors("tsds")[case]
+    golden = VECTORS[case]
     found = [golden[name] for name in ("top_indices", "top_dists", "top_kdes")]
     for alpha in golden["alphas"].tolist():
         given = (*found, len(golden["candidates"]), alpha, float(golden["C"]))
@@ -39,9 +41,9 @@ def test_masses_levels_and_last_neighbours_are_those_of_the_released_code(case: 
         assert last.tolist() == golden[f"lastK_{alpha}"].tolist()
 
 
-@pytest.mark.parametrize("case", cases("tsds"))
+@pytest.mark.parametrize("case", VECTORS)
 def test_neighbours_and_densities_are_the_released_ones_whichever_way_ties_fall(case: str):
-    golden = vectors("tsds")[case]
+    golden = VECTORS[case]
     candidates, queries = golden["candidates"], golden["queries"]
     neighbours, distances = nearest_candidates(candidates, queries, int(golden["max_K"]))
     np.testing.assert_allclose(distances, golden["top_dists"], atol=1e-5)
@@ -83,15 +85,14 @@ def test_the_density_over_the_pool_in_blocks_is_the_plain_sum():
         np.testing.assert_allclose(kernel_density(points, at, 1.5), plain[at], rtol=1e-5)
 
 
-def near_and_far(n: int = 100) -> StubPool:
+def near_and_far(n: int = 100) -> AnyPool:
     """Samples 0 to 4 lie at the slice, 5 to 9 are copies of one near it, the others are far away."""
     rng = np.random.default_rng(0)
     x = np.concatenate(
         [rng.normal([9, 0, 0], 1.5, (5, 3)), np.tile([9, 6.0, 0], (5, 1)), rng.normal([-9, 0, 0], 1, (n - 10, 3))]
     )
     dev = rng.normal([9, 0, 0], 0.1, (3, 3))
-    answers = {("embedding", "small", "pool"): x, ("embedding", "small", "dev"): dev}
-    return StubPool([f"sample {i}" for i in range(n)], answers)
+    return AnyPool(n, {"embedding": x, "embedding/dev": dev})
 
 
 def test_samples_near_the_slice_come_first_and_copies_share_their_mass():
@@ -135,8 +136,8 @@ def test_bad_fields_are_refused(field: dict[str, Any], said: str):
 
 
 def test_embeddings_that_are_not_finite_are_refused_by_name_in_the_pool_and_in_the_slice():
-    for view, name in (("pool", "'sample 4'"), ("dev", "'2 of the validation slice'")):
+    for key, at, name in (("embedding", 4, "'sample 4'"), ("embedding/dev", 2, "'2 of the validation slice'")):
         pool = near_and_far()
-        pool.answers["embedding", "small", view][4 if view == "pool" else 2, 1] = np.nan
+        pool.given[key][at, 1] = np.nan
         with pytest.raises(UserError, match=f"the embedding of sample {name} is nan"):
             select(TSDS(), pool, 3)

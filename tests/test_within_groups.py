@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support2.pool import HighestEffort, StubPool, chosen, pool_of, pool_where_short_answers_score_high, select
+from support.any_pool import AnyPool, HighestEffort, chosen, pool_of, pool_where_short_answers_score_high, select
 
 from baselines.facility_location import FacilityLocation
 from baselines.full import Full
@@ -52,15 +52,14 @@ def test_every_group_keeps_its_share_in_whatever_order_the_pool_is(inner: Any, c
 @given(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=60), st.data())
 def test_the_size_is_exact_whatever_the_groups(labels: list[str], data: st.DataObject):
     budget = data.draw(st.integers(1, len(labels)))
-    n = len(labels)
-    pool = StubPool([f"{i}" for i in range(n)], {("effort", "small", "pool"): np.ones(n)}, groups=np.array(labels))
+    pool = AnyPool(len(labels), constant=True, groups=labels)
     assert len(set(select(WithinGroups(HighestEffort()), pool, budget).indices)) == budget
 
 
 def test_inside_a_group_the_choice_is_what_the_method_chooses_of_that_group_alone():
     pool = pool_where_short_answers_score_high()
     coreset = select(WithinGroups(HighestEffort()), pool, 80)
-    efforts = pool.answers["effort", "small", "pool"]
+    efforts = pool.given["effort"]
     for label in ("poem", "prose"):
         members = np.flatnonzero(pool.groups == label)
         ours = np.intersect1d(coreset.indices, members)
@@ -74,11 +73,11 @@ def test_one_question_about_the_whole_pool_serves_every_group_and_a_probe_asks_o
     pool = pool_of(20)
     part = GroupPool(pool, np.array([3, 7, 11]))
     effort, loss = part.ask(["effort", "loss"], of="small")
-    np.testing.assert_array_equal(effort, pool.answers["effort", "small", "pool"][[3, 7, 11]])
-    np.testing.assert_array_equal(loss, pool.answers["loss", "small", "pool"][[3, 7, 11]])
+    np.testing.assert_array_equal(effort, pool.ask("effort", "small")[[3, 7, 11]])
+    np.testing.assert_array_equal(loss, pool.ask("loss", "small")[[3, 7, 11]])
     at = np.array([2, 0])
-    np.testing.assert_array_equal(part.ask("loss", "target", at), pool.answers["loss", "target", "pool"][[11, 3]])
-    np.testing.assert_array_equal(part.ask("loss", "target", view="dev"), pool.answers["loss", "target", "dev"])
+    np.testing.assert_array_equal(part.ask("loss", "target", at), pool.ask("loss", "target")[[11, 3]])
+    np.testing.assert_array_equal(part.ask("loss", "target", view="dev"), pool.ask("loss", "target", view="dev"))
     assert part.lengths.tolist() == pool.lengths[[3, 7, 11]].tolist()
 
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
+import shlex
 import sys
 from pathlib import Path
 
 import pandas as pd
 
+from experiments.console import pipeable
 from experiments.recorded import recorded_runs
-from experiments.report import cautions, overhead, performance
+from experiments.report import cautions, contrasts, overhead, performance, verdicts
 from experiments.report.comparisons import pairs
 from experiments.report.records import collect, contexts
 from experiments.report.settings import told_apart
 from experiments.report.similarity import similarity
+from experiments.report.verdicts import DEFAULT, Question
 from staff.errors import UserError
 
 PAPER = Path(__file__).resolve().parent / "paper" / "table1.csv"
 
 
-def write(results: Path, table: pd.DataFrame) -> Path:
-    """Write everything under `results` that the records in `table` give; the page's path."""
+def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, options: str = "") -> Path:
+    """Write everything under `results` that the records in `table` give; the page's path.
+
+    `options` are those of the command that asks `question`, for the files to name.
+    """
     from experiments.report import figures, page
 
     flat = table.drop(columns="stages").assign(warnings=table["warnings"].str.join(" "))
@@ -31,21 +36,46 @@ def write(results: Path, table: pd.DataFrame) -> Path:
     sections = []
     for context in contexts(table, results):
         found = pairs(context)
-        tables = [*performance.tables(context, found, paper), *overhead.tables(context), similarity(context)]
-        tables.insert(1, cautions.table(context))
+        tables = [
+            *verdicts.tables(context, question),
+            *performance.tables(context, found, paper, question),
+            *overhead.tables(context),
+            similarity(context),
+            cautions.table(context),
+        ]
         tables = [table.headed(context.varied) for table in tables if table is not None]
         drawn = figures.draw(context, results / "figures")
         for each in tables:
-            each.write(results / "tables", context.made_by)
+            each.write(results / "tables", context.made_by + options)
         sections.append(page.Section(context, tables, drawn))
-    return page.write(results / "report.html", sections, table)
+    return page.write(results / "report.html", sections, table, options)
+
+
+def asked(table: pd.DataFrame, results: Path, arguments: argparse.Namespace) -> tuple[Question, str]:
+    """What the options of the command ask of the records in `table`, and these options as text.
+
+    Raises:
+        UserError: a contrast of methods that the records do not have, or a margin or effect that is not above zero.
+    """
+    options, named = "", None
+    for name in ("margin", "effect"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name} {value:g} must be a number above 0, in the metric's units.")
+        options += "" if value is None else f" --{name} {value:g}"
+    if arguments.contrasts:
+        methods = dict.fromkeys(v for context in contexts(table, results / "runs") for v in context.variants)
+        named = contrasts.parse(arguments.contrasts, [*methods])
+        options += f" --contrasts {shlex.join(arguments.contrasts)}"
+    return Question(named, arguments.margin, arguments.effect), options
 
 
 def left_over(results: Path) -> list[Path]:
-    """Tables and figures that the latest report, whose `metrics.csv` came first, did not write."""
+    """Tables and figures that the latest report, whose `metrics.csv` came first, did not write, but for tables of
+    floors, which have a command of their own."""
     written = (results / "metrics.csv").stat().st_mtime_ns
     files = sorted(file for folder in ("tables", "figures") for file in (results / folder).glob("*"))
-    return [file for file in files if file.stat().st_mtime_ns < written]
+    return [file for file in files if file.stat().st_mtime_ns < written and not file.name.startswith("floors-")]
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -85,10 +115,22 @@ def unfinished(results: Path) -> tuple[list[str], list[str]]:
     return failures, [job for job in expected if job not in done and job not in failed]
 
 
+@pipeable
 def main() -> None:
     parser = argparse.ArgumentParser(prog="staff-report", description=__doc__)
     parser.add_argument(
         "--results", type=Path, default=Path("results"), help="folder with runs/ or the tables of a campaign"
+    )
+    parser.add_argument(
+        "--contrasts",
+        nargs="+",
+        metavar="METHOD-METHOD",
+        help="differences that the runs were made for, such as staff-random staff-best (by default: STAFF, or your "
+        "own method, against random, the best other one and its twin of matched length)",
+    )
+    parser.add_argument("--margin", type=float, help="methods within it count as equal (by default 1 point)")
+    parser.add_argument(
+        "--effect", type=float, help="plan seeds for a difference of this size (by default the margin)"
     )
     parser.add_argument(
         "--allow-missing", action="store_true", help="a partial look: failed or missing runs are no error"
@@ -96,13 +138,13 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         table = collect(arguments.results)
+        if table.empty:
+            sys.exit(
+                f"{arguments.results}/runs holds no record: run `staff` first, or name another folder by --results."
+            )
+        page = write(arguments.results, table, *asked(table, arguments.results, arguments))
     except UserError as error:
         sys.exit(f"report: {error}")
-    if table.empty:
-        sys.exit(
-            f"{arguments.results}/runs holds no record: run `staff` first, or name another folder by --results."
-        )
-    page = write(arguments.results, table)
     print(f"{summary(table)}\n\n{len(table)} runs: {arguments.results / 'metrics.csv'}, tables/, figures/, {page}")
     if warned := int(table["warnings"].astype(bool).sum()):
         print(f"{warned} runs with warnings: {arguments.results / 'tables'}/warnings-*.md")
@@ -120,5 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have had enough
     main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
@@ -9,17 +10,17 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from experiments.report.power import seeds_needed
 from experiments.report.records import Context
-from experiments.report.statistics import (
-    LEVEL,
-    Difference,
-    crossed,
-    holm,
-    paired_difference,
-    resampled,
-    t_interval,
-    typical,
-)
+from experiments.report.statistics import LEVEL, Difference, holm, t_interval, typical
+from experiments.report.variance import Layout
+from staff.evaluation.metrics import named_metric
+
+REFERENCES = {"full": 0.0, "raw target": 1.0}
+"""Methods that select nothing, by their pruning rate; any other may be compared with them at its own."""
+
+Answers = Mapping[str, Mapping[tuple[int, int], np.ndarray]]
+"""The metric of each test sample, by variant and by selection and fine-tuning seed."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,17 @@ class Mean:
 
 @dataclass(frozen=True)
 class Pair:
-    """What `a` gives over `b` at a pruning rate; `p` is Holm's over all pairs of the table."""
+    """What `a` gives over `b` at a pruning rate; `p` is Holm's over all pairs of the table, None for one seed."""
 
     rate: float
     a: str
     b: str
     difference: Difference
-    p: float = 1.0
+    p: float | None = None
 
     @property
     def significant(self) -> bool:
-        return self.p <= LEVEL
+        return self.p is not None and self.p <= LEVEL
 
 
 def units(runs: pd.DataFrame) -> list[pd.Series]:
@@ -83,68 +84,100 @@ def pairs(context: Context) -> list[Pair]:
     All pairs, not those with the best alone: which method is the best is read off the same data.
     """
     found = []
-    selecting = [v for v in context.variants if v not in ("raw target", "full")]
+    selecting = [v for v in context.variants if v not in REFERENCES]
     for rate in [rate for rate in context.rates if 0 < rate < 1]:
         here = [v for v in selecting if (v, rate) in context.cells]
         wanted = [(a, b) if context.is_staff(a) else (b, a) for a, b in combinations(here, 2)]
-        runs = {v: context.cells[v, rate] for v in here}
-        if ("full", 0.0) in context.cells:
-            runs["full"] = context.cells["full", 0.0]
-            wanted += [(v, "full") for v in here if context.is_staff(v)]
-        found += _compared(context, rate, runs, wanted)
-    adjusted = holm([pair.difference.p for pair in found])
-    return [replace(pair, p=float(p)) for pair, p in zip(found, adjusted)]
+        wanted += [(v, "full") for v in here if context.is_staff(v)]
+        differences = comparison(context, rate)
+        each = [(a, b, differences.between(a, b)) for a, b in wanted]
+        found += [Pair(rate, a, b, difference) for a, b, difference in each if difference is not None]
+    tested = [p for pair in found if (p := pair.difference.p) is not None]
+    adjusted = iter(holm(tested))
+    return [replace(pair, p=float(next(adjusted))) if pair.difference.p is not None else pair for pair in found]
 
 
 def of_finetuning(context: Context) -> Difference | None:
     """What fine-tuning on everything gives over the raw target; not one of the pairs that are corrected for."""
-    full, raw = context.cells.get(("full", 0.0)), context.cells.get(("raw target", 1.0))
-    if full is None or raw is None:
+    answers = {name: _answers(context, name, rate) for name, rate in REFERENCES.items()}
+    if not answers["full"] or not answers["raw target"]:
         return None
-    of_any_seed = full.assign(name=raw["name"].iloc[0])  # the raw target knows no seed
-    found = _compared(context, 0.0, {"full": full, "raw target": of_any_seed}, [("full", "raw target")])
-    return found[0].difference if found else None
+    raw = next(iter(answers["raw target"].values()))  # it knows no seed
+    return Comparison({**answers, "raw target": dict.fromkeys(answers["full"], raw)}).between("full", "raw target")
 
 
-def _compared(
-    context: Context, rate: float, runs: dict[str, pd.DataFrame], wanted: list[tuple[str, str]]
-) -> list[Pair]:
-    by_seeds = {v: r.set_index(["selection_seed", "finetune_seed"])["name"].to_dict() for v, r in runs.items()}
-    names = [name for seeds in by_seeds.values() for name in seeds.values()]
-    answers = [context.answers(name) for name in names]
-    ids = next((a.index for a in answers if len(a) > 1), pd.Index([]))
-    same = {n: a for n, a in zip(names, answers) if len(a) > 1 and a.index.equals(ids)}
-    values = {n: a.to_numpy() for n, a in same.items() if not a.hasnans}
-    if not values:
-        return []
-    position = {name: i for i, name in enumerate(values)}
-    drawn = resampled(np.stack(list(values.values())))
-    found = []
-    for a, b in wanted:
-        common = [s for s in by_seeds[a] if by_seeds[a][s] in values and by_seeds[b].get(s) in values]
+class Comparison:
+    """Differences between methods that answered the same test samples.
+
+    The methods that have all the seeds which two have in common form the layout of these two, in which variances
+    are pooled; those that select nothing (`REFERENCES`) only where they are one of the two.
+    """
+
+    def __init__(self, answers: Answers):
+        self.answers = answers
+        self._layouts: dict[tuple, Layout] = {}
+
+    def between(self, a: str, b: str) -> Difference | None:
+        """The mean of `a` minus that of `b` over the seeds they share; None where they share none."""
+        ours, theirs = self.answers.get(a, {}), self.answers.get(b, {})
+        common = sorted(set(ours) & set(theirs))
         if not common:
-            continue
-        frame = pd.DataFrame(common, columns=["selection_seed", "finetune_seed"])
-        differences = []
-        for unit in units(frame):
-            sides = []
-            for seeds in (by_seeds[a], by_seeds[b]):
-                picked = [[seeds[common[i]] for i in draw] for draw in frame.groupby(unit).indices.values()]
-                sides.append(np.stack([np.mean([values[name] for name in group], axis=0) for group in picked]))
-                columns = [drawn[:, [position[name] for name in group]].mean(axis=1) for group in picked]
-                sides.append(np.stack(columns, axis=1))
-            differences.append(paired_difference(sides[0], sides[2], sides[1], sides[3]))
-        found.append(Pair(rate, a, b, crossed(differences)))
+            return None
+        alike = [v for v, runs in self.answers.items() if v not in REFERENCES and set(common) <= set(runs)]
+        members = tuple(dict.fromkeys([*alike, a, b]))
+        key = (tuple(common), members)
+        if key not in self._layouts:
+            values = np.stack([np.stack([self.answers[v][seeds] for seeds in common]) for v in members])
+            draws = units(pd.DataFrame(common, columns=["selection_seed", "finetune_seed"]))
+            self._layouts[key] = Layout(members, values, [draw.to_numpy() for draw in draws])
+        return self._layouts[key].difference(a, b)
+
+
+@cache
+def comparison(context: Context, rate: float) -> Comparison:
+    """The methods at a pruning rate, and those that select nothing."""
+    here = [(v, rate) for v in context.variants if (v, rate) in context.cells and v not in REFERENCES]
+    return Comparison({variant: _answers(context, variant, at) for variant, at in [*here, *REFERENCES.items()]})
+
+
+@cache
+def comparison_over(context: Context, rates: tuple[float, ...]) -> Comparison:
+    """The methods that ran at each of several pruning rates, by the mean over these rates."""
+    at = [comparison(context, rate).answers for rate in rates]
+    answers = {}
+    for variant in set.intersection(*(set(answers) for answers in at)):
+        seeds = set.intersection(*(set(answers[variant]) for answers in at))
+        answers[variant] = {s: np.mean([answers[variant][s] for answers in at], axis=0) for s in sorted(seeds)}
+    return Comparison({v: answers[v] for v in context.variants if v in answers})
+
+
+def _answers(context: Context, variant: str, rate: float) -> dict[tuple[int, int], np.ndarray]:
+    """By seeds; without runs whose predictions are gone or are of other test samples."""
+    runs = context.cells.get((variant, rate), pd.DataFrame(columns=["selection_seed", "finetune_seed", "name"]))
+    ids = _test_ids(context)
+    found = {}
+    for selection, finetune, name in runs[["selection_seed", "finetune_seed", "name"]].itertuples(index=False):
+        answers = context.answers(name)
+        if len(answers) > 1 and answers.index.equals(ids) and not answers.hasnans:
+            found[int(selection), int(finetune)] = answers.to_numpy(np.float64)
     return found
 
 
-def outstanding(context: Context, rate: float, found: list[Pair]) -> dict[str, str]:
+@cache
+def _test_ids(context: Context) -> pd.Index:
+    """Those of the first run that has predictions."""
+    indices = (context.answers(name).index for name in context.runs["name"])
+    return next((index for index in indices if len(index) > 1), pd.Index([]))
+
+
+def outstanding(context: Context, rate: float, found: Iterable[Pair]) -> dict[str, str]:
     """The best method at a rate and the second best, each where it is significantly better than all behind it."""
+    sign = named_metric(context.metric).sign
     here = [pair for pair in found if pair.rate == rate and pair.b != "full"]
-    better = {(p.a, p.b) if p.difference.mean > 0 else (p.b, p.a) for p in here if p.significant}
+    better = {(p.a, p.b) if sign * p.difference.mean > 0 else (p.b, p.a) for p in here if p.significant}
     names = {name for pair in here for name in (pair.a, pair.b)}
     means = {v: m.value for v in names if (m := mean(context, v, rate))}
-    ranked = sorted(means, key=lambda v: -means[v])
+    ranked = sorted(means, key=lambda v: -sign * means[v])
     marks = {}
     for place, (variant, mark) in enumerate(zip(ranked, ("bold", "italic"))):
         behind = ranked[place + 1 :]
@@ -153,8 +186,8 @@ def outstanding(context: Context, rate: float, found: list[Pair]) -> dict[str, s
     return marks
 
 
-def detectable(rate: float, found: list[Pair]) -> float | None:
-    """The smallest true difference that is found four times in five between two methods with errors as large as a
-    rate's pairs have on average, at the level that Holm asks of the first of all the table's pairs."""
-    here = [pair.difference for pair in found if pair.rate == rate]
-    return typical(here).detectable(LEVEL / len(found)) if here else None
+def seeds_for(effect: float, rate: float, found: Iterable[Pair]) -> int | None:
+    """How many seeds find a true difference of `effect` four times in five, between two methods with errors as
+    large as a rate's pairs have on average; None where no number does, or one seed tells nothing of errors."""
+    here = [pair.difference for pair in found if pair.rate == rate and pair.difference.seeds > 1]
+    return seeds_needed(typical(here), effect) if here else None

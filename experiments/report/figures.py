@@ -15,6 +15,7 @@ from scipy import stats
 from experiments.report.comparisons import mean
 from experiments.report.records import Context
 from experiments.report.tables import metric
+from staff.evaluation.metrics import named_metric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,12 +90,12 @@ def performance(context: Context) -> Made:
     for variant, rate, line in (("full", 0.0, "--"), ("raw target", 1.0, ":")):
         if found := mean(context, variant, rate):
             axes.axhline(found.value, color="0.35", linestyle=line, linewidth=1, label=variant)
-    axes.set(xlabel="pruning rate", ylabel=metric(context), xticks=rates)
+    axes.set(xlabel="pruning rate", ylabel=_metric(context), xticks=rates)
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     _legend_above(figure, axes, context)
     caption = (
-        f"{metric(context)} on {context.title} against the pruning rate: means and 95 % t-intervals over seeds "
-        "(none where one seed ran)."
+        f"{metric(context)} on {context.title} against the pruning rate: means and 95 % t-intervals over seeds, on "
+        "these test samples (none where one seed ran)."
     )
     return figure, caption
 
@@ -112,17 +113,16 @@ def pareto(context: Context) -> Made:
     figure, axes = _figure(height=2.9)
     for seconds, found, look in points:
         axes.errorbar(seconds, found.value, yerr=found.half or 0, capsize=1.5, elinewidth=0.7, linestyle="", **look)
-    front, best = [], -np.inf
-    for seconds, found, _ in sorted(points, key=lambda p: (p[0], -p[1].value)):
-        if found.value > best:
-            best = found.value
-            front.append((seconds, best))
+    front, sign = [], named_metric(context.metric).sign
+    for seconds, found, _ in sorted(points, key=lambda p: (p[0], -sign * p[1].value)):
+        if not front or sign * found.value > sign * front[-1][1]:
+            front.append((seconds, found.value))
     axes.step(
         *zip(*front), where="post", color="0.35", linewidth=0.8, linestyle="--", label="Pareto front", zorder=0
     )
     costs = [seconds for seconds, _, _ in points]
     wide = max(costs) > 10 * min(costs)  # within a decade the labels of a logarithmic axis run into one another
-    axes.set(xscale="log" if wide else "linear", xlabel="selection overhead (s)", ylabel=metric(context))
+    axes.set(xscale="log" if wide else "linear", xlabel="selection overhead (s)", ylabel=_metric(context))
     if not wide:
         axes.locator_params(axis="x", nbins=5)
     _legend_above(figure, axes, context)
@@ -300,6 +300,12 @@ FIGURES: dict[str, Callable[[Context], Made]] = {
     "length": length,
 }
 OF_ABLATIONS = ("performance", "pareto", "overlap")
+
+
+def _metric(context: Context) -> str:
+    """For an axis, with the direction where it is not the usual one."""
+    way = named_metric(context.metric)
+    return metric(context) if way.sign > 0 else f"{metric(context)} ({way.words})"
 
 
 def _legend_above(figure: Figure, axes: Any, context: Context) -> None:

@@ -27,8 +27,8 @@ class Section:
     figures: Sequence[Drawn]
 
 
-def write(file: Path, sections: Sequence[Section], table: pd.DataFrame) -> Path:
-    """Write the page of the runs in `table`."""
+def write(file: Path, sections: Sequence[Section], table: pd.DataFrame, options: str = "") -> Path:
+    """Write the page of the runs in `table`, made by the report's command with `options`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = FileSystemLoader(Path(__file__).parent)
@@ -38,7 +38,7 @@ def write(file: Path, sections: Sequence[Section], table: pd.DataFrame) -> Path:
         runs=len(table),
         period=first if first == last else f"{first} to {last}",
         commits=_commits(table),
-        made_by=report_command(file.parent),
+        made_by=report_command(file.parent) + options,
         sections=[_section(section) for section in sections],
     )
     file.write_text(text, encoding="utf-8")

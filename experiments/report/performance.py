@@ -5,28 +5,33 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from experiments.report.comparisons import Mean, Pair, detectable, mean, of_finetuning, outstanding
+from experiments.report.comparisons import Mean, Pair, mean, of_finetuning, outstanding, seeds_for
+from experiments.report.power import MOST, seeds_needed
 from experiments.report.records import Context
-from experiments.report.statistics import DRAWS, LEVEL, seed_variance
-from experiments.report.tables import NONE, Table, basis, metric, rate_column, seeds, value
+from experiments.report.statistics import seed_variance
+from experiments.report.tables import NONE, Table, basis, metric, p_value, rate_column, seeds, value
+from experiments.report.verdicts import DEFAULT, Question
+from staff.evaluation.metrics import named_metric
 
 COMPARED = (
-    f"Differences by a hierarchical bootstrap over seeds and test samples ({DRAWS:,} draws, paired by sample), "
-    "Student's t for the tails, Holm's correction over all pairs of the table"
+    "Differences by Student's t, paired by sample, with the errors of seeds (pooled over the pairs of a pruning "
+    "rate that have the same seeds) and of test samples; Holm's correction over all pairs of the table"
 )
 PAPER_TASKS = {"dialogsum_hub": "dialogsum"}
 
 
-def tables(context: Context, found: list[Pair], paper: pd.DataFrame) -> list[Table]:
+def tables(context: Context, found: list[Pair], paper: pd.DataFrame, question: Question = DEFAULT) -> list[Table]:
     """Those that the context's runs have something to say to."""
-    made = [performance(context, found), differences(context, found)]
+    effect = question.effect_of(context.metric)
+    made = [performance(context, found, effect), differences(context, found, effect)]
     if context.varied == "method":
         made += [gains(context), against_paper(context, paper), variance(context)]
     return [table for table in made if table is not None]
 
 
-def performance(context: Context, found: list[Pair]) -> Table:
-    """Method by pruning rate: the mean over seeds and its interval, the best marked where it is known to be."""
+def performance(context: Context, found: list[Pair], effect: float = 1.0) -> Table:
+    """Method by pruning rate: the mean over seeds and its interval, the best marked where it is known to be; below,
+    how many seeds a difference of `effect` takes."""
     rows = []
     for variant in context.variants:
         means = {rate: mean(context, variant, rate) for rate in context.rates}
@@ -36,26 +41,32 @@ def performance(context: Context, found: list[Pair]) -> Table:
     for rate in context.rates:
         for variant, mark in outstanding(context, rate, found).items():
             marks[context.variants.index(variant), rate_column(rate)] = mark
-    sizes = {rate: detectable(rate, found) for rate in context.rates}
-    if any(sizes.values()):
-        last = {rate_column(rate): NONE if size is None else f"{size:.2f}" for rate, size in sizes.items()}
-        cells.loc[len(cells)] = {"method": "smallest detectable difference", **last}
+    needed = {rate: seeds_for(effect, rate, found) for rate in context.rates}
+    planned = ""
+    if any(needed.values()):
+        last = {rate_column(rate): NONE if count is None else str(count) for rate, count in needed.items()}
+        cells.loc[len(cells)] = {"method": f"seeds for {effect:g}", **last}
+        planned = (
+            f" Seeds for {effect:g}: how many find a true difference of {effect:g} between two methods four times "
+            "in five (two-sided, 5 %, uncorrected), if errors are those of the rate's pairs on average; "
+            f"{NONE} where {MOST:,} do not."
+        )
     gain = of_finetuning(context)
     gained = ""
     if gain is not None:
-        size = f"{gain.mean:+.2f} ± {gain.half:.2f}, p {_p(gain.p)}"
-        gained = f" What fine-tuning on everything gives over the raw target: {size}, uncorrected."
+        sure = "over test samples alone" if gain.p is None else f"p {p_value(gain.p)}, uncorrected"
+        size = f"{gain.mean:+.2f} ± {gain.half:.2f}, {sure}"
+        gained = f" What fine-tuning on everything gives over the raw target: {size}."
     caption = (
-        f"{metric(context)} on {context.title} ({context.runs['test'].max()} test samples), by "
-        f"{context.varied} and pruning rate. {seeds(context)} {COMPARED}; bold: the best, italic: the second best, "
-        "each where it is significantly better than all behind it. Smallest detectable difference: found four "
-        "times in five at the first level of the correction, if errors are those of the rate's pairs on average."
-        f"{gained}{basis(context)}"
+        f"{metric(context)} ({named_metric(context.metric).words}) on {context.title} "
+        f"({context.runs['test'].max()} test samples), by {context.varied} and pruning rate. {seeds(context)} "
+        f"{COMPARED}; bold: the best, italic: the second best, each where it is significantly better than all "
+        f"behind it.{planned}{gained}{basis(context)}"
     )
     return Table(f"performance-{context.name}", caption, cells, marks)
 
 
-def differences(context: Context, found: list[Pair]) -> Table | None:
+def differences(context: Context, found: list[Pair], effect: float = 1.0) -> Table | None:
     """STAFF against each other method; without STAFF or without others, all pairs."""
     shown = [p for p in found if context.is_staff(p.a) != context.is_staff(p.b)] or found
     if not shown:
@@ -66,20 +77,20 @@ def differences(context: Context, found: list[Pair]) -> Table | None:
             "method": pair.a,
             "against": pair.b,
             "difference": f"{pair.difference.mean:+.2f} ± {pair.difference.half:.2f}",
-            "p": _p(pair.difference.p),
-            "p (Holm)": _p(pair.p),
-            "detectable": f"{pair.difference.detectable(LEVEL / len(found)):.2f}",
+            "p": p_value(pair.difference.p),
+            "p (Holm)": p_value(pair.p),
+            "interval over": "seeds and samples" if pair.difference.seeds > 1 else "samples alone",
             "seeds": str(pair.difference.seeds),
+            f"seeds for {effect:g}": str(seeds_needed(pair.difference, effect) or NONE),
         }
         for pair in shown
     ]
     caption = (
-        f"Method minus the one it is held against, in {metric(context)} points on {context.title}, with 95 % "
-        f"intervals (not widened for the number of pairs); bold: significant. {COMPARED} ({len(found)} pairs). "
-        "Detectable: the true difference that is found four "
-        f"times in five at the first level of the correction. A pair with one seed knows nothing of seeds; "
-        "with two, a p below 0.01 may be several times too small."
-        f"{basis(context)}"
+        f"Exploratory: method minus the one it is held against, in {metric(context)} "
+        f"({named_metric(context.metric).words}) on {context.title}, with 95 % intervals (not widened for the "
+        f"number of pairs); bold: significant. {COMPARED} ({len(found)} pairs). A pair with one seed tells nothing "
+        f"of seeds and has no p. Seeds for {effect:g}: how many find a true difference of {effect:g} four times in "
+        f"five, two-sided at 5 %, uncorrected; {NONE} where {MOST:,} do not or one seed ran.{basis(context)}"
     )
     marks = {(i, "difference"): "bold" for i, pair in enumerate(shown) if pair.significant}
     return Table(f"differences-{context.name}", caption, pd.DataFrame(rows), marks)
@@ -87,16 +98,19 @@ def differences(context: Context, found: list[Pair]) -> Table | None:
 
 def gains(context: Context) -> Table | None:
     """STAFF's relative gain over the best baseline of each cell, and over each, as the paper states it."""
-    rows = []
+    rows, sign = [], named_metric(context.metric).sign
     for staff in filter(context.is_staff, context.variants):
         over = {r: {b: value(context, b, r) for b in context.baselines} for r in context.rates if 0 < r < 1}
-        best = {r: max((v for v in values.values() if v), default=None) for r, values in over.items()}
+        best = {
+            r: max((v for v in values.values() if v), key=lambda v: sign * v, default=None)
+            for r, values in over.items()
+        }
         full = dict.fromkeys(over, value(context, "full", 0.0))
         named = [("the best baseline", best)]
         named += [(b, {r: values[b] for r, values in over.items()}) for b in context.baselines]
         named += [("full", full)]
         for name, others in named:
-            gain = {r: _gain(value(context, staff, r), other) for r, other in others.items()}
+            gain = {r: _gain(value(context, staff, r), other, sign) for r, other in others.items()}
             known = [g for g in gain.values() if g is not None]
             if known:
                 texts = {rate_column(r): NONE if g is None else f"{g:+.1f} %" for r, g in gain.items()}
@@ -104,7 +118,8 @@ def gains(context: Context) -> Table | None:
     if not rows:
         return None
     caption = (
-        f"Relative gain in {metric(context)} on {context.title}, from the means over seeds, by pruning rate. "
+        f"Relative gain in {metric(context)} on {context.title}, from the means over seeds, by pruning rate; above "
+        "zero: STAFF is better. "
         "Whether a gain is more than chance stands in the table of differences. The paper's Table 1: +3.4 % at "
         "most over the best baseline of a cell; its 54.3 % is one cell's gain over GraNd."
     )
@@ -167,9 +182,6 @@ def _mean(found: Mean | None) -> str:
     return f"{found.value:.2f}" + ("" if found.half is None else f" ± {found.half:.2f}")
 
 
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _gain(ours: float | None, theirs: float | None) -> float | None:
-    return None if ours is None or not theirs else 100 * (ours / theirs - 1)
+def _gain(ours: float | None, theirs: float | None, sign: int) -> float | None:
+    """In per cent; above zero where ours is better."""
+    return None if ours is None or not theirs else sign * 100 * (ours / theirs - 1)

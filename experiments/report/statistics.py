@@ -1,20 +1,14 @@
-"""How sure the numbers of a report are: intervals over seeds, paired differences, corrections, seed variance."""
+"""How sure the numbers of a report are: intervals over seeds, differences, corrections, seed variance."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
-from scipy.optimize import brentq
-from scipy.special import stdtrit
 
-DRAWS = 2000  # the standard error of a difference is then known to 1.6 %
 LEVEL, POWER = 0.05, 0.8
-_LEAST = 1e-20  # a p below it is zero
 
 
 def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float | None]:
@@ -28,133 +22,79 @@ def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float | Non
 
 @dataclass(frozen=True)
 class Difference:
-    """One mean minus another, both over the same seeds and test samples.
+    """One mean minus another, both over the same seeds and test samples (`experiments.report.variance`).
 
     Attributes:
         mean: in the metric's points.
-        error: its bootstrap standard error.
-        seeds: how many seeds the two have in common; with one, `error` knows nothing of seeds.
+        seeds: how many seeds the two have in common; with one, nothing is known of seeds.
         samples: how many test samples.
-        seed_share: the part of the error's variance that lies between seeds, from 0 to 1.
+        of_seeds: variance of the mean from seeds.
+        freedom: degrees of freedom of `of_seeds`.
+        of_samples: variance of the mean from test samples; more seeds do not reduce it.
     """
 
     mean: float
-    error: float
     seeds: int
     samples: int
-    seed_share: float
+    of_seeds: float
+    freedom: float
+    of_samples: float
 
     @property
-    def p(self) -> float:
-        """Two-sided: the level at which the difference is just significant; 1 where the two never differ."""
-        if self.error == 0 or self.mean == 0:
-            return float(self.mean == 0)
-        found = abs(self.mean) / self.error
-        if found >= self._critical(_LEAST):
-            return 0.0
-        at: Any = brentq(lambda log: self._critical(float(np.exp(log))) - found, np.log(_LEAST), 0.0)
-        return float(np.exp(at))
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return float(np.sqrt(self.of_seeds + self.of_samples))
+
+    @property
+    def degrees(self) -> float:
+        """Degrees of freedom of the error: the harmonic mean of those of its parts, weighted by their shares.
+
+        Satterthwaite (1946) weights by squared shares, which trusts an estimate from few seeds too much: in
+        simulation 7 % of tests at 5 % reject with three seeds of two methods, 12 % with two. With less than two
+        degrees of freedom between seeds the weights are square roots of the shares, for the same reason.
+        """
+        if not self.of_seeds:
+            return float(self.samples - 1)
+        share = self.of_seeds / (self.of_seeds + self.of_samples)
+        seeds, samples = np.power([share, 1 - share], 1.0 if self.freedom >= 2 else 0.5)
+        return float(1 / (seeds / self.freedom + samples / (self.samples - 1)))
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided, of no difference; None for one seed, which says nothing about another."""
+        return None if self.seeds < 2 else min(1.0, 2 * min(self.above(0.0), self.below(0.0)))
 
     @property
     def half(self) -> float:
-        """Half the width of the 95 % interval."""
-        return self.error * self._critical(LEVEL)
+        """Half the width of the 95 % interval; for one seed, over test samples alone."""
+        return self.at(LEVEL)
 
-    def detectable(self, level: float = LEVEL) -> float:
-        """The true difference that a two-sided test at `level` finds four times in five, if the error is the true
-        one: of few seeds, single estimates are far smaller or larger (`typical`)."""
+    def at(self, level: float) -> float:
+        """Half the width of the interval at 1 - `level`."""
+        return float(self.error * stats.t.ppf(1 - level / 2, self.degrees))
+
+    def above(self, value: float) -> float:
+        """One-sided p of a true difference of `value` or less."""
         if self.error == 0:
-            return 0.0
-        freedom, between = max(self.seeds - 1, 1), self.error**2 * self.seed_share
-        estimates, chance = _errors(freedom)
-        seeds, samples = between * estimates, self.error**2 - between
-        of_seeds, of_samples = (-stdtrit(f, level / 2) for f in (freedom, self.samples - 1))
-        needed = (seeds * of_seeds + samples * of_samples) / np.sqrt(seeds + samples)
-        return float(np.quantile(needed - self.error * chance, POWER))
+            return float(self.mean <= value)
+        return float(stats.t.sf((self.mean - value) / self.error, self.degrees))
 
-    def _critical(self, level: float) -> float:
-        """How many errors a difference must be away from zero: between Student's t for the seeds and for the
-        samples, by their shares (Cochran and Cox, 1957); never too sure of three seeds or more, as Satterthwaite's
-        degrees of freedom are."""
-        of_seeds = -stdtrit(self.seeds - 1, level / 2) if self.seeds > 1 else 0.0
-        return float(self.seed_share * of_seeds + (1 - self.seed_share) * -stdtrit(self.samples - 1, level / 2))
-
-
-def crossed(by_seed: Sequence[Difference]) -> Difference:
-    """A difference between the same runs that was estimated by each of several crossed kinds of seed, with what
-    lies between all of them."""
-    between = sum(d.error**2 * d.seed_share for d in by_seed)
-    variance = between + max(d.error**2 * (1 - d.seed_share) for d in by_seed)
-    share = between / variance if variance else 0.0
-    first, seeds = by_seed[0], min(d.seeds for d in by_seed)
-    return Difference(first.mean, float(np.sqrt(variance)), seeds, first.samples, float(share))
+    def below(self, value: float) -> float:
+        """One-sided p of a true difference of `value` or more."""
+        return replace(self, mean=-self.mean).above(-value)
 
 
 def typical(differences: Sequence[Difference]) -> Difference:
-    """None at all, with the errors of these on average: a better estimate than any of them."""
-    variances = np.array([d.error**2 for d in differences])
-    between = variances @ [d.seed_share for d in differences]
-    seeds, samples = (int(np.median([getattr(d, n) for d in differences])) for n in ("seeds", "samples"))
-    share = between / variances.sum() if variances.any() else 0.0
-    return Difference(0.0, float(np.sqrt(variances.mean())), seeds, samples, float(share))
-
-
-def resampled(values: np.ndarray) -> np.ndarray:
-    """The mean of every run over each of the bootstrap's test sets, shape (DRAWS, runs).
-
-    Args:
-        values: a metric by run and test sample, shape (runs, samples). Every run meets the same test sets, so that
-            differences between the columns of the result are paired.
-    """
-    return _test_sets(values.shape[1]) @ values.T.astype(np.float32)
-
-
-def paired_difference(a: np.ndarray, b: np.ndarray, means_a: np.ndarray, means_b: np.ndarray) -> Difference:
-    """`a` minus `b` by a hierarchical bootstrap over seeds and test samples, with Student's t for the tails.
-
-    Seeds and samples are crossed (every seed answers the same samples), so a draw takes both, apart from one
-    another. It takes S - 1 of S seeds, which makes the variance over few seeds unbiased (Rao and Wu, 1988). Such a
-    draw counts the chance in single answers three times (Owen, The pigeonhole bootstrap, 2007); two are taken off.
-
-    Args:
-        a, b: a metric by seed and test sample, shape (seeds, samples), at least two samples.
-        means_a, means_b: `resampled` of the same, shape (DRAWS, seeds).
-    """
-    differences = a - b
-    seeds, samples = differences.shape
-    mean, by_seed, by_sample = differences.mean(), differences.mean(axis=1), differences.mean(axis=0)
-    of_samples, of_seeds, of_answers = by_sample.var(ddof=1) / samples, 0.0, 0.0
-    if seeds > 1:
-        of_seeds = by_seed.var(ddof=1) / seeds
-        residual = differences - by_seed[:, None] - by_sample + mean
-        of_answers = (residual**2).sum() / ((seeds - 1) * (samples - 1)) / (seeds * samples)
-    either = of_samples + of_seeds
-    if either == 0:
-        return Difference(float(mean), 0.0, seeds, samples, 0.0)
-    draws = ((means_a - means_b) * _seed_weights(seeds)).sum(axis=1)
-    variance = max(draws.var(ddof=1) - 2 * of_answers, of_samples, of_seeds)
-    return Difference(float(mean), float(np.sqrt(variance)), seeds, samples, float(of_seeds / either))
-
-
-@cache
-def _errors(freedom: int) -> tuple[np.ndarray, np.ndarray]:
-    """What sampling does to an estimated variance (as a factor) and to a mean (in standard errors), DRAWS times."""
-    rng = np.random.default_rng([freedom, 3])
-    return rng.chisquare(freedom, DRAWS) / freedom, rng.normal(size=DRAWS)
-
-
-@cache
-def _test_sets(samples: int) -> np.ndarray:
-    """How often each draw has each test sample, divided by their number, shape (DRAWS, samples)."""
-    counts = np.random.default_rng([samples, 1]).multinomial(samples, np.full(samples, 1 / samples), size=DRAWS)
-    return (counts / samples).astype(np.float32)
-
-
-@cache
-def _seed_weights(seeds: int) -> np.ndarray:
-    """The share of each seed in each draw of all seeds but one, shape (DRAWS, seeds)."""
-    taken = max(1, seeds - 1)
-    return np.random.default_rng([seeds, 2]).multinomial(taken, np.full(seeds, 1 / seeds), size=DRAWS) / taken
+    """No difference, with the errors of these on average; each of two seeds or more."""
+    seeds = int(np.median([d.seeds for d in differences]))
+    return Difference(
+        mean=0.0,
+        seeds=seeds,
+        samples=differences[0].samples,
+        of_seeds=float(np.mean([d.of_seeds * d.seeds for d in differences]) / seeds),
+        freedom=float(np.median([d.freedom / (d.seeds - 1) for d in differences]) * (seeds - 1)),
+        of_samples=float(np.mean([d.of_samples for d in differences])),
+    )
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -70,7 +70,10 @@ def seeds(context: Context) -> str:
     if counts <= {1}:
         return "One seed: no interval over seeds can be given, and differences know nothing of seeds."
     many = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return f"Means over {many} seeds, ± 95 % t-interval (none where one seed ran or all seeds answer the same)."
+    return (
+        f"Means over {many} seeds, ± 95 % t-interval over seeds, on these test samples: their error is not in it "
+        "(no interval where one seed ran or all seeds answer the same)."
+    )
 
 
 def basis(context: Context) -> str:
@@ -89,6 +92,12 @@ def machine(context: Context) -> str:
     processes = sorted({s.get("processes") or 1 for s in stages})
     several = f"; stages were carried out by {' or '.join(map(str, processes))} processes" if processes[1:] else ""
     return f" Measured on {devices or 'an unnamed device'}{shared}{several}."
+
+
+def p_value(p: float | None) -> str:
+    if p is None:
+        return NONE
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def metric(context: Context) -> str:

@@ -1,4 +1,4 @@
-"""A sample as turns of a user and a model, as the chat template of a tokenizer shows them."""
+"""Samples in the chat template of a tokenizer: turns of a user and of an assistant."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from staff.models.family import DATE, check_chat
 
 log = logging.getLogger(__name__)
 
-# Stand for a sample in the probe of a template: unlikely in a template's own text, changed by any change of case.
+# A sample to probe templates with: unlikely in a template's own text, and changed by any change of case.
 _QUESTION, _ANSWER = "Qx7Question", "Qx7Answer"
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer, and what it puts before and after an answer.
+    """The chat template of a tokenizer, and the text that it puts before and after an answer.
 
     Args:
-        date: the day for templates that print today's, as YYYY-MM-DD.
+        date: the date (YYYY-MM-DD) for templates that print today's.
         options: further variables of the template, such as `enable_thinking`.
 
     Raises:
-        UserError: no template, one that fails, or one that does not show question and answer as they are.
+        UserError: there is no template, it fails, or it changes the text of prompts or answers.
     """
 
     def __init__(self, tokenizer: Any, date: str = DATE, options: Mapping[str, Any] | None = None) -> None:
@@ -40,14 +40,14 @@ class ChatTemplate:
             )
         self.tokenizer, self.day = tokenizer, datetime.fromisoformat(date)
         self.options = {"date_string": self.day.strftime("%d %b %Y"), **(options or {})}
-        self.in_parts = False
+        self.content_as_parts = False
         self._known: dict[tuple[str, ...], list[tuple[str, str, str]]] = {}
         self._opening, self._tail = self._probed()
         self._space = _space_of(self._opening)
         opened, shown = self._opening
         if opened:
             log.warning(
-                "the chat template of %s asks for an answer with %r, but shows answers after %r: prompts end so",
+                "the chat template of %s ends prompts with %r but puts %r before answers: using the latter",
                 *(self.name, opened, shown),
             )
         for name in options or {}:
@@ -57,8 +57,8 @@ class ChatTemplate:
     def pieces(self, id: str, turns: Turns, every: bool = False) -> list[Piece]:
         """The text of a conversation up to the end of its last answer.
 
-        All that the template always puts before an answer belongs to the prompt, an empty think block included.
-        White space alone belongs to the answer, which the model writes after the generation prompt.
+        Whatever the template always puts before an answer belongs to the prompt, such as an empty think block. But
+        white space alone belongs to the answer, because the model writes it after the generation prompt.
 
         Args:
             every: cut at the earlier answers too.
@@ -72,11 +72,11 @@ class ChatTemplate:
         behind = turns[-1][1] + self._tail
         head = whole.removesuffix(behind)
         opening = _apart(before, head)
-        # Nothing at all is shown before an answer that brings its own think block.
+        # Templates put nothing before an answer that has a think block of its own.
         if not whole.endswith(behind) or opening not in (self._opening, ("", "")):
             raise UserError(
-                f"the chat template of {self.name} does not show the answer of sample {id!r} as it is: set "
-                "family.prompt_format=plain, or take the sample out."
+                f"the chat template of {self.name} does not leave the answer of sample {id!r} unchanged: set "
+                "family.prompt_format=plain, or remove the sample."
             )
         space = _space_of(opening)
         prompt, answer = head.removesuffix(space), space + turns[-1][1] + self._end[0]
@@ -97,16 +97,16 @@ class ChatTemplate:
         shown = "".join(piece.text for piece in pieces) + text
         if not prompt.startswith(shown):
             raise UserError(
-                f"the chat template of {self.name} does not show every turn of sample {id!r} as it is: set "
-                "task.loss_on=last, or take the sample out."
+                f"the chat template of {self.name} does not leave every turn of sample {id!r} unchanged: set "
+                "task.loss_on=last, or remove the sample."
             )
         return [*pieces, Piece(text + prompt[len(shown) :])]
 
     @property
     def end(self) -> int:
-        """The token that ends an answer: the first special or added one of what the template puts after the answer.
+        """The token that ends an answer: the first special or added token that the template puts after it.
 
-        It is the tokenizer's end token where the template puts nothing there, or only ordinary text.
+        It is the tokenizer's end token if the template puts nothing or only ordinary text there.
         """
         return self._end[1]
 
@@ -119,7 +119,7 @@ class ChatTemplate:
         end = next((token for token in tokens if token in self._marks), self.tokenizer.eos_token_id)
         if self._tail.strip():
             log.warning(
-                "the chat template of %s ends an answer with %r, which begins with no added token: %r ends it here",
+                "the chat template of %s ends answers with %r, which does not start with an added token: using %r",
                 *(self.name, self._tail, self.tokenizer.convert_ids_to_tokens(end)),
             )
         return "", end
@@ -140,7 +140,7 @@ class ChatTemplate:
     def _marks(self) -> set[int]:
         """Added tokens that may end a turn."""
         added = self.tokenizer.added_tokens_decoder
-        # Some vocabularies add runs of white space; an unknown token stands for ordinary text.
+        # Some vocabularies have runs of white space as added tokens; the unknown token is ordinary text.
         marks = {*self.tokenizer.all_special_ids, *added} - {self.tokenizer.unk_token_id}
         return marks - {token for token, its in added.items() if not its.content.strip()}
 
@@ -172,16 +172,16 @@ class ChatTemplate:
         return self._known[roles]
 
     def _probed(self) -> tuple[tuple[str, str], str]:
-        """How the generation prompt and the text before an answer part (`_apart`), and the text after an answer.
+        """How the generation prompt and the text before an answer differ (`_apart`), and the text after an answer.
 
-        Content is given as text, or as a list of parts to templates that want it so.
+        Content is passed as text, or as a list of parts if the template requires it.
         """
         refusal = UserError(
             f"the chat template of {self.name} does not put an answer as it is behind its prompt: set "
             "family.prompt_format=plain."
         )
         failure = None
-        for self.in_parts in (False, True):
+        for self.content_as_parts in (False, True):
             try:
                 before, whole = self._render((("user", _QUESTION), ("assistant", _ANSWER)))
             except UserError as error:
@@ -197,11 +197,11 @@ class ChatTemplate:
     def _render(self, turns: Turns, where: str = "") -> tuple[str, str]:
         """The turns before the answer with what asks for it, and all turns."""
         messages = [
-            {"role": role, "content": [{"type": "text", "text": text}] if self.in_parts else text}
+            {"role": role, "content": [{"type": "text", "text": text}] if self.content_as_parts else text}
             for role, text in turns
         ]
         try:
-            # transformers hands functions on to templates as globals alone.
+            # transformers passes functions to templates only as globals.
             from transformers.utils.chat_template_utils import _compile_jinja_template
 
             _compile_jinja_template(self._text).globals["strftime_now"] = self.day.strftime
@@ -209,10 +209,10 @@ class ChatTemplate:
                 self.tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=ask, **self.options)
                 for shown, ask in ((messages[:-1], True), (messages, False))
             )
-        except Exception as error:  # whatever a template's expressions may raise
+        except Exception as error:  # the expressions of a template can raise anything
             said = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"the chat template of {self.name} fails{where} with {said!r}: mend it, set what it asks for in "
+                f"the chat template of {self.name} fails{where} with {said!r}: fix it, set what it needs in "
                 "family.template_options, or set family.prompt_format=plain."
             ) from error
         return before, whole
@@ -229,7 +229,7 @@ def _space_of(opening: tuple[str, str]) -> str:
 
 
 def _apart(before: str, head: str) -> tuple[str, str]:
-    """What two texts have each after the beginning that they share."""
+    """The rest of each text after their common prefix."""
     if head.startswith(before):
         return "", head[len(before) :]
     pairs = enumerate(zip(before, head, strict=False))

@@ -1,4 +1,4 @@
-"""Which samples fit: the cut-off of fine-tuning, and the window of the model that reads them."""
+"""Which samples fit into the cut-off of fine-tuning and into the context windows of the models."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def fitting(
     max_length: int,
     too_long: str,
     windows: Mapping[str, int | None] | None = None,
+    what: str = "training sample(s)",
 ) -> np.ndarray:
-    """Positions of the samples that fit `max_length`, and the window of the model that reads them.
-
-    A sample that one model would cut is handled the same way for all: refused by name, or dropped from all.
+    """Positions of the samples that fit `max_length` and every model's context window, shape (n,).
 
     Args:
         windows: by the name of the model that reads each of `tokenized`, the most tokens it has positions for
             (None: without limit).
+        what: the samples are, for the message.
     """
     longest = np.max([t.lengths for t in tokenized], axis=0)
     fits = longest <= max_length
@@ -41,7 +41,7 @@ def fitting(
         if len(beyond) and too_long == "refuse":
             worst = beyond[np.argmax(samples.lengths[beyond])]
             raise UserError(
-                f"the {name} reads {window} tokens, too few for {len(beyond)} training sample(s), the longest "
+                f"the {name} reads {window} tokens, too few for {len(beyond)} {what}, the longest "
                 f"being {samples.ids[worst]!r} with {samples.lengths[worst]} tokens: take it out, or set "
                 "task.too_long=drop."
             )
@@ -52,8 +52,15 @@ def fitting(
 
 
 def answerable(test: TokenizedSamples, max_new_tokens: int, window: int | None, too_long: str) -> np.ndarray:
-    """Positions of the test samples whose prompt leaves room for an answer in the model's `window` of tokens (None:
-    without limit). The others are refused by name, or dropped."""
+    """Positions of the test samples whose prompt and answer fit the context window, shape (n,).
+
+    Args:
+        window: context window in tokens; None: no limit.
+        too_long: "drop" the other samples, or "refuse" them.
+
+    Raises:
+        UserError: a sample that is refused, by its id, or no sample that fits.
+    """
     needed = test.prompt_lengths + max_new_tokens
     over = np.flatnonzero(needed > (window or np.inf))
     if len(over) and too_long == "refuse":

@@ -65,7 +65,11 @@ def read_rows(path: Path, split: str) -> Rows:
 
 
 def read_json_lines(path: Path) -> Rows:
-    """The rows of a JSON Lines file ("file, line n"), compressed or not; blank lines are skipped."""
+    """The rows of a JSON Lines file ("file, line n"), compressed or not. Blank lines are skipped.
+
+    Raises:
+        UserError: a line is not a JSON object in UTF-8.
+    """
     with _opened(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():

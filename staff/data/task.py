@@ -1,4 +1,4 @@
-"""A task's samples: read, and rendered into prompt and answer."""
+"""Tasks: where samples come from, and how rows become prompts and answers."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Sample:
     Attributes:
         turns: of a conversation, up to the assistant's last turn, which is the answer; prompt and answer are then
             its text in the plain prompt format.
+        group: the part of the data it belongs to, where the task has a `group_field`.
     """
 
     id: str
@@ -38,15 +39,16 @@ class Sample:
     answer: str
     references: tuple[str, ...]
     turns: Turns = ()
+    group: str | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task's samples come from and how they read.
+    """A data set, and templates for its prompts and answers.
 
     Templates name fields of a row in braces, `{translation[kk]}` and `{answers[0]}` reach into nested ones; a
-    template with `{{` or `{%` is Jinja. The prompt and the answer are tokenised apart, so white space between them
-    belongs to the answer. Without templates, the columns tell the layout (`staff.data.conversations.LAYOUTS`).
+    template with `{{` or `{%` is Jinja. Prompt and answer are tokenised separately, so white space between them
+    should start the answer. Without templates, the columns tell the layout (`staff.data.conversations.LAYOUTS`).
     """
 
     name: str
@@ -66,6 +68,7 @@ class Task:
     dev_split: str | None = None
     dev_size: int | None = None
     id_field: str | None = None  # None: an id made from the sample's own text
+    group_field: str | None = None  # field that says which group a sample belongs to; None: no groups
     references: Sequence[str] = ()  # fields of the test split with reference answers or lists; none: the answer
     too_long: str = "refuse"  # or "drop": samples whose answer does not fit the cut-off
     train_limit: int | None = None  # the first so many rows
@@ -96,6 +99,11 @@ class Task:
             check_template(template, f"task.{setting}")
         if isinstance(self.references, str) or not all(isinstance(field, str) for field in self.references):
             raise UserError(f"task.references={self.references!r} must be a list of fields.")
+        if self.group_field is not None and not isinstance(self.group_field, str):
+            raise UserError(f"task.group_field={self.group_field!r} must be null or name a field of the rows.")
+        self._check_source()
+
+    def _check_source(self) -> None:
         if self.data_dir is not None and not isinstance(self.data_dir, str):
             raise UserError(f"task.data_dir={self.data_dir!r} must name a folder by text, such as ./data.")
         for split in SPLITS:
@@ -112,16 +120,16 @@ class Task:
     def load(self, split: str) -> list[Sample]:
         """The samples of `split` ("train", "test" or "dev"), in file order.
 
-        Test rows of one prompt are one sample with the references of all, since a model answers them alike.
+        Test rows with the same prompt become one sample with all their references: a model answers them alike.
 
         Raises:
-            UserError: a missing file or field, text that is empty, an id that comes twice; with file and line.
+            UserError: a missing file or field, empty text, or a duplicate id; with file and line.
         """
         limit = {"train": self.train_limit, "test": self.test_limit}.get(split)
         return self.samples(islice(self.rows(split), limit), split)
 
     def samples(self, rows: Iterable[tuple[str, Mapping[str, Any]]], split: str = "train") -> list[Sample]:
-        """As `load`, of rows at hand, each with its place for messages."""
+        """As `load`, from rows, each with its place for messages."""
         samples: dict[str, Sample] = {}
         copies = Counter[str]()
         layout = None
@@ -136,7 +144,7 @@ class Task:
                         f"{where}: the id {shortened(sample.id)!r} comes twice (task.id_field={self.id_field}); "
                         "ids must be unique."
                     )
-                # Without ids of their own, copies of one text are told apart by their count.
+                # Copies of a text have the same digest: number them.
                 copies[sample.id] += 1
                 sample = replace(sample, id=f"{sample.id}-{copies[sample.id] + 1}")
             samples[sample.id] = sample
@@ -144,15 +152,32 @@ class Task:
             raise UserError(f"task {self.name!r}: the {split} split is empty; check task.data_dir.")
         return _asked_once(samples.values()) if split == "test" else list(samples.values())
 
+    def reference_samples(self, test: Iterable[Sample]) -> list[Sample]:
+        """A sample for each reference of the test samples, with the reference as its answer.
+
+        White space at the start of the answer template belongs to every reference, as it does to training answers.
+        In a conversation, the reference is the assistant's last turn.
+        """
+        samples = []
+        for sample in test:
+            space = _opening_space(sample.answer if self.answer is None else self.answer)
+            for k, text in enumerate(sample.references):
+                turns = (*sample.turns[:-1], ("assistant", text.strip())) if sample.turns else ()
+                samples.append(Sample(f"{sample.id}#{k}", sample.prompt, space + text.strip(), (text,), turns))
+        return samples
+
     def source(self) -> dict[str, Any] | None:
-        """Name and commit of the data set on the hub (no commit where the hub cannot be asked); None for files."""
+        """Name and commit of the data set on the hub; None for files.
+
+        Without a network, the commit is `revision`.
+        """
         if self.hub is None or self.data_dir is not None or self.train_file is not None:
             return None
         from huggingface_hub import HfApi
 
         try:
             commit = HfApi().dataset_info(self.hub, revision=self.revision).sha
-        except Exception:  # offline, or an outage: what was read from the cache is told by its content anyway
+        except Exception:  # no network: what the cache has is identified by its content anyway
             commit = self.revision
         return {"hub": self.hub, "commit": commit}
 
@@ -195,7 +220,8 @@ class Task:
         else:
             prompt, answer = self._texts(row, where, layout, references)
         id = _id(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
-        return Sample(id, prompt, answer, references or (answer.strip(),), turns)
+        group = text_of(row, [self.group_field], where, "task.group_field") if self.group_field else None
+        return Sample(id, prompt, answer, references or (answer.strip(),), turns, group)
 
     def _texts(
         self, row: Mapping[str, Any], where: str, layout: Layout | None, references: Sequence[str]
@@ -205,10 +231,16 @@ class Task:
         assert of_prompt is not None and of_answer is not None
         prompt = render(of_prompt, row, where, "task.prompt")
         answer = references[0] if references else render(of_answer, row, where, "task.answer")
+        if references and layout is not None:
+            answer = _opening_space(of_answer) + answer
         for name, text, template in (("prompt", prompt, of_prompt), ("answer", answer, of_answer)):
             if not text.strip():
                 raise UserError(f"{where}: the {name} is empty; remove the line or fill its field ({template!r}).")
         return prompt, answer
+
+
+def _opening_space(text: str) -> str:
+    return text[: len(text) - len(text.lstrip())]
 
 
 def _asked_once(samples: Iterable[Sample]) -> list[Sample]:
@@ -239,17 +271,14 @@ def _id(row: Mapping[str, Any], field: str, where: str) -> str:
         return str(value)
     if value == "" or not isinstance(value, str):
         kind = type(value).__name__ if value != "" else "empty"
-        raise UserError(f"{where}: field {field!r} is {kind}, no id (wanted by task.id_field).")
+        raise UserError(f"{where}: field {field!r} is {kind}, not an id (wanted by task.id_field).")
     return text_of(row, [field], where, "task.id_field")
 
 
 def data_digest(samples: Sequence[Sample]) -> str:
-    """SHA-256 of what the samples are, wherever they were read from."""
-    content = [asdict(sample) for sample in samples]
-    for fields in content:
-        if not fields["turns"]:  # a prompt and an answer alone are what they were before there were turns
-            del fields["turns"]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    """SHA-256 of what the samples are, wherever they were read from; an empty field or None changes nothing."""
+    rows = [{name: value for name, value in asdict(sample).items() if value} for sample in samples]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _content_id(prompt: str, answer: str) -> str:

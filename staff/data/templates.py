@@ -1,4 +1,4 @@
-"""Templates over the fields of a row."""
+"""Templates with the fields of a row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from staff.errors import UserError
 
 
 def lookup(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str) -> Any:
-    """The value at `path`: a field, and the keys of mappings and positions in lists below it."""
+    """The value at `path`, a field, and the keys of mappings and positions in lists below it.
+
+    Args:
+        where: the place of the row, for messages.
+        setting: the setting that names the field, for messages.
+
+    Raises:
+        UserError: there is no such field.
+    """
     value: Any = row
     for depth, name in enumerate(path):
         if isinstance(value, Mapping) and name in value:
@@ -51,9 +59,9 @@ def checked_text(value: Any, path: Sequence[str], where: str, setting: str) -> s
         raise UserError(f"{where}: field {_spelt(path)} is {kind}, not text (wanted by {setting}){hint}.")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell what no text may hold
+    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
         raise UserError(
-            f"{where}: field {_spelt(path)} has half a surrogate pair (character {error.start + 1}); mend the text."
+            f"{where}: field {_spelt(path)} has half a surrogate pair (character {error.start + 1}); fix the text."
         ) from None
     return text
 
@@ -68,6 +76,9 @@ def as_text(value: Any) -> str | None:
 
 def render(template: str, row: Mapping[str, Any], where: str, setting: str) -> str:
     """The template with the row's fields: Jinja where it has {{ or {%, else {field} and {field[key]}.
+
+    Args:
+        where, setting: as in `lookup`.
 
     Raises:
         UserError: no template, a field that is missing, or a value that is no text.
@@ -86,9 +97,9 @@ def path_of(field: str, setting: str) -> list[str]:
 
 @cache
 def _parsed(template: str, setting: str) -> list[tuple[str, list[str]]]:
-    """The template as pieces of text, each with the path of the field that follows it, if one does.
+    """The template as pieces of text, each with the path of the field that follows it (empty for none).
 
-    Nothing but fields is understood: what else `str.format` offers would reach into Python's objects.
+    Only fields are supported: the other features of `str.format` would give access to Python objects.
     """
     try:
         parts = list(Formatter().parse(template))
@@ -154,7 +165,7 @@ def check_template(template: str, setting: str) -> None:
 
 
 def _spelt(path: Sequence[str]) -> str:
-    """A path as a template has it, quoted."""
+    """A path as it is written in a template, quoted."""
     return repr(_joined(path))
 
 
@@ -163,4 +174,5 @@ def _joined(path: Sequence[str]) -> str:
 
 
 def shortened(text: str) -> str:
+    """At most 200 characters of a text, for messages."""
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,4 +1,4 @@
-"""Samples as a model reads them: tokenised once, for scorer and trainer alike, and checked against their limits."""
+"""Tokenised samples. They are tokenised once, so that scoring and training read the same tokens."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from staff.store.manifest import Artifact
 from staff.store.stage import Stage, plain
 
 IGNORED = -100
-"""The label of a token that is not predicted, as transformers has it."""
+"""The label of a token without a loss, as in transformers."""
 
 
 LABELLED = "labelled.npy"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenizedSamples:
-    """Samples as one model reads them: begin token (where the tokenizer has one), prompt, answer, end token.
+    """N tokenised samples: begin token (if the tokenizer has one), prompt, answer and end token.
 
     Attributes:
         ids: the samples' ids.
-        tokens: the token ids of all samples, one sample after the other, shape (sum of lengths,), int32.
+        tokens: the token ids of all samples, concatenated, shape (sum of lengths,), int32.
         offsets: sample i has tokens[offsets[i]:offsets[i + 1]], shape (N + 1,).
-        prompt_lengths: tokens before the answer, of a conversation before its last one, shape (N,).
-        begin: how many begin tokens stand before every prompt.
+        prompt_lengths: tokens before the first answer token, of a conversation before its last answer, shape (N,).
+        begin: the number of begin tokens before every prompt.
         labelled: which tokens are trained and scored, like `tokens`, bool; None: those from `prompt_lengths` on.
     """
 
@@ -59,11 +59,17 @@ class TokenizedSamples:
         begin: int = 0,
         labelled: Sequence[np.ndarray] | None = None,
     ) -> TokenizedSamples:
-        """From one row of token ids a sample; `labelled` likewise."""
+        """From a row of token ids for each sample; `labelled` likewise."""
         offsets = np.cumsum([0, *map(len, rows)])
         tokens = np.concatenate([np.empty(0, np.int32), *(np.asarray(row, np.int32) for row in rows)])
         mask = None if labelled is None else np.concatenate([np.empty(0, bool), *labelled])
         return cls(ids, tokens, offsets, np.asarray(prompt_lengths, np.int64), begin, mask)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TokenizedSamples) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,7 +79,7 @@ class TokenizedSamples:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
     def labels(self, i: int) -> np.ndarray:
-        """Token ids on the answer and its end token, -100 on the prompt (unshifted, as transformers wants)."""
+        """Labels of sample i, unshifted: its token ids on answer and end token, -100 on the prompt. (length,)"""
         return np.where(self.label_mask(i), self.row(i), IGNORED).astype(np.int64)
 
     def label_mask(self, i: int) -> np.ndarray:
@@ -83,6 +89,7 @@ class TokenizedSamples:
         return np.arange(self.lengths[i]) >= self.prompt_lengths[i]
 
     def prompts(self) -> list[list[int]]:
+        """The token ids of every prompt, with begin tokens."""
         return [self.row(i)[:n].tolist() for i, n in enumerate(self.prompt_lengths)]
 
     @cached_property
@@ -99,7 +106,7 @@ class TokenizedSamples:
 
     @property
     def end_tokens(self) -> list[int]:
-        """The tokens that samples end with, each once."""
+        """The distinct tokens that the samples end with."""
         return np.unique(self.tokens[self.offsets[1:] - 1]).tolist()
 
     def take(self, indices: Iterable[int] | np.ndarray) -> TokenizedSamples:
@@ -116,7 +123,7 @@ class TokenizedSamples:
         )
 
     def without_prompts(self) -> TokenizedSamples:
-        """The answers alone, behind the begin tokens."""
+        """The answers, after the begin tokens."""
         if self.labelled is None:
             positions, offsets = _positions(self.offsets[:-1] + self.prompt_lengths, self.answer_lengths)
         else:
@@ -128,6 +135,22 @@ class TokenizedSamples:
             offsets = offsets + self.begin * np.arange(len(offsets))
         lengths = np.full(len(self), self.begin, dtype=np.int64)
         return replace(self, tokens=tokens, offsets=offsets, prompt_lengths=lengths, labelled=None)
+
+    def after(self, examples: TokenizedSamples, separator: Sequence[int] | None) -> TokenizedSamples:
+        """Each of these samples behind each example, which then belongs to its prompt: the first sample behind
+        every example, then the second, and so on, len(self) x len(examples) in all.
+
+        Args:
+            separator: token ids in place of an example's end token; None: the end token stays.
+        """
+        shown = [examples.row(j) for j in range(len(examples))]
+        if separator is not None:
+            shown = [np.append(row[:-1], separator) for row in shown]
+        own = [self.row(i)[self.begin :] for i in range(len(self))]
+        rows: list[Any] = [np.concatenate([example, row]) for row in own for example in shown]
+        prompts = [len(example) + int(n) - self.begin for n in self.prompt_lengths for example in shown]
+        ids = [f"{sample} after {example}" for sample in self.ids for example in examples.ids]
+        return TokenizedSamples.of_rows(ids, rows, prompts, self.begin)
 
     def all_as_answer(self) -> TokenizedSamples:
         """The same tokens, with the prompt counted as part of the answer."""
@@ -152,7 +175,12 @@ def _positions(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.
 
 @dataclass(frozen=True)
 class Tokens(Stage):
-    """Samples tokenised. What rests on them is named by the tokens themselves (`TokenizedSamples.fingerprint`)."""
+    """Tokenises samples. Other stages are identified by the tokens themselves (`TokenizedSamples.fingerprint`).
+
+    Attributes:
+        reading: how the samples are formatted: `staff.models.family.Family.reading` and
+            `staff.data.task.Task.reading`.
+    """
 
     kind: ClassVar[str] = "tokens"
     version: ClassVar[int] = 1
@@ -161,7 +189,6 @@ class Tokens(Stage):
     samples: Sequence[Sample] = field(repr=False)
     spec: ModelSpec
     reading: Mapping[str, Any]
-    """How they are read: `staff.models.family.Family.reading`, and `staff.data.task.Task.reading`."""
 
     @property
     def label(self) -> str:
@@ -185,7 +212,7 @@ class Tokens(Stage):
 
 
 def read_tokens(tokens: Artifact) -> TokenizedSamples:
-    """What `Tokens` stored; the token ids stay on the disk until they are used."""
+    """The samples that `Tokens` stored. Token ids are memory-mapped."""
     samples = json.loads((tokens.path / "samples.json").read_text())
     return TokenizedSamples(
         samples["ids"],
@@ -206,33 +233,33 @@ def tokenize(
     template_options: Mapping[str, Any] | None = None,
     loss_on: str = "last",
 ) -> TokenizedSamples:
-    """Tokenise prompts and answers apart and join them, so that no token spans their border.
+    """The tokenised samples. Prompt and answer are tokenised separately, so that no token spans both.
 
     Args:
-        prompt_format: "plain": begin token, prompt, answer, end token; "chat": the same with the text and the end
-            of turn of the tokenizer's chat template.
+        prompt_format: "plain": begin token, prompt, answer and end token; "chat": the same with the texts and the
+            end-of-turn token of the tokenizer's chat template.
         date, template_options: for the chat template, as in `staff.models.family.Family`.
         loss_on: "all": every answer of a conversation has labels; "last": its last one.
 
     Raises:
-        UserError: a tokenizer without an end token, or without a chat template that shows every answer as it is.
+        UserError: a tokenizer without an end token, or without a usable chat template.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has no end token, without which no answer ends; set "
+            f"the tokenizer of {tokenizer.name_or_path} has no end token to end answers with: set "
             "eos_token in its tokenizer_config.json."
         )
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end, every = tokenizer.eos_token_id, loss_on == "all"
     if prompt_format == "chat":
         template = ChatTemplate(tokenizer, date, template_options)
-        begin, end = [], template.end  # the template has a begin token of its own
+        begin, end = [], template.end  # the template includes the begin token
         pieces = [template.pieces(s.id, s.turns or _one_turn(s), every) for s in samples]
     else:
         pieces = [plain_pieces(s.turns) if s.turns else _prompt_and_answer(s) for s in samples]
     rows, prompt_lengths, masks = [], [], []
     with progress(len(samples), "tokenise") as bar:
-        # Some at a time: until it is done with a text, a tokenizer keeps far more of it than its tokens.
+        # In chunks, because a tokenizer needs far more memory for the texts of one call than their tokens do.
         for start in range(0, len(samples), 1000):
             some = pieces[start : start + 1000]
             tokens = iter(_tokens([piece.text for of_one in some for piece in of_one], tokenizer))
@@ -259,5 +286,5 @@ def _prompt_and_answer(sample: Sample) -> list[Piece]:
 
 
 def _tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each text alone; what is too long is told in our own words."""
+    """Token ids of each text, without special tokens; not verbose, since `fitting` reports what is too long."""
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Which samples are asked about, and how they read."""
+"""Views of the data: which samples a signal reads, and which part of their text."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from staff.data.tokens import TokenizedSamples
 
 @dataclass(frozen=True)
 class DataView:
-    """A part of the data as a signal or a training sees it.
+    """Which samples a signal reads, and which part of their text.
 
     Attributes:
-        slice: "pool", the samples to choose from; "dev", the validation slice; "test".
-        prompt: False: answers without their prompts.
-        text: "answer", or "all": prompt tokens count as answer tokens too.
-        indices: positions in the slice, in this order; None: all of it.
+        slice: "pool", the samples to choose from; or "dev", the validation slice.
+        prompt: whether answers are read after their prompts.
+        text: "answer"; or "all", which counts prompt tokens as answer tokens.
+        indices: positions in the slice, in this order; None: all.
     """
 
     slice: str = "pool"
@@ -26,7 +26,7 @@ class DataView:
     indices: np.ndarray | None = None
 
     def of(self, samples: TokenizedSamples) -> TokenizedSamples:
-        """The view of a slice's samples."""
+        """This view of the samples of its slice."""
         if self.indices is not None:
             samples = samples.take(self.indices)
         if not self.prompt:

@@ -1,4 +1,4 @@
-"""Generators: how a model answers prompts. One implementation, greedy decoding; another engine is a new file."""
+"""Generators, which answer prompts with a model. Another engine is a class in a file of your own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from staff.errors import UserError
 from staff.models.spec import is_sharded
 from staff.runtime import processes
+from staff.runtime.attention import without_cudnn_attention
 from staff.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
 
 
 class Generator(Protocol):
-    """Answers prompts. A frozen dataclass; `key` is what its answers depend on."""
+    """Answers prompts. Implementations are frozen dataclasses."""
 
-    def key(self) -> dict[str, Any]: ...
+    def key(self) -> dict[str, Any]:
+        """Everything that the answers depend on besides the arguments of `generate`, as JSON holds it."""
+        ...
 
     def generate(
         self,
@@ -30,13 +33,19 @@ class Generator(Protocol):
         end_tokens: Iterable[int] = (),
         meter: Meter | None = None,
     ) -> list[list[int]]:
-        """The new token ids of every prompt, in the order given, without end and padding tokens."""
+        """The new token ids for each prompt, in the order of the prompts, without end and padding tokens.
+
+        Args:
+            prompts: token ids of each prompt.
+            end_tokens: end tokens in addition to those of the tokenizer and the model.
+            meter: FLOPs and tokens are added to it.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """Greedy decoding, so that two evaluations of the same weights agree.
+    """Greedy decoding, so that evaluations of the same weights agree.
 
     Attributes:
         batch_tokens: as in `generate`.
@@ -68,29 +77,29 @@ def generate(
     end_tokens: Iterable[int] = (),
     meter: Meter | None = None,
 ) -> list[list[int]]:
-    """Continue every prompt greedily until an end token or `max_new_tokens`.
+    """Continue each prompt greedily until an end token or `max_new_tokens`.
 
-    The result does not depend on `batch_tokens` in float32, nor on the sampling, beam or penalty settings a model
-    brings in its generation configuration; its end tokens, several in some chat models, are kept beside the
-    tokenizer's. Processes of one run share the prompts out.
+    In float32 the answers do not depend on `batch_tokens`. Sampling, beam and penalty settings in the model's
+    generation configuration are ignored; its end tokens are used in addition to the tokenizer's. In a run of
+    several processes each answers a shard of the prompts, and all return all answers.
 
     Args:
         model: a causal language model, with or without adapters.
-        prompts: rows of token ids, of any lengths.
-        batch_tokens: upper bound of (longest prompt + max_new_tokens) x batch; a prompt beyond it goes alone. None:
-            8192 on a processor, where more wait for the longest answer (results/benchmarks/generation.md), 32768 on
-            a GPU.
-        end_tokens: further ones, such as a chat template's end of turn.
-        meter: told the real tokens processed, and their FLOPs as those of one forward pass over prompt and
-            continuation with logits at the generated tokens. That is exact for the linear layers; attention, in
-            which a decoding step sees only its past, counts up to twice what was needed, as in training.
+        prompts: token ids of each prompt.
+        batch_tokens: the limit of (longest prompt + max_new_tokens) x batch size; a longer prompt is a batch of its
+            own. None: 32768 on a GPU; 8192 on a processor, where in larger batches more prompts wait for the
+            longest answer (results/benchmarks/generation.md).
+        end_tokens: further end tokens, such as a chat template's end of turn.
+        meter: tokens without padding, and FLOPs of a forward pass over prompts and answers with logits at the
+            generated tokens, are added to it. This is exact for linear layers. Attention counts up to twice its
+            FLOPs, as in training, because a decoding step attends only to the past.
 
     Returns:
-        The new token ids of every prompt, in the order given, without end and padding tokens.
+        The new token ids for each prompt, in the order of the prompts, without end and padding tokens.
     """
     import torch
 
-    # Adapters sit inside the base model, whose generation configuration is the one that is read.
+    # Adapters are inside the base model, whose generation configuration is used.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     own, was_training = base.generation_config, base.training
     config, stop = _greedy(tokenizer, own, max_new_tokens, end_tokens)
@@ -99,7 +108,8 @@ def generate(
     base.eval()
     try:
         budget = batch_tokens or (8192 if base.device.type == "cpu" else 32768)
-        with processes.raise_on_all_ranks(apart=not is_sharded(base)), torch.inference_mode():
+        apart = not is_sharded(base)
+        with processes.raise_on_all_ranks(apart), torch.inference_mode(), without_cudnn_attention():
             batches = _batches(prompts, max_new_tokens, budget, together=is_sharded(base))
             with progress(sum(map(len, batches)), "answers") as bar:
                 for batch in batches:
@@ -113,23 +123,22 @@ def generate(
     if meter is not None:
         from staff.models.flops import forward_flops
 
-        processed = [
-            len(prompts[i]) + answer.generated - 1 for i, answer in answers.items()
-        ]  # the last is not read
+        # The last generated token is not processed.
+        processed = [len(prompts[i]) + answer.generated - 1 for i, answer in answers.items()]
         generated = [answer.generated for answer in answers.values()]
         meter.add(forward_flops(base.config, processed, generated), tokens_forward=sum(processed))
     return [answers[i].tokens for i in range(len(prompts))]
 
 
 class Answer(NamedTuple):
-    """Token ids without end and padding, and how many were generated, the end token included."""
+    """Token ids without end and padding tokens, and the number of generated tokens with the end token."""
 
     tokens: list[int]
     generated: int
 
 
 def _answered(base: Any, config: Any, stop: set[int], prompts: dict[int, Sequence[int]]) -> dict[int, Answer]:
-    """Answers to the prompts of one batch, by the same keys."""
+    """The answers to a batch of prompts, by the prompts' keys."""
     import torch
 
     width = max(len(prompt) for prompt in prompts.values())
@@ -141,14 +150,14 @@ def _answered(base: Any, config: Any, stop: set[int], prompts: dict[int, Sequenc
     output = base.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     answers = {}
     for i, row in zip(prompts, output[:, width:].tolist(), strict=True):
-        # Padding comes behind an end token alone: before one, the token that pads was written by the model.
+        # Padding comes only after an end token. Before one, the padding token is part of the answer.
         end = next((at for at, token in enumerate(row) if token in stop), len(row))
         answers[i] = Answer(row[:end], min(end + 1, len(row)))
     return answers
 
 
 def _greedy(tokenizer: Any, own: Any, max_new_tokens: int, end_tokens: Iterable[int]) -> tuple[Any, set[int]]:
-    """A generation configuration with nothing of the model's own but its end tokens, and those tokens."""
+    """A configuration for greedy decoding, and all end tokens: the tokenizer's, the model's and others."""
     from transformers import GenerationConfig
 
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
@@ -163,8 +172,11 @@ def _greedy(tokenizer: Any, own: Any, max_new_tokens: int, end_tokens: Iterable[
 def _batches(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens: int, together: bool
 ) -> list[list[int]]:
-    """Positions of this process's prompts in batches of like length; longest first: what does not fit in memory
-    fails at once. With `together` all processes get as many batches, the last ones of the shortest prompt."""
+    """Positions of this process's prompts, in batches of similar length.
+
+    The longest prompts come first, so that memory runs out in the first batch, if at all. With `together` all
+    processes get the same number of batches; the last ones repeat the shortest prompt.
+    """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     left, batches = processes.shard(order), []
     while left:

@@ -1,7 +1,7 @@
 """The stages that answer test prompts and measure the answers.
 
-The authors sampled and used another tokeniser for ROUGE, so absolute values are not comparable with theirs;
-differences between methods are (section 5.1).
+The authors sampled answers and used another tokenizer for ROUGE. So absolute values are not comparable with theirs,
+but differences between methods are (section 5.1).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
 
 from staff.data.tokens import TokenizedSamples
@@ -20,6 +21,7 @@ from staff.evaluation.metrics import measure
 from staff.evaluation.metrics.metric import Metric
 from staff.models.flops import forward_flops
 from staff.models.state import ModelState
+from staff.scoring.stage import Score, read_scores
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage, identity, plain
@@ -30,7 +32,7 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True)
 class Generate(Stage):
-    """The answers of a model to the prompts of samples."""
+    """A model's answers to the prompts of samples."""
 
     kind: ClassVar[str] = "evaluation"
     version: ClassVar[int] = 2
@@ -58,7 +60,7 @@ class Generate(Stage):
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         spec, model = self.state.spec, self.state.load(*inputs)
-        # Merged weights would be rounded to 4 bits again.
+        # Adapters are not merged into quantised weights, which would be rounded to 4 bits again.
         if self.state.adapted and not spec.quantization and not spec.is_partitioned:
             model = model.merge_and_unload()
         tokenizer = spec.tokenizer()
@@ -75,23 +77,26 @@ class Generate(Stage):
         pd.DataFrame(table).to_parquet(folder / PREDICTIONS)
 
     def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
-        """At most: no answer ends early."""
+        """An upper bound: every answer has `max_new_tokens`."""
         processed = (self.samples.prompt_lengths + self.max_new_tokens - 1).tolist()
         flops = forward_flops(self.state.spec.config(), processed, self.max_new_tokens * len(processed))
         meter.add(flops, tokens_forward=sum(processed))
 
 
 def read_predictions(answered: Artifact) -> pd.DataFrame:
-    """The answers that `Generate` stored: a row a sample, with its id, prediction and number of tokens."""
+    """The answers that `Generate` stored: a row for each sample, with id, prediction and number of tokens."""
     return pd.read_parquet(answered.path / PREDICTIONS)
 
 
 @dataclass(frozen=True)
 class Measure(Stage):
-    """Metrics of stored answers. Nothing is generated again for a new metric, and no other fingerprint changes.
+    """Metrics of stored answers and stored scores. Nothing is generated again for a new metric, and no other
+    fingerprint changes.
 
     Attributes:
         references: by the sample's id.
+        likelihood: the signal "nll" of every reference, in the order of the answers and of each one's references;
+            None where no metric needs it.
     """
 
     kind: ClassVar[str] = "metrics"
@@ -101,6 +106,7 @@ class Measure(Stage):
     answers: Generate
     metrics: Sequence[Metric]
     references: dict[str, tuple[str, ...]] = field(repr=False)
+    likelihood: Score | None = None
 
     @property
     def label(self) -> str:
@@ -108,7 +114,7 @@ class Measure(Stage):
 
     @property
     def inputs(self) -> tuple[Stage, ...]:
-        return (self.answers,)
+        return (self.answers,) if self.likelihood is None else (self.answers, self.likelihood)
 
     def key(self) -> dict[str, Any]:
         return {"metrics": [identity(metric) for metric in self.metrics], "references": plain(self.references)}
@@ -116,15 +122,23 @@ class Measure(Stage):
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         answers = read_predictions(inputs[0])
         answers["references"] = [self.references[id] for id in answers["id"]]
-        headline, per_sample = measure(self.metrics, answers["prediction"].tolist(), answers["references"].tolist())
+        nll = None
+        if self.likelihood is not None:
+            counts = np.array([len(texts) for texts in answers["references"]])
+            starts = np.cumsum(counts) - counts
+            nll = np.add.reduceat(read_scores(inputs[1])["nll"], starts) / counts[:, None]
+        texts = answers["prediction"].tolist(), answers["references"].tolist()
+        headline, per_sample = measure(self.metrics, *texts, nll)
         answers.join(per_sample).to_parquet(folder / PREDICTIONS)
         (folder / METRICS).write_text(json.dumps(headline))
 
     def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
-        """Nothing: there are no answers."""
+        """Does nothing: a dry run has no answers."""
 
 
 def read_measured(measured: Artifact) -> tuple[dict[str, float], pd.DataFrame]:
-    """What `Measure` stored: the headline of every metric; and a row a sample, with id, prediction, number of tokens,
-    references and the value of every metric."""
+    """What `Measure` stored: the headline value of every metric, and a table of the predictions.
+
+    The table has a row for each sample: id, prediction, number of tokens, references and the value of every metric.
+    """
     return json.loads((measured.path / METRICS).read_text()), pd.read_parquet(measured.path / PREDICTIONS)

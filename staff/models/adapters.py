@@ -1,4 +1,4 @@
-"""LoRA adapters put on a model, read back, and replaced."""
+"""LoRA adapters: add, load and replace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from staff.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """A LoRA adapter: rank r, alpha (scaling is alpha / r), dropout, and the linear layers it is put on."""
+    """A LoRA adapter.
+
+    Attributes:
+        rank: r of the matrices A and B.
+        alpha: the adapter's output is scaled by alpha / r.
+        dropout: probability of dropout on the adapter's input.
+        targets: names of the linear layers that get an adapter, or "all-linear".
+    """
 
     rank: int
     alpha: int
@@ -30,12 +37,15 @@ class LoraSpec:
 
 
 def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
-    """`model` with a new adapter: A drawn from `seed`, B zero. The caller's random state is left alone."""
+    """`model` with a new adapter: A is drawn from `seed`, B is zero. The global random state does not change."""
     import torch
     from peft import LoraConfig, get_peft_model
 
     targets = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
+    # PEFT refuses an adapter on the output projection of Mamba's blocks, which a fused kernel reads directly.
+    kernel_reads = ["out_proj"] if "mamba" in model.config.model_type and targets == "all-linear" else None
     config = LoraConfig(
+        exclude_modules=kernel_reads,
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
@@ -46,12 +56,12 @@ def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config).eval()
-        except ValueError as error:  # no layer is called so
+        except ValueError as error:  # no layer has such a name
             raise UserError(f"LoRA targets={targets!r}: {str(error).split('. ')[0]}; name others.") from error
 
 
 def load_trained(spec: ModelSpec, folder: Path) -> Any:
-    """The model that a fine-tuning left in `folder`: an adapter of the model, or all its weights."""
+    """The model that a fine-tuning saved in `folder`: `spec` with an adapter, or all weights."""
     if not (folder / "adapter_config.json").is_file():
         return replace(spec, path=str(folder), revision=None, prepared=None).load()
     from peft import PeftModel
@@ -60,8 +70,10 @@ def load_trained(spec: ModelSpec, folder: Path) -> Any:
 
 
 def replace_lora(tuned: Any, spec: LoraSpec, seed: int) -> Any:
-    """`tuned` with a fresh adapter in place of its own on the layers that `spec` targets. Elsewhere the tuning stays,
-    merged into the weights. This is what the authors' code does to the small model."""
+    """`tuned` with a fresh adapter in place of its own on the layers that `spec` targets.
+
+    On all other layers the fine-tuning is merged into the weights. The authors' code does this to the small model.
+    """
     import torch
 
     replaced = (spec.targets,) if isinstance(spec.targets, str) else tuple(spec.targets)

@@ -1,4 +1,4 @@
-"""A small model made of some of the target's blocks."""
+"""Depth pruning: a small model made of some of the target's blocks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from staff.errors import UserError
 
 @dataclass(frozen=True)
 class DepthPruning:
-    """Which of the target's blocks make up a small model, for a family that has none of its own.
+    """Which of the target's blocks make up the small model, for a family without one.
 
     Attributes:
-        keep_layers: indices of the blocks, increasing; or how many, evenly spaced with the first and the last
-            among them; None for no small model of this kind.
+        keep_layers: indices of the blocks, increasing; or a number of blocks, evenly spaced from the first to the
+            last. None: the small model is not made from the target.
     """
 
     keep_layers: int | Sequence[int] | None = None
@@ -32,10 +32,10 @@ class DepthPruning:
         return f"family.small.from_target.keep_layers={self.keep_layers!r}"
 
     def indices(self, depth: int) -> list[int]:
-        """The blocks to keep of a target with `depth` of them.
+        """The indices of the blocks to keep, for a target with `depth` blocks.
 
         Raises:
-            UserError: none, or more than there are; an index that does not exist or is out of order.
+            UserError: a number of blocks outside [1, depth], or indices that do not exist or do not increase.
         """
         if isinstance(self.keep_layers, int):
             if not 1 <= self.keep_layers <= depth:
@@ -50,9 +50,10 @@ class DepthPruning:
 
 
 def keep_blocks(model: Any, kept: Sequence[int]) -> None:
-    """Leave a causal language model only the blocks at these increasing indices; all other weights stay.
+    """Remove all blocks of a causal language model except those at the increasing indices `kept`.
 
-    Depth pruning without a healing of its own (Kim et al., Shortened LLaMA, 2024): fine-tuning follows anyway.
+    This is depth pruning as in Shortened LLaMA (Kim et al. 2024), without its retraining: the small model is
+    fine-tuned anyway.
     """
     from torch.nn import ModuleList
 

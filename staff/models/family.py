@@ -1,4 +1,4 @@
-"""A family: the target LLM and its small sibling."""
+"""A family: the target LLM and a small model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from staff.models.spec import ModelSpec
 PROMPT_FORMATS = ("plain", "chat")
 
 DATE = "2024-07-26"
-"""The day that a template is told when it asks for today's, so that a prompt is the same tomorrow."""
+"""The date that a chat template gets as today's, so that prompts are the same every day."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A target LLM and a small model of the same family; every run names both.
+    """A target LLM and a small model of the same family.
 
     Attributes:
-        prompt_format: "plain", the prompt as the task renders it; "chat", as the user's turn in the chat template
-            of each model's tokenizer.
-        date: the day (YYYY-MM-DD) for chat templates that print today's.
-        template_options: further variables of the chat templates, such as {"enable_thinking": False}.
+        prompt_format: "plain", the prompt as the task renders it; "chat", the prompt as the user's turn in the
+            chat template of each model's tokenizer.
+        date: the date (YYYY-MM-DD) for chat templates that print today's.
+        template_options: further variables for the chat templates, such as {"enable_thinking": False}.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Family:
     template_options: Mapping[str, Any] | None = None
 
     def with_loading(self, quantization: str | None, sharded: bool) -> Family:
-        """The family with both models loaded in 4 bits, or with weights that the processes share out."""
+        """The family with both models to be loaded with this quantization, or with sharded weights."""
         target, small = (replace(s, quantization=quantization, sharded=sharded) for s in (self.target, self.small))
         return replace(self, target=target, small=small)
 
@@ -46,15 +46,15 @@ class Family:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How both models read a sample: the arguments of `staff.data.tokens.tokenize` that have an effect."""
+        """How samples are formatted: the arguments of `staff.data.tokens.tokenize` that have an effect."""
         if self.prompt_format == "plain":
             return {"prompt_format": "plain"}
-        told = {"date": self.date, "template_options": dict(self.template_options or {})}
-        return {"prompt_format": self.prompt_format, **told}
+        template = {"date": self.date, "template_options": dict(self.template_options or {})}
+        return {"prompt_format": self.prompt_format, **template}
 
 
 def check_chat(date: Any, options: Any) -> None:
-    """Refuse what a chat template cannot be given.
+    """Refuse a bad date or bad options for chat templates.
 
     Raises:
         UserError: a date that is not YYYY-MM-DD, or options that are neither None nor a mapping with text keys.

@@ -24,9 +24,9 @@ def forward_flops(config: Any, lengths: Iterable[int], label_positions: int | It
     those count through which a token passes.
 
     Args:
-        config: a transformers configuration; a multimodal one counts by its text model.
-        lengths: real tokens of every sample, shape (N,).
-        label_positions: positions at which logits are computed, in all or for each sample; None: at all tokens.
+        config: a transformers configuration; of a multimodal one, the text model is counted.
+        lengths: tokens of each sample without padding, shape (N,).
+        label_positions: how many positions have logits, in total or for each sample; None: all tokens.
     """
     linear, attention = _matrix_products(config, lengths, label_positions)
     return float(linear + attention)
@@ -39,17 +39,17 @@ def training_flops(
     *,
     adapter_parameters: int | None = None,
 ) -> float:
-    """FLOPs of one forward and backward pass over the samples: one epoch.
+    """FLOPs of one epoch: a forward and a backward pass over the samples.
 
-    Full fine-tuning: a backward pass costs two forward passes, one for the gradients of the activations and one
-    for those of the weights (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), so three in all. With LoRA the
-    frozen weights need no gradient of their own: linear layers count twice, attention (no weights, both factors
-    are activations) three times, and each adapter parameter 6 FLOPs a token. The gradients at the input of the
-    first block, which a frozen embedding may save, are counted; recomputation by gradient checkpointing is not.
+    In full fine-tuning the backward pass costs two forward passes, one for the gradients of the activations and one
+    for those of the weights (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). With LoRA the frozen weights need
+    no gradients: linear layers count twice, attention three times (both factors are activations), and each adapter
+    parameter 6 FLOPs per token. Gradients at the input of the first block are counted, though a frozen embedding
+    may save them. Recomputation by gradient checkpointing is not counted.
 
     Args:
-        config, lengths, label_positions: as in ``forward_flops``; a trainer computes logits at all tokens.
-        adapter_parameters: entries of all LoRA matrices A and B together; None: all weights are trained.
+        config, lengths, label_positions: as in ``forward_flops``.
+        adapter_parameters: number of parameters in all LoRA matrices; None: all weights are trained.
     """
     lengths = [int(length) for length in lengths]
     linear, attention = _matrix_products(config, lengths, label_positions)
@@ -101,7 +101,7 @@ class _Hidden:
 
 
 LENGTHS = (16, 32, 48, 64)
-UNKNOWN = (float("nan"),) * 3
+UNKNOWN = (float("nan"), float("nan"), float("nan"))
 
 
 @cache

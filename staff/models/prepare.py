@@ -1,7 +1,7 @@
 """Stages that obtain a model: convert a GGUF file, cut a small model out of the target, save objects at hand.
 
-Each runs once and is kept as an artefact. Nobody is charged for it: converting a format and copying blocks belong to
-obtaining a model, as a download does, and not to selecting samples. So they run outside every other stage.
+Each runs once and is kept as an artefact. No run is charged for it: like a download, it obtains a model and selects
+no samples. So these stages run outside every other stage.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare(family: Family, store: Store) -> Family:
-    """The family with every model in a folder that transformers loads in seconds.
+    """The family with every model in a format that transformers loads in seconds.
 
     Raises:
         UserError: a GGUF file that cannot be read, or blocks that the target does not have.
@@ -42,7 +42,7 @@ def prepare(family: Family, store: Store) -> Family:
 
 
 def from_objects(model: Any, tokenizer: Any, store: Store) -> ModelSpec:
-    """A transformers model with its tokenizer, saved once and found again by content; both stay as they are.
+    """The spec of a transformers model and its tokenizer, which are saved in the store and not changed.
 
     Raises:
         UserError: a model with an adapter or packed weights, or in a precision that is not supported.
@@ -52,7 +52,7 @@ def from_objects(model: Any, tokenizer: Any, store: Store) -> ModelSpec:
 
 
 def _prepared(spec: ModelSpec, store: Store) -> ModelSpec:
-    """A GGUF file as a folder of its own; any other model as it is."""
+    """A GGUF file converted to a folder; any other model unchanged."""
     if spec.local is None or spec.local.is_dir():
         return spec
     return replace(spec, prepared=store.get(ConvertGguf(spec)))
@@ -66,7 +66,7 @@ class _Prepare(Stage):
 
 @dataclass(frozen=True)
 class ConvertGguf(_Prepare):
-    """A GGUF file as a folder: parsing one takes transformers the better part of a minute."""
+    """A GGUF file converted to a folder, since transformers needs most of a minute to parse one."""
 
     spec: ModelSpec
 
@@ -98,7 +98,7 @@ class ConvertGguf(_Prepare):
 
 @dataclass(frozen=True)
 class PruneDepth(_Prepare):
-    """The target with some of its blocks only."""
+    """The target with only some of its blocks."""
 
     target: ModelSpec
     kept: list[int]
@@ -129,7 +129,7 @@ class PruneDepth(_Prepare):
 
 @dataclass(frozen=True)
 class SaveObjects(_Prepare):
-    """A model and a tokenizer that exist as objects."""
+    """A model and a tokenizer that were given as objects."""
 
     model: Any
     tokenizer: Any

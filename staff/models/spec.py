@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 PRECISIONS = ("float32", "bfloat16")
 QUANTIZATIONS = ("nf4",)
 
-# Decoders with gated MLPs whose block feeds `input_layernorm` to the attention alone, and whose attention is causal
-# and ends in `o_proj`; everything else in them works on one position at a time. Checked layer by layer in the tests.
+# Decoders with gated MLPs whose block feeds `input_layernorm` to the attention alone, and whose attention is
+# causal and ends in `o_proj`; all else in them works on one position at a time. The tests check layer by layer.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 """Model types with exact batched gradients, and FLOPs and memory by formula."""
 
@@ -34,10 +34,10 @@ class ModelSpec:
 
     Attributes:
         path: a local folder or GGUF file, a name on the Hugging Face hub, or pkg://PACKAGE/PATH for a folder or
-            GGUF file that a Python package carries.
+            GGUF file in a Python package.
         revision: branch, tag or commit on the hub; the commit it resolves to is recorded.
         dtype: precision of the weights in memory.
-        attention: attention implementation, as transformers names them.
+        attention: attention implementation, as transformers names them; a model without "sdpa" uses "eager".
         gated: the hub asks for an accepted licence and a token.
         quantization: None, or "nf4": linear layers in 4 bits, as QLoRA has them (Dettmers et al. 2023,
             arXiv:2305.14314): normal floats, doubly quantised, computed with in bfloat16.
@@ -83,12 +83,12 @@ class ModelSpec:
         return None
 
     def identity(self) -> dict[str, Any]:
-        """What determines the model's behaviour: what it is, and in which precision."""
+        """What determines the model's behaviour: its source and its precision."""
         identity = {**self.source(), "dtype": self.dtype, "attention": self.attention}
         return {**identity, "quantization": self.quantization} if self.quantization else identity
 
     def source(self) -> dict[str, Any]:
-        """What the model is, wherever it lies: content of its files, commit on the hub, or how it was made."""
+        """What identifies the model: the content of its files, the commit on the hub, or how it was prepared."""
         if self.prepared is not None:
             return {"prepared": self.prepared.fingerprint}
         if self.local is not None:
@@ -96,13 +96,13 @@ class ModelSpec:
         return {"hub": self.path, "commit": self.commit()}
 
     def tokenizer_identity(self) -> dict[str, Any]:
-        """What determines how the model's tokenizer reads a text; the same for models that share a tokenizer."""
+        """What identifies the model's tokenizer; the same for models that share a tokenizer."""
         if self.local is None or self.local.is_file():
             return self.source()
         return {"content": _digest(self.local, weights=False), "model_type": self.config().model_type}
 
     def commit(self) -> str:
-        """The commit on the hub, or in its local cache, that the revision stands for; the same for one process.
+        """The commit that the revision resolves to, on the hub or in its local cache. Fixed within a process.
 
         Raises:
             UserError: neither has the model.
@@ -113,37 +113,39 @@ class ModelSpec:
             raise self._not_on_hub(error) from error
 
     def config(self) -> Any:
-        """The model's transformers configuration; loads no weights."""
+        """The model's transformers configuration."""
         from transformers import AutoConfig
 
         return self._from_pretrained(AutoConfig.from_pretrained, **NO_CODE)
 
     def window(self) -> int | None:
-        """How many tokens the model has positions for; None where its configuration sets no limit."""
+        """The model's context window in tokens; None if its configuration sets no limit."""
         positions = getattr(self.config().get_text_config(), "max_position_embeddings", None)
         return positions if positions and positions > 0 else None
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer. One without a pad token pads with its end token: padding is masked anyway."""
+        """The model's tokenizer. One without a pad token pads with its end token, since padding is masked."""
         from transformers import AutoTokenizer
 
         tokenizer = self._from_pretrained(AutoTokenizer.from_pretrained, **NO_CODE)
-        tokenizer.padding_side = "right"  # training relies on it; generation pads on the left by itself
+        tokenizer.padding_side = "right"  # as training requires; generation pads on the left itself
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     @property
     def is_partitioned(self) -> bool:
-        """Whether `load` gives each process a part of the weights. Then all processes run the model in step, and no
-        adapter can be merged into it."""
+        """Whether `load` gives each process a shard of the weights.
+
+        All processes must then run the model in step, and adapters cannot be merged into it.
+        """
         return self.sharded and processes.world_size() > 1
 
     def load(self) -> Any:
-        """The model in evaluation mode, on the GPU where there is one."""
+        """The model in evaluation mode, on the GPU if there is one."""
         import torch
 
-        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
+        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self._attention()}
         if self.quantization:
             options["quantization_config"] = _four_bits()
         if self.is_partitioned:
@@ -156,23 +158,46 @@ class ModelSpec:
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def shapes(self, device: str = "meta") -> Any:
-        """The model without its weights: every module and shape; on another device than meta drawn at random."""
+        """The model's modules and shapes, without its weights. On a device other than meta, weights are random."""
         import torch
         from transformers import AutoModelForCausalLM
 
-        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
+        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self._attention()}
         with torch.device(device):
             return AutoModelForCausalLM.from_config(self.config(), **options)
 
-    def weights(self, **options: Any) -> Any:
-        """The model as transformers loads it with these options.
+    def _attention(self) -> str:
+        """The attention implementation that is used.
 
         Raises:
-            UserError: it cannot be loaded or fetched from the hub, lacks weights, or holds what is not trusted
-                (`staff.models.weights`).
+            UserError: the model does not support the one that was chosen, or a package is missing.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        for attention in (self.attention, "eager"):
+            try:
+                with torch.device("meta"):
+                    AutoModelForCausalLM.from_config(self.config(), attn_implementation=attention)
+                return attention
+            except UserError:
+                raise
+            except (ValueError, ImportError) as error:
+                if self.attention != "sdpa":
+                    raise UserError(
+                        f"family attention={self.attention} cannot be used with {self.name} ({reason(error)}): "
+                        "choose sdpa or eager."
+                    ) from error
+        raise UserError(f"the model {self.name} is no causal language model that transformers knows.")
+
+    def weights(self, **options: Any) -> Any:
+        """The model, loaded by transformers with these options.
+
+        Raises:
+            UserError: it cannot be loaded or downloaded, lacks weights, or is not trusted (`staff.models.weights`).
         """
         model, found = self._from_pretrained(load_safetensors, output_loading_info=True, **options)
-        if missing := sorted(found["missing_keys"]):  # transformers draws them at random and goes on
+        if missing := sorted(found["missing_keys"]):  # transformers only warns and initialises them at random
             raise UserError(f"the model in {self.path} lacks {len(missing)} of its weights, such as {missing[0]}.")
         return model
 
@@ -182,7 +207,7 @@ class ModelSpec:
             options["revision"] = self.commit()
         elif where.is_file():
             where, options["gguf_file"] = where.parent, where.name
-        # A torn GGUF file can end in any error of the parser.
+        # For a damaged GGUF file the parser can raise any error.
         expected = (Exception,) if "gguf_file" in options else (OSError, ValueError, ImportError)
         try:
             return load(str(where or self.path), **options)
@@ -200,10 +225,10 @@ class ModelSpec:
 
 
 def check_quantization() -> None:
-    """Refuse QLoRA on a machine that cannot do it; loads nothing.
+    """Refuse QLoRA on a machine that does not support it.
 
     Raises:
-        UserError: without the package bitsandbytes, or without a GPU.
+        UserError: the package bitsandbytes or a GPU is missing.
     """
     import torch
 
@@ -227,7 +252,7 @@ def _four_bits() -> Any:
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether this process has but a part of the model's weights."""
+    """Whether this process has only a shard of the model's weights."""
     return getattr(model, "_is_fsdp_managed_module", False)
 
 
@@ -241,8 +266,11 @@ def _commit(name: str, revision: str | None) -> str:
 
 @cache
 def _digest(model: Path, weights: bool = True) -> str:
-    """SHA-256 of a GGUF file, or of the names and contents of the files in a model's folder; without `weights` of
-    its tokenizer's files."""
+    """SHA-256 of a GGUF file, or of the names and contents of the files in a model's folder.
+
+    Args:
+        weights: whether to include the weights and the model's configuration, besides the tokenizer's files.
+    """
     if model.is_file():
         return _file_digest(model).hex()
     digest = hashlib.sha256()

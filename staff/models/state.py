@@ -1,4 +1,4 @@
-"""A model that can be asked: which model, what it was trained on, and at which point of that training."""
+"""The state of a model: which model, what it was trained on, and at which point of the training."""
 
 from __future__ import annotations
 
@@ -13,22 +13,35 @@ from staff.models.spec import ModelSpec
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage
 
+MOMENTS = "moments.safetensors"
+"""The optimiser's moments at the end of an epoch: two tensors a parameter, NAME.exp_avg and NAME.exp_avg_sq."""
+
 
 class Training(Stage):
-    """A stage that leaves a model: an adapter, or all its weights."""
+    """A stage that leaves a model: an adapter, or all its weights.
+
+    Attributes:
+        moments: whether it keeps Adam's moments of every epoch.
+    """
+
+    moments: bool = False
 
     @property
     @abstractmethod
     def adapter(self) -> LoraSpec | None:
-        """The adapter that it trains; None where it trains all weights."""
+        """The adapter that it trains; None if it trains all weights."""
 
     @abstractmethod
     def checkpoint(self, folder: Path, epoch: int) -> Path:
-        """Where the stage's `folder` keeps the model at the end of this epoch (1 is the first).
+        """The folder, inside the stage's `folder`, with the model at the end of this epoch (1 is the first).
 
         Raises:
-            UserError: it keeps none.
+            UserError: the training saves no checkpoints.
         """
+
+    @abstractmethod
+    def moments_file(self, folder: Path, epoch: int | None) -> Path:
+        """Where the stage's `folder` keeps the optimiser's moments at the end of this epoch (None: of the last)."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +49,9 @@ class ModelState:
     """A model in one state.
 
     Attributes:
-        spec: which model, and how it is held in memory.
-        training: None: the raw model.
-        checkpoint: None: the end of the training; k: the end of its k-th epoch.
+        spec: which model, and how it is loaded.
+        training: how it was trained; None: the raw model.
+        checkpoint: the epoch at whose end the model is taken; None: the end of the training.
     """
 
     spec: ModelSpec
@@ -47,21 +60,21 @@ class ModelState:
 
     @property
     def inputs(self) -> tuple[Stage, ...]:
-        """The stages to be given to `load`."""
+        """The stages whose artefacts `load` is given."""
         return () if self.training is None else (self.training,)
 
     def key(self) -> dict[str, Any]:
-        """All that determines the model besides `inputs`, as JSON holds it."""
+        """Everything besides `inputs` that determines the model, as JSON holds it."""
         return {"model": self.spec.identity(), "checkpoint": self.checkpoint}
 
     @property
     def adapted(self) -> bool:
-        """Whether `load` gives a model with a trained adapter."""
+        """Whether the model that `load` returns has a trained adapter."""
         return self.training is not None and self.training.adapter is not None
 
     @property
     def words(self) -> str:
-        """Such as "fine-tuned Llama-2-7b after epoch 2", for labels."""
+        """The state in words, such as "fine-tuned Llama-2-7b after epoch 2"."""
         after = "" if self.checkpoint is None else f" after epoch {self.checkpoint}"
         return f"{'raw' if self.training is None else 'fine-tuned'} {self.spec.name}{after}"
 
@@ -74,8 +87,17 @@ class ModelState:
             folder = self.training.checkpoint(folder, self.checkpoint)
         return load_trained(self.spec, folder)
 
+    def load_moments(self, *trained: Artifact) -> dict[str, tuple[Any, Any]]:
+        """Adam's first and second moment of every trained parameter, by its name; as for `load`."""
+        from safetensors.torch import load_file
+
+        assert self.training is not None
+        file = load_file(self.training.moments_file(trained[0].path, self.checkpoint))
+        names = {key.rpartition(".")[0] for key in file}
+        return {name: (file[f"{name}.exp_avg"], file[f"{name}.exp_avg_sq"]) for name in names}
+
     def shapes(self) -> Any:
-        """The same without weights, on the meta device."""
+        """The model without its weights, on the meta device."""
         shapes = self.spec.shapes()
         if self.training is None or self.training.adapter is None:
             return shapes
@@ -84,23 +106,31 @@ class ModelState:
 
 @dataclass(frozen=True)
 class FreshAdapter:
-    """A LoRA adapter with A drawn from `seed` and B zero, put on a model to differentiate by."""
+    """A new LoRA adapter to differentiate by: A is drawn from `seed`, B is zero."""
 
     lora: LoraSpec
     seed: int
 
     def put_on(self, model: Any, adapted: bool) -> Any:
-        """`model` with this adapter; one that is `adapted` keeps its tuning, merged into the weights, elsewhere."""
+        """`model` with this adapter.
+
+        A model that is `adapted` has it in place of its own on the same layers; on all other layers its own adapter
+        is merged into the weights.
+        """
         if adapted:
             return replace_lora(model, self.lora, self.seed)
         return fresh_lora(model, self.lora, self.seed)
 
 
 def check_mergeable(spec: ModelSpec) -> None:
-    """Refuse a model into whose weights no adapter can be merged."""
+    """Refuse a model with weights that adapters cannot be merged into.
+
+    Raises:
+        UserError: quantised or sharded weights.
+    """
     if spec.quantization or spec.is_partitioned:
         raise UserError(
-            "adapters cannot be merged into weights of 4 bits or of a model that is shared out, as "
-            "gradient=all_linear and fresh_adapter ask: choose gradient=last_v_b or all_lora without "
+            "adapters cannot be merged into 4-bit or sharded weights, as gradient=all_linear and "
+            "fresh_adapter require: choose gradient=last_v_b or all_lora without "
             "fresh_adapter, or finetune=lora finetune.fsdp=false."
         )

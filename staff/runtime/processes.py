@@ -1,4 +1,4 @@
-"""Several processes that carry out one run together, on one device each: started by torchrun or by a launcher.
+"""Several processes that run one experiment together, one device each, started by torchrun or a launcher.
 
 All of them do the same, with two exceptions. Samples are sharded (scoring, the batches of fine-tuning, answering),
 and their results gathered. And only the main process, that of rank 0, writes: artefacts, records, logs.
@@ -48,7 +48,7 @@ _group: _Group | None = None
 
 
 def launched() -> bool:
-    """Whether the environment says, as torchrun's does, that this process is one of several."""
+    """Whether the environment, as torchrun sets it, says that this process is one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -59,7 +59,7 @@ def start() -> None:
     if "SUBMITIT_EXECUTOR" in os.environ and not launched():
         from submitit.helpers import TorchDistributedEnvironment
 
-        # Which GPU is whose is decided below: SLURM may have left each task one visible GPU.
+        # The device is set below: SLURM may have left each task only one visible GPU.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if _group is not None or not launched():
         return
@@ -113,11 +113,12 @@ def end() -> None:
 
 
 def rank() -> int:
+    """The index of this process; 0 is the main process."""
     return _group.rank if _group else 0
 
 
 def world_size() -> int:
-    """How many processes carry out this run."""
+    """The number of processes in this run."""
     return _group.world_size if _group else 1
 
 

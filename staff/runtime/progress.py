@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, a line now and then in a log."""
+"""Progress of long work: a bar on a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from tqdm import tqdm
 log = logging.getLogger(__name__)
 
 EVERY = 30.0
-"""Seconds between two lines of a log; what is done sooner says nothing."""
+"""Seconds between two lines in a log. Work that takes less writes none."""
 
 
 class _Lines(tqdm):
-    """Writes lines to the log in place of a bar."""
+    """Writes lines to the log instead of drawing a bar."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if msg is None:
-            log.info("%s", str(self))  # now: a handler may look at it later
+            log.info("%s", str(self))  # formatted now, since a handler may format it later
 
 
 def progress(total: int, what: str, unit: str = "sample") -> tqdm:
-    """To be told of what is done by `update(count)`, within a with statement.
+    """A context manager whose `update(count)` reports that `count` more units are done.
 
     Args:
-        total: how many there are to do.
-        what: is being done, in a word or two.
+        total: the number of units.
+        what: a short description of the work.
+        unit: the name of a unit.
     """
     shown: dict[str, Any] = {"total": total, "desc": what, "unit": unit}
     # Bars of several worker processes would overwrite each other.

@@ -1,4 +1,4 @@
-"""FLOPs of scoring samples, from shapes."""
+"""FLOPs of scoring samples, computed from shapes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def scoring_flops(
 ) -> float:
     """FLOPs of one pass over samples, without padding: a forward pass, and a backward pass for gradients.
 
-    A backward pass through frozen linear layers costs what their forward pass cost, through attention twice that;
-    "last_v_b" needs of attention only the gradient of the values, half of it. What a fused kernel recomputes is not
-    counted.
+    The backward pass through frozen linear layers costs as much as the forward pass, through attention twice as
+    much. "last_v_b" needs only the gradient of the values, which costs half the forward pass of attention.
+    Recomputation in fused kernels is not counted.
 
     Args:
         model: its shapes count; it may lie on the meta device.
@@ -70,7 +70,7 @@ def _in_full(config: Any, lengths: np.ndarray, gradient: GradientOf | None) -> f
 
 
 def contraction_flops(model: Any, lengths: np.ndarray, answer_lengths: np.ndarray) -> float:
-    """FLOPs of the squared norms over all linear layers; the head sees the answer tokens alone."""
+    """FLOPs of the squared norms of all linear layers' gradients. The head runs at answer tokens alone."""
     from staff.scoring.gradients import gradient_layers, gram_is_cheaper
 
     total = 0.0

@@ -1,11 +1,12 @@
 """Exact per-sample gradients of a whole batch from one forward and one backward pass.
 
-The loss is the sum over samples of each sample's own mean answer cross-entropy, so the gradient of the loss with
-respect to a layer's output holds, row by row, what each sample contributes. For a linear layer with inputs x (T, in)
-and output gradients g (T, out) of one sample, the gradient of the weight is g^T x (Goodfellow 2015,
-arXiv:1510.01799). A reducer turns these pairs into a value per sample; the squared norm is one of them.
+The loss is the sum over samples of each sample's own mean answer cross-entropy. So the rows of its gradient with
+respect to a layer's output belong to one sample each. For a linear layer with inputs x (T, in) and output gradients
+g (T, out) of one sample, the gradient of the weight is g^T x (Goodfellow 2015, arXiv:1510.01799). A reducer turns
+these pairs into a value per sample; the squared norm is one of them.
 
-No parameter asks for a gradient, the wanted outputs do: all that runs before the first of them keeps no graph.
+Parameters do not require gradients, only the outputs of these layers do. So nothing before the first of them keeps
+a graph.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from staff.scoring.signal import check_parameters
 
 @dataclass(frozen=True)
 class LayerGradient:
-    """What backpropagation leaves of one linear layer: inputs x (B, T, in) and output gradients g (B, T, out).
+    """The gradient of one linear layer, as a pair of matrices for each sample.
 
     Attributes:
-        embedded: where the layer's weight is also the embedding, the token ids (B, T) and the gradient (B, T, in)
+        x: inputs of the layer, (B, T, in).
+        g: gradients of its outputs, (B, T, out).
+        embedded: if the layer's weight is tied to the embedding, the token ids (B, T) and the gradient (B, T, in)
             that each position adds to its token's row.
     """
 
@@ -40,14 +43,14 @@ class LayerGradient:
 
 
 class Reducer(Protocol):
-    """Turns gradients into a value of shape (B, *shape) per sample; the values of all layers are added up."""
+    """Turns gradients into a value per sample. The values of all layers are added up."""
 
     def of_layer(self, gradient: LayerGradient) -> Tensor:
-        """(B, *shape), from the pair of one linear layer."""
+        """The values of a batch for one linear layer: (B, *shape)."""
         ...
 
     def of_parameter(self, name: str, gradient: Tensor) -> Tensor:
-        """(*shape,), from the gradient of one parameter for a single sample."""
+        """The value of a single sample for one parameter, from its gradient: (*shape,)."""
         ...
 
 
@@ -65,18 +68,20 @@ class SquaredNorm:
 
 
 class Gradients(Protocol):
-    """The gradients of a batch, of which nothing is kept but what a reducer makes of them."""
+    """The gradients of a batch, which are read only through a reducer."""
 
-    def reduce(self, reducer: Reducer) -> Tensor: ...
+    def reduce(self, reducer: Reducer) -> Tensor:
+        """The reducer's values, summed over layers: (B, *shape)."""
+        ...
 
 
 @dataclass(frozen=True)
 class BatchGradients:
-    """Gradients of a batch as pairs (input, output gradient) of its linear layers.
+    """Gradients of a batch as pairs of input and output gradient of its linear layers.
 
     Attributes:
-        at: positions at which the last block ran; its layers' tensors hold these alone.
-        embedding: the input embedding, where its weight is also one of the layers'.
+        at: the positions at which the last block ran. The tensors of its layers have these positions only.
+        embedding: the input embedding, if its weight is tied to one of the layers.
     """
 
     names: Mapping[nn.Module, str]
@@ -97,13 +102,13 @@ class BatchGradients:
             yield LayerGradient(name, layer, x, g, (self.input_ids, self._embedded()) if tied else None)
 
     def _embedded(self) -> Tensor:
-        """What each position adds to its token's row of the embedding's gradient (Gemma 3 scales its rows)."""
+        """What each position adds to its token's row of the embedding's gradient. Gemma 3 scales embeddings."""
         return widened(self.outputs[self.embedding]) * getattr(self.embedding, "embed_scale", 1.0)
 
 
 @dataclass(frozen=True)
 class SampleGradients:
-    """The gradient of a single sample, parameter by parameter, as autograd gives it."""
+    """The gradients of a single sample by parameter, computed by autograd."""
 
     gradients: Mapping[str, Tensor]
 
@@ -113,7 +118,7 @@ class SampleGradients:
 
 @dataclass
 class _Captured:
-    """Inputs and outputs of the layers whose gradients are wanted, in the order in which they run."""
+    """A forward hook that keeps the inputs and outputs of layers, in the order in which they run."""
 
     model: Any
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
@@ -122,7 +127,8 @@ class _Captured:
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if layer in self.outputs:
             raise UserError(
-                f"{model_name(self.model)} uses a layer twice ({layer}): exact per-sample gradients are not possible."
+                f"{model_name(self.model)} uses a layer twice ({layer}): "
+                "exact per-sample gradients are not possible."
             )
         self.inputs[layer] = args[0].detach()
         self.outputs[layer] = output if output.requires_grad else output.requires_grad_()
@@ -137,19 +143,19 @@ def batch_gradients(
     at: Positions | None = None,
     observe: Callable[[Tensor], None] | None = None,
 ) -> BatchGradients:
-    """Gradients of each sample's own mean answer cross-entropy with respect to these linear layers.
+    """Gradients of each sample's own mean answer cross-entropy with respect to linear layers.
 
     Args:
-        model: a causal LM of `staff.scoring.positions.ARCHITECTURES`, wrapped in a PeftModel or not.
-        layers: by name, as `gradient_layers` gives them.
-        input_ids: (B, T), padded to the right.
-        attention_mask: (B, T), or None: a causal mask already hides padding to the right from every label.
-        labels: (B, T), -100 where there is none, unshifted.
-        at: positions at which logits are wanted; by default where the labelled tokens are predicted.
+        model: a causal LM of `staff.scoring.positions.ARCHITECTURES`, also as a PeftModel.
+        layers: by name, as from `gradient_layers`.
+        input_ids: (B, T), padded on the right.
+        attention_mask: (B, T); None is enough, since a causal mask hides padding on the right from all labels.
+        labels: (B, T), unshifted, -100 where there is no label.
+        at: positions whose logits are computed; by default those that predict labels.
         observe: called with the logits (S, V) at these positions.
 
     Raises:
-        UserError: a model for which this would not be exact, or that does not use one of the layers.
+        UserError: a model for which this is not exact, or that does not use one of the layers.
     """
     if len({id(layer.weight) for layer in layers.values()}) < len(layers):
         raise UserError(
@@ -186,7 +192,7 @@ def per_sample_gradient_norms(
 ) -> Tensor:
     """L2 norm of the gradient of each sample's own mean answer cross-entropy: (B,), float32 or wider.
 
-    Where the head shares its weight with the embedding, that is one weight with both gradients.
+    If head and embedding are tied, their common weight has the sum of both gradients.
 
     Args:
         input_ids, attention_mask, labels: as in `batch_gradients`.
@@ -199,13 +205,18 @@ def per_sample_gradient_norms(
 def layer_gradient_norms(
     model: Any, layers: Mapping[str, nn.Linear], input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
 ) -> dict[str, Tensor]:
-    """As `per_sample_gradient_norms`, of each of these linear layers (weight and bias) by name: (B,)."""
+    """As `per_sample_gradient_norms`, for each of these linear layers (weight and bias), by name: (B,)."""
     gradients = batch_gradients(model, layers, input_ids, attention_mask, labels)
     return {gradient.name: SquaredNorm().of_layer(gradient).sqrt() for gradient in gradients}
 
 
 def squared_weight_gradient_norms(x: Tensor, g: Tensor, bias: bool) -> Tensor:
-    """Squared norm of sum over t of g_t x_t^T, from x (B, T, in) and g (B, T, out), and of sum g_t for a bias: (B,)."""
+    """Squared norm of sum over t of g_t x_t^T, and of sum g_t for a bias: (B,).
+
+    Args:
+        x: inputs of the layer, (B, T, in).
+        g: gradients of its outputs, (B, T, out).
+    """
     x, g = widened(x), widened(g)
     (length, wide), tall = x.shape[1:], g.shape[2]
     if gram_is_cheaper(length, wide, tall):
@@ -216,15 +227,20 @@ def squared_weight_gradient_norms(x: Tensor, g: Tensor, bias: bool) -> Tensor:
 
 
 def gram_is_cheaper(length: int, wide: int, tall: int) -> bool:
-    """Whether two Gram matrices (length x length) cost less than the gradient (tall x wide) itself."""
+    """Whether two Gram matrices (length x length) cost less than the gradient (tall x wide)."""
     return length * (wide + tall) < wide * tall
 
 
 def _squared_tied_norms(own: Tensor, x: Tensor, g: Tensor, input_ids: Tensor, e: Tensor) -> Tensor:
-    """Squared norm of the gradient of a weight that is head and embedding: (B,).
+    """Squared norm of the gradient of a tied head and embedding: (B,).
 
-    The embedding's gradient adds e_t (B, T, D) to the row of token t; its products with itself and with the
-    head's gradient, sum over l of g_l x_l^T, need neither of the two as a matrix.
+    The embedding's gradient adds e_t to the row of the token at position t, and the head's gradient is the sum over
+    l of g_l x_l^T. The inner products of the two are computed without forming either matrix.
+
+    Args:
+        own: squared norm of the head's gradient, (B,).
+        x, g: inputs of the head and gradients of its outputs, (B, L, D) and (B, L, V).
+        e: gradients of the embedding's outputs, (B, T, D).
     """
     x, g = widened(x), widened(g)
     same_token = input_ids[:, :, None] == input_ids[:, None, :]
@@ -235,9 +251,9 @@ def _squared_tied_norms(own: Tensor, x: Tensor, g: Tensor, input_ids: Tensor, e:
 
 
 def loss_slopes(logits: Tensor, at: Positions) -> Tensor:
-    """Gradient of the sum of the samples' mean cross-entropies with respect to logits at `at`: (L, V), (L, V).
+    """Gradient of the sum of the samples' mean cross-entropies with respect to logits at `at`: (L, V).
 
-    In closed form, (softmax - onehot) / tokens of the sample: autograd would pass over three such matrices.
+    The closed form is (softmax - onehot) / tokens of the sample. Autograd would need three matrices of this size.
     """
     slopes = widened(logits).softmax(-1)
     slopes.scatter_add_(-1, at.targets[:, None], slopes.new_full((len(slopes), 1), -1.0))
@@ -246,10 +262,10 @@ def loss_slopes(logits: Tensor, at: Positions) -> Tensor:
 
 
 def gradient_layers(model: Any, parameters: str) -> dict[str, nn.Linear]:
-    """The linear layers that hold `parameters` (of `staff.scoring.signal.PARAMETERS`), by name.
+    """The linear layers with these parameters (one of `staff.scoring.signal.PARAMETERS`), by name.
 
     Raises:
-        UserError: a model that has none, or whose LoRA weights do not all lie in linear layers.
+        UserError: a model without such layers, or with LoRA weights outside linear layers.
     """
     check_parameters(parameters)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -262,7 +278,7 @@ def gradient_layers(model: Any, parameters: str) -> dict[str, nn.Linear]:
     for name, parameter in model.named_parameters():
         if ".lora_" in name and id(parameter) not in covered:
             raise UserError(
-                f"{name} is no weight of a linear LoRA layer: exact per-sample gradients are for plain LoRA."
+                f"{name} is not a weight of a linear LoRA layer: exact per-sample gradients are for plain LoRA."
             )
     if parameters == "last_v_b":
         inside = set(last_block(model).self_attn.v_proj.modules())
@@ -273,7 +289,7 @@ def gradient_layers(model: Any, parameters: str) -> dict[str, nn.Linear]:
 
 
 def gradient_parameters(model: Any, parameters: str) -> dict[str, nn.Parameter]:
-    """The parameters (of `staff.scoring.signal.PARAMETERS`) of a model of any architecture, by name."""
+    """The parameters (one of `staff.scoring.signal.PARAMETERS`) of a model of any architecture, by name."""
     check_parameters(parameters)
     named = dict(model.named_parameters())
     if parameters == "all_linear":

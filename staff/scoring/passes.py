@@ -1,4 +1,4 @@
-"""A pass over samples: length-sorted batches under a token budget, signals computed, original order restored."""
+"""A pass over samples, which computes signals in batches of similar length under a token budget."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from staff.data.tokens import IGNORED, TokenizedSamples
 from staff.errors import UserError
 from staff.models.spec import is_sharded
 from staff.runtime import processes
+from staff.runtime.attention import without_cudnn_attention
 from staff.runtime.progress import progress
 from staff.scoring.flops import scoring_flops
 from staff.scoring.gradients import (
@@ -28,6 +29,7 @@ from staff.scoring.gradients import (
     gradient_parameters,
 )
 from staff.scoring.positions import Positions, last_block_at, scoring_mode, token_losses
+from staff.scoring.projection import Moments
 from staff.scoring.signal import Signal, gradient_of
 from staff.store.cost import Meter
 
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Pass:
-    """What one forward pass over a batch gives, and the backward pass where a signal needs gradients.
+    """The outputs of a model for one batch, from which signals are computed.
 
     Attributes:
         labels: (B, T), -100 where there is none, unshifted.
@@ -45,6 +47,7 @@ class Pass:
         logits: (S, V) at `at`; None where no signal reads them.
         states: by layer, hidden states (S, D) at `at`.
         gradients: None where no signal needs them.
+        moments: the optimiser's, by parameter; None where no signal reads them.
     """
 
     labels: Tensor
@@ -53,18 +56,19 @@ class Pass:
     logits: Tensor | None = None
     states: dict[int, Tensor] = field(default_factory=dict)
     gradients: Gradients | None = None
+    moments: Moments | None = None
 
     def positions(self, reads: str) -> Positions:
-        """The positions that a signal reads."""
+        """The positions that a signal reads; `reads` as in `Signal`."""
         return Positions.of((reads,), self.labels, self.lengths)
 
     def logits_at(self, positions: Positions) -> Tensor:
-        """(L, V)."""
+        """Logits at these positions: (L, V)."""
         assert self.logits is not None
         return positions.out_of(self.at, self.logits)
 
     def states_at(self, layer: int, positions: Positions) -> Tensor:
-        """(L, D)."""
+        """Hidden states of a layer at these positions: (L, D)."""
         return positions.out_of(self.at, self.states[layer])
 
 
@@ -76,37 +80,41 @@ def score_samples(
     batch_tokens: int | None,
     pad_token_id: int,
     one_at_a_time: bool = False,
+    moments: Moments | None = None,
     meter: Meter | None = None,
 ) -> dict[str, np.ndarray]:
-    """Signals of `model` for every sample, in the samples' order; the model is left as it was.
+    """Signals of every sample, in the samples' order, computed in one pass. The model is not changed.
 
-    Processes of one run share the samples out.
+    In a run of several processes each scores a shard of the samples, and all return all values.
 
     Args:
         signals: with distinct names, computed in one pass.
         batch_tokens: padded tokens of a batch, None for `default_batch_tokens`; a longer sample goes alone. Halved
             when memory runs out.
         one_at_a_time: plain autograd on single samples: slow, and exact for every architecture.
+        moments: the optimiser's, for signals that read them.
         meter: is told FLOPs and tokens, without padding.
 
     Returns:
-        By name of the signal: (N, *shape), in the signal's dtype.
+        Values by the signal's name, each (N, *shape) in the signal's dtype.
 
     Raises:
-        UserError: a model that cannot be scored exactly, a sample that does not fit in memory alone or whose value
-            is not finite (by its id).
+        UserError: a model that cannot be scored exactly; or, by its id, a sample that alone does not fit in memory,
+            or whose value is not finite.
     """
     config, count = model.config.get_text_config(), len(samples)
     values = {signal.name: np.zeros((count, *signal.shape(config)), signal.dtype) for signal in signals}
-    # Longest first: if memory runs out it does so at once.
+    # Longest first, so that memory runs out in the first batch, if at all.
     order = processes.shard(np.argsort(-samples.lengths, kind="stable"))
     budget = 1 if one_at_a_time else batch_tokens or default_batch_tokens(model)
-    run = partial(_run_alone if one_at_a_time else _run_batch, model, signals=signals, pad_token_id=pad_token_id)
+    how: dict[str, Any] = {"signals": signals, "pad_token_id": pad_token_id, "moments": moments}
+    run = partial(_run_alone if one_at_a_time else _run_batch, model, **how)
     batches = (_in_step if is_sharded(model) else _independently)(samples, order, budget, run)
     spent, backward = np.zeros(3), gradient_of(signals) is not None
     with (
         processes.raise_on_all_ranks(apart=not is_sharded(model)),
         scoring_mode(model),
+        without_cudnn_attention(),
         progress(len(order), ", ".join(signal.name for signal in signals)) as bar,
     ):
         for rows, batch, of_batch in batches:
@@ -124,8 +132,11 @@ def score_samples(
 
 
 def default_batch_tokens(model: Any) -> int:
-    """Enough to keep a GPU busy; on a processor no more than its caches hold: with four times as many, norms over
-    all LoRA parameters of the tiny target took 1.4 times as long."""
+    """The default token budget: enough to keep a GPU busy, and on a processor few enough for its caches.
+
+    With four times as many on a processor, norms over all LoRA parameters of the tiny target took 1.4 times as
+    long.
+    """
     return 2048 if model.device.type == "cpu" else 8192
 
 
@@ -134,7 +145,7 @@ Run = Callable[[TokenizedSamples], dict[str, Tensor]]
 
 
 def _independently(samples: TokenizedSamples, order: np.ndarray, budget: int, run: Run) -> Batches:
-    """Positions, samples and values of batch after batch; the budget is halved where memory runs out."""
+    """Positions, samples and values of each batch. The budget is halved when memory runs out."""
     start = 0
     while start < len(order):
         longest = int(samples.lengths[order[start]])
@@ -149,8 +160,10 @@ def _independently(samples: TokenizedSamples, order: np.ndarray, budget: int, ru
 
 
 def _in_step(samples: TokenizedSamples, order: np.ndarray, budget: int, run: Run) -> Batches:
-    """The same for a model whose weights the processes share out: all run it equally often, with the shortest sample
-    where no other is left."""
+    """The same for a model whose weights are sharded over the processes.
+
+    All processes must run it equally often; one without samples left runs the shortest sample again.
+    """
     batches, start = [], 0
     while start < len(order):
         batches.append(order[start : start + max(1, budget // int(samples.lengths[order[start]]))])
@@ -160,7 +173,7 @@ def _in_step(samples: TokenizedSamples, order: np.ndarray, budget: int, run: Run
         batch = samples.take(rows)
         values = _unless_out_of_memory(run, batch)
         if values is None:
-            raise UserError(f"out of memory with {budget} tokens a batch: lower scoring.batch_tokens.")
+            raise UserError(f"out of memory with {budget} tokens per batch: lower scoring.batch_tokens.")
         if turn < len(batches):
             yield rows, batch, values
 
@@ -169,11 +182,11 @@ def _unless_out_of_memory(run: Run, batch: TokenizedSamples) -> dict[str, np.nda
     try:
         return {signal: value.cpu().numpy() for signal, value in run(batch).items()}
     except (RuntimeError, MemoryError) as error:
-        # torch names it differently: OutOfMemoryError on a GPU, a plain RuntimeError of its allocator on a CPU.
+        # torch raises OutOfMemoryError on a GPU, and a plain RuntimeError of its allocator on a CPU.
         exhausted = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
         if not exhausted and "out of memory" not in str(error):
             raise
-    # Only now is the exception gone, and with it the frames that held the batch's tensors.
+    # Outside the handler the exception is gone, and with it the frames that held the batch's tensors.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
@@ -186,7 +199,7 @@ def _halved_budget(batch: TokenizedSamples, longest: int) -> int:
             f"smaller model or precision."
         )
     budget = len(batch) * longest // 2
-    said = "out of memory with %d samples of up to %d tokens: going on with %d tokens a batch"
+    said = "out of memory with %d samples of up to %d tokens: continuing with %d tokens per batch"
     log.warning(said, len(batch), longest, budget)
     return budget
 
@@ -195,20 +208,22 @@ def _refuse(values: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
     bad = int(np.flatnonzero(~np.isfinite(values.reshape(len(batch), -1)).all(1))[0])
     raise UserError(
         f"sample {batch.ids[bad]!r}: its {signal} is not finite; take it out, or score in float32 if the "
-        f"model runs in a narrower precision."
+        f"model has a lower precision."
     )
 
 
-def _run_batch(model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int) -> dict[str, Tensor]:
-    """The signals of a batch, the last block run only where one of them reads."""
-    input_ids, labels, lengths = _padded(batch, pad_token_id, model.device)
+def _run_batch(
+    model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int, moments: Moments | None
+) -> dict[str, Tensor]:
+    """The signals of a batch. The last block runs only at the positions that they read."""
+    input_ids, labels, lengths = padded(batch, pad_token_id, model.device)
     at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)
-    this = Pass(labels, lengths, at)
+    this = Pass(labels, lengths, at, moments=moments)
 
     def observe(logits: Tensor) -> None:
         this.logits = logits
 
-    # No attention mask: padding to the right lies after every label, where a causal model does not look.
+    # No attention mask: padding is on the right of all labels, so a causal model does not attend to it.
     with _hidden_states(model, signals, this):
         if gradient is not None:
             layers = gradient_layers(model, gradient.parameters)
@@ -223,11 +238,13 @@ def _run_batch(model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal]
             return {signal.name: signal.compute(this) for signal in signals}
 
 
-def _run_alone(model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int) -> dict[str, Tensor]:
-    """The same for one sample, by the model's own forward and backward pass."""
-    input_ids, labels, lengths = _padded(sample, pad_token_id, model.device)
+def _run_alone(
+    model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int, moments: Moments | None
+) -> dict[str, Tensor]:
+    """The signals of a single sample, from the model's own forward and backward pass."""
+    input_ids, labels, lengths = padded(sample, pad_token_id, model.device)
     at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)
-    this = Pass(labels, lengths, at)
+    this = Pass(labels, lengths, at, moments=moments)
     weights = gradient_parameters(model, gradient.parameters) if gradient else {}
     for weight in weights.values():
         weight.requires_grad_()
@@ -237,27 +254,27 @@ def _run_alone(model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal
         if weights:
             predictions = Positions.of_predictions(labels)
             losses = token_losses(predictions.gather(logits)[0], predictions.targets)
-            this.gradients = SampleGradients(
-                dict(zip(weights, torch.autograd.grad(losses.mean(), list(weights.values())), strict=True))
-            )
+            # The gradient of a weight that the model does not use (an adapter on Mamba's dt_proj) is zero.
+            found = torch.autograd.grad(losses.mean(), list(weights.values()), materialize_grads=True)
+            this.gradients = SampleGradients(dict(zip(weights, found, strict=True)))
     for weight in weights.values():
         weight.requires_grad_(False)
     with torch.no_grad():
         return {signal.name: signal.compute(this) for signal in signals}
 
 
-def _padded(batch: TokenizedSamples, pad_token_id: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and labels, (B, T) each, padded to the right, and lengths (B,)."""
+def padded(batch: TokenizedSamples, pad_token_id: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids and labels, both (B, T) and padded on the right, and lengths (B,)."""
     rows = [torch.from_numpy(batch.row(i).astype(np.int64)) for i in range(len(batch))]
-    labels = [torch.from_numpy(batch.labels(i)) for i in range(len(batch))]
+    answers = [torch.from_numpy(batch.labels(i)) for i in range(len(batch))]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id).to(device)
-    padded = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
-    return input_ids, padded, torch.as_tensor(batch.lengths, device=device)
+    labels = pad_sequence(answers, batch_first=True, padding_value=IGNORED).to(device)
+    return input_ids, labels, torch.as_tensor(batch.lengths, device=device)
 
 
 @contextmanager
 def _hidden_states(model: Any, signals: Sequence[Signal], into: Pass) -> Iterator[None]:
-    """Keep the hidden states that the signals read, at the pass's positions."""
+    """Store the hidden states that the signals read in `into`, at its positions."""
     decoder = model.get_decoder()
 
     def keep(layer: int, output: Any) -> None:

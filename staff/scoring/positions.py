@@ -1,7 +1,7 @@
 """Label positions of a padded batch, and a last block that runs at these positions only.
 
 Nothing after the last block's attention mixes positions. So its output projection and MLP, the final norm and the
-head run where something is read, and every number stays as it is.
+head can run only where their outputs are read, with the same results.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from staff.errors import UserError
 from staff.models.spec import ARCHITECTURES
 
 READS = ("predictions", "answers", "tokens")
-"""Where a signal may read: where answer tokens are predicted, where they stand, or at every token."""
+"""Where a signal can read: at the positions that predict answer tokens, at the answer tokens, or at all tokens."""
 
 
 @dataclass(frozen=True)
 class Positions:
-    """L positions of a padded batch (B, T), sample after sample.
+    """L positions of a padded batch (B, T), sorted by sample.
 
     Attributes:
-        index: (L,) positions in the flattened batch, increasing.
-        targets: (L,) the label that belongs to each.
-        counts: (B,) positions of each sample.
+        index: positions in the flattened batch, increasing, (L,).
+        targets: the label of each position, (L,).
+        counts: the number of positions of each sample, (B,).
     """
 
     index: Tensor
@@ -39,27 +39,27 @@ class Positions:
 
     @classmethod
     def where(cls, mask: Tensor, labels: Tensor) -> Positions:
-        """Where `mask` (B, T) is true, with the labels (B, T) there."""
+        """The positions where `mask` (B, T) is true, with their labels from `labels` (B, T)."""
         return cls(mask.flatten().nonzero()[:, 0], labels[mask], mask.sum(1))
 
     @classmethod
     def of_answers(cls, labels: Tensor) -> Positions:
-        """Where the labelled tokens themselves stand; labels (B, T), -100 where there is none."""
+        """The positions of the labelled tokens; labels (B, T), -100 where there is none."""
         return cls.where(labels != IGNORED, labels)
 
     @classmethod
     def of_predictions(cls, labels: Tensor) -> Positions:
-        """Where the labelled tokens are predicted: one position earlier."""
+        """The positions that predict the labelled tokens, one before each."""
         return cls.of_answers(F.pad(labels[:, 1:], (0, 1), value=IGNORED))
 
     @classmethod
     def of_tokens(cls, labels: Tensor, lengths: Tensor) -> Positions:
-        """At every token but padding; lengths (B,)."""
+        """The positions of all tokens except padding; lengths (B,)."""
         return cls.where(torch.arange(labels.shape[1], device=labels.device) < lengths[:, None], labels)
 
     @classmethod
     def of(cls, reads: Collection[str], labels: Tensor, lengths: Tensor) -> Positions:
-        """All positions that are read, each once; `reads` as in `READS`."""
+        """The union of the positions that are read; `reads` are from `READS`."""
         if "tokens" in reads:
             return cls.of_tokens(labels, lengths)
         if len(set(reads)) == 2:
@@ -68,24 +68,24 @@ class Positions:
         return cls.of_answers(labels) if "answers" in reads else cls.of_predictions(labels)
 
     def out_of(self, others: Positions, values: Tensor) -> Tensor:
-        """The rows of values (S, ...) at `others` that belong to these positions, which `others` include: (L, ...)."""
+        """The rows of values (S, ...) at `others`, which include these positions, that belong to them: (L, ...)."""
         if len(self.index) == len(others.index):
             return values
         return values.index_select(0, torch.searchsorted(others.index, self.index))
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) -> (1, L, D)."""
+        """The values at these positions: (B, T, D) -> (1, L, D)."""
         return hidden.flatten(0, 1).index_select(0, self.index)[None]
 
     def spread(self, gathered: Tensor) -> Tensor:
-        """(1, L, D) -> (B, max counts, D), zero where a sample has fewer."""
+        """Gathered values by sample, padded with zeros: (1, L, D) -> (B, max counts, D)."""
         filled = torch.arange(int(self.counts.max()), device=self.counts.device) < self.counts[:, None]
         spread = gathered.new_zeros(*filled.shape, gathered.shape[-1])
         spread[filled] = gathered[0]
         return spread
 
     def by_sample(self, hidden: Tensor) -> Tensor:
-        """`spread` where a layer ran at these positions alone; the whole batch (B, T, D) stays as it is."""
+        """`spread` of a layer's values at these positions; values of the whole batch (B, T, D) stay as they are."""
         return self.spread(hidden) if len(hidden) < len(self.counts) else hidden
 
     def mean(self, values: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class Positions:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """In float32, or wider if it is."""
+    """The tensor in float32, or in its own type if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -105,7 +105,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 @contextmanager
 def scoring_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout, and no parameter that asks for a gradient; restored afterwards."""
+    """Turn off dropout and gradients of all parameters, and restore both afterwards."""
     training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
     try:
@@ -118,10 +118,10 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def last_block_at(model: nn.Module, positions: Positions) -> Iterator[None]:
-    """Run what follows the last block's attention at these positions only: logits come as (1, L, V).
+    """Run everything after the last block's attention at these positions only. Logits are then (1, L, V).
 
-    The block is handed the gathered positions, its attention the whole sequence: the norm in front of the
-    attention is given the whole input that was set aside, and the attention's output is gathered before `o_proj`.
+    The block gets the gathered positions as its input. Its first norm gets the whole sequence instead, so that
+    attention sees all positions, and the attention's output is gathered before `o_proj`.
     """
     block = last_block(model)
     whole: list[Tensor] = []
@@ -148,12 +148,12 @@ def last_block(model: Any) -> Any:
     if config.model_type not in ARCHITECTURES or getattr(config, "use_bidirectional_attention", False):
         raise UserError(
             f"{model_name(model)} (model type {config.model_type!r}) cannot be scored exactly in batches: set "
-            "scoring.one_at_a_time=null or true, which scores single samples by plain autograd."
+            "scoring.one_at_a_time=true, which scores single samples by plain autograd."
         )
     return model.get_decoder().layers[: config.num_hidden_layers][-1]
 
 
 def model_name(model: Any) -> str:
-    """The name of the model's class, without its adapters'."""
+    """The class name of the model without its adapters."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(base).__name__

@@ -1,4 +1,4 @@
-"""What a signal is: a value per sample that a pass over a model gives. Each signal is a file of `staff/signals`."""
+"""The interface of signals: values per sample that a model computes. The signals are in `staff/signals`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from staff.scoring.passes import Pass
 
 PARAMETERS = ("last_v_b", "all_lora", "all_linear")
-"""What can be differentiated by: the last block's v_proj lora_B; all LoRA parameters; all weights and biases of the
-linear layers of a model without adapters."""
+"""Parameters to differentiate by: the last block's v_proj lora_B; all LoRA parameters; all weights and biases of
+the linear layers, for a model without adapters."""
 
 
 @dataclass(frozen=True)
 class GradientOf:
-    """By what the sample's mean answer cross-entropy is differentiated.
+    """The parameters by which a sample's mean answer cross-entropy is differentiated.
 
     Attributes:
         parameters: one of `PARAMETERS`.
-        fresh_adapter: a new LoRA adapter in place of fine-tuning's; None: fine-tuning's own (a fresh one of its
-            shape on the raw model).
+        fresh_adapter: a new LoRA adapter that replaces that of fine-tuning. None: the adapter of fine-tuning; on
+            the raw model a new one with the same settings.
     """
 
     parameters: str
@@ -42,23 +42,28 @@ class GradientOf:
 
 
 def check_parameters(parameters: str) -> None:
-    """Refuse what is none of `PARAMETERS`."""
+    """Refuse what is not one of `PARAMETERS`.
+
+    Raises:
+        UserError: naming the choices.
+    """
     if parameters not in PARAMETERS:
         raise UserError(f"gradient={parameters!r} is unknown: choose {', '.join(PARAMETERS)}.")
 
 
 class Signal:
-    """A value per sample. Implementations are frozen dataclasses that say what they need of a pass.
+    """A value per sample. Implementations are frozen dataclasses that state what they need from a pass.
 
     Attributes:
-        name: as in `pool.ask(name, of=...)`, and of the column in results.
-        version: raised when the numbers change. A signal without one is known by the text of its file.
-        reads: where it reads logits or hidden states: "predictions" of the answer tokens, at the "answers"
-            themselves, or at all "tokens".
+        name: the name in `pool.ask(name, of=...)` and in results.
+        version: to be raised when the numbers change. A signal without one is identified by the source of its file.
+        reads: where it reads logits or hidden states: at the positions that predict answer tokens ("predictions"),
+            at the answer tokens ("answers"), or at all tokens ("tokens").
         logits: whether it reads logits.
         layer: whose hidden states it reads: -1 the last, after the final norm, otherwise a block's output by its
             index; None: no hidden states.
         gradient: what it differentiates by; None: no gradients.
+        moments: whether it reads the optimiser's moments, which a fine-tuning keeps where it is asked to.
         prompt: False: the answers are read without their prompts.
         text: "answer", or "all": prompt tokens count as answer tokens too.
         dtype: of the stored values.
@@ -69,12 +74,13 @@ class Signal:
     logits: bool = True
     layer: int | None = None
     gradient: GradientOf | None = None
+    moments: bool = False
     prompt: bool = True
     text: str = "answer"
     dtype: ClassVar[str] = "float64"
 
     def shape(self, config: Any) -> tuple[int, ...]:
-        """Shape of a sample's value: () for a number, (d,) for a vector. `config` is the model's."""
+        """Shape of a sample's value, () for a number, (d,) for a vector; `config` is the model's configuration."""
         return ()
 
     def compute(self, batch: Pass) -> Tensor:
@@ -82,20 +88,20 @@ class Signal:
         raise NotImplementedError
 
     def flops(self, model: Any, lengths: np.ndarray, answer_lengths: np.ndarray) -> float:
-        """FLOPs besides those of the forward and backward pass, of samples with these lengths (N,)."""
+        """FLOPs in addition to the forward and backward pass, for samples with these lengths (N,)."""
         return 0.0
 
 
 def gradient_of(signals: Sequence[Signal]) -> GradientOf | None:
-    """The gradient that the signals of one pass share; None if none needs one.
+    """The gradient that the signals of a pass share; None if no signal needs one.
 
     Raises:
-        UserError: they differentiate by different parameters.
+        UserError: the signals differentiate by different parameters.
     """
     wanted = {signal.gradient for signal in signals if signal.gradient is not None}
     if len(wanted) > 1:
         raise UserError(
-            f"the signals {', '.join(signal.name for signal in signals)} differentiate by different parameters: ask "
-            "for them one after the other."
+            f"the signals {', '.join(signal.name for signal in signals)} differentiate by different parameters: "
+            "ask for them one after the other."
         )
     return next(iter(wanted), None)

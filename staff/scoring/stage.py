@@ -1,4 +1,4 @@
-"""The stage that asks a model for signals of samples."""
+"""The stage that scores samples with a model."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class ScoringSettings:
 
 @dataclass(frozen=True)
 class Score(Stage):
-    """Signals of one model for samples, out of one pass over them.
+    """Signals of samples from one pass of a model.
 
     Attributes:
-        signals: with distinct names; they read the same text of the samples.
-        lora: the adapter that a model without one of its own is differentiated by.
-        adapter_seed: of a fresh adapter's A.
+        signals: with distinct names; all read the same text of the samples.
+        lora: the adapter to differentiate by, for a model without one.
+        adapter_seed: seed of a new adapter's A.
     """
 
     kind: ClassVar[str] = "scores"
@@ -73,6 +73,11 @@ class Score(Stage):
             raise UserError(f"the signals {', '.join(names)} share a name: ask for them one after the other.")
         if self.merges:
             check_mergeable(self.state.spec)
+        if self._reads_moments and not (self.state.training and self.state.training.moments):
+            raise UserError(
+                f"adam=true divides by the optimiser's moments, and {self.state.words} keeps none: ask for it "
+                "of=warmup, or set adam=false."
+            )
 
     @property
     def label(self) -> str:
@@ -93,7 +98,7 @@ class Score(Stage):
 
     @property
     def fresh_adapter(self) -> FreshAdapter | None:
-        """The adapter that is put on the model; None where it differentiates by its own, or not by an adapter."""
+        """The new adapter for the model; None if its own is used, or none is needed."""
         gradient = gradient_of(self.signals)
         if gradient is None or gradient.parameters == "all_linear":
             return None
@@ -128,6 +133,10 @@ class Score(Stage):
             find(self._shapes(), gradient.parameters)
 
     @property
+    def _reads_moments(self) -> bool:
+        return any(signal.moments for signal in self.signals)
+
+    @property
     def _scored_state(self) -> ModelState:
         spec = self.state.spec
         return replace(self.state, spec=replace(spec, dtype=self.settings.dtype or spec.dtype))
@@ -145,6 +154,7 @@ class Score(Stage):
             batch_tokens=self.settings.batch_tokens,
             pad_token_id=state.spec.tokenizer().pad_token_id,
             one_at_a_time=self.one_at_a_time,
+            moments=state.load_moments(*inputs) if self._reads_moments else None,
             meter=meter,
         )
         save_file(values, folder / FILE)
@@ -181,15 +191,18 @@ class Score(Stage):
 
 
 def read_scores(scored: Artifact) -> dict[str, np.ndarray]:
-    """The signals that `Score` stored, by name: (N, *shape)."""
+    """The values that `Score` stored, by the signal's name: (N, *shape)."""
     from safetensors.numpy import load_file
 
     return load_file(scored.path / FILE)
 
 
 def placeholder(samples: int, name: str, shape: tuple[int, ...] = ()) -> np.ndarray:
-    """Values (samples, *shape) for a dry run: evenly spread, so that no region is empty, in an order drawn by `name`
-    (two methods that ask for different scores hardly ever choose the same coreset)."""
+    """Values for a dry run: (samples, *shape).
+
+    They are evenly spaced, so that no region is empty. Their order is drawn by `name`, so that methods with
+    different scores select different coresets, as they nearly always do.
+    """
     drawn = np.random.default_rng(zlib.crc32(name.encode())).permutation(samples)
     values = (1 + drawn) / samples
     return values if not shape else np.repeat(values[:, None], min(2, *shape), axis=1)

@@ -1,6 +1,7 @@
-"""The signals: what a model can be asked about a sample. One file each; a new signal is a new file.
+"""Signals: what a model can compute about a sample, one file each.
 
-A method names a signal, `pool.ask("loss", of="small")`, or is given one as a field by Hydra:
+A method asks for a signal by its name, `pool.ask("loss", of="small")`. A new signal is a class in a file of your
+own. A method can have it as a field, which Hydra fills:
 
     _target_: mymethods.HighestLoss
     signal:
@@ -22,13 +23,22 @@ NAMED = {
     "effort": "effort.Effort",
     "el2n": "el2n.EL2N",
     "loss": "loss.Loss",
+    "nll": "nll.AnswerNll",
     "embedding": "embedding.Embedding",
+    "margin": "margin.Margin",
+    "probability": "probability.Probability",
+    "correct": "correct.Correct",
+    "distance": "distance.Distance",
+    "projected_gradient": "projected_gradient.ProjectedGradient",
 }
-"""The shipped signals by name: module and class in this package."""
+"""The included signals by name: module and class in this package."""
+
+PAIRS = "in_context_gain"
+"""What a pool answers of every pair of samples (`staff.scoring.in_context`)."""
 
 
 def named(signal: str | Signal, **options: Any) -> Signal:
-    """The signal of this name, or the signal itself, with these fields.
+    """The signal with this name, or the signal itself, with these fields.
 
     Raises:
         UserError: an unknown name, or an option that the signal does not have.
@@ -37,7 +47,7 @@ def named(signal: str | Signal, **options: Any) -> Signal:
 
 
 def named_all(signals: Sequence[str | Signal], options: Mapping[str, Any]) -> tuple[Signal, ...]:
-    """The signals of these names, each with those of the options that it has.
+    """The signals with these names, or the signals themselves, each with the options that it has.
 
     Raises:
         UserError: an unknown name, or an option that none of the signals has.
@@ -59,6 +69,11 @@ def named_all(signals: Sequence[str | Signal], options: Mapping[str, Any]) -> tu
 def _plain(signal: str | Signal) -> Signal:
     if not isinstance(signal, str):
         return signal
+    if signal == "in_context":
+        raise UserError(
+            "method=data_whisperer asks for generated answers and their attention, which no pool measures: it "
+            "selects from arrays alone, by the functions of baselines/data_whisperer.py."
+        )
     if signal not in NAMED:
         raise UserError(f"signal={signal!r} is unknown: choose one of {', '.join(NAMED)}.")
     module, _, name = NAMED[signal].partition(".")

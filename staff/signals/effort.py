@@ -1,4 +1,4 @@
-"""Effort: how much a sample moves the model, the norm of its own gradient (STAFF, section 3.1; GraNd, Paul et al. 2021)."""
+"""Effort: the norm of a sample's own gradient (STAFF, section 3.1; GraNd, Paul et al. 2021)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class Effort(Signal):
     """L2 norm of the gradient of the sample's own mean answer cross-entropy, (B,).
 
     Attributes:
-        parameters: by which the loss is differentiated: "last_v_b", the last block's v_proj lora_B (the authors' code);
-            "all_lora", all LoRA parameters (the paper); "all_linear", all weights of linear layers, adapters
-            merged into them.
-        fresh_adapter: {rank, alpha, targets} of a new LoRA adapter in place of fine-tuning's; None: fine-tuning's.
+        parameters: by which the loss is differentiated: "last_v_b", the last block's v_proj lora_B (the authors'
+            code); "all_lora", all LoRA parameters (the paper); "all_linear", all weights of linear layers, with
+            adapters merged into them.
+        fresh_adapter: {rank, alpha, targets} of a new LoRA adapter that replaces that of fine-tuning; None: the
+            adapter of fine-tuning.
     """
 
     name: ClassVar[str] = "effort"
@@ -37,6 +38,12 @@ class Effort(Signal):
 
     def __post_init__(self) -> None:
         _ = self.gradient  # refuses what cannot be differentiated by
+        if self.fresh_adapter and not isinstance(self.fresh_adapter["targets"], str):
+            listed = {**self.fresh_adapter, "targets": list(self.fresh_adapter["targets"])}
+            object.__setattr__(self, "fresh_adapter", listed)
+
+    def __hash__(self) -> int:
+        return hash(self.gradient)
 
     @property
     def gradient(self) -> GradientOf:  # type: ignore[override]

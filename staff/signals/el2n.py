@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 VARIANTS = ("standard", "official")
 CHUNK = 256
-"""Positions whose probabilities are held at once."""
+"""Positions whose probabilities are in memory at the same time."""
 
 
 @dataclass(frozen=True)
 class EL2N(Signal):
-    """EL2N carried over to the answer tokens of a causal language model: (B,).
+    """EL2N of the answer tokens of a causal language model: (B,).
 
     Attributes:
-        variant: "standard", the mean over tokens of the L2 norm of softmax minus one-hot, at the positions where the
-            answer tokens are predicted; "official", what the authors of STAFF released: the root mean square, over
-            tokens and vocabulary, of raw logits minus one-hot, at the positions where the tokens stand.
+        variant: "standard", the mean over tokens of the L2 norm of softmax minus one-hot, at the positions that
+            predict the answer tokens; "official", what the authors of STAFF released: the root mean square, over
+            tokens and vocabulary, of raw logits minus one-hot, at the positions of the tokens themselves.
     """
 
     name: ClassVar[str] = "el2n"
@@ -60,10 +60,10 @@ def el2n_scores(logits: Tensor, positions: Positions, variant: str = "standard")
 
 
 def _error_norms(logits: Tensor, targets: Tensor) -> Tensor:
-    """|| softmax - onehot || of each token, from the wrong tokens' probabilities alone.
+    """|| softmax - onehot || of each token, computed from the probabilities of all other tokens.
 
-    With s their sum, 1 - p of the label is s: sqrt(s^2 + sum of their squares), s taken out of the root so that
-    no square underflows. The textbook sqrt(sum p^2 - 2 p_label + 1) cancels where p_label is near 1.
+    Their sum s is 1 - p of the label, so the norm is sqrt(s^2 + sum of their squares). s is taken out of the root,
+    so that no square underflows. The textbook form sqrt(sum p^2 - 2 p_label + 1) cancels where p_label is near 1.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Embedding: where a sample lies among others, from the model's hidden states."""
+"""Embedding: a vector for each sample, from the model's hidden states."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Embedding(Signal):
     """Pooled hidden states of one layer: (B, hidden size), float32.
 
     Attributes:
-        layer: -1: the last, after the final norm; otherwise the output of the block with this index.
-        pooling: "answer_mean", the mean over the answer tokens; "position_weighted", the mean over all tokens
-            weighted by their position 1..T (RDS+, Ivison et al. 2025, section 3); "last_token".
+        layer: -1 for the last, after the final norm; otherwise the index of a block, whose output is read.
+        pooling: "answer_mean", the mean over answer tokens; "position_weighted", the mean over all tokens, weighted
+            by their position 1..T (RDS+, Ivison et al. 2025, section 3); "last_token", the state at the last token.
     """
 
     name: ClassVar[str] = "embedding"

@@ -1,4 +1,4 @@
-"""Loss: how badly the model predicts a sample's answer."""
+"""Loss: the cross-entropy of a sample's answer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loss(Signal):
-    """Mean cross-entropy of the answer tokens in nats, the end token among them: (B,).
+    """Mean cross-entropy of the answer tokens, with the end token, in nats: (B,).
 
     Attributes:
-        prompt: False: the answer is read without its prompt, behind the begin token alone. A tokenizer without a
-            begin token leaves the answer's first token unpredicted; it is left out of the mean.
-        text: "answer", or "all": the prompt's tokens count too.
+        prompt: whether the answer is read after its prompt, or only after the begin token. If the tokenizer has no
+            begin token, the first token of an answer without prompt is not predicted, and not in the mean.
+        text: "answer"; or "all", the mean over the tokens of prompt and answer.
     """
 
     name: ClassVar[str] = "loss"

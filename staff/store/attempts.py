@@ -1,8 +1,8 @@
-"""Failed attempts at a stage: what it took before it succeeded, apart from its cost.
+"""Failed attempts at a stage: their time, which is not part of the stage's cost.
 
-An attempt writes its start to a file, and every few seconds how long it has worked. One that is killed leaves the
-file as it was last written, so it counts for up to `BEAT` seconds less than it took. Work up to a checkpoint is not
-lost: it counts for the artefact that is resumed from there.
+An attempt writes its start to a file, and every `BEAT` seconds the time it has taken. If it is killed, the file
+remains as last written, so up to `BEAT` seconds are missing. Work before a checkpoint is not lost: its time is part
+of the cost of the stage that resumes there.
 """
 
 import json
@@ -17,15 +17,18 @@ from typing import Any
 from staff.store.cost import Meter
 
 BEAT = 5.0
-"""Seconds."""
+"""Seconds between two updates of the file."""
 
 
 @contextmanager
 def attempt(file: Path, meter: Meter) -> Iterator[list[dict[str, Any]]]:
-    """Record the block in `file`, with the seconds of `meter` since its last checkpoint. Once the block succeeds, the
-    record and those of earlier attempts are removed.
+    """Record the block in `file`, with the seconds of `meter` since its last checkpoint.
 
-    Yields the attempts before it: when each started, seconds, and the error's name where it was not killed.
+    Once the block succeeds, its record and those of earlier attempts are removed.
+
+    Yields:
+        The earlier attempts, each with "started" and "seconds"; one that was not killed also has "error", the name
+        of the exception.
     """
     earlier = failed_attempts(file)
     this: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -59,7 +62,7 @@ def attempt(file: Path, meter: Meter) -> Iterator[list[dict[str, Any]]]:
 
 
 def failed_attempts(file: Path) -> list[dict[str, Any]]:
-    """The attempts recorded in a file; none where there is no file."""
+    """The attempts recorded in a file; empty if there is no file."""
     with suppress(FileNotFoundError, ValueError):
         return json.loads(file.read_text())
     return []

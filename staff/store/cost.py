@@ -1,7 +1,7 @@
-"""What a stage costs: wall seconds, FLOPs, tokens, peak memory, and the device it ran on.
+"""What a stage costs: wall seconds, FLOPs, tokens, peak memory, and the device.
 
-The paper reports selection overhead in hours (figure 4); hours depend on the machine, FLOPs do not, so both are
-kept. FLOPs are counted from the model's shapes and the real token counts, without padding.
+The paper reports selection overhead in hours (figure 4). Hours depend on the machine and FLOPs do not, so both are
+recorded. FLOPs are counted from the model's shapes and the real token counts, without padding.
 """
 
 import re
@@ -19,18 +19,18 @@ from staff.runtime.machine import processor_name
 
 @dataclass(frozen=True)
 class Cost:
-    """What a piece of work took; costs add up, ``sum(costs, Cost.zero())``."""
+    """The cost of some work. Costs can be added: ``sum(costs, Cost.zero())``."""
 
     seconds: float
-    """Wall time; when costs are added it is the time one after the other, whatever ran side by side."""
+    """Wall time. A sum of costs has the sum of the times, even if the work ran in parallel."""
     flops: float
-    """Floating point operations, two to a multiply-add."""
+    """Floating point operations; a multiply-add counts as two."""
     tokens_forward: int
-    """Tokens through a forward pass, padding not counted."""
+    """Tokens in forward passes, without padding."""
     tokens_backward: int
-    """Tokens through a backward pass."""
+    """Tokens in backward passes, without padding."""
     peak_memory_bytes: int
-    """Most memory held at once: allocated on the GPUs, or resident in RAM where none was used."""
+    """Peak memory: allocated on the GPUs, or resident in RAM if no GPU was used."""
     device: str
     """Name of the GPU or processor; several are joined by " + "."""
 
@@ -46,27 +46,31 @@ class Cost:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
+        """The fields as JSON holds them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Cost":
-        """The inverse of ``to_dict``, exact to the digit; a missing or unknown field is a TypeError."""
+        """The inverse of ``to_dict``, exact to the digit.
+
+        Raises:
+            TypeError: a missing or unknown field.
+        """
         return cls(**fields)
 
     @classmethod
     def zero(cls) -> "Cost":
-        """Nothing, on no device."""
+        """The cost of no work, on no device."""
         return cls(0.0, 0.0, 0, 0, 0, "")
 
 
 class Meter:
-    """Measures the ``with`` block it is opened for; the work inside reports its FLOPs and tokens by ``add``.
+    """Measures a ``with`` block. The work inside reports its FLOPs and tokens by ``add``.
 
-    Memory is that of this process: data-loading workers and other ranks are not seen.
+    Memory is that of this process, without data-loading workers and other ranks.
 
     Args:
-        checkpoints: folder for what a long stage saves to resume from; None: it saves nothing.
+        checkpoints: folder for the checkpoints of a long stage; None: it saves none.
     """
 
     def __init__(self, checkpoints: Path | None = None) -> None:
@@ -80,7 +84,7 @@ class Meter:
         self._device = ""
 
     def add(self, flops: float = 0, tokens_forward: int = 0, tokens_backward: int = 0) -> None:
-        """Count work that was done: FLOPs, and tokens through a forward or a backward pass."""
+        """Count work: FLOPs, and tokens in forward and backward passes."""
         self._flops += float(flops)
         self._tokens_forward += int(tokens_forward)
         self._tokens_backward += int(tokens_backward)
@@ -90,7 +94,7 @@ class Meter:
             _cuda().synchronize(gpu)
             _cuda().reset_peak_memory_stats(gpu)
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of what ran before
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
         self._started = time.perf_counter()
         return self
 
@@ -105,31 +109,33 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Measured so far; to be read at any time, from any thread."""
+        """Seconds measured so far. Can be read at any time, from any thread."""
         started = self._started
         return self._seconds + (0.0 if started is None else time.perf_counter() - started)
 
     @property
     def unsaved(self) -> float:
-        """Seconds since the last checkpoint: what would be lost if the process were killed now."""
+        """Seconds since the last checkpoint, which would be lost if the process were killed now."""
         return self.seconds - self._saved
 
     def checkpoint(self) -> Cost:
-        """The cost up to now, to be written into a checkpoint."""
+        """The cost so far, to be stored in a checkpoint."""
         with self.paused():
             self._saved = self._seconds
         return self.cost
 
     def resume(self, checkpoint: Cost) -> None:
-        """Add the time that an earlier process spent up to the checkpoint which this one resumes from. Its FLOPs and
-        tokens are not added: the stage counts those of the whole."""
+        """Add the time that an earlier process spent before the checkpoint from which this one resumes.
+
+        Its FLOPs and tokens are not added: the stage counts those of the whole.
+        """
         self._seconds += checkpoint.seconds
         self._saved = checkpoint.seconds
         self._peak_memory_bytes = max(self._peak_memory_bytes, checkpoint.peak_memory_bytes)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave a part of the block out: neither its time nor its memory counts here."""
+        """Exclude the inner block: neither its time nor its memory is measured."""
         self.__exit__()
         try:
             yield
@@ -138,7 +144,7 @@ class Meter:
 
     @property
     def cost(self) -> Cost:
-        """What was measured and reported so far; to be read after the block."""
+        """What was measured and reported. To be read after the block."""
         return Cost(
             self._seconds,
             self._flops,
@@ -154,7 +160,7 @@ def _cuda() -> Any:
 
 
 def _gpus_in_use() -> list[int]:
-    """The GPUs on which this process holds or held memory; asking neither imports torch nor wakes a device."""
+    """The GPUs on which this process has or had memory, without importing torch or initialising a device."""
     if "torch" not in sys.modules or not _cuda().is_initialized():
         return []
     return [gpu for gpu in range(_cuda().device_count()) if _cuda().max_memory_allocated(gpu)]

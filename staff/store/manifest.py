@@ -1,4 +1,4 @@
-"""What lies in an artefact's folder beside its files: a manifest of what it is, what it cost, and its checksums."""
+"""The manifest in an artefact's folder: what the artefact is, what it cost, and the checksums of its files."""
 
 import hashlib
 import importlib.metadata
@@ -17,7 +17,7 @@ from staff.store.cost import Cost
 
 
 class Charge(NamedTuple):
-    """What one artefact is charged at, and what it is to a reader."""
+    """The cost of one artefact, with its stage and label."""
 
     stage: str
     label: str
@@ -25,37 +25,38 @@ class Charge(NamedTuple):
 
 
 Charges = dict[str, Charge]
-"""By fingerprint, one entry a distinct artefact."""
+"""Charges by the artefact's fingerprint."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published folder, and what it is charged at."""
+    """The published result of a stage, and its cost."""
 
     path: Path
-    """The folder with the files; nobody changes it any more."""
+    """The folder with the files, which do not change any more."""
     stage: str
+    """The stage's kind."""
     label: str
-    """What it is, in words; no part of the fingerprint."""
+    """What the stage did, in words. Not part of the fingerprint."""
     fingerprint: str
-    """64 hexadecimal digits; the folder is named by the first 32."""
+    """64 hexadecimal digits. The folder's name is the first 32."""
     cost: Cost
-    """Of making this one, without what it read."""
+    """The cost of the stage itself, without its inputs."""
     inputs: Charges
-    """What it was made from, transitively."""
+    """The artefacts it was made from, and those they were made from."""
     computed: bool
-    """True where this call made it, False where it was read."""
+    """Whether this call computed it, instead of reading it."""
 
     def charged(self) -> Charges:
-        """Itself and everything it was made from; merge such dictionaries and every artefact counts once."""
+        """Charges of the artefact and all its inputs. Merge such dictionaries to count every artefact once."""
         return {**self.inputs, self.fingerprint: Charge(self.stage, self.label, self.cost)}
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], cost: Cost, inputs: Charges) -> None:
-    """Seal the files in `folder`: all of them reach the disk, the manifest last.
+    """Write the manifest of the files in `folder`, after all of them have reached the disk.
 
     Args:
-        facts: what the manifest says besides: stage, version, fingerprint, label, key.
+        facts: further entries of the manifest: stage, version, fingerprint, label, key.
     """
     manifest = {
         **facts,
@@ -78,16 +79,16 @@ def write_manifest(folder: Path, facts: dict[str, Any], cost: Cost, inputs: Char
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any], Artifact]:
-    """The manifest of a published artefact as JSON has it, and what it says.
+    """The manifest of a published artefact as JSON holds it, and the artefact.
 
     Raises:
-        UserError: it is not what was written.
+        UserError: the manifest is damaged.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        checksum = manifest.pop("checksum", None)  # the first ones had none
+        checksum = manifest.pop("checksum", None)  # early manifests have none
         if checksum is not None and checksum != digest(manifest):
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum differs")
         inputs = {
             read: Charge(entry["stage"], entry["label"], Cost.from_dict(entry["cost"]))
             for read, entry in manifest["inputs"].items()
@@ -101,7 +102,11 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Artifact]:
 
 
 def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
-    """Refuse an artefact with a file that is missing, cut off or too long."""
+    """Refuse an artefact with a file that is missing or has another size.
+
+    Raises:
+        UserError: naming the file.
+    """
     for name, entry in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -111,15 +116,20 @@ def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def check_contents(folder: Path, manifest: dict[str, Any]) -> None:
-    """Refuse an artefact with a file whose content has changed. Takes about as long as loading it: 1.1 times,
-    measured on a gigabyte of safetensors."""
+    """Refuse an artefact with a file whose content has changed.
+
+    This takes about as long as loading the artefact: 1.1 times, measured on a gigabyte of safetensors.
+
+    Raises:
+        UserError: naming the file.
+    """
     for name, entry in manifest["files"].items():
         if _sha256(folder / name) != entry["sha256"]:
-            raise UserError(f"{folder / name} is not what was written (its checksum is another); {_mend(folder)}")
+            raise UserError(f"{folder / name} is not what was written (its checksum differs); {_mend(folder)}")
 
 
 def _mend(folder: Path) -> str:
-    return f"delete the folder {folder} and it is made again"
+    return f"delete the folder {folder} and it is computed again"
 
 
 def digest(content: dict[str, Any]) -> str:
@@ -128,15 +138,15 @@ def digest(content: dict[str, Any]) -> str:
 
 
 def refuse_non_json(value: Any, place: str) -> None:
-    """Refuse what JSON would not give back as it was.
+    """Refuse a value that JSON would not give back unchanged.
 
     Raises:
-        TypeError: naming its place.
+        TypeError: naming the place of the value.
     """
     if type(value) is dict:
         for name, entry in value.items():
             if type(name) is not str:
-                raise TypeError(f"{place} has the name {name!r}, which is no string")
+                raise TypeError(f"{place} has the name {name!r}, which is not a string")
             refuse_non_json(entry, f"{place}.{name}")
     elif type(value) is list:
         for position, entry in enumerate(value):
@@ -153,7 +163,7 @@ def _sha256(file: Path) -> str:
 
 
 def _seal(file: Path) -> str:
-    """Bring a file to the disk, so that no power cut publishes an empty one, and return its SHA-256."""
+    """Flush a file to the disk and return its SHA-256. Otherwise a power cut could publish an empty file."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
     return _sha256(file)
@@ -161,7 +171,7 @@ def _seal(file: Path) -> str:
 
 @cache
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that numbers depend on, without importing them."""
+    """Versions of Python and of the libraries that results depend on, without importing them."""
     versions = {"python": platform.python_version()}
     for name in ("numpy", "torch", "transformers", "peft", "safetensors", "pyarrow"):
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""What a stage is: a piece of work that is done once, named by everything that determines its result."""
+"""Stages: work that is done once and identified by everything that determines its result."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class Stage(ABC):
     """One stage of an experiment, such as a fine-tuning. Implementations are frozen dataclasses.
 
     Attributes:
-        kind: names the stage's folder in the store.
-        version: raised when the code computes other numbers than before. Whatever rests on the stage is then
-            computed again; a changed message or name needs no new version. `tests/test_stage_numbers.py` recomputes
-            a small slice of every stage and notices numbers that changed without one.
-        one_process: the main process alone runs it; the others wait.
+        kind: the stage's folder in the store.
+        version: to be raised when the code computes other numbers than before. The stage, and all that depend on
+            it, are then computed again. Changed messages or names need no new version.
+            `tests/test_stage_numbers.py` recomputes a small slice of every stage, and fails where numbers changed
+            without a new version.
+        one_process: whether only the main process runs it, while the others wait.
     """
 
     kind: ClassVar[str]
@@ -36,48 +37,56 @@ class Stage(ABC):
 
     @property
     def label(self) -> str:
-        """What the stage does, in words, for the log and the manifest."""
+        """What the stage does, in words, for logs and manifests."""
         return self.kind
 
     @property
     def inputs(self) -> tuple[Stage, ...]:
-        """The stages whose results `run` is given, in this order. Their fingerprints are part of this one's."""
+        """The stages whose artefacts `run` is given, in this order. Their fingerprints are part of this one's."""
         return ()
 
     @abstractmethod
     def key(self) -> dict[str, Any]:
-        """All that determines the result besides `inputs`, as JSON holds it."""
+        """Everything besides `inputs` that determines the result, as JSON holds it."""
 
     @abstractmethod
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
-        """Do the work: write files into the empty `folder`, and add FLOPs and tokens to `meter`.
+        """Do the work: write files to the empty `folder`, and add FLOPs and tokens to `meter`.
 
-        What the stage reads from the store meanwhile becomes an input of its result too.
+        Artefacts that the stage gets from the store while it runs become inputs of its artefact too.
         """
 
     def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
-        """Add the same FLOPs and tokens from shapes, loading no weights; write placeholders of the files that other
-        stages read. A stage without an estimate is run in a dry run too."""
+        """Do the stage's part of a dry run, without loading weights.
+
+        It adds the same FLOPs and tokens, computed from shapes, and writes placeholders for the files that other
+        stages read. The default runs the stage.
+        """
         self.run(folder, meter, *inputs)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of kind, version, key and the fingerprints of the inputs: 64 hexadecimal digits.
+        """SHA-256 of kind, version, key and the inputs' fingerprints: 64 hexadecimal digits.
 
         Raises:
-            TypeError: the key holds what JSON does not (a tuple, a path, a NumPy number, NaN); with its place.
+            TypeError: a value in the key that JSON cannot hold (a tuple, a path, a NumPy number, NaN).
         """
+        return self.fingerprint_of(self.version)
+
+    def fingerprint_of(self, version: int) -> str:
+        """The fingerprint of an older version of this stage."""
         key = self.key()
         refuse_non_json(key, f"{self.kind} key")
         inputs = [stage.fingerprint for stage in self.inputs]
-        return digest({"stage": self.kind, "version": self.version, "key": key, "inputs": inputs})
+        return digest({"stage": self.kind, "version": version, "key": key, "inputs": inputs})
 
 
 def identity(part: Any) -> dict[str, Any]:
-    """What determines the behaviour of a method, signal or generator: its class, its fields and its code.
+    """What determines the behaviour of a method, signal or generator: its class, fields and code.
 
     A class with a `version` is known by it, and raises it when its numbers change. One without, such as a user's
-    own, is known by the text of its file. Files that it reads count through a `content_digest` property.
+    own, is known by the text of its file. A file that it reads, its field `path`, counts by the property
+    `content_digest`, wherever it lies.
     """
     kind = type(part)
     settings = {f.name: plain(getattr(part, f.name)) for f in fields(part)} if is_dataclass(part) else {}
@@ -87,11 +96,12 @@ def identity(part: Any) -> dict[str, Any]:
     known["version"] = version if version is not None else sha256(source.encode()).hexdigest()
     if content := getattr(part, "content_digest", None):
         known["content"] = content
+        settings.pop("path", None)
     return known
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON holds it: tuples as lists, dataclasses as dictionaries, those with behaviour by `identity`."""
+    """`value` as JSON holds it: tuples as lists, dataclasses as dictionaries, methods and signals by `identity`."""
     if is_dataclass(value) and not isinstance(value, type):
         if any(hasattr(value, name) for name in ("select", "compute")):
             return identity(value)

@@ -1,18 +1,18 @@
-"""The store between stages: a result is computed once, found by what determines it, and never looks free.
+"""The store of results: each is computed once, found by what determines it, and charged to every reader.
 
     root/<kind>/<fingerprint>/    the files of an artefact (safetensors, parquet, JSON) and its manifest.json
     root/tmp/                     artefacts that are being written
-    root/locks/                   one lock file an artefact
-    root/attempts/                stages that were begun and not finished (`staff.store.attempts`)
-    root/checkpoints/             where a long stage resumes from if it is killed
+    root/locks/                   a lock file for each artefact
+    root/attempts/                stages that were started and not finished (`staff.store.attempts`)
+    root/checkpoints/             checkpoints of long stages, to resume from
 
 An artefact is written to a temporary folder, its manifest last, and published by one rename under its lock. So a
-folder with a manifest is whole, and a process that dies leaves nothing that is read. The manifest says what the
-artefact and everything it was made from cost; every reader is charged the same as the process that made it. It also
-holds a checksum of every file, which a process compares when it first reads the artefact.
+folder with a manifest is complete, and a process that dies leaves nothing that is read. The manifest records the
+cost of the artefact and of everything it was made from; every reader is charged this cost, like the process that
+computed it. It also has a checksum of every file, which a process verifies when it first reads the artefact.
 
-In a run of several processes (`staff.runtime.processes`) the main one looks, locks, writes and publishes, and tells
-the others. They take part in the work; what they write is discarded.
+In a run of several processes (`staff.runtime.processes`) the main process finds, locks, writes and publishes
+artefacts for all. The others take part in the work, and the files they write are discarded.
 """
 
 import errno
@@ -49,7 +49,7 @@ from staff.store.stage import Stage
 log = logging.getLogger(__name__)
 
 VISIBLE = 60.0
-"""Seconds in which a published folder must be visible to every process of its run."""
+"""Seconds within which a published folder must be visible to every process of its run."""
 
 RESERVED = ("tmp", "locks", "attempts", "checkpoints")
 """Folders of the store that hold no artefacts."""
@@ -62,7 +62,7 @@ _STORAGE_ERRORS = {
 
 @dataclass(frozen=True)
 class _Frame:
-    """An artefact in the making, and what it has read so far."""
+    """A stage that is running, and what it has read so far."""
 
     fingerprint: str
     meter: Meter
@@ -76,23 +76,23 @@ class Store:
     """The artefacts under one folder, shared by any number of processes.
 
     Args:
-        root: the folder, made on first need.
-        workers: how many processes work at the same time on this machine, on which seconds depend; recorded.
-            None: unknown.
+        root: the folder, created when it is first needed.
+        workers: how many processes work on this machine at the same time, since seconds depend on it. Recorded in
+            manifests. None: unknown.
     """
 
     def __init__(self, root: Path | str, workers: int | None = 1) -> None:
         self.root = Path(root).absolute()
         self.workers = workers
         self.computed: set[str] = set()
-        """Fingerprints of the artefacts that were made through this object rather than read."""
+        """Fingerprints of the artefacts that this object computed instead of reading them."""
         self._cleaned = False
 
     def get(self, stage: Stage) -> Artifact:
-        """The result of `stage`: read it, wait for the process that is making it, or run the stage.
+        """The artefact of `stage`: read it, wait for the process that is computing it, or run the stage.
 
-        Results that the stage reads from the store in turn become inputs of its artefact; none of that time counts
-        as its own. An error in the stage is raised here, and nothing is published.
+        Artefacts that the stage itself gets from the store become inputs of its own; their time is not part of its
+        cost. An error in the stage is raised here, and nothing is published.
 
         Raises:
             UserError: the store's folder cannot be used, or the artefact in it is damaged.
@@ -113,12 +113,8 @@ class Store:
                 return artifact
 
             artifact = processes.broadcast_from_main(look)
-            if artifact is None and stage.one_process:
-                artifact = processes.broadcast_from_main(lambda: self._make(stage))
-            elif artifact is None:
-                made = self._make(stage) if processes.is_main_process() else self._take_part(stage)
-                artifact = processes.broadcast_from_main(lambda: made)
-            assert artifact is not None
+            if artifact is None:
+                artifact = self._run(stage)
             if not processes.is_main_process():
                 _await(artifact.path)
         how = "computed in {:.1f} s" if artifact.computed else "read (cost {:.1f} s)"
@@ -131,15 +127,16 @@ class Store:
         return artifact
 
     def find(self, stage: Stage) -> Artifact | None:
-        """The artefact if it is published; never makes it, waits for it, or records it as an input.
+        """The artefact if it is published, otherwise None.
 
-        For its cost alone: its files are not compared with their checksums.
+        This never computes it, waits for it, or records it as an input. It is for the artefact's cost alone:
+        checksums are not verified.
         """
         with self._storage_errors():
             return self._read(stage, contents=False)
 
     def folder(self, stage: Stage) -> Path:
-        """Where the stage's artefact lies once it is published."""
+        """The folder of the stage's artefact, once it is published."""
         return self.root / stage.kind / stage.fingerprint[:32]
 
     def carry_out(self, stage: Stage, folder: Path, meter: Meter, inputs: list[Artifact]) -> None:
@@ -147,7 +144,7 @@ class Store:
         stage.run(folder, meter, *inputs)
 
     def remove_dead_drafts(self) -> None:
-        """Remove what dead processes were writing: the temporary folders whose lock nobody holds."""
+        """Remove the temporary folders of dead processes: those whose lock is free."""
         self._cleaned = True
         for draft in (self.root / "tmp").glob("*-*"):
             lock = FileLock(self.root / "locks" / f"{draft.name[:32]}.lock", timeout=0)
@@ -155,7 +152,7 @@ class Store:
                 shutil.rmtree(draft)
 
     def remove(self, artifact: Path) -> None:
-        """Take a published folder out of the store, atomically for readers."""
+        """Remove a published folder, atomically for readers."""
         with self._lock(artifact.name, str(artifact)):
             draft = self.root / "tmp" / f"{artifact.name}-{uuid.uuid4().hex}"
             draft.parent.mkdir(exist_ok=True)
@@ -163,7 +160,7 @@ class Store:
             shutil.rmtree(draft)
 
     def held_locks(self) -> list[Path]:
-        """The locks that some process holds."""
+        """The lock files that some process holds."""
         held = []
         for file in (self.root / "locks").glob("*.lock"):
             try:
@@ -191,7 +188,29 @@ class Store:
             _check_contents_once(folder, (folder / "manifest.json").stat().st_mtime_ns)
         return artifact
 
-    def _make(self, stage: Stage) -> Artifact:
+    def _mention_older(self, stage: Stage) -> None:
+        for version in range(1, stage.version):
+            older = self.root / stage.kind / stage.fingerprint_of(version)[:32]
+            if older.exists():
+                said = "%s: %s was computed by version %d of this stage, and is not read"
+                log.info(said, stage.label, older, version)
+
+    def _run(self, stage: Stage) -> Artifact:
+        """Run the stage in the main process, or in all. Its inputs are got by all of them in either case."""
+        with self._frame(stage) as (frame, inputs):
+
+            def make() -> Artifact:
+                return self._make(stage, frame, inputs)
+
+            if stage.one_process:
+                return processes.broadcast_from_main(make)
+            made = make() if processes.is_main_process() else self._take_part(stage, frame, inputs)
+            artifact = processes.broadcast_from_main(lambda: made)
+            assert artifact is not None
+            return artifact
+
+    def _make(self, stage: Stage, frame: _Frame, inputs: list[Artifact]) -> Artifact:
+        self._mention_older(stage)
         prefix = f"{stage.fingerprint[:32]}-"
         for dead in (self.root / "tmp").glob(f"{prefix}*"):  # we hold the lock, so its writer is dead
             shutil.rmtree(dead, ignore_errors=True)
@@ -199,38 +218,37 @@ class Store:
         draft.mkdir(parents=True)
         folder = self.folder(stage)
         try:
-            with self._frame(stage) as (frame, inputs):
-                with attempt(self.attempts(stage), frame.meter) as failed:
-                    with frame.meter:
-                        self.carry_out(stage, draft, frame.meter, inputs)
-                    facts = {
-                        "stage": stage.kind,
-                        "version": stage.version,
-                        "fingerprint": stage.fingerprint,
-                        "label": stage.label,
-                        "key": stage.key(),
-                        "failed_attempts": failed,
-                        "workers": self.workers,
-                        "processes": 1 if stage.one_process else processes.world_size(),
-                    }
-                    write_manifest(draft, facts, frame.meter.cost, frame.inputs)
-                    folder.parent.mkdir(parents=True, exist_ok=True)
-                    if folder.exists():  # without a manifest, or it would have been read
-                        shutil.rmtree(folder)
-                    os.rename(draft, folder)
-                shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
+            with attempt(self.attempts(stage), frame.meter) as failed:
+                with frame.meter:
+                    self.carry_out(stage, draft, frame.meter, inputs)
+                facts = {
+                    "stage": stage.kind,
+                    "version": stage.version,
+                    "fingerprint": stage.fingerprint,
+                    "label": stage.label,
+                    "key": stage.key(),
+                    "failed_attempts": failed,
+                    "workers": self.workers,
+                    "processes": 1 if stage.one_process else processes.world_size(),
+                }
+                write_manifest(draft, facts, frame.meter.cost, frame.inputs)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                if folder.exists():  # without a manifest, or it would have been read
+                    shutil.rmtree(folder)
+                os.rename(draft, folder)
+            shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return replace(read_manifest(folder)[1], computed=True)
 
-    def _take_part(self, stage: Stage) -> None:
+    def _take_part(self, stage: Stage, frame: _Frame, inputs: list[Artifact]) -> None:
         """Another process's part of what the main one makes; the files it writes are discarded."""
-        with TemporaryDirectory() as discarded, self._frame(stage) as (frame, inputs), frame.meter:
+        with TemporaryDirectory() as discarded, frame.meter:
             self.carry_out(stage, Path(discarded), frame.meter, inputs)
 
     @contextmanager
     def _frame(self, stage: Stage) -> Iterator[tuple[_Frame, list[Artifact]]]:
-        """Record what is read from the store inside as an input of the stage; first the stage's own inputs."""
+        """Record what the block gets from the store as inputs of the stage, after the stage's own inputs."""
         frame = _Frame(stage.fingerprint, Meter(self.checkpoints(stage)))
         outer = _frames.set((*_frames.get(), frame))
         try:
@@ -255,7 +273,7 @@ class Store:
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:
-        """Say in one sentence what is wrong with the store's disk or folder; other errors pass unchanged."""
+        """Turn errors of the store's disk or folder into a `UserError`; other errors pass unchanged."""
         try:
             yield
         except Exception as error:
@@ -266,12 +284,12 @@ class Store:
                 raise
             raise UserError(
                 f"the store in {self.root} cannot be used ({getattr(error, 'strerror', None) or error}: {where}); "
-                "mend that or name another folder with store_dir=PATH"
+                "fix this or set another folder with store_dir=PATH"
             ) from error
 
 
 def _await(folder: Path) -> None:
-    """Wait until this process sees what another has published: a network file system may take a while."""
+    """Wait until this process sees what another has published, which on a network file system may take a while."""
     deadline = time.monotonic() + VISIBLE
     while not (folder / "manifest.json").exists():
         if time.monotonic() > deadline:
@@ -284,12 +302,16 @@ def _await(folder: Path) -> None:
 
 @cache
 def _check_contents_once(folder: Path, made: int) -> None:
-    """Once a process for each artefact, known by its time `made`: it takes about as long as loading."""
+    """Verify an artefact's checksums, once per process, since it takes as long as loading.
+
+    Args:
+        made: when the artefact was made; a folder that was made again is verified again.
+    """
     check_contents(folder, read_manifest(folder)[0])
 
 
 def _error_number(error: Exception) -> int | None:
-    """The errno of an OSError, or of the same failure as safetensors' Rust code words it."""
+    """The errno of an OSError, or of the same failure in a message of safetensors' Rust code."""
     if isinstance(error, OSError):
         return error.errno
     rust = re.search(r"\(os error (\d+)\)", str(error))

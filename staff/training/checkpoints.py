@@ -1,10 +1,10 @@
-"""A long fine-tuning that was killed resumes from its last checkpoint.
+"""Checkpoints, from which a long fine-tuning resumes after it was killed.
 
-A checkpoint is what transformers' Trainer saves: weights as safetensors; optimiser, schedule and random states as
-torch files, which it reads with `weights_only=True`. Added to these are the random state in which the epoch began,
-from which the order of its samples is drawn, the scores taken online so far, and a manifest, written last, with
-checksums and what the training had cost by then. Checkpoints are due by time, at steps whose loss is logged, so
-that the log goes on as well; short trainings never write one.
+A checkpoint has the files of transformers' Trainer: weights as safetensors; optimizer, scheduler and random states
+as torch files, which are read with `weights_only=True`. In addition it has the random state at the start of the
+epoch, which determines the order of its samples; the scores taken online; and a manifest, written last, with
+checksums and the cost so far. Checkpoints are saved by time, at steps that log the loss, so that the log can be
+continued. Short trainings save none.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from staff.errors import UserError
+from staff.models.state import MOMENTS
 from staff.runtime import processes
 from staff.store.cost import Meter
 from staff.store.manifest import check_contents, check_sizes, read_manifest, write_manifest
 from staff.training.online import OnlineEfforts
 
 INTERVAL = 300.0
-"""Seconds from one checkpoint to the next."""
+"""Seconds between two checkpoints."""
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints(TrainerCallback):
-    """Tells a Trainer when to save, and completes what it saved.
+    """Tells a Trainer when to save, and adds to its checkpoints what else is needed to resume.
 
     Args:
-        folder: the Trainer's `output_dir`; what lies there belongs to the same training.
-        cost: of the training; the cost up to the last checkpoint is added.
-        efforts: scores taken online, resumed as well.
+        folder: the Trainer's `output_dir`, which belongs to this training alone.
+        cost: the meter of the training; the cost up to the last checkpoint is added to it.
+        efforts: scores taken online, which are resumed too.
     """
 
     def __init__(self, folder: Path, cost: Meter, efforts: OnlineEfforts | None) -> None:
@@ -51,7 +52,7 @@ class Checkpoints(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Of all steps, before the last checkpoint and since; without loading and saving the model."""
+        """Seconds of all steps, before and after resuming, without loading and saving the model."""
         return self._before + time.monotonic() - self._began
 
     def _resume(self, checkpoint: Path) -> None:
@@ -68,7 +69,7 @@ class Checkpoints(TrainerCallback):
         self._saved = self._began = time.monotonic()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.last is not None and self._epoch_began is not None:  # the epoch in which the training was killed
+        if self.last is not None and self._epoch_began is not None:  # the epoch that is resumed
             torch.set_rng_state(self._epoch_began)
             self.last = None
         self._epoch_began = torch.get_rng_state()
@@ -94,7 +95,7 @@ class Checkpoints(TrainerCallback):
 
     def _complete(self, folder: Path, kept: dict[str, torch.Tensor]) -> None:
         save_file(kept, folder / "state.safetensors")
-        (folder / "training_args.bin").unlink()  # a pickle, and nobody reads it
+        (folder / "training_args.bin").unlink()  # a pickle, which is not needed
         facts = {"stage": "checkpoint", "label": folder.name, "fingerprint": "", "step_seconds": self.seconds}
         write_manifest(folder, facts, self._cost.checkpoint(), {})
         for other in set(folder.parent.glob("checkpoint-*")) - {folder}:
@@ -102,24 +103,40 @@ class Checkpoints(TrainerCallback):
 
 
 class EpochAdapters(TrainerCallback):
-    """Saves the adapter at the end of every epoch but the last, for signals by epoch.
+    """Saves the adapter at the end of every epoch except the last, for signals by epoch.
 
     Args:
         folder: gets a folder an epoch, named 1, 2, ....
         epochs: of the whole training.
+        moments: save Adam's moments as well, those of the last epoch included.
     """
 
-    def __init__(self, folder: Path, epochs: float) -> None:
-        self._folder, self._epochs = folder, epochs
+    def __init__(self, folder: Path, epochs: float, moments: bool) -> None:
+        self._folder, self._epochs, self._moments = folder, epochs, moments
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        epoch = round(state.epoch)
-        if epoch < self._epochs and processes.is_main_process():
-            model.save_pretrained(self._folder / str(epoch))
+    def on_epoch_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if not processes.is_main_process() or not float(state.epoch).is_integer():  # the last one may be in part
+            return
+        epoch = int(state.epoch)
+        folder = self._folder / str(epoch)
+        if epoch < self._epochs:
+            model.save_pretrained(folder)
+        if self._moments:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(_moments(model, optimizer), folder / MOMENTS)
+
+
+def _moments(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    """Adam's two moments of every trained parameter, by name and "exp_avg" or "exp_avg_sq"."""
+    names = ("exp_avg", "exp_avg_sq")
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {f"{name}.{moment}": optimizer.state[p][moment] for name, p in trained.items() for moment in names}
 
 
 def _last(folder: Path) -> Path | None:
-    """The last checkpoint that is whole and as it was written; those that are not are removed."""
+    """The last complete checkpoint. Damaged ones after it are removed."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
         try:
             manifest, _ = read_manifest(checkpoint)

@@ -1,8 +1,8 @@
-"""What fine-tuning needs in memory, from a model's shapes alone, and whether the device has it.
+"""The memory that fine-tuning needs, estimated from a model's shapes, and whether the device has it.
 
-Counted is what autograd keeps of each block, as transformers' decoders with gated MLPs and PEFT's LoRA write them:
-the inputs of norms, of LoRA layers, of the attention kernel and of the MLP's product. Small change (masks, rotary
-tables, the allocator's rounding, buffers inside kernels) is not.
+The estimate counts the tensors that autograd keeps of each block, in transformers' decoders with gated MLPs and in
+PEFT's LoRA: the inputs of norms, of LoRA layers, of the attention kernel and of the MLP's product. Small tensors
+(masks, rotary tables, buffers in kernels) and the allocator's rounding are not counted.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from staff.training.settings import FinetuneSettings
 log = logging.getLogger(__name__)
 
 NF4_BYTES = 0.5 + 0.127 / 8
-"""A weight in NF4 with doubly quantised constants (Dettmers et al. 2023, section 3)."""
+"""Bytes of a weight in NF4 with double quantization (Dettmers et al. 2023, section 3)."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the worst moment of fine-tuning, after the forward pass of the longest samples."""
+    """Peak memory of fine-tuning in bytes, after the forward pass of the longest samples."""
 
     weights: int
     training: int
-    """Adapters, gradients, Adam's two moments, and autocast's copies of weights that are trained."""
+    """Adapters, gradients, Adam's two moments, and autocast's copies of trained weights."""
     activations: int
-    """What the blocks keep for the backward pass."""
+    """Tensors of the blocks that are kept for the backward pass."""
     logits: int
     """Logits of the answer tokens, their probabilities and gradients."""
 
@@ -47,16 +47,16 @@ class Memory:
 def finetuning_memory(
     spec: ModelSpec, settings: FinetuneSettings, lengths: np.ndarray, answer_lengths: np.ndarray
 ) -> Memory:
-    """What fine-tuning needs; loads no weights.
+    """The peak memory of fine-tuning, estimated without loading weights.
 
     Args:
-        lengths, answer_lengths: tokens of every sample and of its answer, shape (N,).
+        lengths, answer_lengths: tokens of each sample and of its answer, shape (N,).
     """
     model = spec.shapes()
     config = model.config.get_text_config()
     lora = settings.kind == "lora"
     weights = _weight_bytes(model, spec.quantization) if lora else 4 * model.num_parameters()
-    if spec.is_partitioned:  # and, in full, the block that runs and the one fetched for when it is done
+    if spec.is_partitioned:  # plus two whole blocks: the one that runs and the one that is prefetched
         weights = weights // processes.world_size() + 2 * weights // config.num_hidden_layers
     if lora:
         fresh_lora(model, settings.lora, seed=0)
@@ -68,7 +68,7 @@ def finetuning_memory(
     depth = config.num_hidden_layers
     if settings.gradient_checkpointing:
         activations = tokens * (depth * kept.residual + kept.attention + kept.mlp)
-    else:  # the last block's MLP is run at the answer tokens alone
+    else:  # the last block's MLP runs at the answer tokens alone
         activations = tokens * (depth * kept.attention + (depth - 1) * kept.mlp) + answers * kept.mlp
     logit = 12 + (kept.element if kept.element < 4 else 0)
     return Memory(
@@ -81,10 +81,10 @@ def finetuning_memory(
 
 @dataclass(frozen=True)
 class _Kept:
-    """Bytes that one block keeps of a token."""
+    """Bytes per token that one block keeps for the backward pass."""
 
     element: int
-    """Bytes of a number in which matrices are multiplied."""
+    """Bytes of an element in matrix products."""
     residual: int
     """The block's input."""
     attention: int
@@ -97,10 +97,10 @@ class _Kept:
         head = getattr(config, "head_dim", None) or width // heads
         queries, keys = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
         norms = [m.weight.numel() for m in model.get_decoder().layers[0].modules() if "RMSNorm" in type(m).__name__]
-        norm = 4 if frozen else 8  # in float32: the input, and for its own weight's gradient the output
+        norm = 4 if frozen else 8  # in float32: the input; if the norm's weight is trained, also the output
         around = norm * sum(n for n in norms if n > head)
-        inside = norm * (queries + keys if head in norms else 0)  # of queries and keys
-        # Autocast gives each of the layers that share an input a copy of its own.
+        inside = norm * (queries + keys if head in norms else 0)  # norms of queries and keys
+        # Under autocast, each of the layers that share an input keeps its own copy.
         shared = (3, 2) if element < 4 else (1, 1)
         attention = element * (shared[0] * width + 3 * queries + 2 * keys) + inside + around // 2
         if model.config._attn_implementation == "eager":
@@ -122,7 +122,7 @@ def _weight_bytes(model: Any, quantization: str | None) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that are free on the GPU, or without one in RAM, for each of the processes that share it."""
+    """Free bytes on the GPU, or without a GPU in RAM, divided among the processes that share it."""
     import psutil
     import torch
 
@@ -132,12 +132,12 @@ def available_memory() -> int:
 
 
 def check_fits(spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSettings) -> None:
-    """Refuse a fine-tuning that needs more memory than the device has, with settings that would fit.
+    """Refuse a fine-tuning that needs more memory than the device has.
 
     A model type without an estimate passes.
 
     Raises:
-        UserError: it does not fit.
+        UserError: it does not fit; with settings that would.
     """
     if spec.config().get_text_config().model_type not in ARCHITECTURES:
         log.info("there is no estimate of the memory that %s needs: it is not checked", spec.name)
@@ -163,7 +163,7 @@ def check_fits(spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSet
 
 
 def _smaller(settings: FinetuneSettings, longest: int) -> Iterator[dict[str, Any]]:
-    """Settings that need less and less, those that cost least first."""
+    """Settings that need less memory, those that cost least time first."""
     import torch
 
     share = settings.batch_size // processes.world_size()

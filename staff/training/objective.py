@@ -1,4 +1,4 @@
-"""Objectives: what fine-tuning minimises. One implementation; another loss is a new file."""
+"""Objectives that fine-tuning minimises. Another objective is a class in a file of your own."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ if TYPE_CHECKING:
 
 
 class Objective(Protocol):
-    """The loss of each answer token; a step minimises its mean over the step's answer tokens. A frozen dataclass."""
+    """The loss of each answer token. A step minimises its mean over the step's answer tokens.
+
+    Implementations are frozen dataclasses.
+    """
 
     def compute(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """(L,), float32 or wider, from logits (L, V) and the token ids (L,) that follow."""
+        """The loss of each token, (L,), in float32 or wider.
+
+        Args:
+            logits: logits at the positions that predict the tokens, (L, V).
+            targets: the tokens, (L,).
+        """
         ...
 
 

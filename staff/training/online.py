@@ -1,9 +1,9 @@
-"""Effort scores out of fine-tuning's own backward passes, so that the small model needs no scoring pass.
+"""Effort scores from the backward passes of fine-tuning, so that the small model needs no scoring pass.
 
-The trainer's loss is the mean over all answer tokens of a step, so what it backpropagates into a layer's output is
-n_i / n of the gradient of sample i's own mean loss (n_i of the step's n answer tokens). Scaled back, the norm of
-the sample's gradient follows as in `staff.scoring.gradients`. The weights move while scores are taken, once a sample. That,
-and dropout where there is any, is the difference to scores of a pass with the final weights.
+The trainer's loss is the mean over all n answer tokens of a step. So what it backpropagates into a layer's output
+is n_i / n of the gradient of sample i's own mean loss, n_i being the answer tokens of the sample. Scaled back, the
+norm of the sample's gradient follows as in `staff.scoring.gradients`. Unlike in a pass with the final weights, the
+weights change between samples, and dropout is active where there is any.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from staff.scoring.positions import Positions
 
 
 class OnlineEfforts:
-    """Collects the effort of every sample that a training step backpropagates.
+    """Collects the efforts of the samples in training steps.
 
     Args:
-        model: with LoRA adapters, of an architecture in `staff.scoring.positions.ARCHITECTURES`.
-        gradient: "last_v_b" or "all_lora".
-        samples: N.
+        model: a model with LoRA adapters, of an architecture in `staff.scoring.positions.ARCHITECTURES`.
+        gradient: the parameters, "last_v_b" or "all_lora".
+        samples: the number of samples N.
     """
 
     def __init__(self, model: Any, gradient: str, samples: int) -> None:
@@ -36,22 +36,23 @@ class OnlineEfforts:
         self.squared = torch.full((samples,), torch.nan, dtype=torch.float64)
 
     def save(self, file: Path) -> None:
-        """Write "effort", (N,) float64, of each sample when it was last seen; NaN where it never was."""
+        """Write each sample's latest effort to a safetensors file: "effort", (N,) float64, NaN if it has none."""
         save_file({"effort": self.squared.sqrt()}, file)
 
     def all_gather(self) -> None:
-        """Add what the other processes of this run have seen; each sample is seen by one of them."""
+        """Add the efforts from the other processes of this run. Each sample is in the steps of one process."""
         for of_one in processes.all_gather(self.squared):
             self.squared = torch.where(self.squared.isnan(), of_one, self.squared)
 
     @contextmanager
     def watching(self, rows: Tensor, positions: Positions, tokens: Tensor | float) -> Iterator[None]:
-        """Take the scores of the forward pass inside, once its loss is backpropagated.
+        """Score the samples of the forward pass inside, when its loss is backpropagated.
 
         Args:
-            rows: (B,) which samples the batch holds.
-            positions: where the last block runs.
-            tokens: n, the answer tokens that the loss is averaged over, by the number of processes.
+            rows: positions of the batch's samples in the data set, (B,).
+            positions: the positions at which the last block runs.
+            tokens: n, the number of answer tokens that the loss is averaged over, divided by the number of
+                processes.
         """
         rows = rows.cpu()
         scale = tokens / positions.counts

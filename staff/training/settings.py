@@ -1,4 +1,4 @@
-"""How models are fine-tuned."""
+"""Settings of fine-tuning."""
 
 from __future__ import annotations
 
@@ -19,31 +19,30 @@ MATCHES = ("epochs", "steps")
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """How models are fine-tuned; defaults are the preset `lora`, conf/finetune/lora.yaml says where they are from.
+    """How models are fine-tuned. Defaults are the preset `lora`; conf/finetune/lora.yaml gives their sources.
 
     Attributes:
         kind: "lora", or "full" for all weights.
-        batch_size: samples of one optimiser step, on all devices together.
-        device_batch_size: samples in a device's memory at once, or all of its share of a step where those are less;
-            gradients are accumulated up to the share.
-        epochs: passes over the coreset, for the target.
-        small_epochs: T, passes over the whole pool, for the small model.
-        match: what fine-tuning on a coreset has in common with fine-tuning on the whole pool: the "epochs", or the
-            optimiser "steps", for which it passes over the coreset more often.
-        scheduler: how the learning rate goes on after warm-up; one of `SCHEDULERS`, as transformers defines them.
-        warmup_ratio: fraction of the steps in which the learning rate rises, rounded up to whole steps.
-        warmup_start: where it rises from; "first_step": the k-th of w warm-up steps has k / w of the rate; "zero":
-            (k - 1) / w, transformers' own schedule and that of the authors' code, in which the first step changes
-            nothing, and neither does a fine-tuning of one step. For exact comparisons.
+        batch_size: samples per optimiser step, over all devices.
+        device_batch_size: samples in a forward pass of one device, at most; gradients are accumulated.
+        epochs: epochs of the target.
+        small_epochs: epochs T of the small model, on the whole pool.
+        match: what fine-tuning on a coreset has in common with fine-tuning on the whole pool: the number of
+            "epochs", or of optimiser "steps", which takes more epochs.
+        scheduler: the learning rate after warm-up; one of `SCHEDULERS`, as in transformers.
+        warmup_ratio: fraction of warm-up steps, rounded up to whole steps.
+        warmup_start: the start of warm-up. With "first_step" the k-th of w warm-up steps has k / w of the learning
+            rate. With "zero", as in transformers and the authors' code, it has (k - 1) / w, so that the first step
+            changes nothing.
         max_length: cut-off in tokens; a sample that does not fit is refused or dropped (task.too_long).
         precision: "float32", or "bfloat16" for autocast.
-        length_grouped: batches of samples of similar length: less padding, less random batches.
-        quantization: None, or "nf4": the frozen weights under LoRA in 4 bits (QLoRA, see `staff.models`).
-        gradient_checkpointing: blocks are run again in the backward pass instead of remembered: less memory, about
-            a third more time, the same weights.
-        fsdp: the processes of a run share out the models' weights (FSDP2), in scoring and answering as well, and
-            fetch a block's when it runs: for a target that does not fit one device.
-        objective: the loss; `staff.training.objective`.
+        length_grouped: whether batches have samples of similar length, for less padding.
+        quantization: None, or "nf4" for frozen weights in 4 bits (QLoRA, see `staff.models.spec.ModelSpec`).
+        gradient_checkpointing: whether blocks are recomputed in the backward pass: less memory, about a third more
+            time, the same weights.
+        fsdp: whether the models' weights are sharded over the processes of a run (FSDP2), in scoring and generation
+            too, for a target that does not fit on one device.
+        objective: the loss (`staff.training.objective`).
     """
 
     kind: str = "lora"
@@ -77,7 +76,7 @@ class FinetuneSettings:
         if self.quantization and self.kind != "lora":
             raise UserError(f"finetune.quantization={self.quantization} is for finetune.kind=lora: frozen weights.")
         if self.fsdp and (self.quantization or self.kind != "lora"):
-            raise UserError("finetune.fsdp=true shares out frozen weights of full precision: choose finetune=lora.")
+            raise UserError("finetune.fsdp=true shards frozen weights in full precision: choose finetune=lora.")
         for name in ("length_grouped", "gradient_checkpointing", "fsdp"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"finetune.{name}={getattr(self, name)!r} must be true or false.")
@@ -104,39 +103,42 @@ class FinetuneSettings:
             )
 
     def key(self) -> dict[str, Any]:
-        """The fields that determine the result, besides the number of epochs. How batches and weights lie in memory
-        changes nothing but rounding; a quantised model is another model."""
+        """The fields that determine the result, as JSON holds them.
+
+        Epochs are part of the stage's key, and quantization of the model's. The layout of batches and weights in
+        memory changes nothing except rounding.
+        """
         memory = ("device_batch_size", "gradient_checkpointing", "fsdp")
         elsewhere = (*memory, "epochs", "small_epochs", "match", "quantization")
         return {k: v for k, v in plain(self).items() if k not in elsewhere}
 
     def steps(self, samples: int) -> int:
-        """Optimiser steps of one epoch."""
+        """Optimiser steps per epoch."""
         return math.ceil(samples / self.batch_size)
 
     def on_each_device(self, devices: int) -> tuple[int, int]:
-        """Samples in memory at once, and how many times over for one step.
+        """Samples per forward pass of a device, and forward passes per optimiser step.
 
         Raises:
-            UserError: the samples of a step cannot be shared out evenly.
+            UserError: the samples of a step cannot be divided evenly.
         """
         share, left = divmod(self.batch_size, devices)
         if left or share % min(self.device_batch_size, share):
             raise UserError(
-                f"finetune.batch_size={self.batch_size} cannot be shared by {devices} processes in parts of "
-                f"finetune.device_batch_size={self.device_batch_size}: start as many as divide the batch, and let "
-                "the parts divide each one's share."
+                f"finetune.batch_size={self.batch_size} cannot be divided among {devices} processes with "
+                f"finetune.device_batch_size={self.device_batch_size}: start a number of processes that "
+                "divides the batch, and choose a device_batch_size that divides the samples of each."
             )
         at_once = min(self.device_batch_size, share)
         return at_once, share // at_once
 
     def coreset_epochs(self, coreset: int, pool: int) -> float:
-        """Epochs over a coreset of that many samples, whole or not."""
+        """Epochs of fine-tuning on a coreset, given its size and the pool's. May be a fraction."""
         if self.match == "epochs":
             return self.epochs
         wanted, steps = self.epochs * self.steps(pool), self.steps(coreset)
         if wanted % steps == 0:
             return wanted // steps
         epochs = wanted / steps
-        # The trainer rounds up, so that an error of rounding would be a step too many.
+        # The trainer rounds up the number of steps, so a rounding error here would add one.
         return epochs if math.ceil(epochs * steps) == wanted else math.nextafter(epochs, 0)

@@ -1,4 +1,4 @@
-"""The stage that fine-tunes a model on samples, with the loss on the answer tokens alone."""
+"""The stage that fine-tunes a model on samples, with the loss on their answer tokens."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from staff.errors import UserError
 from staff.models.adapters import LoraSpec, fresh_lora
 from staff.models.flops import training_flops
 from staff.models.spec import ModelSpec
-from staff.models.state import Training
+from staff.models.state import MOMENTS, Training
 from staff.runtime import processes
+from staff.runtime.attention import without_cudnn_attention
 from staff.scoring.stage import placeholder
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
@@ -29,20 +30,22 @@ from staff.training.warnings import checksums, training_warnings
 log = logging.getLogger(__name__)
 
 ONLINE_SCORES = "online.safetensors"
+HISTORY = "training.json"
 EPOCHS = "epochs"
-"""Folder of the adapters at the ends of all epochs but the last."""
+"""Folder of what is kept of every epoch: its adapter (the last one's lies outside), and the optimiser's moments."""
 
 
 @dataclass(frozen=True)
 class Finetune(Training):
     """A model fine-tuned on samples: a LoRA adapter (or all weights), and the log of its training.
 
-    The trainer is given the very tokens that the scorer sees. A long training resumes from its last checkpoint.
+    Training uses the same tokens as scoring. A long training resumes from its last checkpoint.
 
     Attributes:
         epochs: passes over the samples, whole or not.
         online: None, or the parameters whose gradients give every sample's effort in the last epoch
             (`staff.training.online`).
+        moments: keep the optimiser's moments at the end of every epoch.
     """
 
     kind: ClassVar[str] = "finetune"
@@ -54,8 +57,13 @@ class Finetune(Training):
     epochs: float
     seed: int
     online: str | None = None
+    moments: bool = False
 
     def __post_init__(self) -> None:
+        if self.moments and self.settings.kind != "lora":
+            raise UserError(
+                f"Adam's moments are kept of adapters: they need finetune=lora, not {self.settings.kind}."
+            )
         if self.online and self.settings.kind != "lora":
             kind = self.settings.kind
             raise UserError(f"scores online are gradients of adapters: they need finetune=lora, not {kind}.")
@@ -77,15 +85,20 @@ class Finetune(Training):
             "epochs": self.epochs,
             "seed": self.seed,
             "online": self.online,
+            # Only where they are kept, so that every other fine-tuning is known as before there were any.
+            **({"moments": True} if self.moments else {}),
         }
 
     def checkpoint(self, folder: Path, epoch: int) -> Path:
         if self.adapter is None:
             raise UserError(
-                f"fine-tuning all weights keeps no model of epoch {epoch}: choose finetune=lora, whose adapters are "
-                "kept at the end of every epoch."
+                f"fine-tuning all weights keeps no model of epoch {epoch}: "
+                "choose finetune=lora, whose adapters are kept at the end of every epoch."
             )
         return folder / EPOCHS / str(epoch)
+
+    def moments_file(self, folder: Path, epoch: int | None) -> Path:
+        return folder / EPOCHS / str(epoch or round(self.epochs)) / MOMENTS
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         import torch
@@ -103,7 +116,7 @@ class Finetune(Training):
         saved = Checkpoints(work, meter, efforts)
         callbacks: list[Any] = [Progress(self.spec.name, len(samples)), saved]
         if self.adapter is not None:
-            callbacks.append(EpochAdapters(work / EPOCHS, self.epochs))
+            callbacks.append(EpochAdapters(work / EPOCHS, self.epochs, self.moments))
         if settings.gradient_checkpointing:
             checkpoint_blocks(model)
         trainer = AnswerTrainer(
@@ -119,7 +132,8 @@ class Finetune(Training):
         )
         trainer.remove_callback(PrinterCallback)
         before = checksums(model)
-        result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
+        with without_cudnn_attention():
+            result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
         seconds = saved.seconds  # those of the steps, before the model is saved
         if not math.isfinite(result.training_loss):
             raise UserError(
@@ -148,10 +162,14 @@ class Finetune(Training):
             from safetensors.numpy import save_file
 
             save_file({"effort": placeholder(len(self.samples), self.label)}, folder / ONLINE_SCORES)
+        log = [{"epoch": k, "learning_rate": self.settings.learning_rate} for k in range(1, int(self.epochs) + 1)]
+        (folder / HISTORY).write_text(json.dumps({"log": log}))
 
     def epoch_flops(self, trained: int) -> float:
-        """FLOPs of one epoch in which so many parameters are trained: logits where there are labels, the last block
-        in full (it is run at fewer positions)."""
+        """FLOPs of one epoch, with this number of trained parameters.
+
+        Logits are counted at label positions. The last block is counted at all positions, though it runs at fewer.
+        """
         adapter_parameters = None if self.adapter is None else trained
         lengths, answers = self.samples.lengths, self.samples.answer_lengths
         return training_flops(self.spec.config(), lengths, answers, adapter_parameters=adapter_parameters)
@@ -174,7 +192,7 @@ class Finetune(Training):
             "warnings": warnings,
             "log": state.log_history,
         }
-        (folder / "training.json").write_text(json.dumps(history, indent=1))
+        (folder / HISTORY).write_text(json.dumps(history, indent=1))
 
     def _arguments(self, checkpoints: Path) -> Any:
         import torch
@@ -199,9 +217,9 @@ class Finetune(Training):
             data_seed=self.seed,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=max(1, steps // 50),
-            logging_nan_inf_filter=False,  # a loss that is not finite must show
+            logging_nan_inf_filter=False,  # so that the log shows losses that are not finite
             remove_unused_columns=False,
-            save_strategy="no",  # `Checkpoints` says when
+            save_strategy="no",  # `Checkpoints` saves
             report_to="none",
             ddp_find_unused_parameters=False,
             disable_tqdm=not sys.stderr.isatty(),
@@ -210,14 +228,26 @@ class Finetune(Training):
 
 
 def read_online_efforts(trained: Artifact) -> np.ndarray:
-    """The efforts that `Finetune` took online, (N,) float64."""
+    """The efforts that `Finetune` stored with `online`, (N,) float64."""
     from safetensors.numpy import load_file
 
     return load_file(trained.path / ONLINE_SCORES)["effort"]
 
 
+def read_learning_rates(trained: Artifact, epochs: int) -> np.ndarray:
+    """The mean learning rate of each epoch of a `Finetune`, (epochs,), over the steps that its log holds.
+
+    An epoch of which it holds none, which there are only beyond fifty, is interpolated.
+    """
+    log = json.loads((trained.path / HISTORY).read_text())["log"]
+    steps = [(math.ceil(entry["epoch"]), entry["learning_rate"]) for entry in log if "learning_rate" in entry]
+    known = sorted({epoch for epoch, _ in steps})
+    means = [np.mean([rate for of, rate in steps if of == epoch]) for epoch in known]
+    return np.interp(np.arange(1, epochs + 1), known, means)
+
+
 def _rows(samples: TokenizedSamples) -> Any:
-    """The samples as a data set; token ids are shared with `samples`, not copied."""
+    """The samples as a `datasets.Dataset`, which shares their token ids."""
     import pyarrow as pa
     from datasets import Dataset
 

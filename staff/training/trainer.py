@@ -1,4 +1,4 @@
-"""transformers' Trainer, with what follows the last attention run only where there are labels."""
+"""A Trainer that runs everything after the last block's attention at label positions only."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ log = logging.getLogger(__name__)
 class ShardedBatches(Sampler[list[int]]):
     """The batches of one process: its shard of every step's samples, `device_batch_size` at a time.
 
-    A step's samples are those that a single process would take. All processes get equally many batches; some are empty.
+    A step's samples are those that a single process would take. All processes get equally many batches, some empty.
 
     Args:
-        order: of the samples in an epoch; rank 0's counts.
-        batch_size: samples of a step, of all processes together.
+        order: sampler of an epoch's samples; that of the main process is used.
+        batch_size: samples of a step, over all processes.
+        device_batch_size: samples of a batch, at most.
     """
 
     def __init__(self, order: Any, batch_size: int, device_batch_size: int) -> None:
@@ -43,7 +44,7 @@ class ShardedBatches(Sampler[list[int]]):
             self._order.set_epoch(epoch)
 
     def _batches(self, samples: int) -> int:
-        """How many a process gets of a step with so many samples."""
+        """Batches per process of a step with this number of samples."""
         return -(-samples // (processes.world_size() * self._device))
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -61,8 +62,9 @@ class ShardedBatches(Sampler[list[int]]):
 
 
 class ShardingTrainer(Trainer):
-    """The Trainer whose steps hold the same samples in several processes as in one. Its own sampler would fill up the
-    last step of an epoch with samples that were seen already.
+    """A `Trainer` whose steps hold the same samples in several processes as in one.
+
+    The sampler of `Trainer` would fill up the last step of an epoch with samples that were seen already.
 
     Args:
         warmup_start: of the learning rate, as in `staff.training.settings.FinetuneSettings`.
@@ -98,8 +100,11 @@ class ShardingTrainer(Trainer):
 
 
 def rising_from_first_step(scheduler: Any, warmup: int) -> LambdaLR:
-    """The schedule of `scheduler`, a LambdaLR whose rate rises from zero over `warmup` steps, with these one step
-    ahead: the k-th has k / warmup of the rate. What follows is as before; a constant rate stays constant."""
+    """The schedule with warm-up shifted by one step: the k-th step has k / warmup of the rate.
+
+    Args:
+        scheduler: a LambdaLR whose rate rises from zero over `warmup` steps, or is constant.
+    """
 
     def ahead(factor: Callable[[int], float]) -> Callable[[int], float]:
         return lambda step: factor(step + 1 if step < warmup else step)
@@ -108,13 +113,14 @@ def rising_from_first_step(scheduler: Any, warmup: int) -> LambdaLR:
 
 
 class AnswerTrainer(ShardingTrainer):
-    """The Trainer's loss at less work: no logits of the prompt, which for a long prompt and a large vocabulary are
-    most of the memory and, for a small model, much of the time.
+    """A Trainer with the same loss that computes no logits of the prompt.
+
+    For long prompts and large vocabularies these are most of the memory, and for small models much of the time.
 
     Args:
-        ids: of the training samples; a batch tells by "row" which of them it holds.
-        objective: the loss of an answer token.
-        efforts: watches the last epoch.
+        ids: ids of the training samples; "row" of a batch has positions in it.
+        objective: the loss of each answer token.
+        efforts: collects efforts in the last epoch.
     """
 
     def __init__(
@@ -134,7 +140,7 @@ class AnswerTrainer(ShardingTrainer):
     ) -> Any:
         positions = Positions.of_predictions(inputs["labels"])
         tokens = len(positions.targets) if num_items_in_batch is None else num_items_in_batch
-        if processes.world_size() > 1:  # whose gradients are averaged, where the loss is to be summed
+        if processes.world_size() > 1:  # gradients are averaged over processes, but the loss is a sum
             tokens = tokens / processes.world_size()
         watching, rows = nullcontext(), inputs["row"]
         if self.efforts is not None and len(rows) and self.state.epoch >= self.args.num_train_epochs - 1:
@@ -149,13 +155,13 @@ class AnswerTrainer(ShardingTrainer):
         return total / tokens
 
     def _answer_logits(self, model: Any, inputs: Any, positions: Positions) -> Tensor:
-        """(L, V), where answer tokens are predicted."""
+        """Logits at the positions that predict answer tokens: (L, V)."""
         plain = self.accelerator.unwrap_model(model)
         if plain.config.model_type not in ARCHITECTURES:
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
             return positions.gather(outputs.logits)[0]
         with last_block_at(plain, positions):
-            # No attention mask: padding is on the right, where a causal model does not look from a label.
+            # No attention mask: padding is on the right of all labels, so a causal model does not attend to it.
             return model(input_ids=inputs["input_ids"], use_cache=False).logits[0]
 
     def _refuse(self, losses: Tensor, rows: Tensor) -> None:
@@ -167,7 +173,7 @@ class AnswerTrainer(ShardingTrainer):
 
 
 class Progress(TrainerCallback):
-    """A line about every tenth of a training where there is no terminal for a bar."""
+    """Logs about ten lines per training if there is no terminal for a progress bar."""
 
     def __init__(self, name: str, samples: int) -> None:
         self._name, self._samples = name, samples
@@ -182,16 +188,21 @@ class Progress(TrainerCallback):
 
 
 def checkpoint_blocks(model: Any) -> None:
-    """Turn on gradient checkpointing for every block but the last that `last_block_at` knows: its hooks are gone when
-    a block is run again, and its memory is needed before that of the others."""
+    """Turn on gradient checkpointing for every block except the one that `last_block_at` hooks into.
+
+    The hooks are gone when a block is run again, and the last block's memory is needed before that of the others.
+    """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.config.model_type in ARCHITECTURES:
         last_block(model).gradient_checkpointing = False
 
 
 def _collator(tokenizer: Any) -> Callable[[list[dict[str, Any]]], Any]:
-    """Pads to the longest sample, and tells by "row" which samples a batch holds. A batch without samples gets a token
-    without a label: all processes go through equally many passes, and this one adds nothing."""
+    """A collator that pads to the longest sample and names the samples of a batch in "row".
+
+    A batch without samples gets one token without a label. It adds nothing to the loss, but all processes must run
+    equally many passes.
+    """
     pad = DataCollatorForSeq2Seq(tokenizer)
     empty = {"input_ids": [tokenizer.pad_token_id], "prompt_length": 1}
 

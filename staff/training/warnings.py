@@ -1,17 +1,19 @@
-"""Warnings about a fine-tuning that can have taught its model little or nothing."""
+"""Warnings about a fine-tuning that changed its model little or not at all."""
 
 from __future__ import annotations
 
 from typing import Any
 
 MIN_STEPS = 10
-"""Optimiser steps below which a fine-tuning is reported. Adam moves a weight by about one learning rate per step:
-in fewer steps than these, at the usual 1e-4, no entry of an adapter's B, which starts at zero, gets beyond 1e-3."""
+"""Fine-tunings with fewer optimiser steps are reported. Adam moves a weight by about one learning rate per step. So
+at 1e-4 no entry of an adapter's B, which starts at zero, exceeds 1e-3 after fewer steps than these."""
 
 
 def checksums(model: Any) -> list[int]:
-    """One integer per trainable tensor, over the bytes of what this process holds of it: equal lists before and
-    after training mean that no weight moved. A copy of all weights would take their memory once more."""
+    """A checksum of each trainable tensor's bytes in this process.
+
+    Equal lists before and after training mean that no weight changed. A copy of the weights would take more memory.
+    """
     import torch
 
     local = (getattr(p, "to_local", lambda p=p: p)() for p in model.parameters() if p.requires_grad)
@@ -19,7 +21,12 @@ def checksums(model: Any) -> list[int]:
 
 
 def training_warnings(steps: int, moved: bool) -> list[str]:
-    """What a reader of a fine-tuning's results should be warned of, in sentences; empty for an ordinary one."""
+    """Warnings for readers of the results, in sentences.
+
+    Args:
+        steps: optimiser steps of the fine-tuning.
+        moved: whether any trainable weight changed.
+    """
     found = []
     if steps < MIN_STEPS:
         found.append(f"only {steps} optimiser step{'s' * (steps != 1)}, fewer than {MIN_STEPS}.")

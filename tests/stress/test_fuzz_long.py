@@ -1,4 +1,4 @@
-"""The properties of tests/test_fuzz.py, each for MINUTES (3) with examples that nobody has seen."""
+"""The properties of tests/support/fuzzing.py, each for MINUTES (3) with examples that nobody has seen."""
 
 import os
 import random
@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from test_fuzz import PROPERTIES, fuzz
+from support.fuzzing import PROPERTIES, fuzz
 
 MINUTES = float(os.environ.get("MINUTES", "3"))
 EXAMPLES = 500

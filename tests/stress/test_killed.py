@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from test_sweep import PARALLEL, check_left_behind, check_store, finish, kill, records, stages, start
+from support.sweeps import PARALLEL, check_left_behind, check_store, finish, kill, records, stages, start
 
 GRID = ("method=random,ccs,d2,staff", "pruning_rate=0.5,0.75", "seed=0,1", *PARALLEL)
 KILLS = int(os.environ.get("KILLS", "30"))

@@ -1,10 +1,11 @@
-"""The metrics of answers. Every shipped one is on the scale from 0 to 100, as in the paper's tables."""
+"""The metrics. Those of answers are on the scale from 0 to 100, as in the paper's tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
 
+import numpy as np
 import pandas as pd
 
 from staff.data.task import Sample
@@ -17,32 +18,36 @@ NAMED = {
     "rougeL": "rouge.Rouge",
     "bleu": "corpus.Bleu",
     "chrf": "corpus.Chrf",
+    "exact": "exact.Exact",
     "exact_match": "numbers.ExactNumber",
+    "nll": "likelihood.Nll",
+    "nll_end": "likelihood.Nll",
 }
-"""The shipped metrics by name: module and class in this package."""
+"""The included metrics by name: module and class in this package."""
 
 
 def named_metric(name: str) -> Metric:
-    """The metric of this name, or of this dotted path to a class of your own, such as "mymetrics.Accuracy".
+    """The metric with this name, or with this dotted path to a class of your own, such as "mymetrics.Accuracy".
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such metric.
     """
-    module, _, kind = f"staff.evaluation.metrics.{NAMED[name]}".rpartition(".") if name in NAMED else name.rpartition(".")
+    path = f"staff.evaluation.metrics.{NAMED[name]}" if name in NAMED else name
+    module, _, kind = path.rpartition(".")
     try:
         return getattr(import_module(module), kind)(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"task.metrics names {name!r}, which is unknown: choose from {', '.join(NAMED)}, or give the dotted path "
-            f"of a class of your own ({error})."
+            f"task.metrics names {name!r}, which is unknown: choose from {', '.join(NAMED)}, or give the dotted "
+            f"path of a class of your own ({error})."
         ) from None
 
 
 def check_metrics(names: Sequence[str], samples: Sequence[Sample] = ()) -> None:
-    """Refuse, before any model loads, metrics that could not be measured.
+    """Refuse metrics that cannot be measured, before any model loads.
 
     Raises:
-        UserError: no metric, an unknown one, or one that cannot measure a sample.
+        UserError: there is no metric, one is unknown, or one cannot measure a sample.
     """
     if isinstance(names, str) or not names:
         choices = ", ".join(NAMED)
@@ -52,9 +57,26 @@ def check_metrics(names: Sequence[str], samples: Sequence[Sample] = ()) -> None:
 
 
 def measure(
-    metrics: Sequence[Metric], predictions: Sequence[str], references: References
+    metrics: Sequence[Metric],
+    predictions: Sequence[str],
+    references: References,
+    nll: np.ndarray | None = None,
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """The headline value of every metric, and a table with a row a sample and a column a metric."""
-    values = {metric.name: metric.measure(predictions, references) for metric in metrics}
+    """The headline value of every metric, and a table with a row a sample and a column a metric.
+
+    Args:
+        nll: of the references, shape (N, 2), as in `Metric.measure_likelihood`.
+
+    Raises:
+        UserError: a metric of likelihood, without `nll`.
+    """
+    values = {}
+    for metric in metrics:
+        if metric.needs == "answers":
+            values[metric.name] = metric.measure(predictions, references)
+        elif nll is None:
+            raise UserError(f"{metric.name} needs the model that answered: run the experiment again with it.")
+        else:
+            values[metric.name] = metric.measure_likelihood(nll)
     headline = {name: float(value) for name, (value, _) in values.items()}
     return headline, pd.DataFrame({name: scores for name, (_, scores) in values.items()})

@@ -16,13 +16,13 @@ _UNSPACED = ("CJK ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATA", "THAI ", "LAO ", 
 
 @dataclass(frozen=True)
 class Corpus(Metric):
-    """A metric of sacrebleu with its defaults; headline: the corpus value, not a mean."""
+    """A metric of sacrebleu with its default settings. The headline is the corpus value, not a mean."""
 
     version: ClassVar[int] = 1
 
     def measure(self, predictions: Sequence[str], references: References) -> Values:
         corpus, sentence = self._scorers()
-        streams = list(zip_longest(*references))  # one stream for the first references, one for the second, ...
+        streams = list(zip_longest(*references))  # all first references, all second references, ...
         scores = [
             sentence.sentence_score(prediction, targets).score
             for targets, prediction in zip(references, predictions, strict=True)
@@ -30,22 +30,22 @@ class Corpus(Metric):
         return corpus.corpus_score(predictions, streams).score, scores
 
     def _scorers(self) -> tuple[Any, Any]:
-        """Of the corpus, and of a sentence."""
+        """The scorers of the corpus and of a sentence."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Bleu(Corpus):
-    """BLEU. A sentence's own value leaves out n-gram orders that it is too short for (`effective_order`).
+    """BLEU. A sentence's value skips n-gram orders for which it is too short (`effective_order`).
 
-    The tokenizer "13a" splits at spaces and ASCII punctuation, so that a sentence in a script without spaces is a
-    single token: such references are refused.
+    The tokenizer "13a" splits at spaces and ASCII punctuation. A sentence in a script without spaces would be a
+    single token, so such references are refused.
     """
 
     def _scorers(self) -> tuple[Any, Any]:
         from sacrebleu.metrics.bleu import BLEU
 
-        return BLEU(force=True), BLEU(effective_order=True)  # force: no advice on tokenised input
+        return BLEU(force=True), BLEU(effective_order=True)  # force: no warning about tokenised input
 
     def unread_letters(self, text: str) -> float:
         letters = letters_of(text)
@@ -55,7 +55,7 @@ class Bleu(Corpus):
 
 @dataclass(frozen=True)
 class Chrf(Corpus):
-    """chrF, on characters: for every script."""
+    """chrF, which compares characters, so it works for every script."""
 
     def _scorers(self) -> tuple[Any, Any]:
         from sacrebleu.metrics.chrf import CHRF

@@ -12,14 +12,14 @@ from staff.data.task import Sample
 from staff.errors import UserError
 from staff.evaluation.metrics.metric import Metric, References, Values
 
-# A minus after a digit, a letter or a bracket subtracts: the last number of "10-4" is 4.
+# A minus after a digit, a letter or a bracket is a subtraction: the last number of "10-4" is 4.
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\$-?)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number GSM8K asks for: the first after `####`, else the last in the text; None if there is none.
+    """The final number of a GSM8K answer: the first after `####`, otherwise the last; None if there is none.
 
-    Thousands' commas, dollar signs and a full stop at the end do not count.
+    Thousands separators, dollar signs and a full stop at the end are ignored.
     """
     text = text.replace("−", "-")
     marked = _NUMBER.search(text.partition("####")[2])
@@ -31,7 +31,7 @@ def final_number(text: str) -> Decimal | None:
 
 @dataclass(frozen=True)
 class ExactNumber(Metric):
-    """100 where the final number is that of a reference (as numbers: 18 = 18.00), else 0; headline: the mean."""
+    """100 if the final number equals that of a reference (18 equals 18.00), otherwise 0; headline: the mean."""
 
     version: ClassVar[int] = 1
 
@@ -47,5 +47,5 @@ class ExactNumber(Metric):
             if all(final_number(text) is None for text in sample.references):
                 raise UserError(
                     f"sample {sample.id!r} has no number in its reference for task.metrics {self.name} to compare: "
-                    f"take {self.name} out, or mend the sample."
+                    f"remove {self.name}, or fix the sample."
                 )

@@ -11,9 +11,9 @@ from staff.evaluation.metrics.metric import Metric, References, Values, letters_
 
 @dataclass(frozen=True)
 class Rouge(Metric):
-    """F1 of rouge-score with Porter stemming, the best over a sample's references; headline: the mean.
+    """F1 of rouge-score with Porter stemming, the best over a sample's references. The headline is the mean.
 
-    The package keeps the letters a-z and digits alone: references in other scripts are refused.
+    The package keeps only the letters a-z and digits, so references in other scripts are refused.
     """
 
     version: ClassVar[int] = 1

@@ -1,0 +1,1 @@
+"""The benchmarks that results/benchmarks reports, such as `python -m experiments.benchmarks.scoring`."""

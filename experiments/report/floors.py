@@ -1,0 +1,163 @@
+"""What scores say of their prompts: `staff-floors`; a table beside the report's own.
+
+For each task, the best constant answer, and each method's score split into what it gets on other samples'
+references and what is left (`staff.floors`). Reads the runs' predictions, and training answers from a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.report.comparisons import REFERENCES, Comparison
+from experiments.report.records import Context, collect, contexts
+from experiments.report.statistics import Difference, t_interval
+from experiments.report.tables import NONE, SHOWN_AS, Table
+from staff.data import Task
+from staff.errors import UserError
+from staff.evaluation.floors import Specificity, best_constant, specificity
+
+COMMAND = "staff-floors"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A run's answers, with the test samples they belong to."""
+
+    variant: str
+    seeds: tuple[int, int]
+    answers: list[str]
+    references: list[tuple[str, ...]]
+    ids: list[str]
+
+
+def answered(context: Context, rate: float) -> Iterator[Answered]:
+    """Every run at a pruning rate whose predictions are there, and those of methods that select nothing."""
+    for variant in context.variants:
+        runs = context.cells.get((variant, REFERENCES.get(variant, rate)), pd.DataFrame())
+        for run in runs.to_dict("records"):
+            table = context.recorded[str(run["name"])].predictions(["id", "prediction", "references"])
+            if table is None:
+                continue
+            references = [tuple(group) for group in table["references"]]
+            seeds = int(run["selection_seed"]), int(run["finetune_seed"])
+            yield Answered(variant, seeds, [*table["prediction"]], references, [*map(str, table["id"])])
+
+
+def task_of(context: Context) -> dict[str, Any]:
+    """The task's configuration, as the first run has it."""
+    return context.recorded[str(context.runs["name"].iloc[0])].record()["config"]["task"]
+
+
+def training_answers(config: dict[str, Any], data: Path) -> list[str]:
+    """The answers of the pool that runs of a task selected from, read again below `data`.
+
+    Raises:
+        UserError: a file that is not there or does not read as the task.
+    """
+    known = {field.name: config[field.name] for field in fields(Task) if field.name in config}
+    folder = Path(str(known["data_dir"] or known["name"])).name
+    return [sample.answer for sample in Task(**{**known, "data_dir": str(data / folder)}).load("train")]
+
+
+def table(context: Context, rate: float, training: list[str], metric: str) -> Table | None:
+    """Floors and specific scores at a pruning rate; None where no predictions are there."""
+    runs = [*answered(context, rate)]
+    if not runs:
+        return None
+    split = [specificity(metric, run.answers, run.references, run.ids) for run in runs]
+    of_others, of_prompt = (
+        Comparison(
+            {v: {r.seeds: values(s) for r, s in zip(runs, split) if r.variant == v} for v in context.variants}
+        )
+        for values in (lambda s: s.others, lambda s: s.specific)
+    )
+    rows = [*_constants(metric, training, runs[0])]
+    for variant in context.variants:
+        found = [s for run, s in zip(runs, split) if run.variant == variant]
+        if not found:
+            continue
+        row = {"answers of": variant, "seeds": str(len(found)), **_means(found)}
+        for name, compared in (("others", of_others), ("specific", of_prompt)):
+            against = compared.between(variant, "random") if variant not in ("random", "raw target") else None
+            row[f"{name}, minus random"] = _difference(against)
+        rows.append(row)
+    error = max(s.error for s in split)
+    pairs = "every pair of samples" if error == 0 else f"20 derangements, Monte Carlo error at most {error:.2f}"
+    caption = (
+        f"{SHOWN_AS.get(metric, metric)} on {context.title} ({len(runs[0].ids)} test samples), pruning rate "
+        f"{rate:g}, by what it says of the prompt. Score: against the sample's own references. Others: against "
+        f"those of another sample ({pairs}), which keeps template, length and style. Specific: score minus others. "
+        "Means over seeds, ± 95 % t-interval over seeds; differences with the errors of seeds and of test samples. "
+        "The constant is the best of frequent openings, endings and whole answers and a medoid of the training "
+        "answers: chosen on training answers, or in hindsight on the test references, which no method may do."
+    )
+    name = f"floors-{context.name}" + ("" if metric == context.metric else f"-{metric}")
+    return Table(name, caption, pd.DataFrame(rows).fillna(NONE))
+
+
+def _constants(metric: str, training: list[str], run: Answered) -> Iterator[dict[str, str]]:
+    for chosen, judges in (("chosen on training answers", None), ("in hindsight", run.references)):
+        constant = best_constant(metric, training, judges)
+        text = " ".join(constant.text.split())
+        shown = text if len(text) <= 60 else f"{text[:60]}..."
+        split = specificity(metric, [constant.text] * len(run.ids), run.references, run.ids)
+        name = f'constant {chosen} ({constant.kind}): "{shown}"'
+        yield {"answers of": name, "seeds": NONE, **_means([split])}
+
+
+def _means(found: list[Specificity]) -> dict[str, str]:
+    columns = {"score": "own", "others": "others", "specific": "specific"}
+    return {
+        column: _interval(*t_interval([float(np.mean(getattr(s, name))) for s in found]))
+        for column, name in columns.items()
+    }
+
+
+def _interval(mean: float, half: float | None) -> str:
+    """Without an interval where all seeds answer the same."""
+    shown = f"{round(mean, 2) + 0.0:.2f}"
+    return shown if half is None or half < 1e-9 else f"{shown} ± {half:.2f}"
+
+
+def _difference(found: Difference | None) -> str:
+    return NONE if found is None else f"{found.mean:+.2f} ± {found.half:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder that holds each task's folder of JSON Lines"
+    )
+    parser.add_argument("--rate", type=float, default=0.9, help="pruning rate")
+    parser.add_argument("--metric", help="by default each task's own")
+    arguments = parser.parse_args()
+    options = "" if arguments.rate == 0.9 else f" --rate {arguments.rate:g}"
+    options += f" --metric {arguments.metric}" if arguments.metric else ""
+    try:
+        for context in contexts(collect(arguments.results), arguments.results / "runs"):
+            if context.varied != "method" or arguments.rate not in context.rates:
+                continue
+            task, metric = task_of(context), arguments.metric or context.metric
+            if metric not in task["metrics"]:
+                continue
+            made = table(context, arguments.rate, training_answers(task, arguments.data), metric)
+            if made is not None:
+                made.write(
+                    arguments.results / "tables", f"{COMMAND} --results {arguments.results} --data DATA{options}"
+                )
+                print(made.markdown())
+    except UserError as error:
+        sys.exit(f"floors: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Floors under a metric: what a constant answer gives, and what another sample's reference gives."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from staff.errors import UserError
+from staff.evaluation.floors import best_constant, candidates, specificity
+from staff.evaluation.metrics import NAMED, named_metric
+from staff.evaluation.rouge_matrix import rouge_l_matrix
+
+ROWS = [json.loads(line) for line in (ROOT / "staff/assets/dialogsum/test.jsonl").open()]
+REFERENCES = [(row["summary1"], row["summary2"], row["summary3"]) for row in ROWS]
+ANSWERS = [row["summary1"].split(".")[0] for row in ROWS]
+IDS = [row["fname"] for row in ROWS]
+TRAINING = [json.loads(line)["summary"] for line in (ROOT / "staff/assets/dialogsum/train.jsonl").open()]
+
+WORDS = st.lists(st.sampled_from(["a", "ran", "running", "42", "#Person1#", "the", "café", "!", ""]), max_size=12)
+TEXTS = WORDS.map(" ".join)
+
+
+@settings(deadline=None)  # the first call imports
+@given(st.lists(TEXTS, min_size=1, max_size=4), st.lists(st.lists(TEXTS, min_size=1, max_size=3), min_size=1))
+def test_every_pair_scores_as_rouge_score_scores_it_to_the_last_digit(answers: list[str], groups: list[list[str]]):
+    references = [tuple(group) for group in groups]
+    expected = [named_metric("rougeL").measure([answer] * len(references), references)[1] for answer in answers]
+    assert rouge_l_matrix(answers, references).tolist() == expected
+
+
+def test_real_answers_score_as_rouge_score_scores_them_to_the_last_digit():
+    shown = rouge_l_matrix(ANSWERS, REFERENCES)
+    assert np.diag(shown).tolist() == named_metric("rougeL").measure(ANSWERS, REFERENCES)[1]
+    assert shown[3].tolist() == named_metric("rougeL").measure(ANSWERS[3:4] * len(ROWS), REFERENCES)[1]
+
+
+def test_three_hundred_answers_meet_three_hundred_samples_in_seconds():
+    answers, references = (ANSWERS * 2)[:300], (REFERENCES * 2)[:300]
+    started = time.process_time()
+    specificity("rougeL", answers, references, [f"{i}" for i in range(300)], shifts=20)
+    assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize("metric", ["rougeL", "rouge1", "chrf", "exact_match"])
+def test_with_every_shift_the_shuffled_score_is_the_mean_over_all_other_samples(metric: str):
+    answers = [f"{text} {i % 3}" for i, text in enumerate(ANSWERS[:9])]
+    references = [tuple(f"{text} {i % 2}" for text in group) for i, group in enumerate(REFERENCES[:9])]
+    pairs = [(i, j) for i in range(9) for j in range(9) if i != j]
+    values = named_metric(metric).measure([answers[i] for i, _ in pairs], [references[j] for _, j in pairs])[1]
+    found = specificity(metric, answers, references, IDS[:9], shifts=8)
+    assert found.others == pytest.approx(np.reshape(values, (9, 8)).mean(axis=1)) and found.error == 0
+    assert found.own.tolist() == named_metric(metric).measure(answers, references)[1]
+
+
+def test_a_few_shifts_miss_the_mean_over_all_by_the_error_that_they_state():
+    answers, references, ids = ANSWERS[:50], REFERENCES[:50], IDS[:50]
+    every = specificity("rougeL", answers, references, ids).others.mean()
+    keyed = [[f"{trial}-{id}" for id in ids] for trial in range(150)]  # other ids: another permutation
+    found = [specificity("rougeL", answers, references, ids, shifts=10) for ids in keyed]
+    standard = np.array([(f.others.mean() - every) / f.error for f in found])
+    assert abs(standard.mean()) < 0.35 and 0.8 < standard.std() < 1.4, (standard.mean(), standard.std())
+
+
+def test_the_order_of_the_samples_changes_nothing():
+    turned = np.random.default_rng(0).permutation(len(ROWS))
+    first = specificity("rouge2", ANSWERS, REFERENCES, IDS, shifts=3)
+    again = specificity("rouge2", *([a[i] for i in turned] for a in (ANSWERS, REFERENCES, IDS)), shifts=3)
+    assert (first.own[turned] == again.own).all() and first.others.mean() == pytest.approx(again.others.mean())
+
+
+def test_a_template_says_nothing_of_its_prompt_and_a_right_answer_does():
+    template = specificity("rougeL", ["#Person1# and #Person2# talk about the"] * len(ROWS), REFERENCES, IDS)
+    right = specificity("rougeL", ANSWERS, REFERENCES, IDS)
+    assert template.own.mean() > 20 and abs(template.specific.mean()) < 1e-9
+    assert right.specific.mean() > 20
+
+
+def test_one_sample_has_no_other_to_be_held_against():
+    found = specificity("rougeL", ANSWERS[:1], REFERENCES[:1], IDS[:1])
+    assert np.isnan(found.others).all() and np.isnan(found.error) and len(found.own) == 1
+
+
+def test_the_constant_answer_is_chosen_on_training_answers_and_does_as_well_as_a_model():
+    constant = best_constant("rougeL", TRAINING[:400])
+    found = candidates("rougeL", TRAINING[:400])
+    assert constant.kind == found[constant.text] and constant.text.startswith("#Person")
+    judges = [(text,) for text in TRAINING[:400]]
+    others = [named_metric("rougeL").measure([text] * 300, judges[:300])[0] for text in list(found)[:10]]
+    assert constant.judged > max(others) - 1.5
+    assert constant.scores("rougeL", REFERENCES).mean() > 20
+    hindsight = best_constant("rougeL", TRAINING[:400], REFERENCES)
+    assert hindsight.judged == pytest.approx(hindsight.scores("rougeL", REFERENCES).mean())
+    assert hindsight.judged >= constant.scores("rougeL", REFERENCES).mean()
+
+
+def test_the_constant_answer_to_sums_is_the_number_that_comes_up_most():
+    answers = [f"step {i}\n#### {7 if i % 4 == 0 else 100 + i}" for i in range(40)]
+    constant = best_constant("exact_match", answers)
+    assert constant.kind.startswith("ending") and constant.text.endswith("7") and constant.judged == 25
+
+
+def test_candidates_do_not_depend_on_the_order_of_the_answers():
+    assert candidates("rougeL", TRAINING[:200]) == candidates("rougeL", TRAINING[:200][::-1])
+
+
+def test_every_metric_has_a_direction_and_an_unknown_one_is_refused():
+    assert {named_metric(name).sign for name in NAMED if "nll" not in name} == {1}
+    assert named_metric("nll").sign == -1 and named_metric("nll").margin < named_metric("rougeL").margin
+    with pytest.raises(UserError, match="names 'speed', which is unknown"):
+        named_metric("speed")

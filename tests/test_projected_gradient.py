@@ -1,0 +1,179 @@
+"""Gradients projected by random signs: exact against plain autograd and an explicit matrix of the signs."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from support.golden import recorded
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.llama import LlamaConfig
+
+from baselines.less import adam_direction_official
+from staff.data.tokens import TokenizedSamples
+from staff.errors import UserError
+from staff.scoring import projection
+from staff.scoring.flops import scoring_flops
+from staff.scoring.gradients import gradient_parameters
+from staff.scoring.passes import score_samples
+from staff.scoring.projection import adam_direction, random_words, sign_blocks
+from staff.signals import named
+from staff.signals.projected_gradient import ProjectedGradient
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "gemma3": Gemma3TextConfig(**SHAPE, query_pre_attn_scalar=8, final_logit_softcapping=2.0),
+}
+ADAM = [case for case in recorded("less") if case.startswith("less_adam")]
+
+
+def adapted_model(architecture: str = "llama", **lora: Any) -> Any:
+    """A random model with adapters whose A and B are both away from zero."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[architecture])
+    model = get_peft_model(model, LoraConfig(**{"r": 3, "target_modules": "all-linear", **lora}))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def samples(n: int = 5) -> TokenizedSamples:
+    rng = np.random.default_rng(0)
+    prompts, answers = rng.integers(1, 20, n), rng.integers(1, 9, n)
+    rows = [rng.integers(1, 61, p + a).tolist() for p, a in zip(prompts, answers, strict=True)]
+    return TokenizedSamples.of_rows([f"s{i}" for i in range(n)], rows, prompts.tolist())
+
+
+def moments_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    parameters = gradient_parameters(model, "all_lora")
+    return {name: (0.01 * torch.randn_like(p), 1e-4 * torch.rand_like(p)) for name, p in parameters.items()}
+
+
+def signs(name: str, rows: int, dim: int) -> Tensor:
+    return torch.cat([block for _, block in sign_blocks(name, rows, dim)])
+
+
+def by_autograd(
+    model: Any, samples: TokenizedSamples, dim: int, moments: dict[str, tuple[Tensor, Tensor]] | None
+) -> np.ndarray:
+    """The model's own loss and one backward pass a sample, projected by the whole matrix of signs."""
+    model.eval()
+    parameters, rows = gradient_parameters(model, "all_lora"), []
+    for i in range(len(samples)):
+        ids, labels = (torch.tensor(values)[None] for values in (samples.row(i).astype(int), samples.labels(i)))
+        gradients = torch.autograd.grad(model(input_ids=ids, labels=labels).loss, list(parameters.values()))
+        projected = torch.zeros(dim)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if moments is not None:
+                first, second = (moment.numpy() for moment in moments[name])
+                gradient = torch.from_numpy(adam_direction_official(gradient.numpy(), first, second))
+            projected += gradient.flatten() @ signs(name, gradient.numel(), dim) / dim**0.5
+        rows.append(projected.numpy())
+    return np.stack(rows)
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True")
+@pytest.mark.parametrize("alone", [False, True], ids=["in batches", "one at a time"])
+@pytest.mark.parametrize("adam", [False, True], ids=["plain", "adam"])
+@pytest.mark.parametrize(
+    ("architecture", "lora"), [("llama", {}), ("gemma3", {}), ("llama", {"lora_bias": True})], ids=str
+)
+def test_projections_are_those_of_autograds_gradients(architecture: str, lora: dict, adam: bool, alone: bool):
+    model, given = adapted_model(architecture, **lora), samples()
+    moments = moments_of(model) if adam else None
+    expected = by_autograd(model, given, 70, moments)
+    signal = ProjectedGradient(70, adam)
+    asked = {"batch_tokens": 60, "pad_token_id": 0, "one_at_a_time": alone, "moments": moments}
+    values = score_samples(model, given, [signal], **asked)["projected_gradient"]
+    assert values.shape == (5, 70) and values.dtype == np.float32
+    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=2e-5 * np.abs(expected).max())
+
+
+def test_other_signals_come_out_of_the_same_pass():
+    model, given = adapted_model(), samples()
+    asked = {"batch_tokens": 60, "pad_token_id": 0}
+    together = score_samples(model, given, [ProjectedGradient(8), named("effort", parameters="all_lora")], **asked)
+    for name, values in score_samples(model, given, [ProjectedGradient(8)], **asked).items():
+        np.testing.assert_allclose(values, together[name], rtol=1e-5)
+    assert together["effort"].shape == (5,)
+
+
+def test_small_blocks_of_signs_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    whole = signs("a weight", 50, 70)
+    monkeypatch.setattr(projection, "BLOCK_SIGNS", 7 * 70)
+    blocks = list(sign_blocks("a weight", 50, 70))
+    assert [(start, len(block)) for start, block in blocks] == [(k, min(7, 50 - k)) for k in range(0, 50, 7)]
+    assert torch.cat([block for _, block in blocks]).equal(whole)
+
+
+def test_inner_products_are_right_on_average_and_as_near_as_the_dimensions_allow():
+    rng, dim = np.random.default_rng(0), 32
+    g, h = rng.normal(size=(2, 40))
+    projected = [(np.stack([g, h]) @ signs(f"draw {k}", 40, dim).numpy() / dim**0.5) for k in range(3000)]
+    products = np.array([a @ b for a, b in projected])
+    variance = (g @ g * (h @ h) + (g @ h) ** 2 - 2 * (g**2 @ h**2)) / dim
+    assert products.mean() == pytest.approx(g @ h, abs=4 * (variance / 3000) ** 0.5)
+    assert products.var() == pytest.approx(variance, rel=0.15)
+
+
+def test_signs_are_fair_and_independent_between_rows_columns_and_parameters():
+    one, other = signs("one", 512, 512), signs("other", 512, 512)
+    assert set(one.unique().tolist()) == {-1.0, 1.0}
+    for sums in (one.mean(), (one * other).mean(), (one[1:] * one[:-1]).mean(), (one[:, 1:] * one[:, :-1]).mean()):
+        assert abs(float(sums)) < 4 / 512
+    off_diagonal = (one @ one.T)[~torch.eye(512, dtype=torch.bool)]
+    assert off_diagonal.abs().max() < 6 * 512**0.5
+
+
+def split_mix(state: int) -> int:
+    """The word that SplitMix64 makes of a state, in integers without bounds."""
+    z = state % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def test_random_words_are_those_of_splitmix_from_wherever_they_are_read():
+    origin = int.from_bytes(hashlib.blake2b(b"a weight", digest_size=8).digest(), "little")
+    expected = [split_mix(origin + (i + 1) * 0x9E3779B97F4A7C15) for i in range(50)]
+    assert [word % 2**64 for word in random_words("a weight", 0, 50).tolist()] == expected
+    assert [word % 2**64 for word in random_words("a weight", 30, 20).tolist()] == expected[30:]
+
+
+@pytest.mark.parametrize("case", ADAM)
+def test_adams_direction_is_that_of_the_released_code(case: str):
+    vectors = {name: torch.tensor(recorded("less")[case][name]) for name in ("grad", "m", "v", "adam")}
+    direction = adam_direction(vectors["grad"], vectors["m"], vectors["v"])
+    torch.testing.assert_close(direction, vectors["adam"], rtol=1e-6, atol=1e-6)
+
+
+def test_the_projection_is_counted():
+    model, lengths = adapted_model(), np.array([20, 30])
+    flops = {dim: scoring_flops(model, lengths, np.array([4, 5]), [ProjectedGradient(dim)]) for dim in (64, 128)}
+    parameters = sum(p.numel() for p in gradient_parameters(model, "all_lora").values())
+    assert flops[128] - flops[64] == 2 * 2 * 64 * parameters
+
+
+def test_dimensions_that_are_no_number_above_zero_are_refused():
+    for dim in (0, 2.5, True):
+        with pytest.raises(UserError, match=f"dim={dim} of the signal 'projected_gradient' must be a whole number"):
+            named("projected_gradient", dim=dim)
