@@ -69,6 +69,6 @@ smollm2: .venv/installed
 	@echo "Making .venv with $(PYTHON), $$($(PYTHON) --version)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[dev,cluster]'
+		--editable '.[dev,parallel]'
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # by all cores, as pip does not; some files are templates
 	touch $@

@@ -27,9 +27,9 @@ class Precomputed:
     """Selects the samples that a file lists, whatever the pruning rate. The order of the list is ignored.
 
     Attributes:
-        path: a JSON list of ids (text) or of positions from 0 (numbers); a CSV file with a column `id` or
-            `position`, such as the coreset.csv of a run; or a `.pt` file of positions, as the STAFF authors
-            released theirs, from which only integers are unpickled.
+        path: a JSON list of ids (text) or of positions from 0 (numbers). Or a CSV file with a column `id` or
+            `position`, such as the coreset.csv of a run. Or a `.pt` file of positions, as the STAFF authors
+            released theirs; only integers are unpickled.
         pool_size: N of the pool that the list was selected from. It is required for positions, which do not
             identify their pool: those of the authors for DialogSum index 13,014 samples from all its splits, not
             the 12,460 for training.

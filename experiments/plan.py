@@ -106,12 +106,14 @@ class DryRunStore(Store):
         stage.estimate(folder, meter, *inputs)
 
     def get(self, stage: Stage) -> Artifact:
-        # What a method asks second may depend on the first answer.
+        # What a method asks second may depend on the first answer; what follows the selection does not.
         self._asked = 0 if stage.kind == "coreset" else self._asked + (stage.kind == "scores")
         second = stage.kind == "scores" and self._asked > 1
         artifact = super().get(stage)
+        if stage.kind == "coreset":
+            self._asked = 0
         if stage.kind in UTILISATION:
-            exact = stage.key()["samples"] in self.certain and not second
+            exact = stage.kind != "evaluation" and stage.key()["samples"] in self.certain and not second
             made = self.real.find(stage) is not None
             self.stages[stage.fingerprint] = PlannedStage(
                 stage.kind, stage.label, speed_of(stage), precision_of(stage), artifact.cost, exact, made
@@ -182,6 +184,7 @@ def dry_run(cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> Run
         answering = run.answering(run.finetuning(coreset))
         store.get(answering)
         if (scored := run.measuring(answering).likelihood) is not None:
+            store.certain.add(scored.samples.fingerprint)
             store.get(scored)
     return run
 

@@ -87,7 +87,7 @@ class Staff:
     speculation: str = "small"
     scores: str = "pass"
     drop_hardest: float = 0.0
-    length_exponent: float | str = 0.0
+    length_exponent: float | str = 0
 
     def __post_init__(self) -> None:
         check_range(self, "num_regions", 1, whole=True)

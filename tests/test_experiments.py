@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from experiments.sweep import expected_jobs
 
-ABLATIONS = sorted(file.stem for file in (ROOT / "conf/experiment").glob("ablation_*.yaml"))
+PRESETS = {file.stem for file in (ROOT / "conf/experiment").glob("*.yaml")}
+ABLATIONS = sorted(name.removeprefix("ablation_") for name in PRESETS if name.startswith("ablation_"))
 # What each ablation changes, by the names that differ among its composed jobs.
 CHANGED = {
     "verification": {"method.verification_budget"},
@@ -27,9 +28,9 @@ CHANGED = {
     "small_model_family": {"family.small.path"},
     "transfer": {"selection_family.name", "selection_family.target.path", "selection_family.small.path"},
     "presets": {
-        *("method.budget_rule", "method.gradient", "method.pick", "method.leftover", "method.normalise"),
-        *("method.drop_hardest", "method.verify_small_regions", "method.edge_dtype"),
-        *(f"method.fresh_adapter{part}" for part in ("", ".rank", ".alpha", ".targets")),
+        *("method._target_", "method.budget_rule", "method.gradient", "method.pick", "method.drop_hardest"),
+        *("method.normalise", "method.verification_fraction"),
+        *(f"method.fresh_adapter{part}" for part in (".rank", ".alpha", ".targets")),
     },
     "pick": {"method.pick"},
     "drop_hardest": {"method.drop_hardest"},
@@ -45,10 +46,19 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {key: inner for part in parts for key, inner in part.items()}
 
 
-@pytest.mark.parametrize("preset", ABLATIONS)
-def test_the_jobs_of_an_ablation_differ_in_the_one_setting_that_its_comment_names(preset: str):
-    ablation = preset.removeprefix("ablation_")
-    preset = f"experiment={preset}"
+@pytest.mark.parametrize("preset", sorted(PRESETS - {f"ablation_{name}" for name in ABLATIONS}))
+def test_a_preset_composes_with_every_one_of_its_methods(preset: str):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=[f"experiment={preset}"], return_hydra_config=True)
+        for method in str(cfg.hydra.sweeper.params.get("method", "staff")).split(","):
+            composed = compose("config", overrides=[f"experiment={preset}", f"method={method}"])
+            assert callable(instantiate(composed.method, _convert_="all").select)
+            instantiate(composed.finetune, _convert_="all")
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_the_jobs_of_an_ablation_differ_in_the_one_setting_that_its_comment_names(ablation: str):
+    preset = f"experiment=ablation_{ablation}"
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=[preset, "pruning_rate=0.9", "seed=0"], return_hydra_config=True)
         jobs = [compose("config", overrides=job.split()) for job in expected_jobs(cfg)]
@@ -76,14 +86,14 @@ def asked_in(record: dict[str, Any]) -> list[str]:
 
 def test_random_regions_run_without_a_small_model(run: Callable[..., dict[str, Any]]):
     record = run("experiment=ablation_speculation", "method.speculation=none", "method.num_regions=2")
-    assert asked_in(record) == ["effort of 20 samples, target model", asked_in(record)[-1]]
+    assert asked_in(record) == ["effort of 20 samples, raw target", asked_in(record)[-1]]
 
 
 def test_another_scoring_function_scores_with_both_models(run: Callable[..., dict[str, Any]]):
     record = run("experiment=ablation_scoring_function", "method.signal=perplexity", "method.verification_budget=1")
-    scored = [label for label in asked_in(record) if " model" in label]
-    assert scored[0] == "loss of 24 samples, small model" and len(scored) == 2
-    assert scored[1].startswith("loss of") and scored[1].endswith("target model")
+    scored = [label for label in asked_in(record) if label.startswith("loss of")]
+    assert scored[0] == "loss of 24 samples, fine-tuned small" and len(scored) == 2
+    assert scored[1].endswith("raw target")
 
 
 # ---------------------------------------------------------------- a coreset of another family

@@ -10,13 +10,13 @@ from typing import Any
 import datasets
 import pytest
 from conftest import ROOT
-from staff.tokens import tokenize
 
 from experiments.campaign import pack
 from experiments.export import WRITERS, chosen_samples, export
 from experiments.recorded import recorded_run
+from staff.data.tokens import tokenize
 from staff.errors import UserError
-from staff.models import ModelSpec
+from staff.models.spec import ModelSpec
 
 TARGET = ModelSpec("pkg://staff/assets/tiny/target")
 
@@ -59,8 +59,8 @@ def test_a_coreset_goes_through_trl_as_the_tokens_that_the_run_was_fine_tuned_on
     ours = tokenize(chosen_samples(recorded_run(recorded)), tokenizer)
     assert trainer.train_dataset is not None and len(trainer.train_dataset) == 6
     for i, theirs in enumerate(trainer.train_dataset):
-        assert [tokenizer.bos_token_id, *theirs["input_ids"]] == ours.input_ids[i]
-        assert [-100, *theirs["labels"]] == ours.labels(i)
+        assert [tokenizer.bos_token_id, *theirs["input_ids"]] == ours.row(i).tolist()
+        assert [-100, *theirs["labels"]] == ours.labels(i).tolist()
     assert trainer.train().training_loss > 0
 
 

@@ -1,4 +1,4 @@
-"""What the README shows works as written."""
+"""What the READMEs show works as written."""
 
 import json
 import os
@@ -21,7 +21,7 @@ import baselines
 from staff import select
 from staff.selection import SelectionMethod
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "baselines/README.md").read_text()
 
 
 def write_worked_example(root: Path) -> None:

@@ -23,7 +23,7 @@ from conftest import ROOT, run_shrunk
 
 from experiments.campaign import pack
 from experiments.recorded import recorded_runs
-from experiments.report import cautions, floors, overhead, overview, performance, verdicts
+from experiments.report import ablations, cautions, floors, forest, overhead, overview, performance, verdicts
 from experiments.report.__main__ import left_over, main, summary, write
 from experiments.report.comparisons import mean, of_finetuning, pairs
 from experiments.report.contrasts import registered
@@ -198,6 +198,22 @@ def test_verdicts_on_the_default_contrasts_come_first_and_are_in_words(real: Pat
     assert rows["staff - best other", "mean of 2"] in ("worse, by less than 1 point", "equal within 1 point")
     page = write(tmp_path, collect(tmp_path)).read_text()
     assert page.index("Registered contrasts") < page.index("bold: the best")
+
+
+def test_the_first_picture_shows_the_first_contrast_of_each_task_and_the_papers_own(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"random": -2, "ccs": 3, "staff": 3})
+    context = only_context(tmp_path)
+    found = forest._first(context, verdicts.DEFAULT)
+    assert [(outcome.contrast.name, outcome.rates) for outcome in found] == [
+        ("staff - random", (0.5,)),
+        ("staff - random", (0.9,)),
+        ("staff - random", (0.5, 0.9)),
+    ]
+    papers = [forest._papers(context, outcome, PAPER) for outcome in found]
+    assert papers[1] == pytest.approx([2.9, 2.7, 1.8]) and papers[2] == pytest.approx(np.mean(papers[:2], axis=0))
+    page = write(tmp_path, collect(tmp_path)).read_text()
+    assert "staff - random" in (tmp_path / "figures/contrasts.svg").read_text()
+    assert page.index("The first registered contrast") < page.index("<section")
 
 
 def test_ones_own_method_is_the_one_that_is_asked_about(real: Path, tmp_path: Path):
@@ -407,6 +423,17 @@ def test_what_all_ablations_have_in_common_is_the_method_and_each_ablation_has_i
         "fresh_adapter.rank of staff": ["4", "none"],
         "selection_family.name of staff": ["tiny", "tiny_small"],
     }
+    together = ablations.table(main, ablated)
+    assert together is not None
+    differences = together.cells.set_index(["setting", "value"])["difference"].str.split(" ").str[0].to_dict()
+    assert differences == {
+        ("num_regions", "5"): "-20.50",
+        ("num_regions", "100"): "-11.00",
+        ("verification_budget", "99"): "+1.00",
+        ("family.small.path", "smaller"): "+2.00",
+        ("fresh_adapter.rank", "4"): "+3.00",
+        ("selection_family.name", "tiny_small"): "+4.00",
+    }, "each variant minus the method as it is; ablations without it are left out"
 
 
 def test_a_grid_of_two_settings_is_compared_as_a_whole(real: Path, tmp_path: Path):
@@ -659,6 +686,13 @@ def test_floors_split_the_score_of_each_method_and_name_the_best_constant(real: 
     assert rows["staff"][5].startswith("+") and rows["random"][5] == "–"
     write(tmp_path, collect(tmp_path))
     assert left_over(tmp_path) == [], "the report knows that it has a command of its own"
+    pack(recorded_runs(tmp_path), tmp_path / "packed")
+    monkeypatch.setattr(sys, "argv", ["floors", *arguments, "--results", str(tmp_path / "packed")])
+    floors.main()
+    (packed,) = tmp_path.glob("packed/tables/floors-*.md")
+    assert packed.read_text().splitlines()[:-1] == file.read_text().splitlines()[:-1], (
+        "tables do as well as folders"
+    )
 
 
 def test_a_replay_without_a_server_says_what_was_not_sent(real: Path):

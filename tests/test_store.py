@@ -1,25 +1,21 @@
-"""`python -m experiments.store`: what is there, whether it is whole, and what no record needs."""
+"""`staff-store`: what is there, whether it is whole, and what no record needs."""
 
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from staff.artifacts import Artifact, Store
-from test_store_failures import KILLED_WHILE_WRITING, flip_a_bit, run, wait_for
+from support.stores import KILLED_WHILE_WRITING, Job, flip_a_bit, run, wait_for
 
 from experiments import store as tool
 from experiments.campaign import pack
 from experiments.recorded import recorded_runs
-from staff import artifacts
+from staff.store.manifest import Artifact
+from staff.store.store import Store
 
 
 def write(folder, meter):
     (folder / "scores.json").write_text("[1, 2]" * 100_000)
-
-
-PRESENT = artifacts.STAGE_VERSIONS["scores"]
-"""The version that other processes use; in this one it is 5."""
 
 
 @pytest.fixture
@@ -27,26 +23,26 @@ def results(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
+@pytest.fixture(autouse=True)
+def version_five(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The present version of the stage."""
+    monkeypatch.setitem(tool.VERSIONS, "scores", 5)
+
+
 @pytest.fixture
 def made(results: Path) -> dict[str, Artifact]:
     """A scoring that a record needs, one that none needs, and one that an older version of the stage made."""
     store = Store(results / "artifacts")
-    names = ("needed", "forgotten", "old")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(artifacts.STAGE_VERSIONS, "scores", 5)
-        found = {name: store.get("scores", {"name": name}, write, label=f"scores {name}") for name in names[:2]}
-        patch.setitem(artifacts.STAGE_VERSIONS, "scores", 4)
-        found["old"] = store.get("scores", {"name": "old"}, write, label="scores old")
+    versions = {"needed": 5, "forgotten": 5, "old": 4}
+    found = {
+        name: store.get(Job({"name": name}, write, version=version, label=f"scores {name}"))
+        for name, version in versions.items()
+    }
     record = results / "runs/some-run/metrics.json"
     record.parent.mkdir(parents=True)
     fingerprints = [found[name].fingerprint for name in ("needed", "old")]
     record.write_text(json.dumps({"overhead": {"stages": [{"fingerprint": name} for name in fingerprints]}}))
     return found
-
-
-@pytest.fixture(autouse=True)
-def version_five(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(artifacts.STAGE_VERSIONS, "scores", 5)
 
 
 def store(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> str | int | None:
@@ -78,10 +74,8 @@ def test_list_shows_attempts_that_led_to_nothing(made, results, tmp_path, monkey
         wait_for(tmp_path / "started")
         process.kill()
     store("list", "--results", results, monkeypatch=monkeypatch)
-    assert (
-        f"not finished: {Store.fingerprint('scores', {'seed': 0}, PRESENT)[:8]}, 1 attempt(s), 0.0 s"
-        in capsys.readouterr().out
-    )
+    unfinished = Job({"seed": 0}).fingerprint[:8]
+    assert f"not finished: {unfinished}, 1 attempt(s), 0.0 s" in capsys.readouterr().out
 
 
 def test_verify_names_every_damaged_artefact_and_ends_with_an_error(made, results, monkeypatch, capsys):

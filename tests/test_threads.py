@@ -3,29 +3,16 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
+import tomllib
 
 import pytest
 from conftest import ROOT
 
 from experiments import threads
 
-COMMANDS = ("run", "plan", "report.__main__", "export", "store", "compare", "replay", "benchmarks.scoring")
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].values()
+COMMANDS = [*sorted(script.partition(":")[0] for script in SCRIPTS), "experiments.benchmarks.scoring"]
 OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
-SEES_THREADS = """
-import os
-from dataclasses import dataclass
-
-import torch
-
-from staff.errors import UserError
-
-
-@dataclass(frozen=True)
-class Sees:
-    def select(self, pool, budget, rng):
-        raise UserError(f"{torch.get_num_threads()} threads, {os.environ['OMP_WAIT_POLICY']}")
-"""
 
 
 def environment(**settings: str) -> dict[str, str]:
@@ -50,7 +37,7 @@ class Look:
             print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
             os._exit(0)
 sys.meta_path.insert(0, Look())
-import experiments.{command}
+import {command}
 import torch
 """
     assert python(code).stdout.split() == ["passive"]
@@ -76,30 +63,17 @@ def test_whatever_the_user_has_set_of_it_is_left_alone(name: str, monkeypatch: p
 
 
 def test_the_library_leaves_the_environment_alone():
-    code = "import os; before = dict(os.environ); import staff.finetune, staff.dataset, staff.pool; "
-    assert python(code + "print(before == dict(os.environ))").stdout.split()[-1] == "True"
+    code = "import os, staff.training.trainer, staff.dataset, staff.pool; print(*os.environ)"
+    assert not {*python(code).stdout.split()} & {*OURS}
 
 
-@pytest.mark.parametrize(("workers", "each"), [(2, "4"), (3, "2"), (8, "1"), (20, "1"), (1, None)])
-def test_workers_share_the_cores(workers: int, each: str | None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+@pytest.mark.parametrize(("workers", "each"), [(1, "8"), (2, "4"), (3, "2"), (8, "1"), (20, "1")])
+def test_each_worker_has_its_share_of_the_cores_unless_the_user_has_set_threads(
+    workers: int, each: str, monkeypatch: pytest.MonkeyPatch
+):
+    """What a worker of the launcher then finds in its environment: test_launcher.py."""
     monkeypatch.setattr(threads, "cores", lambda: 8)
-    said = threads.share_cores(workers)
-    assert os.environ.get("OMP_NUM_THREADS") == each
-    assert said == (f"each with {each} of 8 cores" if each else "with as many threads as torch chooses")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert threads.of_worker(workers) == {"OMP_NUM_THREADS": each}
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert threads.share_cores(workers) == "each with OMP_NUM_THREADS=5" and os.environ["OMP_NUM_THREADS"] == "5"
-
-
-def test_the_workers_of_a_sweep_compute_so_and_the_log_says_it(tmp_path: Path):
-    (tmp_path / "sees.py").write_text(SEES_THREADS)
-    sweep = [sys.executable, "-m", "experiments.run", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    sweep += ["method=random", "method._target_=sees.Sees", "seed=0,1", "task.train_limit=8", "task.test_limit=2"]
-    sweep += ["pruning_rate=0.5", "tracking=none", f"results_dir={tmp_path}"]
-    seen = environment(PYTHONPATH=f"{ROOT}:{tmp_path}")
-    done = subprocess.run(sweep, cwd=ROOT, env=seen, capture_output=True, text=True)
-    each = max(1, threads.cores() // 2)
-    said = done.stdout + done.stderr
-    assert said.count(f"a sweep of 2 jobs, 2 at a time, each with {each} of {threads.cores()} cores") == 1, said
-    assert done.stdout.count(f"{each} threads, passive") == 2, said
+    assert threads.of_worker(workers) == {}

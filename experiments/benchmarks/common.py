@@ -70,13 +70,17 @@ def alternating(ways: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dic
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     values: dict[str, Any] = {}
-    for turn in range(rounds + 1):
-        for name, way in ways.items():
-            gc.collect()
-            started = clock()
-            values[name] = way()
-            if turn:
-                seconds[name].append(clock() - started)
+    gc.freeze()  # collections between the measurements then skip all that is loaded already
+    try:
+        for turn in range(rounds + 1):
+            for name, way in ways.items():
+                gc.collect()
+                started = clock()
+                values[name] = way()
+                if turn:
+                    seconds[name].append(clock() - started)
+    finally:
+        gc.unfreeze()
     return {name: float(np.median(taken)) for name, taken in seconds.items()}, values
 
 

@@ -12,7 +12,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self):  # type: ignore[override] # takes no closure
+    def step(self):
         for group in self.param_groups:
             shapes = {}
             for param in group["params"]:

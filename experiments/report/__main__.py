@@ -12,7 +12,7 @@ import pandas as pd
 
 from experiments.console import pipeable
 from experiments.recorded import recorded_runs
-from experiments.report import cautions, contrasts, overhead, performance, verdicts
+from experiments.report import ablations, cautions, contrasts, overhead, performance, verdicts
 from experiments.report.comparisons import pairs
 from experiments.report.records import collect, contexts
 from experiments.report.settings import told_apart
@@ -28,17 +28,18 @@ def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, opti
 
     `options` are those of the command that asks `question`, for the files to name.
     """
-    from experiments.report import figures, page
+    from experiments.report import figures, forest, page
 
     flat = table.drop(columns="stages").assign(warnings=table["warnings"].str.join(" "))
     flat.to_csv(results / "metrics.csv", index=False)
     paper = pd.read_csv(PAPER)
-    sections = []
-    for context in contexts(table, results):
+    sections, every = [], contexts(table, results)
+    for context in every:
         found = pairs(context)
         tables = [
             *verdicts.tables(context, question),
             *performance.tables(context, found, paper, question),
+            ablations.table(context, [each for each in every if each.title.startswith(f"{context.title}: ")]),
             *overhead.tables(context),
             similarity(context),
             cautions.table(context),
@@ -48,7 +49,9 @@ def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, opti
         for each in tables:
             each.write(results / "tables", context.made_by + options)
         sections.append(page.Section(context, tables, drawn))
-    return page.write(results / "report.html", sections, table, options)
+    compared = [context for context in every if context.varied == "method"]
+    picture = forest.draw(compared, paper, results / "figures", question)
+    return page.write(results / "report.html", sections, table, options, picture)
 
 
 def asked(table: pd.DataFrame, results: Path, arguments: argparse.Namespace) -> tuple[Question, str]:
@@ -64,7 +67,7 @@ def asked(table: pd.DataFrame, results: Path, arguments: argparse.Namespace) -> 
             raise UserError(f"--{name} {value:g} must be a number above 0, in the metric's units.")
         options += "" if value is None else f" --{name} {value:g}"
     if arguments.contrasts:
-        methods = dict.fromkeys(v for context in contexts(table, results / "runs") for v in context.variants)
+        methods = dict.fromkeys(v for context in contexts(table, results) for v in context.variants)
         named = contrasts.parse(arguments.contrasts, [*methods])
         options += f" --contrasts {shlex.join(arguments.contrasts)}"
     return Question(named, arguments.margin, arguments.effect), options

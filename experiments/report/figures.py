@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from experiments.report.comparisons import mean
+from experiments.report.drawing import Drawn, figure_of, save, styled
 from experiments.report.records import Context
 from experiments.report.tables import metric
 from staff.evaluation.metrics import named_metric
@@ -20,48 +20,21 @@ from staff.evaluation.metrics import named_metric
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STYLE = Path(__file__).with_name("style.mplstyle")
 LEAST = 4  # verified samples of a region, below which its rank correlation says nothing
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure on the disk; `file` is without its suffix."""
-
-    file: Path
-    caption: str
 
 
 def draw(context: Context, folder: Path) -> list[Drawn]:
     """The figures of a context that its runs have something to say to."""
-    import matplotlib
-
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    with matplotlib.rc_context(), matplotlib.rc_context(fname=STYLE):
-        matplotlib.use("agg")
+    with styled():
         for name, make in FIGURES.items():
             made = make(context) if context.varied == "method" or name in OF_ABLATIONS else None
-            if made is None:
-                continue
-            figure, caption = made
-            file = folder / f"{name}-{context.name}"
-            figure.savefig(file.with_name(f"{file.name}.png"), metadata={"Software": context.made_by})
-            figure.set_layout_engine("none")  # it stands
-            figure.savefig(file.with_name(f"{file.name}.svg"), metadata={"Creator": context.made_by, "Date": None})
-            drawn.append(Drawn(file, caption))
+            if made is not None:
+                drawn.append(save(*made, folder / f"{name}-{context.name}", context.made_by))
     return drawn
 
 
 Made = tuple["Figure", str] | None
-
-
-def _figure(rows: int = 1, columns: int = 1, height: float = 2.5, **options: Any) -> tuple[Figure, Any]:
-    """A figure without pyplot, whose state would outlive it, and its axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.4, height))
-    return figure, figure.subplots(rows, columns, **options)
 
 
 def _looks(context: Context) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -76,7 +49,7 @@ def _looks(context: Context) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def performance(context: Context) -> Made:
     """The metric against the pruning rate, with intervals over seeds."""
-    figure, axes = _figure(height=2.9)
+    figure, axes = figure_of(height=2.9)
     rates = [rate for rate in context.rates if 0 < rate < 1]
     looks = list(_looks(context))
     if not rates or not looks:
@@ -110,7 +83,7 @@ def pareto(context: Context) -> Made:
             points.append((seconds, found, look))
     if len(points) < 2:
         return None
-    figure, axes = _figure(height=2.9)
+    figure, axes = figure_of(height=2.9)
     for seconds, found, look in points:
         axes.errorbar(seconds, found.value, yerr=found.half or 0, capsize=1.5, elinewidth=0.7, linestyle="", **look)
     front, sign = [], named_metric(context.metric).sign
@@ -141,7 +114,7 @@ def coreset(context: Context) -> Made:
         return None
     variant, rate, samples, regions = found
     regions = regions.sort_values("low")
-    figure, (top, middle, bottom) = _figure(3, 1, height=4.0, sharex=True)
+    figure, (top, middle, bottom) = figure_of(3, 1, height=4.0, sharex=True)
     scores, colour = samples["speculative"], "#0072B2"
     bins = np.linspace(scores.min(), scores.max(), 51).tolist()
     top.hist(scores, bins=bins, color="0.75", label="pool")
@@ -190,7 +163,7 @@ def agreement(context: Context) -> Made:
     by_region = [
         (r["low"], r["high"], len(part), _spearman(part["speculative"], part["verified"])) for r, part in groups
     ]
-    figure, (left, right) = _figure(2, 1, height=4.0)
+    figure, (left, right) = figure_of(2, 1, height=4.0)
     left.scatter(
         both["speculative"], both["verified"], s=6, color="#0072B2", alpha=0.6, linewidth=0, rasterized=True
     )
@@ -222,7 +195,7 @@ def overlap(context: Context) -> Made:
         return None
     apart = len({seeds for found in coresets.values() for seeds in found}) > 1
     jaccard = np.array([[_shared(a, b, apart) for b in coresets.values()] for a in coresets.values()])
-    figure, axes = _figure(height=min(max(2.4, 0.36 * len(coresets) + 1.1), 5.0))
+    figure, axes = figure_of(height=min(max(2.4, 0.36 * len(coresets) + 1.1), 5.0))
     image = axes.imshow(jaccard, vmin=0, vmax=1)
     axes.grid(False)
     axes.set_xticks(range(len(coresets)), list(coresets), rotation=35, ha="right", rotation_mode="anchor")
@@ -272,7 +245,7 @@ def length(context: Context) -> Made:
     panels = panels[:8]
     rows = (len(panels) + 1) // 2
     columns = min(2, len(panels))
-    figure, axes = _figure(rows, columns, height=0.5 + 1.5 * rows, squeeze=False)
+    figure, axes = figure_of(rows, columns, height=0.5 + 1.5 * rows, squeeze=False)
     for place, (variant, score, samples) in zip(axes.flat, panels):
         rho = _spearman(samples["answer_tokens"], samples[score])
         for part, colour, size in ((~samples["selected"], "0.7", 3), (samples["selected"], "#0072B2", 5)):

@@ -133,7 +133,9 @@ def _difference(found: Difference | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="folder with runs/ or the tables of a campaign"
+    )
     parser.add_argument(
         "--data", type=Path, required=True, help="folder that holds each task's folder of JSON Lines"
     )
@@ -143,7 +145,7 @@ def main() -> None:
     options = "" if arguments.rate == 0.9 else f" --rate {arguments.rate:g}"
     options += f" --metric {arguments.metric}" if arguments.metric else ""
     try:
-        for context in contexts(collect(arguments.results), arguments.results / "runs"):
+        for context in contexts(collect(arguments.results), arguments.results):
             if context.varied != "method" or arguments.rate not in context.rates:
                 continue
             task, metric = task_of(context), arguments.metric or context.metric

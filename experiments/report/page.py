@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.recorded import RecordedRun
-from experiments.report.figures import Drawn
+from experiments.report.drawing import Drawn
 from experiments.report.records import Context, report_command
 from experiments.report.tables import Table, is_text, metric
 
@@ -27,18 +27,21 @@ class Section:
     figures: Sequence[Drawn]
 
 
-def write(file: Path, sections: Sequence[Section], table: pd.DataFrame, options: str = "") -> Path:
-    """Write the page of the runs in `table`, made by the report's command with `options`."""
+def write(
+    file: Path, sections: Sequence[Section], table: pd.DataFrame, options: str = "", first: Drawn | None = None
+) -> Path:
+    """Write the page of the runs in `table`, made by the report's command with `options`; `first` heads it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    first, last = (str(day(table["finished"]))[:10] for day in (min, max))
+    begun, ended = (str(day(table["finished"]))[:10] for day in (min, max))
     text = environment.get_template("page.html").render(
         runs=len(table),
-        period=first if first == last else f"{first} to {last}",
+        period=begun if begun == ended else f"{begun} to {ended}",
         commits=_commits(table),
         made_by=report_command(file.parent) + options,
+        picture=first and _picture(first),
         sections=[_section(section) for section in sections],
     )
     file.write_text(text, encoding="utf-8")
@@ -65,12 +68,14 @@ def _section(section: Section) -> dict[str, Any]:
             {**_table(table), "title": table.name.removesuffix(f"-{section.context.name}").capitalize()}
             for table in section.tables
         ],
-        "pictures": [
-            {"caption": drawn.caption, "data": base64.b64encode(Path(f"{drawn.file}.svg").read_bytes()).decode()}
-            for drawn in section.figures
-        ],
+        "pictures": [_picture(drawn) for drawn in section.figures],
         "answers": _answers(section.context, runs) if section.context.varied == "method" else [],
     }
+
+
+def _picture(drawn: Drawn) -> dict[str, str]:
+    data = Path(f"{drawn.file}.svg").read_bytes()
+    return {"caption": drawn.caption, "data": base64.b64encode(data).decode()}
 
 
 def _table(table: Table) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ import numpy as np
 from staff.data.duplicates import Duplicates, content, duplicates
 from staff.data.task import Sample, Task
 from staff.errors import UserError
-from staff.selection import Draws
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +77,19 @@ def _carved(rows: Sequence[Sample], size: int) -> tuple[list[Sample], list[Sampl
     """
     texts = [content(sample) for sample in rows]
     times = Counter(texts)
-    single = np.array([at for at, text in enumerate(texts) if times[text] == 1], np.int64)
+    single = [at for at, text in enumerate(texts) if times[text] == 1]
     if size > len(single) or size >= len(rows):
         raise UserError(
             f"task.dev_size={size} leaves no pool: {len(single)} of the {len(rows)} training samples can be drawn; "
             "lower it."
         )
-    draws = Draws(0, [sample.id for sample in rows])
-    drawn = set(draws.choose("validation slice", single, size).tolist())
+    drawn = set(sorted(single, key=lambda at: _lot(rows[at].id))[:size])
     return [s for at, s in enumerate(rows) if at not in drawn], [s for at, s in enumerate(rows) if at in drawn]
+
+
+def _lot(id: str) -> bytes:
+    """A number that depends on the id alone, uniform over 64 bits; the lowest are drawn."""
+    return hashlib.blake2b(f"validation slice\0{id}".encode(), digest_size=8).digest()
 
 
 def _check_apart(pool: Sequence[Sample], dev: Sequence[Sample]) -> None:

@@ -46,7 +46,7 @@ class Effort(Signal):
         return hash(self.gradient)
 
     @property
-    def gradient(self) -> GradientOf:  # type: ignore[override]
+    def gradient(self) -> GradientOf:
         if self.fresh_adapter is None:
             return GradientOf(self.parameters)
         if set(self.fresh_adapter) != {"rank", "alpha", "targets"}:

@@ -24,9 +24,9 @@ class EL2N(Signal):
     """EL2N of the answer tokens of a causal language model: (B,).
 
     Attributes:
-        variant: "standard", the mean over tokens of the L2 norm of softmax minus one-hot, at the positions that
-            predict the answer tokens; "official", what the authors of STAFF released: the root mean square, over
-            tokens and vocabulary, of raw logits minus one-hot, at the positions of the tokens themselves.
+        variant: "standard": the mean over tokens of the L2 norm of softmax minus one-hot, at the positions that
+            predict the answer tokens. "official": what the authors of STAFF released. It is the root mean square,
+            over tokens and vocabulary, of raw logits minus one-hot, at the positions of the tokens themselves.
     """
 
     name: ClassVar[str] = "el2n"
@@ -39,7 +39,7 @@ class EL2N(Signal):
             raise UserError(f"variant={self.variant!r} of the signal 'el2n': choose {' or '.join(VARIANTS)}.")
 
     @property
-    def reads(self) -> str:  # type: ignore[override]
+    def reads(self) -> str:
         return "predictions" if self.variant == "standard" else "answers"
 
     def compute(self, batch: Pass) -> Tensor:

@@ -28,10 +28,10 @@ class Embedding(Signal):
 
     name: ClassVar[str] = "embedding"
     version: ClassVar[int] = 1
-    logits: ClassVar[bool] = False  # type: ignore[misc]
+    logits: ClassVar[bool] = False
     dtype: ClassVar[str] = "float32"
 
-    layer: int = -1  # type: ignore[assignment]
+    layer: int = -1
     pooling: str = "answer_mean"
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class Embedding(Signal):
             raise UserError(f"pooling={self.pooling!r} of the signal 'embedding': choose {', '.join(POOLINGS)}.")
 
     @property
-    def reads(self) -> str:  # type: ignore[override]
+    def reads(self) -> str:
         return "answers" if self.pooling == "answer_mean" else "tokens"
 
     def shape(self, config: Any) -> tuple[int, ...]:

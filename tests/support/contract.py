@@ -37,7 +37,10 @@ def method_named(name: str) -> SelectionMethod:
 METHODS = sorted(
     path.stem
     for path in (CONF / "method").glob("*.yaml")
-    if "\npath: null" not in path.read_text()  # a file that only a user has
+    # These need a file that only a user has, a planted task, or answers that this stub does not give; their vectors
+    # and test_methods.py watch them.
+    if "\npath: null" not in path.read_text()
+    and path.stem.split("_")[0] not in ("oracle", "data", "delift", "less")
 )
 
 

@@ -1,0 +1,1 @@
+"""Figures of the documents, each drawn by a module that lies beside it."""
