@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,17 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
+from experiments.reader import Reader
 from staff import tracking
-from staff.data.limits import answerable, fitting
 from staff.data.splits import load_splits
-from staff.data.task import Sample, Task, data_digest
-from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
+from staff.data.task import Task, data_digest
+from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.evaluation.generator import Generator
 from staff.evaluation.metrics import check_metrics, named_metric
@@ -34,7 +32,7 @@ from staff.models.family import Family
 from staff.models.prepare import prepare
 from staff.models.spec import check_quantization
 from staff.models.state import ModelState
-from staff.pool import Pool, Select, Slice
+from staff.pool import Pool, Select
 from staff.runtime import processes
 from staff.scoring.stage import Score, ScoringSettings
 from staff.selection import Coreset, SelectionMethod, budget_of, check_flags
@@ -143,52 +141,27 @@ class Run:
     def recorded(self) -> bool:
         return (self.folder / "metrics.json").is_file()
 
-    @property
-    def readers(self) -> dict[str, Family]:
-        """The families of the small model, of the target, and of the target that selects where that is another."""
-        selecting = {"selecting": self.selecting} if self.transferred else {}
-        return {"target": self.family, "small": self.selecting, **selecting}
+    @cached_property
+    def reader(self) -> Reader:
+        """How the run's models read samples."""
+        selecting = self.selecting if self.transferred else None
+        return Reader(self.task, self.family, selecting, self.settings.max_length, self.store)
 
     @cached_property
     def tokenized(self) -> dict[str, TokenizedSamples]:
         """The pool as the small model, the target, and the target of the family that selects (as a rule the same)
         read it; and the test samples as the target does."""
-        tokenized = self._trained(self.splits.pool)
+        tokenized = self.reader.trained(self.splits.pool)
         if self.generator is not None:
-            target, test = self.family.target, self.splits.test
-            read = read_tokens(self.store.get(Tokens(test, target, self.family.reading)))
-            asked = answerable(read, self.task.max_new_tokens, target.window(), self.task.too_long)
-            tokenized["test"] = read.take(asked)
+            tokenized["test"] = self.reader.asked(self.splits.test)
         return tokenized
-
-    def _trained(self, samples: Sequence[Sample]) -> dict[str, TokenizedSamples]:
-        """Samples as each of the `readers` reads them, without those that do not fit."""
-        specs = {name: f.small if name == "small" else f.target for name, f in self.readers.items()}
-        how = self.task.reading(samples)
-        read = {
-            name: read_tokens(self.store.get(Tokens(samples, specs[name], {**f.reading, **how})))
-            for name, f in self.readers.items()
-        }
-        names = {"target": "target", "small": "small model", "selecting": "target that selects"}
-        windows = {names[name]: spec.window() for name, spec in specs.items()}
-        keep = fitting(list(read.values()), self.settings.max_length, self.task.too_long, windows)
-        if len(keep) < len(samples):
-            read = {name: tokens.take(keep) for name, tokens in read.items()}
-        return {"selecting": read["target"], **read}
 
     @cached_property
     def pool(self) -> Pool:
-        parts = {"pool": (self.splits.pool, self.tokenized)}
+        slices = {"pool": self.reader.slice(self.splits.pool, self.tokenized)}
         if self.splits.dev:
-            parts["dev"] = self.splits.dev, self._trained(self.splits.dev)
-        slices = {name: self._slice(samples, read) for name, (samples, read) in parts.items()}
+            slices["dev"] = self.reader.slice(self.splits.dev, self.reader.trained(self.splits.dev))
         return Pool(slices, self.selecting, self.settings, self.store, self.cfg.selection_seed, self.scoring)
-
-    def _slice(self, samples: Sequence[Sample], read: dict[str, TokenizedSamples]) -> Slice:
-        """What methods see of these samples, with their groups where the task knows them."""
-        group_of = {sample.id: sample.group for sample in samples}
-        groups = np.array([group_of[id] for id in read["selecting"].ids]) if self.task.group_field else None
-        return Slice(read["small"], read["selecting"], groups)
 
     @property
     def budget(self) -> int:
@@ -238,11 +211,7 @@ class Run:
     @cached_property
     def reference_tokens(self) -> TokenizedSamples:
         asked = set(self.tokenized["test"].ids)
-        samples = self.task.reference_samples(sample for sample in self.splits.test if sample.id in asked)
-        tokens = read_tokens(self.store.get(Tokens(samples, self.family.target, self.family.reading)))
-        windows = {"target": self.family.target.window()}
-        fitting([tokens], sys.maxsize, "refuse", windows, "reference(s) behind their prompts")
-        return tokens
+        return self.reader.references([sample for sample in self.splits.test if sample.id in asked])
 
     def locked(self) -> AbstractContextManager[Any]:
         """Keeps two workers of a sweep from carrying out the same run side by side."""

@@ -142,16 +142,16 @@ def test_a_folder_with_curious_signs_in_its_name_is_read(tmp_path: Path, name: s
         (
             (),
             {},
-            r"/train.jsonl is not there: task.data_dir must be a folder that holds train.jsonl \(or",
+            r"/train.jsonl does not exist: task.data_dir must be a folder with train.jsonl \(or",
         ),
-        ((), {"train_file": "a.csv"}, r"/a.csv is not there: task.data_dir must be a folder that holds a.csv"),
+        ((), {"train_file": "a.csv"}, r"/a.csv does not exist: task.data_dir must be a folder with a.csv"),
         (
             (),
             {"train_file": "/nowhere/a.csv"},
-            r"^/nowhere/a.csv is not there: task.train_file must be a file, a",
+            r"^/nowhere/a.csv does not exist: task.train_file must be a file, a",
         ),
         (("train.csv", "train.jsonl"), {}, r"holds train.csv and train.jsonl: choose by task.train_file"),
-        (("train.txt",), {}, r"train.jsonl is not there"),
+        (("train.txt",), {}, r"train.jsonl does not exist"),
         (
             ("a.txt",),
             {"train_file": "a.txt"},

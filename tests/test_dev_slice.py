@@ -70,8 +70,8 @@ def test_a_text_that_comes_twice_is_never_carved(tmp_path: Path):
         ({"dev_size": 99}, r"task.dev_size=99 leaves no pool"),
         ({"dev_size": 0}, r"task.dev_size=0 must be a whole number of at least 1"),
         ({"dev_size": 3, "dev_file": "a.jsonl"}, r"task.dev_file and task.dev_size both name the validation slice"),
-        ({"dev_file": "a.jsonl"}, r"a.jsonl is not there: task.data_dir must be a folder that holds a.jsonl"),
-        ({"dev_split": "validation"}, r"validation.jsonl is not there: .* or set task.dev_file"),
+        ({"dev_file": "a.jsonl"}, r"a.jsonl does not exist: task.data_dir must be a folder with a.jsonl"),
+        ({"dev_split": "validation"}, r"validation.jsonl does not exist: .* or set task.dev_file"),
     ],
 )
 def test_a_slice_that_cannot_be_is_one_sentence(tmp_path: Path, settings: Row, sentence: str):
@@ -207,7 +207,7 @@ def test_a_run_without_evaluation_ends_with_the_coreset_and_its_costs_and_reads_
     assert record["run"]["fingerprint"] in record["folder"].joinpath("metrics.json").read_text()
     made = {path.name for path in (tmp_path / "results/artifacts").iterdir()}
     assert "evaluation" not in made and "coreset" in made
-    with pytest.raises(UserError, match=r"test.jsonl is not there"):
+    with pytest.raises(UserError, match=r"test.jsonl does not exist"):
         run(*data, "method=staff")
 
 

@@ -192,8 +192,8 @@ def test_a_sample_has_the_group_of_its_field_and_a_row_without_it_is_refused():
     assert sample.group == "sums" and replace(task, group_field=None).samples([("", row)])[0].group is None
     with pytest.raises(UserError, match=r"line 1: no field 'kind' .wanted by task.group_field.; it has a, q"):
         task.samples([("line 1", row)])
-    with pytest.raises(UserError, match=r"line 1: field 'kind' is int, not text .wanted by task.group_field."):
-        task.samples([("line 1", {**row, "kind": 3})])
+    with pytest.raises(UserError, match=r"line 1: field 'kind' is list, not text .wanted by task.group_field."):
+        task.samples([("line 1", {**row, "kind": [3]})])
     with pytest.raises(UserError, match=r"task.group_field=\['kind'\] must be null or name a field"):
         replace(task, group_field=["kind"])
 

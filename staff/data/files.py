@@ -40,10 +40,10 @@ def files_of(split: str, given: Files | None, data_dir: str | None, name: str | 
         # A name that exists is meant as it stands, whatever signs it holds.
         matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not matches:
-            how = f"task.data_dir must be a folder that holds {pattern}"
+            how = f"task.data_dir must be a folder with {pattern}"
             if data_dir is None or local_path(pattern).is_absolute():
                 how = f"task.{split}_file must be a file, a list of files or a glob"
-            raise UserError(f"{path} is not there: {how}.")
+            raise UserError(f"{path} does not exist: {how}.")
         found += matches
     return list(dict.fromkeys(found))
 
@@ -59,7 +59,7 @@ def _named_after(name: str, split: str, folder: Path) -> list[Path]:
     if not whole and not shards:
         other = f"set task.{split}_file" + (", or evaluation=none to select alone" if split == "test" else "")
         raise UserError(
-            f"{folder / name}.jsonl is not there: task.data_dir must be a folder that holds {name}.jsonl (or "
+            f"{folder / name}.jsonl does not exist: task.data_dir must be a folder with {name}.jsonl (or "
             f".json, .csv, .tsv, .parquet), or {other}."
         )
     return whole or shards
