@@ -164,3 +164,21 @@ def test_samples_without_turns_keep_their_digest_and_turns_count_in_it():
     assert data_digest([sample]) == recorded
     one, other = (replace(sample, turns=(ASKED, said)) for said in (SAID, ("assistant", "Four.")))
     assert len({data_digest([sample]), data_digest([one]), data_digest([other])}) == 3
+
+
+def test_a_reference_is_the_last_turn_of_its_conversation(tmp_path: Path):
+    (test,) = load(
+        tmp_path, {"messages": messages(*SEVERAL), "right": ["6", "six "]}, split="test", references=["right"]
+    )
+    assert test.references == ("6", "six ") and test.turns == SEVERAL
+    samples = TASK.reference_samples([test])
+    assert [sample.turns for sample in samples] == [(*SEVERAL[:-1], ("assistant", text)) for text in ("6", "six")]
+    assert {(sample.prompt, sample.answer) for sample in samples} == {(test.prompt, " 6"), (test.prompt, " six")}
+
+
+@pytest.mark.parametrize("column, space", [("answer", " "), ("completion", "")])
+def test_a_reference_without_templates_starts_as_the_answers_of_its_layout(tmp_path: Path, column: str, space: str):
+    row = {"prompt": "2 + 2 =", column: "4", "right": "four"}
+    for settings, text in (({}, "4"), ({"references": ["right"]}, "four")):
+        (sample,) = TASK.reference_samples(load(tmp_path, row, split="test", **settings))
+        assert (sample.prompt, sample.answer, sample.turns) == ("2 + 2 =", space + text, ())

@@ -103,16 +103,19 @@ class AsksTheSlice:
 
     def select(self, pool: Any, budget: int, rng: Any) -> Coreset:
         losses = pool.ask("loss", of="small_raw", view=self.view)
-        return Coreset(np.arange(budget), notes=(f"{len(losses)} losses, {len(pool.ids)} in the pool",))
+        slice = pool.slices["dev"]
+        own = sum(group == id for group, id in zip(slice.groups, slice.target.ids, strict=True))
+        counts = f"{len(losses)} losses, {len(pool.ids)} in the pool, slice by group: {own} of {len(losses)}"
+        return Coreset(np.arange(budget), notes=(counts,))
 
 
 def test_a_run_with_a_slice_asks_it_charges_for_it_and_records_it(run: Callable, tmp_path: Path):
     task_of(tmp_path, [row(number) for number in range(24)])
     data = ["task=file", f"task.data_dir={tmp_path}", "task.prompt='{question}'", "task.answer=' {answer}'"]
     method = ["method=random", f"method._target_={__name__}.AsksTheSlice"]
-    record = run(*data, *method, "task.dev_size=6")
+    record = run(*data, *method, "task.dev_size=6", "task.id_field=id", "task.group_field=id")
     assert record["counts"]["dev"] == 6 and record["counts"]["pool"] == 18
-    assert record["coreset"]["notes"] == ["6 losses, 18 in the pool"]
+    assert record["coreset"]["notes"] == ["6 losses, 18 in the pool, slice by group: 6 of 6"]
     labels = [stage["label"] for stage in record["overhead"]["stages"]]
     assert any(label.startswith("loss of 6 samples") for label in labels), "asking it is charged"
     assert record["overhead"]["flops"] > 0 and len(record["identity"]["data"]["dev"]) == 64
@@ -205,6 +208,7 @@ def test_a_run_without_evaluation_ends_with_the_coreset_and_its_costs_and_reads_
     names = {path.name for path in record["folder"].iterdir()}
     assert {"coreset.csv", "samples.parquet", "metrics.json"} <= names and "predictions.parquet" not in names
     assert record["run"]["fingerprint"] in record["folder"].joinpath("metrics.json").read_text()
+    assert "nll" in record["config"]["task"]["metrics"], "which is not asked, since it reads references"
     made = {path.name for path in (tmp_path / "results/artifacts").iterdir()}
     assert "evaluation" not in made and "coreset" in made
     with pytest.raises(UserError, match=r"test.jsonl does not exist"):

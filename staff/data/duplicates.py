@@ -120,9 +120,9 @@ def _near(pool: Sequence[Sample], held_out: Sequence[Sample], known: set[int]) -
         if at in known:
             continue
         signed = signature(sample)
-        if _alike(signed, hidden, apart.query(signed)):
+        if _alike(signed, hidden, map(str, apart.query(signed))):
             exposed.append(at)
-        if _alike(signed, seen, index.query(signed)):
+        if _alike(signed, seen, map(str, index.query(signed))):
             repeated.append(at)
         else:
             seen[str(at)] = signed

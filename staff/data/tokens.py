@@ -150,7 +150,11 @@ class TokenizedSamples:
         rows: list[Any] = [np.concatenate([example, row]) for row in own for example in shown]
         prompts = [len(example) + int(n) - self.begin for n in self.prompt_lengths for example in shown]
         ids = [f"{sample} after {example}" for sample in self.ids for example in examples.ids]
-        return TokenizedSamples.of_rows(ids, rows, prompts, self.begin)
+        masks = None
+        if self.labelled is not None:
+            of = [self.label_mask(i)[self.begin :] for i in range(len(self))]
+            masks = [np.append(np.zeros(len(example), bool), mask) for mask in of for example in shown]
+        return TokenizedSamples.of_rows(ids, rows, prompts, self.begin, masks)
 
     def all_as_answer(self) -> TokenizedSamples:
         """The same tokens, with the prompt counted as part of the answer."""
