@@ -45,8 +45,8 @@ def _compared(first: RecordedRun, again: RecordedRun) -> dict[str, Any]:
         "equal": chosen[0] == chosen[1] and answers[0].equals(answers[1]) and metrics[0] == metrics[1],
         "machine": all(machines[0][part] == machines[1][part] for part in MACHINE),
         "jaccard": len(chosen[0] & chosen[1]) / max(1, len(chosen[0] | chosen[1])) if chosen[0] else 1.0,
-        "first": metrics[0][name],
-        "again": metrics[1][name],
+        "first": metrics[0].get(name),
+        "again": metrics[1].get(name),
     }
 
 

@@ -180,12 +180,12 @@ def dry_run(cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> Run
     chosen, coreset = run.select()
     if all(charge.stage == "coreset" for charge in chosen.charged().values()):
         store.certain.add(tokenized["target"].take(coreset.indices).fingerprint)
-    tuning = run.finetuning(coreset)
-    answering = run.answering(tuning)
-    store.get(answering)
-    if (scored := run.measuring(answering).likelihood) is not None:
-        store.certain.add(scored.samples.fingerprint)
-        store.get(scored)
+    if run.generator is not None:
+        answering = run.answering(run.finetuning(coreset))
+        store.get(answering)
+        if (scored := run.measuring(answering).likelihood) is not None:
+            store.certain.add(scored.samples.fingerprint)
+            store.get(scored)
     return run
 
 

@@ -31,11 +31,7 @@ def write(run: Run, outcome: Outcome) -> Path:
     """Write the tables of a run into its folder and, last, metrics.json; then mirror it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     chosen, coreset, tuned, answered = outcome.chosen, outcome.coreset, outcome.tuned, outcome.answered
-    metrics, answers = read_measured(outcome.measured)
-    if run.task.group_field:
-        group_of = {sample.id: sample.group for sample in run.test}
-        answers["group"] = [group_of[id] for id in answers["id"]]
-    answers.to_parquet(run.folder / "predictions.parquet")
+    metrics, answers = _answers(run, outcome.measured)
     _write_samples(run, coreset)
     trainings = _trainings(run, chosen, tuned)
     _curves(trainings).to_csv(run.folder / "training.csv", index=False)
@@ -51,9 +47,9 @@ def write(run: Run, outcome: Outcome) -> Path:
             "started": run.started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
-        "metrics": {**metrics, "output_tokens": sum(answers["tokens"]) / len(answers)},
+        "metrics": metrics,
         "warnings": [f"{label}: {text}" for label, history in trainings for text in history["warnings"]],
-        **({"metrics_by_group": _metrics_by_group(run, answers)} if run.task.group_field else {}),
+        **({"metrics_by_group": _metrics_by_group(run, answers)} if "group" in answers else {}),
         "overhead": _overhead(run, chosen, tuned),
         "finetuning": _cost(tuned),
         "evaluation": _cost(answered),
@@ -66,14 +62,17 @@ def write(run: Run, outcome: Outcome) -> Path:
         },
         "counts": {
             "pool": len(run.pool.ids),
-            "dropped_too_long": len(run.train) - len(run.pool.ids),
+            "dropped_too_long": len(run.splits.pool) - len(run.pool.ids),
+            "dropped_duplicates": run.splits.dropped,
+            "dev": len(run.pool.slices["dev"].target) if run.splits.dev else 0,
             "budget": run.budget,
             "selected": len(coreset.indices),
             "trained": len(coreset.indices) if tuned else 0,
             "test": len(answers),
-            "test_dropped_too_long": len(run.test) - len(answers),
-            "test_prompts_in_pool": run.overlap,
+            "test_dropped_too_long": len(run.splits.test) - len(answers),
+            "test_prompts_in_pool": run.splits.test_prompts_in_pool,
         },
+        "duplicates": run.splits.duplicates and run.splits.duplicates.counts(),
         "config": run.config,
         "identity": run.identity,
         "provenance": {
@@ -85,6 +84,18 @@ def write(run: Run, outcome: Outcome) -> Path:
     tracking.write_record(run.folder, record)
     tracking.log_to_wandb(run.folder, run.cfg.tracking.mode)
     return run.folder
+
+
+def _answers(run: Run, measured: Artifact | None) -> tuple[dict[str, float], pd.DataFrame]:
+    """The metrics, and the answers to the test samples, which are written; both empty without evaluation."""
+    if measured is None:
+        return {}, pd.DataFrame()
+    metrics, answers = read_measured(measured)
+    if run.task.group_field:
+        group_of = {sample.id: sample.group for sample in run.splits.test}
+        answers["group"] = [group_of[id] for id in answers["id"]]
+    answers.to_parquet(run.folder / "predictions.parquet")
+    return {**metrics, "output_tokens": sum(answers["tokens"]) / len(answers)}, answers
 
 
 def _metrics_by_group(run: Run, answers: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -105,7 +116,7 @@ def _composition(run: Run, coreset: Coreset) -> dict[str, Any]:
     chosen = [pool[i] for i in coreset.indices]
     composition: dict[str, Any] = {}
     if run.task.group_field:
-        group_of = {sample.id: str(sample.group) for sample in run.train}
+        group_of = {sample.id: str(sample.group) for sample in run.splits.pool}
         all_, kept = (Counter(group_of[id] for id in ids) for ids in (pool, chosen))
         composition["groups"] = {g: {"pool": n, "coreset": kept[g]} for g, n in sorted(all_.items())}
     if isinstance(run.task, PlantedTask):

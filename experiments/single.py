@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,16 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
+from experiments.reader import Reader
 from staff import tracking
-from staff.data.limits import answerable, fitting
+from staff.data.splits import load_splits
 from staff.data.task import Task, data_digest
-from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
+from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.evaluation.generator import Generator
 from staff.evaluation.metrics import check_metrics, named_metric
@@ -33,7 +32,7 @@ from staff.models.family import Family
 from staff.models.prepare import prepare
 from staff.models.spec import check_quantization
 from staff.models.state import ModelState
-from staff.pool import Pool, Select, Slice
+from staff.pool import Pool, Select
 from staff.runtime import processes
 from staff.scoring.stage import Score, ScoringSettings
 from staff.selection import Coreset, SelectionMethod, budget_of, check_flags
@@ -69,7 +68,7 @@ class Run:
         check_flags(self.method)
         self.settings: FinetuneSettings = instantiate(cfg.finetune, _convert_="all")
         self.scoring: ScoringSettings = instantiate(cfg.scoring)
-        self.generator: Generator = instantiate(cfg.evaluation, _convert_="all")
+        self.generator: Generator | None = instantiate(cfg.evaluation, _convert_="all") or None
         family: Family = instantiate(cfg.family, _convert_="all")
         selecting: Family | None = instantiate(cfg.get("selection_family"), _convert_="all")
         self.task: Task = instantiate(cfg.task, _convert_="all")
@@ -77,22 +76,21 @@ class Run:
         for name in ("selection_seed", "finetune_seed"):
             if type(cfg[name]) is not int or not 0 <= cfg[name] < 2**32:
                 raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0 and below 2^32.")
-        self.train, self.test = self.task.load("train"), self.task.load("test")
-        check_metrics(self.task.metrics, self.test)
-        kept = budget_of(self.method, cfg.pruning_rate, len(self.train))  # refuses a bad rate
-        fixed = hasattr(self.method, "fixed_size")
-        self.pruning_rate = float(1 - Fraction(kept, len(self.train))) if fixed else cfg.pruning_rate
+        self.splits = load_splits(self.task, evaluated=self.generator is not None)
+        check_metrics(self.task.metrics, self.splits.test)
+        pool = len(self.splits.pool)
+        kept = budget_of(self.method, cfg.pruning_rate, pool, cfg.budget)  # refuses a bad rate
+        given = cfg.budget is None and not hasattr(self.method, "fixed_size")
+        self.pruning_rate = cfg.pruning_rate if given else float(1 - Fraction(kept, pool))
         self.store = store or Store(sweep.folder_of(cfg, "store_dir"), workers=sweep.workers())
         loading = (self.settings.quantization, self.settings.fsdp)
         self.family = prepare(family, self.store).with_loading(*loading)
         self.selecting = prepare(selecting, self.store).with_loading(*loading) if selecting else self.family
         self.started = datetime.now(UTC)
-        if self.overlap:
-            log.warning("%d of %d test prompts are also in the pool", self.overlap, len(self.test))
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration; a method with a size of its own shows the pruning rate that it comes to."""
+        """The resolved configuration; a budget, or a method's own size, shows the pruning rate that it comes to."""
         config = OmegaConf.to_container(self.cfg, resolve=True)
         assert isinstance(config, dict)
         return {**{str(k): v for k, v in config.items()}, "pruning_rate": self.pruning_rate}
@@ -100,6 +98,8 @@ class Run:
     @cached_property
     def fingerprint(self) -> str:
         """Of the stages that the run ends in: the selection, and the answers of the target fine-tuned on it."""
+        if self.generator is None:
+            return digest({"run": [self.selection.fingerprint]})
         planned = PlannedSamples(self.selection.fingerprint)
         tuned = self._finetuning(planned, self.budget) if self.budget else None  # type: ignore[arg-type]
         return digest({"run": [self.selection.fingerprint, self.answering(tuned).fingerprint]})
@@ -110,19 +110,14 @@ class Run:
         selection = {"selection": _reading(self.selecting)} if self.transferred else {}
         return {
             "data": {
-                "train": data_digest(self.train),
-                "test": data_digest(self.test),
+                "train": data_digest(self.splits.pool),
+                "test": data_digest(self.splits.test),
+                **({"dev": data_digest(self.splits.dev)} if self.splits.dev else {}),
                 "source": self.task.source(),
             },
             **_reading(self.family),
             **selection,
         }
-
-    @cached_property
-    def overlap(self) -> int:
-        """Test samples whose prompt is also in the pool: they measure memory, not learning."""
-        prompts = {sample.prompt for sample in self.train}
-        return sum(sample.prompt in prompts for sample in self.test)
 
     @cached_property
     def transferred(self) -> bool:
@@ -147,36 +142,30 @@ class Run:
         return (self.folder / "metrics.json").is_file()
 
     @cached_property
+    def reader(self) -> Reader:
+        """How the run's models read samples."""
+        selecting = self.selecting if self.transferred else None
+        return Reader(self.task, self.family, selecting, self.settings.max_length, self.store)
+
+    @cached_property
     def tokenized(self) -> dict[str, TokenizedSamples]:
-        """The training samples as the small model, the target, and the target of the family that selects (as a rule
-        the same) read them; and the test samples as the target does."""
-        family, selecting = self.family, self.selecting
-        readers = {"target": family, "small": selecting, **({"selecting": selecting} if self.transferred else {})}
-        specs = {name: f.small if name == "small" else f.target for name, f in readers.items()}
-        train = {
-            name: read_tokens(self.store.get(Tokens(self.train, specs[name], f.reading)))
-            for name, f in readers.items()
-        }
-        names = {"target": "target", "small": "small model", "selecting": "target that selects"}
-        windows = {names[name]: specs[name].window() for name in train}
-        keep = fitting(list(train.values()), self.settings.max_length, self.task.too_long, windows)
-        if len(keep) < len(self.train):
-            train = {name: samples.take(keep) for name, samples in train.items()}
-        test = read_tokens(self.store.get(Tokens(self.test, family.target, family.reading)))
-        asked = answerable(test, self.task.max_new_tokens, windows["target"], self.task.too_long)
-        return {"selecting": train["target"], **train, "test": test.take(asked)}
+        """The pool as the small model, the target, and the target of the family that selects (as a rule the same)
+        read it; and the test samples as the target does."""
+        tokenized = self.reader.trained(self.splits.pool)
+        if self.generator is not None:
+            tokenized["test"] = self.reader.asked(self.splits.test)
+        return tokenized
 
     @cached_property
     def pool(self) -> Pool:
-        small, target = self.tokenized["small"], self.tokenized["selecting"]
-        group_of = {sample.id: sample.group for sample in self.train} if self.task.group_field else {}
-        groups = np.array([group_of[id] for id in target.ids]) if group_of else None
-        slices = {"pool": Slice(small, target, groups)}
+        slices = {"pool": self.reader.slice(self.splits.pool, self.tokenized)}
+        if self.splits.dev:
+            slices["dev"] = self.reader.slice(self.splits.dev, self.reader.trained(self.splits.dev))
         return Pool(slices, self.selecting, self.settings, self.store, self.cfg.selection_seed, self.scoring)
 
     @property
     def budget(self) -> int:
-        return budget_of(self.method, self.cfg.pruning_rate, len(self.pool.ids))
+        return budget_of(self.method, self.cfg.pruning_rate, len(self.pool.ids), self.cfg.budget)
 
     @cached_property
     def selection(self) -> Select:
@@ -205,12 +194,13 @@ class Run:
 
     def answering(self, tuned: Finetune | None) -> Generate:
         """The answers of the fine-tuned target, or of the raw one."""
+        assert self.generator is not None
         state = ModelState(self.family.target, tuned)
         return Generate(state, self.tokenized["test"], self.generator, self.task.max_new_tokens)
 
     def measuring(self, answering: Generate) -> Measure:
         metrics = [named_metric(name) for name in self.task.metrics]
-        references = {sample.id: sample.references for sample in self.test}
+        references = {sample.id: sample.references for sample in self.splits.test}
         asks = any(metric.needs == "likelihood" for metric in metrics)
         return Measure(answering, metrics, references, self.likelihood(answering.state) if asks else None)
 
@@ -221,12 +211,7 @@ class Run:
     @cached_property
     def reference_tokens(self) -> TokenizedSamples:
         asked = set(self.tokenized["test"].ids)
-        samples = self.task.reference_samples(sample for sample in self.test if sample.id in asked)
-        tokens = read_tokens(self.store.get(Tokens(samples, self.family.target, self.family.reading)))
-        fits = np.flatnonzero(tokens.lengths <= (self.family.target.window() or sys.maxsize))
-        if len(fits) < len(tokens):
-            log.warning("nll leaves out %d references beyond the target's window", len(tokens) - len(fits))
-        return tokens.take(fits)
+        return self.reader.references([sample for sample in self.splits.test if sample.id in asked])
 
     def locked(self) -> AbstractContextManager[Any]:
         """Keeps two workers of a sweep from carrying out the same run side by side."""
@@ -254,13 +239,15 @@ class Run:
         if self.settings.quantization:
             check_quantization()
         if self.budget and self.cfg.memory_check:
-            small, target = self.selecting.small, self.family.target
-            for spec, samples in ((small, self.tokenized["small"]), (target, self.tokenized["target"])):
-                check_fits(spec, samples, self.settings)
+            tuned = {"small": self.selecting.small, **({"target": self.family.target} if self.generator else {})}
+            for name, spec in tuned.items():
+                check_fits(spec, self.tokenized[name], self.settings)
 
     def carry_out(self) -> Outcome:
         """Run every stage, or read it."""
         chosen, coreset = self.select()
+        if self.generator is None:
+            return Outcome(chosen, coreset)
         tuning = self.finetuning(coreset)
         tuned = None if tuning is None else self.store.get(tuning)
         answering = self.answering(tuning)
@@ -271,13 +258,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the stages of a run led to; `tuned` is None for the raw target."""
+    """What the stages of a run led to; `tuned` is None for the raw target, and all the rest without evaluation."""
 
     chosen: Artifact
     coreset: Coreset
-    tuned: Artifact | None
-    answered: Artifact
-    measured: Artifact
+    tuned: Artifact | None = None
+    answered: Artifact | None = None
+    measured: Artifact | None = None
 
 
 def _reading(family: Family) -> dict[str, Any]:

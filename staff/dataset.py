@@ -28,8 +28,8 @@ def dataset_pool(
     target: Model,
     small: Model | None = None,
     *,
-    prompt: str = "{prompt}",
-    answer: str = "{completion}",
+    prompt: str | None = "{prompt}",
+    answer: str | None = "{completion}",
     id_field: str | None = None,
     prompt_format: str = "plain",
     finetune: FinetuneSettings | None = None,
@@ -45,6 +45,7 @@ def dataset_pool(
         target: the model to select for.
         small: the small model; None: the target, for methods that ask the target alone.
         prompt, answer: templates with a row's fields, as in `staff.data.task.Task`; by default the columns of TRL.
+            None for both: the columns tell, which may hold conversations.
         id_field: field with the rows' ids; None: ids are digests of the texts.
         prompt_format: "plain" or "chat", as in `staff.models.family.Family`.
         finetune: how models are fine-tuned; None: as in the paper, in the target's precision.
@@ -62,7 +63,8 @@ def dataset_pool(
     task = Task("dataset", prompt, answer, metrics=(), max_new_tokens=1, data_dir="", id_field=id_field)
     samples = task.samples((f"row {i}", row) for i, row in enumerate(data))
     models = (family.small, family.target)
-    for_small, for_target = (read_tokens(kept.get(Tokens(samples, m, family.reading))) for m in models)
+    reading = {**family.reading, **task.reading(samples)}
+    for_small, for_target = (read_tokens(kept.get(Tokens(samples, m, reading))) for m in models)
     windows = {"small model": family.small.window(), "target": family.target.window()}
     fitting([for_small, for_target], settings.max_length, "refuse", windows)
     return Pool({"pool": Slice(for_small, for_target)}, family, settings, kept, seed=0)

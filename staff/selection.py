@@ -168,14 +168,22 @@ def budget_for(pruning_rate: float, pool_size: int) -> int:
     return budget
 
 
-def budget_of(method: SelectionMethod, pruning_rate: float, pool_size: int) -> int:
+def budget_of(method: SelectionMethod, pruning_rate: float, pool_size: int, count: int | None = None) -> int:
     """The number of samples that the method selects.
 
-    It is `budget_for`, or the method's own `fixed_size(pool_size)` if it ignores the pruning rate (all samples,
-    none, or a given list).
+    It is the method's own `fixed_size(pool_size)` if it ignores what is asked for (all samples, none, or a given
+    list); else `count`, or `budget_for` where that is None.
+
+    Raises:
+        UserError: a rate or a count that leaves no sample, or a count beyond the pool.
     """
-    fixed = getattr(method, "fixed_size", None)
-    return budget_for(pruning_rate, pool_size) if fixed is None else fixed(pool_size)
+    if (fixed := getattr(method, "fixed_size", None)) is not None:
+        return fixed(pool_size)
+    if count is None:
+        return budget_for(pruning_rate, pool_size)
+    if type(count) is not int or not 1 <= count <= pool_size:
+        raise UserError(f"budget={count!r} must be a whole number of at least 1 and at most {pool_size}, the pool.")
+    return count
 
 
 def run_method(method: SelectionMethod, pool: ScorePool, budget: int, rng: Draws) -> Coreset:

@@ -18,6 +18,7 @@ from baselines.oracle import Oracle
 from experiments.single import data_digest
 from staff.arrays import ArrayPool
 from staff.data.planted import MOST_COPIES, SKILLS, PlantedTask
+from staff.data.splits import load_splits
 from staff.data.task import Sample, Task
 from staff.errors import UserError
 from staff.evaluation.metrics import measure, named_metric
@@ -182,6 +183,14 @@ def test_the_preset_names_every_setting_with_its_default():
     assert replace(preset, metrics=TASK.metrics, learning_rate=None) == TASK and preset.metrics == ["exact", "nll"]
 
 
+def test_a_validation_slice_is_drawn_from_the_pool_and_data_of_its_own_is_refused():
+    splits = load_splits(replace(TASK, dev_size=30))
+    assert len(splits.dev) == 30 and len(splits.pool) == TASK.size - 30
+    assert {sample.group for sample in splits.dev} <= set(SKILLS)
+    with pytest.raises(UserError, match=r"task.dev_split='dev' names data, and the rows are generated: set"):
+        replace(TASK, dev_split="dev")
+
+
 # ---------------------------------------------------------------- groups and the metric
 
 
@@ -192,8 +201,8 @@ def test_a_sample_has_the_group_of_its_field_and_a_row_without_it_is_refused():
     assert sample.group == "sums" and replace(task, group_field=None).samples([("", row)])[0].group is None
     with pytest.raises(UserError, match=r"line 1: no field 'kind' .wanted by task.group_field.; it has a, q"):
         task.samples([("line 1", row)])
-    with pytest.raises(UserError, match=r"line 1: field 'kind' is int, not text .wanted by task.group_field."):
-        task.samples([("line 1", {**row, "kind": 3})])
+    with pytest.raises(UserError, match=r"line 1: field 'kind' is list, not text .wanted by task.group_field."):
+        task.samples([("line 1", {**row, "kind": [3]})])
     with pytest.raises(UserError, match=r"task.group_field=\['kind'\] must be null or name a field"):
         replace(task, group_field=["kind"])
 
@@ -286,4 +295,5 @@ def test_rows_of_ones_own_with_groups_are_recorded_by_group_and_select_the_same_
     grouped = run(*task, "task.group_field=kind")
     assert set(grouped["metrics_by_group"]) == {"k0", "k1"} and "planted" not in grouped["coreset"]
     assert grouped["coreset"]["groups"]["k0"]["pool"] == 4
+    assert "metrics_by_group" not in run(*task, "task.group_field=kind", "evaluation=none")
     assert grouped["evaluation"]["fingerprint"] == run(*task)["evaluation"]["fingerprint"]

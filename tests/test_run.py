@@ -43,6 +43,8 @@ def test_staff_from_scores_to_metrics_and_the_same_charge_for_whoever_reads(run,
     assert first["counts"] == {
         "pool": 24,
         "dropped_too_long": 0,
+        "dropped_duplicates": 0,
+        "dev": 0,
         "budget": 6,
         "selected": 6,
         "trained": 6,

@@ -35,6 +35,7 @@ def plain(model: Any, tokenizer: Any, prompts: list[list[int]], new: int) -> lis
 
 
 def compare(run: Run, rounds: int) -> str:
+    assert run.generator is not None
     spec, new = run.family.target, run.task.max_new_tokens
     model, tokenizer, prompts = spec.load(), spec.tokenizer(), run.tokenized["test"].prompts()
     ways = {

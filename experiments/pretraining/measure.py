@@ -57,9 +57,10 @@ class Answers:
 
 
 def answer(run: Run, state: ModelState) -> Answers:
+    assert run.generator is not None
     generation = Generate(state, run.tokenized["test"], run.generator, run.task.max_new_tokens)
     answers = read_predictions(run.store.get(generation))
-    by_id, tokenizer = {sample.id: sample.references for sample in run.test}, state.spec.tokenizer()
+    by_id, tokenizer = {sample.id: sample.references for sample in run.splits.test}, state.spec.tokenizer()
     references = [by_id[id] for id in answers["id"]]
     texts = answers["prediction"].tolist()
 

@@ -38,7 +38,7 @@ def _line(record: dict[str, Any]) -> dict[str, Any]:
         "pruning rate": "-" if run["method"] == "raw" else f"{run['pruning_rate']:g}",
         "seed": run["seed"],
         "coreset size": record["coreset"]["size"],
-        metric: f"{record['metrics'][metric]:.2f}",
+        metric: f"{record['metrics'][metric]:.2f}" if record["metrics"] else "-",
         "selection overhead (s)": f"{overhead['seconds']:.3f}",
         "STR": f"{estimated}{ratio}",
     }

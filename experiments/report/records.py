@@ -19,8 +19,9 @@ from experiments.report.settings import SEEDS, ablations, texts, variants
 
 
 def collect(results: Path) -> pd.DataFrame:
-    """All records under `results`: a row per run, with every setting in which the runs differ."""
-    rows = [_row(run.record()) for run in recorded_runs(results).values()]
+    """All records of runs that were evaluated: a row per run, with every setting in which the runs differ."""
+    records = [run.record() for run in recorded_runs(results).values()]
+    rows = [_row(record) for record in records if record["evaluation"]]
     table = pd.DataFrame(rows)
     settings = [column for column in table.columns if str(column).startswith("setting.")]
     constant = [column for column in settings if texts(table, column).nunique() == 1]

@@ -14,10 +14,11 @@ SEEDS = ["seed", "selection_seed", "finetune_seed"]
 NAMES = ["family", "task", "method", "pruning_rate"]
 # Settings that change no number but by rounding, have a column of their own, or are known better by content.
 UNTOLD = (
-    *("tracking", "results_dir", "store_dir", "memory_check", "pruning_rate", *SEEDS),
+    *("tracking", "results_dir", "store_dir", "memory_check", "pruning_rate", "budget", *SEEDS),
     *("scoring.batch_tokens", "scoring.one_at_a_time", "evaluation.batch_tokens"),
     *("finetune.device_batch_size", "finetune.gradient_checkpointing", "finetune.fsdp"),
-    *("task.data_dir", "identity.data.source", "method._target_"),
+    *(f"task.{name}" for name in ("data_dir", "train_file", "test_file", "dev_file", "deduplicate")),
+    *("identity.data.source", "method._target_"),
 )
 
 

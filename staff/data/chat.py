@@ -1,4 +1,4 @@
-"""Samples in the chat template of a tokenizer: the prompt as a user's turn, the answer as an assistant's."""
+"""Samples in the chat template of a tokenizer: turns of a user and of an assistant."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+from staff.data.conversations import Piece, Turns
 from staff.errors import UserError
 from staff.models.family import DATE, check_chat
 
@@ -40,7 +41,9 @@ class ChatTemplate:
         self.tokenizer, self.day = tokenizer, datetime.fromisoformat(date)
         self.options = {"date_string": self.day.strftime("%d %b %Y"), **(options or {})}
         self.content_as_parts = False
+        self._known: dict[tuple[str, ...], list[tuple[str, str, str]]] = {}
         self._opening, self._tail = self._probed()
+        self._space = _space_of(self._opening)
         opened, shown = self._opening
         if opened:
             log.warning(
@@ -51,18 +54,22 @@ class ChatTemplate:
             if not re.search(rf"\b{re.escape(name)}\b", self._text):
                 log.warning("family.template_options: the chat template of %s has no variable %r", self.name, name)
 
-    def turn(self, id: str, prompt: str, answer: str) -> tuple[str, str]:
-        """The text that the model reads before its answer, and the answer up to its end token.
+    def pieces(self, id: str, turns: Turns, every: bool = False) -> list[Piece]:
+        """The text of a conversation up to the end of its last answer.
 
         Whatever the template always puts before an answer belongs to the prompt, such as an empty think block. But
         white space alone belongs to the answer, because the model writes it after the generation prompt.
 
+        Args:
+            every: cut at the earlier answers too.
+
         Raises:
-            UserError: the template fails, or changes this answer.
+            UserError: the template fails, or changes an answer.
         """
-        answer = answer.strip()
-        before, whole = self._render(prompt, answer)
-        behind = answer + self._tail
+        *asked, (role, answer) = turns
+        turns = (*asked, (role, answer.strip()))
+        before, whole = self._render(turns, f" on sample {id!r}")
+        behind = turns[-1][1] + self._tail
         head = whole.removesuffix(behind)
         opening = _apart(before, head)
         # Templates put nothing before an answer that has a think block of its own.
@@ -71,9 +78,29 @@ class ChatTemplate:
                 f"the chat template of {self.name} does not leave the answer of sample {id!r} unchanged: set "
                 "family.prompt_format=plain, or remove the sample."
             )
-        opened, shown = opening
-        prompt, answer = (head, answer) if opened or shown.strip() else (before, shown + answer)
-        return prompt, answer + self._end[0]
+        space = _space_of(opening)
+        prompt, answer = head.removesuffix(space), space + turns[-1][1] + self._end[0]
+        earlier = self._cut(id, turns[:-1], prompt) if every else [Piece(prompt)]
+        return [*earlier, Piece(answer, answer=True, ends=True)]
+
+    def _cut(self, id: str, asked: Turns, prompt: str) -> list[Piece]:
+        """The prompt in pieces: what the assistant says in it, with the end of each turn, and the rest."""
+        pieces, text = [], ""
+        around = self._between(tuple(role for role, _ in asked))
+        for (role, said), (before, space, end) in zip(asked, around, strict=True):
+            text += before
+            if role == "assistant":
+                pieces += [Piece(text), Piece(space + said + end, answer=True)]
+                text = ""
+            else:
+                text += said
+        shown = "".join(piece.text for piece in pieces) + text
+        if not prompt.startswith(shown):
+            raise UserError(
+                f"the chat template of {self.name} does not leave every turn of sample {id!r} unchanged: set "
+                "task.loss_on=last, or remove the sample."
+            )
+        return [*pieces, Piece(text + prompt[len(shown) :])]
 
     @property
     def end(self) -> int:
@@ -86,23 +113,63 @@ class ChatTemplate:
     @cached_property
     def _end(self) -> tuple[str, int]:
         """White space between the answer and its end token, and that token."""
-        added = self.tokenizer.added_tokens_decoder
-        # Some vocabularies have runs of white space as added tokens; the unknown token is ordinary text.
-        marks = {*self.tokenizer.all_special_ids, *added} - {self.tokenizer.unk_token_id}
-        marks -= {token for token, its in added.items() if not its.content.strip()}
-        text = self._tail.lstrip()
-        gap = self._tail[: len(self._tail) - len(text)]
-        for space, rest in (("", self._tail), (gap, text)):
-            tokens = self.tokenizer([rest], add_special_tokens=False, verbose=False)["input_ids"][0]
-            if tokens and tokens[0] in marks:
-                return space, tokens[0]
-        end = next((token for token in tokens if token in marks), self.tokenizer.eos_token_id)
-        if text:
+        if found := self._mark(self._tail):
+            return found
+        tokens = self._tokens(self._tail.lstrip())
+        end = next((token for token in tokens if token in self._marks), self.tokenizer.eos_token_id)
+        if self._tail.strip():
             log.warning(
                 "the chat template of %s ends answers with %r, which does not start with an added token: using %r",
                 *(self.name, self._tail, self.tokenizer.convert_ids_to_tokens(end)),
             )
         return "", end
+
+    def _mark(self, tail: str) -> tuple[str, int] | None:
+        """The added token that a text begins with, and the white space before it."""
+        gap = tail[: len(tail) - len(tail.lstrip())]
+        for space in ("", gap):
+            tokens = self._tokens(tail.removeprefix(space))
+            if tokens and tokens[0] in self._marks:
+                return space, tokens[0]
+        return None
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0]
+
+    @cached_property
+    def _marks(self) -> set[int]:
+        """Added tokens that may end a turn."""
+        added = self.tokenizer.added_tokens_decoder
+        # Some vocabularies have runs of white space as added tokens; the unknown token is ordinary text.
+        marks = {*self.tokenizer.all_special_ids, *added} - {self.tokenizer.unk_token_id}
+        return marks - {token for token, its in added.items() if not its.content.strip()}
+
+    def _between(self, roles: tuple[str, ...]) -> list[tuple[str, str, str]]:
+        """What the template shows around each turn, where turns of these roles and an answer follow one another.
+
+        Before the turn; white space that belongs to an answer; the end token of an answer.
+        """
+        if roles not in self._known:
+            marks = [f"{_QUESTION}{at}{_QUESTION}" for at in range(len(roles))]
+            _, rest = self._render((*zip(roles, marks, strict=True), ("assistant", _ANSWER)))
+            around = []
+            for role, mark in zip(roles, marks, strict=True):
+                before, found, rest = rest.partition(mark)
+                if not found:
+                    raise UserError(
+                        f"the chat template of {self.name} leaves out a turn of {role} among {', '.join(roles)}: "
+                        "set task.loss_on=last, or family.prompt_format=plain."
+                    )
+                space = end = ""
+                if role == "assistant":
+                    space = self._space if before.endswith(self._space) else ""
+                    if mark := self._mark(rest):
+                        end = mark[0] + self.tokenizer.convert_ids_to_tokens(mark[1])
+                        end = end if rest.startswith(end) else ""
+                around.append((before.removesuffix(space), space, end))
+                rest = rest.removeprefix(end)
+            self._known[roles] = around
+        return self._known[roles]
 
     def _probed(self) -> tuple[tuple[str, str], str]:
         """How the generation prompt and the text before an answer differ (`_apart`), and the text after an answer.
@@ -116,7 +183,7 @@ class ChatTemplate:
         failure = None
         for self.content_as_parts in (False, True):
             try:
-                before, whole = self._render(_QUESTION, _ANSWER)
+                before, whole = self._render((("user", _QUESTION), ("assistant", _ANSWER)))
             except UserError as error:
                 failure = failure or error
                 continue
@@ -127,11 +194,11 @@ class ChatTemplate:
                 return opening, tail
         raise failure or refusal
 
-    def _render(self, prompt: str, answer: str) -> tuple[str, str]:
-        """The rendered user's turn with the generation prompt, and both turns."""
-        turns = [
+    def _render(self, turns: Turns, where: str = "") -> tuple[str, str]:
+        """The turns before the answer with what asks for it, and all turns."""
+        messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if self.content_as_parts else text}
-            for role, text in (("user", prompt), ("assistant", answer))
+            for role, text in turns
         ]
         try:
             # transformers passes functions to templates only as globals.
@@ -140,12 +207,12 @@ class ChatTemplate:
             _compile_jinja_template(self._text).globals["strftime_now"] = self.day.strftime
             before, whole = (
                 self.tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=ask, **self.options)
-                for shown, ask in ((turns[:1], True), (turns, False))
+                for shown, ask in ((messages[:-1], True), (messages, False))
             )
         except Exception as error:  # the expressions of a template can raise anything
             said = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"the chat template of {self.name} fails with {said!r}: fix it, set what it needs in "
+                f"the chat template of {self.name} fails{where} with {said!r}: fix it, set what it needs in "
                 "family.template_options, or set family.prompt_format=plain."
             ) from error
         return before, whole
@@ -153,6 +220,12 @@ class ChatTemplate:
     @cached_property
     def _text(self) -> str:
         return self.tokenizer.get_chat_template(self.options.get("chat_template"))
+
+
+def _space_of(opening: tuple[str, str]) -> str:
+    """The white space that the model writes before an answer: all that follows the generation prompt."""
+    opened, shown = opening
+    return "" if opened or shown.strip() else shown
 
 
 def _apart(before: str, head: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ a negative control: nothing in it is wrong, redundant or rare.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from staff.data.rows import Rows
 from staff.data.task import Task
 from staff.errors import UserError
 
@@ -142,12 +143,15 @@ class PlantedTask(Task):
             raise UserError(f"task.{name}={value!r} must be at least {low:g} and at most {high:g}.")
 
     def _check_source(self) -> None:
-        """Nothing is read."""
+        """Nothing is read; a validation slice can only be drawn from the pool."""
+        for name in ("dev_file", "dev_split"):
+            if (value := getattr(self, name)) is not None:
+                raise UserError(f"task.{name}={value!r} names data, and the rows are generated: set task.dev_size.")
 
     def source(self) -> None:
         return None
 
-    def _rows(self, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    def rows(self, split: str) -> Rows:
         return ((f"planted {split} row {i + 1}", row) for i, row in enumerate(self.make(split)))
 
     @property

@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
-from staff.data.rows import read_json_lines
-from staff.data.templates import lookup, render, shortened, text_of
+from staff.data.conversations import Layout, Turns, layout_of, plain_text
+from staff.data.files import Files, files_of
+from staff.data.rows import Rows, is_saved, plain_rows, read_rows
+from staff.data.templates import check_template, checked_text, lookup, path_of, render, shortened, text_of
 from staff.errors import UserError
 from staff.runtime.paths import local_path
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "test", "dev")
 
 
 @dataclass(frozen=True)
 class Sample:
     """One prompt with its answer; `references` are what an evaluation compares with (the answer, unless the
-    test split has several). `group` is the part of the data it belongs to, where the task has a `group_field`."""
+    test split has several).
+
+    Attributes:
+        turns: of a conversation, up to the assistant's last turn, which is the answer; prompt and answer are then
+            its text in the plain prompt format.
+        group: the part of the data it belongs to, where the task has a `group_field`.
+    """
 
     id: str
     prompt: str
     answer: str
     references: tuple[str, ...]
+    turns: Turns = ()
     group: str | None = None
 
 
@@ -32,46 +46,59 @@ class Sample:
 class Task:
     """A data set, and templates for its prompts and answers.
 
-    Templates name fields of a row in braces; `{translation[kk]}` is a nested field, `{{` is a brace. Prompt and
-    answer are tokenised separately, so white space between them should start the answer.
+    Templates name fields of a row in braces, `{translation[kk]}` and `{answers[0]}` reach into nested ones; a
+    template with `{{` or `{%` is Jinja. Prompt and answer are tokenised separately, so white space between them
+    should start the answer. Without templates, the columns tell the layout (`staff.data.conversations.LAYOUTS`).
     """
 
     name: str
-    prompt: str
-    answer: str
+    prompt: str | None
+    answer: str | None
     metrics: Sequence[str]
     max_new_tokens: int
-    data_dir: str | None = None  # folder with JSON Lines files; None: the hub
-    train_file: str = "train.jsonl"
-    test_file: str = "test.jsonl"
-    hub: str | None = None  # data set on the Hugging Face hub
+    data_dir: str | None = None  # folder of the files, or of `save_to_disk`; None: the hub, or files by their paths
+    train_file: Files | None = None  # path, glob or list; None: the one of `data_dir` that is named train
+    test_file: Files | None = None
+    hub: str | None = None  # data set on the Hugging Face hub, or a folder that `datasets.load_dataset` reads
     hub_config: str | None = None
     revision: str | None = None
     train_split: str = "train"
     test_split: str = "test"
+    dev_file: Files | None = None  # a validation slice of its own: a file, a split, or so many of the training rows
+    dev_split: str | None = None
+    dev_size: int | None = None
     id_field: str | None = None  # None: an id made from the sample's own text
     group_field: str | None = None  # field that says which group a sample belongs to; None: no groups
-    references: Sequence[str] = ()  # fields of the test split with reference answers; none: the answer
+    references: Sequence[str] = ()  # fields of the test split with reference answers or lists; none: the answer
     too_long: str = "refuse"  # or "drop": samples whose answer does not fit the cut-off
     train_limit: int | None = None  # the first so many rows
     test_limit: int | None = None
+    deduplicate: str = "none"  # duplicates that are dropped from the pool: "none", "exact", or "near" ones as well
+    loss_on: str = "all"  # answers of a conversation that are trained and scored; or "last"
     learning_rate: float | None = None  # the published value for this task; read by conf/finetune
 
     def __post_init__(self) -> None:
         if self.too_long not in ("refuse", "drop"):
             raise UserError(f"task.too_long={self.too_long!r} is unknown: choose 'refuse' or 'drop'.")
-        for name in ("max_new_tokens", "train_limit", "test_limit"):
+        if self.loss_on not in ("all", "last"):
+            raise UserError(f"task.loss_on={self.loss_on!r} is unknown: choose 'all' or 'last'.")
+        if self.deduplicate not in ("none", "exact", "near"):
+            raise UserError(f"task.deduplicate={self.deduplicate!r} is unknown: choose 'none', 'exact' or 'near'.")
+        devs = [name for name in ("dev_file", "dev_split", "dev_size") if getattr(self, name) is not None]
+        if len(devs) > 1:
+            raise UserError(f"task.{devs[0]} and task.{devs[1]} both name the validation slice: set one of them.")
+        for name in ("max_new_tokens", "train_limit", "test_limit", "dev_size"):
             value = getattr(self, name)
             if (value is not None or name == "max_new_tokens") and (not isinstance(value, int) or value < 1):
                 raise UserError(f"task.{name}={value!r} must be a whole number of at least 1.")
-        for setting, texts in (
-            ("prompt", [self.prompt]),
-            ("answer", [self.answer]),
-            ("references", self.references),
-        ):
-            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-                kind = "a list of fields" if setting == "references" else "a template"
-                raise UserError(f"task.{setting}={getattr(self, setting)!r} must be {kind}.")
+        for setting in ("prompt", "answer"):
+            if self.prompt is None and self.answer is None:
+                continue
+            if not isinstance(template := getattr(self, setting), str):
+                raise UserError(f"task.{setting}={template!r} must be a template.")
+            check_template(template, f"task.{setting}")
+        if isinstance(self.references, str) or not all(isinstance(field, str) for field in self.references):
+            raise UserError(f"task.references={self.references!r} must be a list of fields.")
         if self.group_field is not None and not isinstance(self.group_field, str):
             raise UserError(f"task.group_field={self.group_field!r} must be null or name a field of the rows.")
         self._check_source()
@@ -79,29 +106,38 @@ class Task:
     def _check_source(self) -> None:
         if self.data_dir is not None and not isinstance(self.data_dir, str):
             raise UserError(f"task.data_dir={self.data_dir!r} must name a folder by text, such as ./data.")
-        if self.data_dir is None and self.hub is None:
+        for split in SPLITS:
+            given = getattr(self, f"{split}_file")
+            paths = given if isinstance(given, list | tuple) else [given]
+            if given is not None and not (paths and all(isinstance(path, str) for path in paths)):
+                raise UserError(f"task.{split}_file={given!r} must be a path, a glob or a list of them.")
+        if self.data_dir is None and self.hub is None and self.train_file is None:
             raise UserError(
-                f"task {self.name!r} names no data: set task.data_dir=FOLDER (with {self.train_file} and "
-                f"{self.test_file}) or task.hub=NAME."
+                f"task {self.name!r} names no data: set task.data_dir=FOLDER (with train.jsonl and test.jsonl, or "
+                "other formats), task.train_file=FILE or task.hub=NAME."
             )
 
     def load(self, split: str) -> list[Sample]:
-        """The samples of `split`, "train" or "test", in file order.
+        """The samples of `split` ("train", "test" or "dev"), in file order.
 
         Test rows with the same prompt become one sample with all their references: a model answers them alike.
 
         Raises:
             UserError: a missing file or field, empty text, or a duplicate id; with file and line.
         """
-        limit = self.train_limit if split == "train" else self.test_limit
-        return self.samples(islice(self._rows(split), limit), split)
+        limit = {"train": self.train_limit, "test": self.test_limit}.get(split)
+        return self.samples(islice(self.rows(split), limit), split)
 
     def samples(self, rows: Iterable[tuple[str, Mapping[str, Any]]], split: str = "train") -> list[Sample]:
         """As `load`, from rows, each with its place for messages."""
         samples: dict[str, Sample] = {}
         copies = Counter[str]()
+        layout = None
         for where, row in rows:
-            sample = self._sample(row, where, split)
+            if self.prompt is None and layout is None:
+                layout = layout_of(row, where)
+                log.info("the %s split is read as %s", split, layout.name)
+            sample = self._sample(row, where, split, layout)
             if sample.id in samples:
                 if self.id_field:
                     raise UserError(
@@ -120,66 +156,91 @@ class Task:
         """A sample for each reference of the test samples, with the reference as its answer.
 
         White space at the start of the answer template belongs to every reference, as it does to training answers.
+        In a conversation, the reference is the assistant's last turn.
         """
-        space = self.answer[: len(self.answer) - len(self.answer.lstrip())]
-        return [
-            Sample(f"{sample.id}#{k}", sample.prompt, space + text.strip(), (text,))
-            for sample in test
-            for k, text in enumerate(sample.references)
-        ]
+        samples = []
+        for sample in test:
+            space = _opening_space(sample.answer if self.answer is None else self.answer)
+            for k, text in enumerate(sample.references):
+                turns = (*sample.turns[:-1], ("assistant", text.strip())) if sample.turns else ()
+                samples.append(Sample(f"{sample.id}#{k}", sample.prompt, space + text.strip(), (text,), turns))
+        return samples
 
     def source(self) -> dict[str, Any] | None:
         """Name and commit of the data set on the hub; None for files.
 
         Without a network, the commit is `revision`.
         """
-        if self.data_dir is not None:
+        if self.hub is None or self.data_dir is not None or self.train_file is not None:
             return None
         from huggingface_hub import HfApi
 
-        assert self.hub is not None
         try:
             commit = HfApi().dataset_info(self.hub, revision=self.revision).sha
         except Exception:  # no network: what the cache has is identified by its content anyway
             commit = self.revision
         return {"hub": self.hub, "commit": commit}
 
-    def _rows(self, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
-        if self.data_dir is not None:
-            return read_json_lines(
-                local_path(self.data_dir) / (self.train_file if split == "train" else self.test_file)
-            )
-        return self._hub_rows(self.train_split if split == "train" else self.test_split)
+    def rows(self, split: str) -> Rows:
+        """The rows of a split, each with its place for messages; files come before the hub."""
+        given, name = getattr(self, f"{split}_file"), getattr(self, f"{split}_split")
+        if self.data_dir is None and given is None and self.hub is not None:
+            return self._hub_rows(self.hub, name)
+        files = files_of(split, given, self.data_dir, self.dev_split if split == "dev" else None)
+        return chain.from_iterable(read_rows(file, name) for file in files)
 
-    def _hub_rows(self, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    def _hub_rows(self, hub: str, split: str) -> Rows:
         import datasets
 
-        assert self.hub is not None
+        if is_saved(folder := local_path(hub)):
+            return read_rows(folder, split)
         try:
-            data = datasets.load_dataset(self.hub, self.hub_config, revision=self.revision, split=split)
+            data = datasets.load_dataset(hub, self.hub_config, revision=self.revision, split=split)
         except Exception as error:
             raise UserError(
-                f"task.hub={self.hub} (split {split}) could not be read from the Hugging Face hub "
+                f"task.hub={hub} (split {split}) could not be read from the Hugging Face hub "
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); "
-                f"give task.data_dir=FOLDER with {self.train_file} and {self.test_file} instead."
+                "give task.data_dir=FOLDER with train.jsonl and test.jsonl instead."
             ) from error
-        return ((f"{self.hub}[{split}] row {i + 1}", dict(row)) for i, row in enumerate(data))
+        return ((f"{hub}[{split}] row {number}", row) for number, row in enumerate(plain_rows(data), start=1))
 
-    def _sample(self, row: Mapping[str, Any], where: str, split: str) -> Sample:
-        prompt = render(self.prompt, row, where, "task.prompt")
+    def reading(self, samples: Iterable[Sample]) -> dict[str, str]:
+        """How training samples are read, beside `Family.reading`; only conversations of several answers differ."""
+        several = any(sum(role == "assistant" for role, _ in sample.turns) > 1 for sample in samples)
+        return {"loss_on": "all"} if several and self.loss_on == "all" else {}
+
+    def _sample(self, row: Mapping[str, Any], where: str, split: str, layout: Layout | None) -> Sample:
+        turns: Turns = ()
         references: tuple[str, ...] = ()
         if split == "test" and self.references:
-            references = tuple(text_of(row, [name], where, "task.references") for name in self.references)
-            answer = references[0]
+            references = _references(row, self.references, where)
+        if layout is not None and layout.turns is not None:
+            turns = layout.turns(row, where)
+            prompt, answer = plain_text(turns)
         else:
-            answer = render(self.answer, row, where, "task.answer")
-            references = (answer.strip(),)
-        for name, text, template in (("prompt", prompt, self.prompt), ("answer", answer, self.answer)):
-            if not text.strip():
-                raise UserError(f"{where}: the {name} is empty; remove the line or fill its field ({template!r}).")
+            prompt, answer = self._texts(row, where, layout, references)
         id = _id(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
         group = text_of(row, [self.group_field], where, "task.group_field") if self.group_field else None
-        return Sample(id, prompt, answer, references, group)
+        return Sample(id, prompt, answer, references or (answer.strip(),), turns, group)
+
+    def _texts(
+        self, row: Mapping[str, Any], where: str, layout: Layout | None, references: Sequence[str]
+    ) -> tuple[str, str]:
+        """Prompt and answer by the templates; the first reference takes the answer's place."""
+        of_prompt, of_answer = (layout and layout.templates) or (self.prompt, self.answer)
+        assert of_prompt is not None and of_answer is not None
+        prompt = render(of_prompt, row, where, "task.prompt")
+        answer = references[0] if references else render(of_answer, row, where, "task.answer")
+        if references and layout is not None:
+            answer = _opening_space(of_answer) + answer
+        for name, text, template in (("prompt", prompt, of_prompt), ("answer", answer, of_answer)):
+            if not text.strip():
+                raise UserError(f"{where}: the {name} is empty; remove the line or fill its field ({template!r}).")
+        return prompt, answer
+
+
+def _opening_space(text: str) -> str:
+    return text[: len(text) - len(text.lstrip())]
 
 
 def _asked_once(samples: Iterable[Sample]) -> list[Sample]:
@@ -189,6 +250,19 @@ def _asked_once(samples: Iterable[Sample]) -> list[Sample]:
             sample = replace(first, references=tuple(dict.fromkeys((*first.references, *sample.references))))
         by_prompt[sample.prompt] = sample
     return list(by_prompt.values())
+
+
+def _references(row: Mapping[str, Any], fields: Sequence[str], where: str) -> tuple[str, ...]:
+    """The texts of these fields, and of the lists among them."""
+    texts: list[str] = []
+    for field in fields:
+        path = [field] if field in row else path_of(field, "task.references")
+        value = lookup(row, path, where, "task.references")
+        several = value if isinstance(value, list) else [value]
+        texts += [checked_text(one, path, where, "task.references") for one in several]
+    if not texts:
+        raise UserError(f"{where}: the lists of task.references are empty; remove the row, or give it an answer.")
+    return tuple(texts)
 
 
 def _id(row: Mapping[str, Any], field: str, where: str) -> str:
@@ -202,8 +276,8 @@ def _id(row: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def data_digest(samples: Sequence[Sample]) -> str:
-    """SHA-256 of what the samples are, wherever they were read from; a field that is None changes nothing."""
-    rows = [{name: value for name, value in asdict(s).items() if value is not None} for s in samples]
+    """SHA-256 of what the samples are, wherever they were read from; an empty field or None changes nothing."""
+    rows = [{name: value for name, value in asdict(sample).items() if value} for sample in samples]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

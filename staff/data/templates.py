@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from functools import cache
 from string import Formatter
 from typing import Any
@@ -12,7 +14,7 @@ from staff.errors import UserError
 
 
 def lookup(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str) -> Any:
-    """The value at `path`, a field and the keys below it.
+    """The value at `path`, a field, and the keys of mappings and positions in lists below it.
 
     Args:
         where: the place of the row, for messages.
@@ -23,34 +25,74 @@ def lookup(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str
     """
     value: Any = row
     for depth, name in enumerate(path):
-        if not isinstance(value, Mapping) or name not in value:
-            has = ", ".join(" ".join(str(field).split()) for field in sorted(row, key=str)) or "none"
+        if isinstance(value, Mapping) and name in value:
+            value = value[name]
+        elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+            value = value[int(name)]
+        else:
             raise UserError(
-                f"{where}: no field {_spelt(path[: depth + 1])} (wanted by {setting}); it has {shortened(has)}."
+                f"{where}: no field {_spelt(path[: depth + 1])} (wanted by {setting}); it has {has(row)}."
             )
-        value = value[name]
     return value
 
 
+def has(row: Mapping[str, Any]) -> str:
+    """The names of a row's fields, for a message."""
+    return shortened(", ".join(" ".join(str(field).split()) for field in sorted(row, key=str)) or "none")
+
+
 def text_of(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str) -> str:
-    """As `lookup`, for a value that must be valid text."""
-    value = lookup(row, path, where, setting)
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise UserError(f"{where}: field {_spelt(path)} is {kind}, not text (wanted by {setting}).")
+    """The text at `path`; numbers and truth values as JSON has them."""
+    return checked_text(lookup(row, path, where, setting), path, where, setting)
+
+
+def checked_text(value: Any, path: Sequence[str], where: str, setting: str) -> str:
+    """A value as text; `path` says where it stands.
+
+    Raises:
+        UserError: it is neither text nor a number nor a truth value, or cannot be encoded.
+    """
+    text = as_text(value)
+    if text is None:
+        kind = str(value) if isinstance(value, float) else type(value).__name__
+        hint = f"; name one of it by {{{_joined(path)}[0]}}" if isinstance(value, list) else ""
+        raise UserError(f"{where}: field {_spelt(path)} is {kind}, not text (wanted by {setting}){hint}.")
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
         raise UserError(
             f"{where}: field {_spelt(path)} has half a surrogate pair (character {error.start + 1}); fix the text."
         ) from None
-    return value
+    return text
+
+
+def as_text(value: Any) -> str | None:
+    """Text as it is, numbers and truth values as JSON has them; None for anything else, such as NaN."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    finite = isinstance(value, int | float | Decimal) and math.isfinite(value)
+    return str(value) if finite or isinstance(value, str) else None
 
 
 def render(template: str, row: Mapping[str, Any], where: str, setting: str) -> str:
-    """The template with the row's fields; `where` and `setting` as in `lookup`."""
+    """The template with the row's fields: Jinja where it has {{ or {%, else {field} and {field[key]}.
+
+    Args:
+        where, setting: as in `lookup`.
+
+    Raises:
+        UserError: no template, a field that is missing, or a value that is no text.
+    """
+    if is_jinja(template):
+        return _rendered_by_jinja(template, row, where, setting)
     parts = _parsed(template, setting)
     return "".join(text + (text_of(row, path, where, setting) if path else "") for text, path in parts)
+
+
+def path_of(field: str, setting: str) -> list[str]:
+    """The path that {field} or {field[key]} spells, braces left out."""
+    (part,) = _parsed(f"{{{field}}}", setting)
+    return part[1]
 
 
 @cache
@@ -72,9 +114,63 @@ def _parsed(template: str, setting: str) -> list[tuple[str, list[str]]]:
     return parsed
 
 
+def is_jinja(template: str) -> bool:
+    return "{{" in template or "{%" in template
+
+
+def _rendered_by_jinja(template: str, row: Mapping[str, Any], where: str, setting: str) -> str:
+    try:
+        text = _compiled(template, setting).render({"row": row, **row})
+        text.encode()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a template's expressions may raise
+        said = shortened(" ".join(str(error).split()) or type(error).__name__)
+        raise UserError(f"{where}: {setting} fails with {said!r}; the row has {has(row)}.") from None
+    return text
+
+
+@cache
+def _compiled(template: str, setting: str) -> Any:
+    from jinja2 import StrictUndefined, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_finalized
+    )
+    try:
+        return environment.from_string(template)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"{setting}={template!r} is not a Jinja template ({error.message}); write fields as {{{{ field }}}}."
+        ) from None
+
+
+def _finalized(value: Any) -> Any:
+    from jinja2 import Undefined
+
+    if isinstance(value, Undefined):  # which says itself what is missing
+        return value
+    if (text := as_text(value)) is None:
+        raise TypeError(f"a value is {type(value).__name__}, not text")
+    return text
+
+
+def check_template(template: str, setting: str) -> None:
+    """Refuse a text that is no template, before any row is read."""
+    if is_jinja(template):
+        _compiled(template, setting)
+    else:
+        _parsed(template, setting)
+
+
 def _spelt(path: Sequence[str]) -> str:
     """A path as it is written in a template, quoted."""
-    return repr(shortened(path[0] + "".join(f"[{key}]" for key in path[1:])))
+    return repr(_joined(path))
+
+
+def _joined(path: Sequence[str]) -> str:
+    return shortened(path[0] + "".join(f"[{key}]" for key in path[1:]))
 
 
 def shortened(text: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from staff.data.chat import ChatTemplate
+from staff.data.conversations import Piece, Turns, plain_pieces
 from staff.data.task import Sample, data_digest
 from staff.errors import UserError
 from staff.models.family import DATE
@@ -26,6 +27,9 @@ IGNORED = -100
 """The label of a token without a loss, as in transformers."""
 
 
+LABELLED = "labelled.npy"
+
+
 @dataclass(frozen=True, eq=False)
 class TokenizedSamples:
     """N tokenised samples: begin token (if the tokenizer has one), prompt, answer and end token.
@@ -34,8 +38,9 @@ class TokenizedSamples:
         ids: the samples' ids.
         tokens: the token ids of all samples, concatenated, shape (sum of lengths,), int32.
         offsets: sample i has tokens[offsets[i]:offsets[i + 1]], shape (N + 1,).
-        prompt_lengths: tokens before the first answer token, shape (N,).
+        prompt_lengths: tokens before the first answer token, of a conversation before its last answer, shape (N,).
         begin: the number of begin tokens before every prompt.
+        labelled: which tokens are trained and scored, like `tokens`, bool; None: those from `prompt_lengths` on.
     """
 
     ids: Sequence[str]
@@ -43,15 +48,22 @@ class TokenizedSamples:
     offsets: np.ndarray = field(repr=False)
     prompt_lengths: np.ndarray = field(repr=False)
     begin: int = 0
+    labelled: np.ndarray | None = field(default=None, repr=False)
 
     @classmethod
     def of_rows(
-        cls, ids: Sequence[str], rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], begin: int = 0
+        cls,
+        ids: Sequence[str],
+        rows: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int],
+        begin: int = 0,
+        labelled: Sequence[np.ndarray] | None = None,
     ) -> TokenizedSamples:
-        """From a row of token ids for each sample."""
+        """From a row of token ids for each sample; `labelled` likewise."""
         offsets = np.cumsum([0, *map(len, rows)])
         tokens = np.concatenate([np.empty(0, np.int32), *(np.asarray(row, np.int32) for row in rows)])
-        return cls(ids, tokens, offsets, np.asarray(prompt_lengths, np.int64), begin)
+        mask = None if labelled is None else np.concatenate([np.empty(0, bool), *labelled])
+        return cls(ids, tokens, offsets, np.asarray(prompt_lengths, np.int64), begin, mask)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TokenizedSamples) and self.fingerprint == other.fingerprint
@@ -68,9 +80,13 @@ class TokenizedSamples:
 
     def labels(self, i: int) -> np.ndarray:
         """Labels of sample i, unshifted: its token ids on answer and end token, -100 on the prompt. (length,)"""
-        labels = self.row(i).astype(np.int64)
-        labels[: self.prompt_lengths[i]] = IGNORED
-        return labels
+        return np.where(self.label_mask(i), self.row(i), IGNORED).astype(np.int64)
+
+    def label_mask(self, i: int) -> np.ndarray:
+        """Which tokens of sample i have a label, shape (length,), bool."""
+        if self.labelled is not None:
+            return self.labelled[self.offsets[i] : self.offsets[i + 1]]
+        return np.arange(self.lengths[i]) >= self.prompt_lengths[i]
 
     def prompts(self) -> list[list[int]]:
         """The token ids of every prompt, with begin tokens."""
@@ -83,8 +99,10 @@ class TokenizedSamples:
 
     @property
     def answer_lengths(self) -> np.ndarray:
-        """Tokens of each answer, the end token included, shape (N,)."""
-        return self.lengths - self.prompt_lengths
+        """Tokens with a label of each sample: its answer or answers with their end tokens, shape (N,)."""
+        if self.labelled is None:
+            return self.lengths - self.prompt_lengths
+        return np.diff(np.concatenate([[0], np.cumsum(self.labelled)])[self.offsets])
 
     @property
     def end_tokens(self) -> list[int]:
@@ -94,25 +112,29 @@ class TokenizedSamples:
     def take(self, indices: Iterable[int] | np.ndarray) -> TokenizedSamples:
         """The samples at these positions, in this order."""
         at = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
-        tokens, offsets = self._gathered(self.offsets[at], self.lengths[at])
+        positions, offsets = _positions(self.offsets[at], self.lengths[at])
         return replace(
             self,
             ids=[self.ids[i] for i in at.tolist()],
-            tokens=tokens,
+            tokens=np.asarray(self.tokens[positions]),
             offsets=offsets,
             prompt_lengths=self.prompt_lengths[at],
+            labelled=None if self.labelled is None else np.asarray(self.labelled[positions]),
         )
 
     def without_prompts(self) -> TokenizedSamples:
         """The answers, after the begin tokens."""
-        starts = self.offsets[:-1] + self.prompt_lengths
-        tokens, offsets = self._gathered(starts, self.answer_lengths)
+        if self.labelled is None:
+            positions, offsets = _positions(self.offsets[:-1] + self.prompt_lengths, self.answer_lengths)
+        else:
+            positions, offsets = np.flatnonzero(self.labelled), np.cumsum([0, *self.answer_lengths])
+        tokens = np.asarray(self.tokens[positions])
         if self.begin:
             opening = self.tokens[self.offsets[:-1, None] + np.arange(self.begin)]
             tokens = np.insert(tokens, np.repeat(offsets[:-1], self.begin), opening.ravel())
             offsets = offsets + self.begin * np.arange(len(offsets))
         lengths = np.full(len(self), self.begin, dtype=np.int64)
-        return replace(self, tokens=tokens, offsets=offsets, prompt_lengths=lengths)
+        return replace(self, tokens=tokens, offsets=offsets, prompt_lengths=lengths, labelled=None)
 
     def after(self, examples: TokenizedSamples, separator: Sequence[int] | None) -> TokenizedSamples:
         """Each of these samples behind each example, which then belongs to its prompt: the first sample behind
@@ -128,25 +150,31 @@ class TokenizedSamples:
         rows: list[Any] = [np.concatenate([example, row]) for row in own for example in shown]
         prompts = [len(example) + int(n) - self.begin for n in self.prompt_lengths for example in shown]
         ids = [f"{sample} after {example}" for sample in self.ids for example in examples.ids]
-        return TokenizedSamples.of_rows(ids, rows, prompts, self.begin)
+        masks = None
+        if self.labelled is not None:
+            of = [self.label_mask(i)[self.begin :] for i in range(len(self))]
+            masks = [np.append(np.zeros(len(example), bool), mask) for mask in of for example in shown]
+        return TokenizedSamples.of_rows(ids, rows, prompts, self.begin, masks)
 
     def all_as_answer(self) -> TokenizedSamples:
         """The same tokens, with the prompt counted as part of the answer."""
-        return replace(self, prompt_lengths=np.full(len(self), self.begin, dtype=np.int64))
-
-    def _gathered(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Concatenated slices of the tokens, given by starts and lengths, and their offsets."""
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-        return np.asarray(self.tokens[positions]), offsets
+        return replace(self, prompt_lengths=np.full(len(self), self.begin, dtype=np.int64), labelled=None)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of ids and tokens."""
+        """SHA-256 of ids, tokens and labels."""
         digest = hashlib.sha256(json.dumps([list(self.ids), self.begin]).encode())
         for array, kind in ((self.tokens, np.int32), (self.offsets, np.int64), (self.prompt_lengths, np.int64)):
             digest.update(np.ascontiguousarray(array, dtype=kind).tobytes())
+        if self.labelled is not None:
+            digest.update(np.packbits(self.labelled).tobytes())
         return digest.hexdigest()
+
+
+def _positions(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The positions from each of `starts` on, and their offsets."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths), offsets
 
 
 @dataclass(frozen=True)
@@ -154,7 +182,8 @@ class Tokens(Stage):
     """Tokenises samples. Other stages are identified by the tokens themselves (`TokenizedSamples.fingerprint`).
 
     Attributes:
-        reading: how the samples are formatted (`staff.models.family.Family.reading`).
+        reading: how the samples are formatted: `staff.models.family.Family.reading` and
+            `staff.data.task.Task.reading`.
     """
 
     kind: ClassVar[str] = "tokens"
@@ -181,6 +210,8 @@ class Tokens(Stage):
         np.save(folder / "tokens.npy", tokenized.tokens)
         np.save(folder / "offsets.npy", tokenized.offsets)
         np.save(folder / "prompt_lengths.npy", tokenized.prompt_lengths)
+        if tokenized.labelled is not None:
+            np.save(folder / LABELLED, tokenized.labelled)
         (folder / "samples.json").write_text(json.dumps({"ids": list(tokenized.ids), "begin": tokenized.begin}))
 
 
@@ -193,6 +224,7 @@ def read_tokens(tokens: Artifact) -> TokenizedSamples:
         np.load(tokens.path / "offsets.npy"),
         np.load(tokens.path / "prompt_lengths.npy"),
         samples["begin"],
+        np.load(tokens.path / LABELLED) if (tokens.path / LABELLED).is_file() else None,
     )
 
 
@@ -203,6 +235,7 @@ def tokenize(
     *,
     date: str = DATE,
     template_options: Mapping[str, Any] | None = None,
+    loss_on: str = "last",
 ) -> TokenizedSamples:
     """The tokenised samples. Prompt and answer are tokenised separately, so that no token spans both.
 
@@ -210,6 +243,7 @@ def tokenize(
         prompt_format: "plain": begin token, prompt, answer and end token; "chat": the same with the texts and the
             end-of-turn token of the tokenizer's chat template.
         date, template_options: for the chat template, as in `staff.models.family.Family`.
+        loss_on: "all": every answer of a conversation has labels; "last": its last one.
 
     Raises:
         UserError: a tokenizer without an end token, or without a usable chat template.
@@ -220,21 +254,39 @@ def tokenize(
             "eos_token in its tokenizer_config.json."
         )
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end, texts = tokenizer.eos_token_id, [(s.prompt, s.answer) for s in samples]
+    end, every = tokenizer.eos_token_id, loss_on == "all"
     if prompt_format == "chat":
         template = ChatTemplate(tokenizer, date, template_options)
         begin, end = [], template.end  # the template includes the begin token
-        texts = [template.turn(s.id, s.prompt, s.answer) for s in samples]
-    rows, prompt_lengths = [], []
-    with progress(len(texts), "tokenise") as bar:
+        pieces = [template.pieces(s.id, s.turns or _one_turn(s), every) for s in samples]
+    else:
+        pieces = [plain_pieces(s.turns) if s.turns else _prompt_and_answer(s) for s in samples]
+    rows, prompt_lengths, masks = [], [], []
+    with progress(len(samples), "tokenise") as bar:
         # In chunks, because a tokenizer needs far more memory for the texts of one call than their tokens do.
-        for start in range(0, len(texts), 1000):
-            prompts, answers = zip(*texts[start : start + 1000], strict=True)
-            for p, a in zip(_tokens(prompts, tokenizer), _tokens(answers, tokenizer), strict=True):
-                rows.append(np.array([*begin, *p, *a, end], dtype=np.int32))
-                prompt_lengths.append(len(begin) + len(p))
-            bar.update(len(prompts))
-    return TokenizedSamples.of_rows([s.id for s in samples], rows, prompt_lengths, len(begin))
+        for start in range(0, len(samples), 1000):
+            some = pieces[start : start + 1000]
+            tokens = iter(_tokens([piece.text for of_one in some for piece in of_one], tokenizer))
+            for of_one in some:
+                parts = [next(tokens) + [end] * piece.ends for piece in of_one]
+                parts[0] = begin + parts[0]
+                rows.append(np.array([token for part in parts for token in part], dtype=np.int32))
+                prompt_lengths.append(len(rows[-1]) - len(parts[-1]))
+                if every:
+                    answers = [piece.answer for piece in of_one]
+                    masks.append(np.repeat(answers, [len(part) for part in parts]))
+            bar.update(len(some))
+    several = every and any(sum(piece.answer for piece in of_one) > 1 for of_one in pieces)
+    ids = [s.id for s in samples]
+    return TokenizedSamples.of_rows(ids, rows, prompt_lengths, len(begin), masks if several else None)
+
+
+def _one_turn(sample: Sample) -> Turns:
+    return ("user", sample.prompt), ("assistant", sample.answer)
+
+
+def _prompt_and_answer(sample: Sample) -> list[Piece]:
+    return [Piece(sample.prompt), Piece(sample.answer, answer=True, ends=True)]
 
 
 def _tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:

@@ -258,6 +258,8 @@ def _rows(samples: TokenizedSamples) -> Any:
         "length": pa.array(samples.lengths),
         "row": pa.array(np.arange(len(samples))),
     }
+    if samples.labelled is not None:
+        columns["labelled"] = pa.LargeListArray.from_arrays(offsets, pa.array(samples.labelled))
     return Dataset(pa.table(columns))
 
 

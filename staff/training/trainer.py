@@ -207,12 +207,16 @@ def _collator(tokenizer: Any) -> Callable[[list[dict[str, Any]]], Any]:
     empty = {"input_ids": [tokenizer.pad_token_id], "prompt_length": 1}
 
     def collate(features: list[dict[str, Any]]) -> Any:
-        samples = [
-            {"input_ids": f["input_ids"], "labels": [IGNORED] * (n := f["prompt_length"]) + f["input_ids"][n:]}
-            for f in features or [empty]
-        ]
-        batch = pad(samples)
+        samples = features or [empty]
+        batch = pad([{"input_ids": sample["input_ids"], "labels": _labels(sample)} for sample in samples])
         batch["row"] = torch.tensor([feature["row"] for feature in features], dtype=torch.int64)
         return batch
 
     return collate
+
+
+def _labels(sample: dict[str, Any]) -> list[int]:
+    tokens, start = sample["input_ids"], sample["prompt_length"]
+    if "labelled" not in sample:
+        return [IGNORED] * start + tokens[start:]
+    return [token if wanted else IGNORED for token, wanted in zip(tokens, sample["labelled"], strict=True)]
