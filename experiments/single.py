@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,7 +36,7 @@ from staff.models.state import ModelState
 from staff.pool import Pool, Select
 from staff.runtime import processes
 from staff.scoring.stage import Score, ScoringSettings
-from staff.selection import Coreset, SelectionMethod, budget_of, check_flags
+from staff.selection import Coreset, SelectionMethod, budget_for, budget_of, check_flags
 from staff.signals.nll import AnswerNll
 from staff.store.manifest import Artifact, digest
 from staff.store.store import Store
@@ -76,11 +77,13 @@ class Run:
         for name in ("selection_seed", "finetune_seed"):
             if type(cfg[name]) is not int or not 0 <= cfg[name] < 2**32:
                 raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0 and below 2^32.")
+        given = cfg.budget is None and not hasattr(self.method, "fixed_size")
+        if given:
+            budget_for(cfg.pruning_rate, sys.maxsize)  # refuses what is no rate before any data is read
         self.splits = load_splits(self.task, evaluated=self.generator is not None)
         check_metrics(self.task.metrics, self.splits.test)
         pool = len(self.splits.pool)
         kept = budget_of(self.method, cfg.pruning_rate, pool, cfg.budget)  # refuses a bad rate
-        given = cfg.budget is None and not hasattr(self.method, "fixed_size")
         self.pruning_rate = cfg.pruning_rate if given else float(1 - Fraction(kept, pool))
         self.store = store or Store(sweep.folder_of(cfg, "store_dir"), workers=sweep.workers())
         loading = (self.settings.quantization, self.settings.fsdp)

@@ -90,7 +90,7 @@ FORGETFUL = CHAT.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] 
 def test_a_template_that_changes_an_earlier_answer_is_refused_unless_the_last_alone_is_trained():
     tokenizer = tokenizer_of(FORGETFUL, "<turn>", "<end>")
     thought = sample(ASKED, ("assistant", "<think>Hm.</think>It is 4."), *AGAIN)
-    with pytest.raises(UserError, match=r"does not show every turn of sample 'a' as it is: set task.loss_on=last"):
+    with pytest.raises(UserError, match=r"does not leave every turn of sample 'a' unchanged: set task.loss_on"):
         tokenize([thought], tokenizer, "chat", loss_on="all")
     tokens = tokenize([thought], tokenizer, "chat")
     assert texts(tokens, tokenizer) == ["6, of course.<end>"]

@@ -167,7 +167,7 @@ def test_full_fine_tuning_is_scored_through_a_fresh_adapter(shared):
         ("pruning_rate=-0.1", r"pruning_rate=-0.1 is outside \[0, 1\)"),
         ("pruning_rate=0.99", "leaves none of the 24 samples"),
         ("task.metrics=[rouge7]", "'rouge7', which is unknown: choose from rouge1"),
-        ("task.data_dir=/nowhere", "task.data_dir must be a folder that holds train.jsonl"),
+        ("task.data_dir=/nowhere", "task.data_dir must be a folder with train.jsonl"),
         ("task.answer='{sumary}'", "line 1: no field 'sumary'"),
         ("finetune.max_length=60", "finetune.max_length=60 would cut the answer of"),
         ("finetune.learning_rate=fast", "finetune.learning_rate='fast' must be a positive number"),
@@ -224,7 +224,7 @@ def staff(*arguments: str) -> subprocess.CompletedProcess:
     ("argument", "sentence"),
     [
         ("method=staf", "method=staf is unknown: choose aum"),
-        ("metod=staff", "metod is no setting: choose from evaluation, family"),
+        ("metod=staff", "metod is no setting: choose from budget, evaluation, family"),
         ("method.num_region=3", "method.num_region is no setting: choose from budget_rule"),
         ("pruning_rate=most", "pruning_rate='most' is not a number"),
         ("method=raw method.rank=3", "method.rank is no setting here, where there are none"),
