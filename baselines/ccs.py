@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from baselines.el2n import VARIANTS, el2n_scores
+from staff.draws import left_after_dropping
 from staff.regions import equal_width_edges, regions_left, serving_order, share_out, stratify
-from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range, left_after_dropping
+from staff.selection import Coreset, Draws, ScorePool, check_budget, check_choice, check_range
 
 
 @dataclass(frozen=True)

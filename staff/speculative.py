@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from staff.draws import left_after_dropping
 from staff.errors import UserError
 from staff.regions import equal_width_edges, regions_left, serving_order, share_out, shares_of_ratio, stratify
 from staff.selection import (
@@ -44,7 +45,6 @@ from staff.selection import (
     check_choice,
     check_range,
     check_scores,
-    left_after_dropping,
 )
 
 

@@ -36,9 +36,10 @@ LAYERS = ("runtime", "store", "models", "data", "scoring", "signals", "training"
 TOP = {"arrays", "dataset", "tracking"}
 ALONE = {
     "errors": set(),
+    "draws": set(),
     "regions": set(),
-    "selection": {"errors"},
-    "speculative": {"errors", "regions", "selection"},
+    "selection": {"draws", "errors"},
+    "speculative": {"draws", "errors", "regions", "selection"},
 }
 """What stands beside the layers, and all of staff/ that each imports."""
 FOR_METHODS = {
@@ -86,7 +87,7 @@ def allowed(importer: str) -> set[str]:
     if importer in ALONE:
         return ALONE[importer]
     below = LAYERS[: LAYERS.index(importer) + 1] if importer in LAYERS else LAYERS
-    return {importer, *below, *ALONE} if importer in ("pool", *TOP) else {importer, *below, "errors"}
+    return {importer, *below, *ALONE} if importer in ("pool", *TOP) else {importer, *below, "draws", "errors"}
 
 
 def test_every_package_imports_only_what_lies_below_it():

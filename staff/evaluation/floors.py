@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from staff.draws import Draws
 from staff.evaluation.metrics import named_metric
 from staff.evaluation.rouge_matrix import rouge_l_matrix, tokenizer
-from staff.selection import Draws
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)  # words of an opening or an ending
 FREQUENT = 10  # candidates of a kind
