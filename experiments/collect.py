@@ -1,4 +1,4 @@
-"""Tables of a report in one file, as a campaign commits them: `python -m experiments.collect results/tiny [NAME ...]`.
+"""Tables of a report in one file, as a campaign commits them: `python -m experiments.collect RESULTS [NAME ...]`.
 
 Writes RESULTS/TABLES.md with the named tables of RESULTS/tables, each under a heading by its name. Without names it
 takes those that TABLES.md has already, so that the command refreshes it after `staff-report`.

@@ -73,19 +73,35 @@ def chosen_rows(run: RecordedRun) -> list[Chosen]:
     Raises:
         UserError: an empty coreset, or data that has changed since.
     """
-    record, pool = run.record(), run.samples()
+    pool = run.samples()
     chosen = set() if pool is None else set(pool.loc[pool["selected"], "id"])
     if not chosen:
         raise UserError(f"{run.name} selected no sample: export a run with a coreset.")
-    task: Task = instantiate(OmegaConf.create(record["config"]["task"]), _convert_="all")
+    training_samples(run)  # refuses data that has changed
+    task = _task(run)
+    rows = enumerate(zip(task.load("train"), task.rows("train"), strict=False), start=1)
+    return [Chosen(sample, number, row) for number, (sample, (_, row)) in rows if sample.id in chosen]
+
+
+def training_samples(run: RecordedRun) -> list[Sample]:
+    """The training samples that a run selected from, read anew from its own data.
+
+    Raises:
+        UserError: the data is not there, or has changed since.
+    """
+    record = run.record()
+    task = _task(run)
     samples = load_splits(task, evaluated=record["evaluation"] is not None).pool
     if data_digest(samples) != record["identity"]["data"]["train"]:
         raise UserError(
             f"the training samples of task {task.name!r} are no longer those that {run.name} was selected from: "
             "restore them, or carry out the run again."
         )
-    rows = enumerate(zip(task.load("train"), task.rows("train"), strict=False), start=1)
-    return [Chosen(sample, number, row) for number, (sample, (_, row)) in rows if sample.id in chosen]
+    return samples
+
+
+def _task(run: RecordedRun) -> Task:
+    return instantiate(OmegaConf.create(run.record()["config"]["task"]), _convert_="all")
 
 
 def _rows(chosen: Sequence[Chosen]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
 from staff.models.family import Family
 from staff.pool import Slice
 from staff.store.store import Store
+
+log = logging.getLogger("staff")
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,12 @@ class Reader:
         return read.take(keep)
 
     def references(self, test: Sequence[Sample]) -> TokenizedSamples:
-        """Every reference of the test samples behind its prompt, as the target reads it.
-
-        Raises:
-            UserError: a reference that does not fit the context window.
-        """
+        """Every reference of the test samples behind its prompt, as the target reads it: those that fit its window."""
         read = self._by_target(self.task.reference_samples(test))
-        windows = {"target": self.family.target.window()}
-        fitting([read], sys.maxsize, "refuse", windows, "reference(s) behind their prompts")
-        return read
+        fits = np.flatnonzero(read.lengths <= (self.family.target.window() or sys.maxsize))
+        if len(fits) < len(read):
+            log.warning("nll leaves out %d references beyond the target's window", len(read) - len(fits))
+        return read.take(fits)
 
     def _by_target(self, samples: Sequence[Sample]) -> TokenizedSamples:
         return read_tokens(self.store.get(Tokens(samples, self.family.target, self.family.reading)))

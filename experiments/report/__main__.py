@@ -13,6 +13,7 @@ import pandas as pd
 from experiments.console import pipeable
 from experiments.recorded import recorded_runs
 from experiments.report import ablations, cautions, contrasts, overhead, performance, verdicts
+from experiments.report.browse import browse
 from experiments.report.comparisons import pairs
 from experiments.report.records import collect, contexts
 from experiments.report.settings import told_apart
@@ -49,9 +50,8 @@ def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, opti
         for each in tables:
             each.write(results / "tables", context.made_by + options)
         sections.append(page.Section(context, tables, drawn))
-    compared = [context for context in every if context.varied == "method"]
-    picture = forest.draw(compared, paper, results / "figures", question)
-    return page.write(results / "report.html", sections, table, options, picture)
+    forest.draw([context for context in every if context.varied == "method"], paper, results / "figures", question)
+    return page.write(results / "report.html", sections, table, question, options)
 
 
 def asked(table: pd.DataFrame, results: Path, arguments: argparse.Namespace) -> tuple[Question, str]:
@@ -68,7 +68,7 @@ def asked(table: pd.DataFrame, results: Path, arguments: argparse.Namespace) -> 
         options += "" if value is None else f" --{name} {value:g}"
     if arguments.contrasts:
         methods = dict.fromkeys(v for context in contexts(table, results) for v in context.variants)
-        named = contrasts.parse(arguments.contrasts, [*methods])
+        named = tuple(contrasts.parse(arguments.contrasts, [*methods]))
         options += f" --contrasts {shlex.join(arguments.contrasts)}"
     return Question(named, arguments.margin, arguments.effect), options
 
@@ -138,8 +138,17 @@ def main() -> None:
     parser.add_argument(
         "--allow-missing", action="store_true", help="a partial look: failed or missing runs are no error"
     )
+    parser.add_argument(
+        "--browse", type=Path, metavar="RUN", help="write a page of the samples that RESULTS/runs/NAME chose from"
+    )
+    parser.add_argument("--output", type=Path, help="the file of --browse; RUN/browse.html without it")
     arguments = parser.parse_args()
     try:
+        if arguments.output and not arguments.browse:
+            raise UserError("--output is given without --browse: name a run to browse, or leave it out.")
+        if arguments.browse:
+            print(browse(arguments.browse, arguments.output))
+            return
         table = collect(arguments.results)
         if table.empty:
             sys.exit(

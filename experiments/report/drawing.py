@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = Path(__file__).with_name("style.mplstyle")
+SVG_DPI = 110  # of clouds of dots, which would be larger as paths
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def save(figure: Figure, caption: str, file: Path, made_by: str) -> Drawn:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file.with_name(f"{file.name}.png"), metadata={"Software": made_by})
     figure.set_layout_engine("none")  # it stands
-    figure.savefig(file.with_name(f"{file.name}.svg"), metadata={"Creator": made_by, "Date": None})
+    figure.savefig(file.with_name(f"{file.name}.svg"), metadata={"Creator": made_by, "Date": None}, dpi=SVG_DPI)
     return Drawn(file, caption)
 
 

@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from experiments.report.comparisons import mean
+from experiments.report.coreset_figures import (
+    LEAST,
+    Made,
+    coreset,
+    length,
+    overlap,
+    spearman,
+    staffs_run,
+)
 from experiments.report.drawing import Drawn, figure_of, save, styled
 from experiments.report.records import Context
 from experiments.report.tables import metric
 from staff.evaluation.metrics import named_metric
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-LEAST = 4  # verified samples of a region, below which its rank correlation says nothing
 
 
 def draw(context: Context, folder: Path) -> list[Drawn]:
@@ -32,9 +35,6 @@ def draw(context: Context, folder: Path) -> list[Drawn]:
             if made is not None:
                 drawn.append(save(*made, folder / f"{name}-{context.name}", context.made_by))
     return drawn
-
-
-Made = tuple["Figure", str] | None
 
 
 def _looks(context: Context) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -107,36 +107,6 @@ def pareto(context: Context) -> Made:
     return figure, caption
 
 
-def coreset(context: Context) -> Made:
-    """Scores of pool and coreset; each region's size, budget and verified ratio."""
-    found = _staffs_run(context)
-    if found is None:
-        return None
-    variant, rate, samples, regions = found
-    regions = regions.sort_values("low")
-    figure, (top, middle, bottom) = figure_of(3, 1, height=4.0, sharex=True)
-    scores, colour = samples["speculative"], "#0072B2"
-    bins = np.linspace(scores.min(), scores.max(), 51).tolist()
-    top.hist(scores, bins=bins, color="0.75", label="pool")
-    top.hist(scores[samples["selected"]], bins=bins, color=colour, label="coreset")
-    top.set(yscale="log", ylabel="samples", ylim=(0.7, None))
-    centre, width = (regions["low"] + regions["high"]) / 2, (scores.max() - scores.min()) / 50 * 0.8
-    middle.bar(centre, regions["size"], width=width, color="0.75", label="size")
-    middle.bar(centre, regions["budget"], width=width, color=colour, label="budget")
-    middle.set(yscale="log", ylabel="samples, by region", ylim=(0.7, None))
-    bottom.axhline(1, color="0.35", linewidth=0.8, linestyle=":")
-    bottom.scatter(centre, regions["ratio"], s=4 + 3 * regions["verified"], color="#D55E00", linewidth=0)
-    bottom.set(ylabel="verified ratio $V_i$", xlabel="speculative score (effort of the small model)")
-    for axes in (top, middle):
-        axes.legend(loc="upper right")
-    caption = (
-        f"A coreset of {variant} on {context.title}, pruning rate {rate:g}: scores of pool and coreset; each "
-        "region's size and budget; its ratio V of target scores to small-model scores (a larger dot: more samples "
-        "verified). Empty regions are left out."
-    )
-    return figure, caption
-
-
 def _spread_labels(axis: Any, shown: pd.Series) -> None:
     """On a logarithmic axis, labels that do not run into one another, whether over a part of a decade or more."""
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -149,7 +119,7 @@ def _spread_labels(axis: Any, shown: pd.Series) -> None:
 
 def agreement(context: Context) -> Made:
     """Scores of the small model against those of the target, and their rank correlation by region."""
-    found = _staffs_run(context)
+    found = staffs_run(context)
     if found is None:
         return None
     variant, rate, samples, regions = found
@@ -161,7 +131,7 @@ def agreement(context: Context) -> Made:
     place = np.searchsorted(bounds["low"], both["speculative"], side="right") - 1
     groups = [(bounds.iloc[i], part) for i, part in both.groupby(place) if len(part) >= LEAST]
     by_region = [
-        (r["low"], r["high"], len(part), _spearman(part["speculative"], part["verified"])) for r, part in groups
+        (r["low"], r["high"], len(part), spearman(part["speculative"], part["verified"])) for r, part in groups
     ]
     figure, (left, right) = figure_of(2, 1, height=4.0)
     left.scatter(
@@ -170,7 +140,7 @@ def agreement(context: Context) -> Made:
     left.set(xscale="log", yscale="log", xlabel="small model's score", ylabel="target's score")
     _spread_labels(left.xaxis, both["speculative"])
     _spread_labels(left.yaxis, both["verified"])
-    overall = _spearman(both["speculative"], both["verified"])
+    overall = spearman(both["speculative"], both["verified"])
     left.set_title(f"all {len(both)} verified samples: Spearman {overall:.2f}")
     right.axhline(0, color="0.35", linewidth=0.8)
     right.axhline(overall, color="0.35", linewidth=0.8, linestyle="--")
@@ -182,84 +152,6 @@ def agreement(context: Context) -> Made:
         f"Agreement of the small model's and the target's scores where both are known ({variant}, {context.title}, "
         f"pruning rate {rate:g}). Below: within each region with {LEAST} or more verified samples (dashed: over "
         "all); of so few samples single values are mostly chance."
-    )
-    return figure, caption
-
-
-def overlap(context: Context) -> Made:
-    """How much the coresets of all methods share: of different seeds, where there are any, since at one seed
-    methods that draw at random draw by the same numbers."""
-    rate, shown = context.shown
-    coresets = {v: found for v in shown if (found := _coresets(context, v, rate))}
-    if len(coresets) < 2:
-        return None
-    apart = len({seeds for found in coresets.values() for seeds in found}) > 1
-    jaccard = np.array([[_shared(a, b, apart) for b in coresets.values()] for a in coresets.values()])
-    figure, axes = figure_of(height=min(max(2.4, 0.36 * len(coresets) + 1.1), 5.0))
-    image = axes.imshow(jaccard, vmin=0, vmax=1)
-    axes.grid(False)
-    axes.set_xticks(range(len(coresets)), list(coresets), rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(coresets)), list(coresets))
-    for (i, j), value in np.ndenumerate(jaccard):
-        text = "–" if np.isnan(value) else f"{value:.2f}"
-        axes.text(j, i, text, ha="center", va="center", fontsize=6, color="w" if value < 0.5 else "k")
-    figure.colorbar(image, ax=axes, label="Jaccard", shrink=0.8)
-    share = 1 - rate
-    seeds = "mean over pairs of different seeds, so that a method's own coresets are compared as well"
-    same = (
-        "one seed, at which methods that draw at random draw by the same numbers and so share more than by chance"
-    )
-    caption = (
-        f"Overlap of coresets on {context.title}, pruning rate {rate:g}: |A and B| / |A or B|, "
-        f"{seeds if apart else same}. Two independent random coresets would share {share / (2 - share):.2f}."
-    )
-    return figure, caption
-
-
-def _coresets(context: Context, variant: str, rate: float) -> dict[int, set[str]]:
-    """The ids of the samples that were selected, by selection seed."""
-    runs = context.cells[variant, rate].set_index("selection_seed")["name"]
-    tables = {int(str(seed)): context.recorded[str(name)].samples() for seed, name in runs.items()}
-    return {seed: set(t.loc[t["selected"], "id"]) for seed, t in tables.items() if t is not None}
-
-
-def _shared(a: dict[int, set[str]], b: dict[int, set[str]], apart: bool) -> float:
-    """The mean Jaccard index of coresets of different seeds, or else of the same."""
-    shares = [len(x & y) / len(x | y) for i, x in a.items() for j, y in b.items() if (i != j) == apart]
-    return float(np.mean(shares)) if shares else float("nan")
-
-
-def length(context: Context) -> Made:
-    """Each method's score against the length of the answer, pool and coreset."""
-    rate, runs = context.shown
-    panels = []
-    for variant, run in runs.items():
-        samples = run.samples()
-        if samples is None or "answer_tokens" not in samples:
-            continue
-        score = next((c for c in samples if c not in ("id", "selected", "answer_tokens")), None)
-        if score is not None and samples[score].notna().sum() >= LEAST:
-            panels.append((variant, score, samples))
-    if not panels:
-        return None
-    panels = panels[:8]
-    rows = (len(panels) + 1) // 2
-    columns = min(2, len(panels))
-    figure, axes = figure_of(rows, columns, height=0.5 + 1.5 * rows, squeeze=False)
-    for place, (variant, score, samples) in zip(axes.flat, panels):
-        rho = _spearman(samples["answer_tokens"], samples[score])
-        for part, colour, size in ((~samples["selected"], "0.7", 3), (samples["selected"], "#0072B2", 5)):
-            shown = samples[part]
-            place.scatter(shown["answer_tokens"], shown[score], s=size, color=colour, linewidth=0, rasterized=True)
-        place.set_title(f"{variant}: Spearman {rho:.2f}", fontsize=7)
-        place.set(ylabel=score)
-    for place in axes.flat[len(panels) :]:
-        place.set_axis_off()
-    figure.supxlabel("answer length (tokens)", fontsize=8)
-    means = [f"{v} {s.loc[s['selected'], 'answer_tokens'].mean():.1f}" for v, _, s in panels]
-    caption = (
-        f"Score against answer length on {context.title}, pruning rate {rate:g}, lowest seed; the coreset in blue. "
-        f"Mean answer length: pool {panels[0][2]['answer_tokens'].mean():.1f} tokens; coresets: {', '.join(means)}."
     )
     return figure, caption
 
@@ -281,27 +173,10 @@ def _metric(context: Context) -> str:
     return metric(context) if way.sign > 0 else f"{metric(context)} ({way.words})"
 
 
-def _legend_above(figure: Figure, axes: Any, context: Context) -> None:
+def _legend_above(figure: Any, axes: Any, context: Context) -> None:
     handles, labels = axes.get_legend_handles_labels()
     inches = 0.3 + 0.046 * max(map(len, labels), default=0)  # of the longest: its mark, and letters of 7 points
     columns = max(1, min(4, int(figure.get_figwidth() / inches)))
     title = context.varied if context.varied != "method" else None
     place = {"loc": "outside upper center", "ncols": columns, "columnspacing": 1.0, "handlelength": 1.6}
     figure.legend(handles, labels, title=title, **place)
-
-
-def _spearman(a: pd.Series, b: pd.Series) -> float:
-    """0 where one of them is constant, of which nothing can be said."""
-    if a.nunique() < 2 or b.nunique() < 2:
-        return 0.0
-    return float(stats.spearmanr(a, b, nan_policy="omit").statistic)
-
-
-def _staffs_run(context: Context) -> tuple[str, float, pd.DataFrame, pd.DataFrame] | None:
-    """The shown run of STAFF whose scores and regions are known."""
-    rate, runs = context.shown
-    for variant, run in runs.items():
-        samples, regions = run.samples(), run.regions()
-        if context.is_staff(variant) and samples is not None and regions is not None and "verified" in samples:
-            return variant, rate, samples, regions
-    return None

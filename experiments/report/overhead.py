@@ -59,7 +59,7 @@ def stages(context: Context) -> Table | None:
     """The overhead by stage."""
     rows = []
     for variant, rate, runs in _selecting(context):
-        parts = pd.concat([pd.DataFrame(stage) for stage in runs["stages"]], ignore_index=True)
+        parts = pd.DataFrame([stage for charged in runs["stages"] for stage in charged])
         parts["label"] = parts["label"].str.replace(r"\b\d+\b", "N", regex=True)
         for label, part in parts.groupby("label", sort=False):
             totals = {name: part[name].sum() / len(runs) for name in ("seconds", "flops")}

@@ -145,7 +145,7 @@ class Context:
     def same_answers(self, runs: pd.DataFrame) -> list[pd.DataFrame]:
         """Those of `runs` that were fine-tuned apart and yet answer alike word by word, two or more to a group."""
         found = []
-        for _, alike in runs.groupby(self.metric):
+        for _, alike in runs[runs[self.metric].duplicated(keep=False)].groupby(self.metric):
             if alike["answers"].nunique() > 1:  # by two models
                 groups = alike.groupby(alike["name"].map(self._predictions).replace("", None))
                 found += [group for _, group in groups if group["answers"].nunique() > 1]

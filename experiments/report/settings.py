@@ -12,10 +12,14 @@ import pandas as pd
 
 SEEDS = ["seed", "selection_seed", "finetune_seed"]
 NAMES = ["family", "task", "method", "pruning_rate"]
-# Settings that change no number, are named by a column of their own, or are known better by content (identity).
-UNTOLD = ("tracking", "results_dir", "store_dir", "scoring", "evaluation", "pruning_rate", *SEEDS)
-UNTOLD = (*UNTOLD, "budget", "finetune.fsdp", "identity.data.source", "method._target_")
-UNTOLD = (*UNTOLD, *(f"task.{name}" for name in ("data_dir", "train_file", "test_file", "dev_file", "deduplicate")))
+# Settings that change no number but by rounding, have a column of their own, or are known better by content.
+UNTOLD = (
+    *("tracking", "results_dir", "store_dir", "memory_check", "pruning_rate", *SEEDS),
+    *("scoring.batch_tokens", "scoring.one_at_a_time", "evaluation.batch_tokens"),
+    *("finetune.device_batch_size", "finetune.gradient_checkpointing", "finetune.fsdp"),
+    *("task.data_dir", "task.train_file", "task.test_file", "task.dev_file", "task.deduplicate"),
+    *("budget", "identity.data.source", "method._target_"),
+)
 
 
 def told_apart(table: pd.DataFrame) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import pandas as pd
 
@@ -27,7 +28,7 @@ class Question:
         effect: a difference that is worth finding, by which seeds are planned; None: the margin.
     """
 
-    contrasts: Sequence[Contrast] | None = None
+    contrasts: tuple[Contrast, ...] | None = None
     margin: float | None = None
     effect: float | None = None
 
@@ -48,6 +49,10 @@ class Verdict:
     outcome: Outcome
     p: float | None
     words: str
+
+    @property
+    def decided(self) -> bool:
+        return self.p is not None and not self.words.startswith("undecided")
 
 
 def verdicts(found: Sequence[Outcome], margin: float, unit: str = "point") -> list[Verdict]:
@@ -94,6 +99,13 @@ def _undecided(difference: Difference, margin: float, level: float) -> str:
     return f"undecided: {more} more seed{'s' if more > 1 else ''} would decide"
 
 
+@cache
+def judged(context: Context, question: Question = DEFAULT) -> list[Verdict]:
+    """The verdicts on a context's registered contrasts."""
+    found = outcomes(context, registered(context, question.contrasts))
+    return verdicts(found, question.margin_of(context.metric), named_metric(context.metric).unit)
+
+
 def tables(context: Context, question: Question = DEFAULT) -> list[Table]:
     """Those that the context's runs have something to say to."""
     return [made for made in (table(context, question), looks(context, question)) if made is not None]
@@ -102,8 +114,7 @@ def tables(context: Context, question: Question = DEFAULT) -> list[Table]:
 def table(context: Context, question: Question = DEFAULT) -> Table | None:
     """The verdict on each contrast; None where there is no contrast."""
     margin, effect = question.margin_of(context.metric), question.effect_of(context.metric)
-    found = outcomes(context, registered(context, question.contrasts))
-    made = verdicts(found, margin, named_metric(context.metric).unit)
+    made = judged(context, question)
     if not made:
         return None
     rows = []

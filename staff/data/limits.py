@@ -15,14 +15,12 @@ def fitting(
     max_length: int,
     too_long: str,
     windows: Mapping[str, int | None] | None = None,
-    what: str = "training sample(s)",
 ) -> np.ndarray:
     """Positions of the samples that fit `max_length` and every model's context window, shape (n,).
 
     Args:
         windows: by the name of the model that reads each of `tokenized`, the most tokens it has positions for
             (None: without limit).
-        what: the samples are, for the message.
     """
     longest = np.max([t.lengths for t in tokenized], axis=0)
     fits = longest <= max_length
@@ -41,7 +39,7 @@ def fitting(
         if len(beyond) and too_long == "refuse":
             worst = beyond[np.argmax(samples.lengths[beyond])]
             raise UserError(
-                f"the {name} reads {window} tokens, too few for {len(beyond)} {what}, the longest "
+                f"the {name} reads {window} tokens, too few for {len(beyond)} training sample(s), the longest "
                 f"being {samples.ids[worst]!r} with {samples.lengths[worst]} tokens: take it out, or set "
                 "task.too_long=drop."
             )

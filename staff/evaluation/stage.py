@@ -124,13 +124,21 @@ class Measure(Stage):
         answers["references"] = [self.references[id] for id in answers["id"]]
         nll = None
         if self.likelihood is not None:
-            counts = np.array([len(texts) for texts in answers["references"]])
-            starts = np.cumsum(counts) - counts
-            nll = np.add.reduceat(read_scores(inputs[1])["nll"], starts) / counts[:, None]
+            nll = self._means(read_scores(inputs[1])["nll"], answers["id"].tolist())
         texts = answers["prediction"].tolist(), answers["references"].tolist()
         headline, per_sample = measure(self.metrics, *texts, nll)
         answers.join(per_sample).to_parquet(folder / PREDICTIONS)
         (folder / METRICS).write_text(json.dumps(headline))
+
+    def _means(self, scores: np.ndarray, ids: list[str]) -> np.ndarray:
+        """Means over the references of each answer, shape (N, 2); NaN where none of them fits the window."""
+        assert self.likelihood is not None
+        place = {id: row for row, id in enumerate(ids)}
+        owners = np.array([place[id.rpartition("#")[0]] for id in self.likelihood.samples.ids], dtype=np.int64)
+        sums, counts = np.zeros((len(ids), 2)), np.bincount(owners, minlength=len(ids))
+        np.add.at(sums, owners, scores)
+        with np.errstate(invalid="ignore"):
+            return sums / counts[:, None]
 
     def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         """Does nothing: a dry run has no answers."""

@@ -14,7 +14,7 @@ from staff.evaluation.metrics.metric import Metric, Values
 class Nll(Metric):
     """Mean negative log-likelihood of a reference's content tokens, in nats per token, teacher-forced.
 
-    The headline is the mean over samples.
+    The headline is the mean over samples. A sample none of whose references fits the model's window has no value.
 
     The end token is apart (`nll_end`): whether a model stops is another question than what it says.
     """
@@ -27,4 +27,4 @@ class Nll(Metric):
 
     def measure_likelihood(self, nll: np.ndarray) -> Values:
         values = nll[:, 1 if self.name == "nll_end" else 0]
-        return float(values.mean()), values.tolist()
+        return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan"), values.tolist()

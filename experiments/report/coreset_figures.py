@@ -1,0 +1,143 @@
+"""Figures of single coresets: scores, regions, overlap and answer lengths."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from experiments.report.drawing import figure_of
+from experiments.report.records import Context
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LEAST = 4  # verified samples of a region, below which its rank correlation says nothing
+Made = tuple["Figure", str] | None
+
+
+def coreset(context: Context) -> Made:
+    """Scores of pool and coreset; each region's size, budget and verified ratio."""
+    found = staffs_run(context)
+    if found is None:
+        return None
+    variant, rate, samples, regions = found
+    regions = regions.sort_values("low")
+    figure, (top, middle, bottom) = figure_of(3, 1, height=4.0, sharex=True)
+    scores, colour = samples["speculative"], "#0072B2"
+    bins = np.linspace(scores.min(), scores.max(), 51).tolist()
+    top.hist(scores, bins=bins, color="0.75", label="pool")
+    top.hist(scores[samples["selected"]], bins=bins, color=colour, label="coreset")
+    top.set(yscale="log", ylabel="samples", ylim=(0.7, None))
+    centre, width = (regions["low"] + regions["high"]) / 2, (scores.max() - scores.min()) / 50 * 0.8
+    middle.bar(centre, regions["size"], width=width, color="0.75", label="size")
+    middle.bar(centre, regions["budget"], width=width, color=colour, label="budget")
+    middle.set(yscale="log", ylabel="samples, by region", ylim=(0.7, None))
+    bottom.axhline(1, color="0.35", linewidth=0.8, linestyle=":")
+    bottom.scatter(centre, regions["ratio"], s=4 + 3 * regions["verified"], color="#D55E00", linewidth=0)
+    bottom.set(ylabel="verified ratio $V_i$", xlabel="speculative score (effort of the small model)")
+    for axes in (top, middle):
+        axes.legend(loc="upper right")
+    caption = (
+        f"A coreset of {variant} on {context.title}, pruning rate {rate:g}: scores of pool and coreset; each "
+        "region's size and budget; its ratio V of target scores to small-model scores (a larger dot: more samples "
+        "verified). Empty regions are left out."
+    )
+    return figure, caption
+
+
+def overlap(context: Context) -> Made:
+    """How much the coresets of all methods share: of different seeds, where there are any, since at one seed
+    methods that draw at random draw by the same numbers."""
+    rate, shown = context.shown
+    coresets = {v: found for v in shown if (found := _coresets(context, v, rate))}
+    if len(coresets) < 2:
+        return None
+    apart = len({seeds for found in coresets.values() for seeds in found}) > 1
+    jaccard = np.array([[_shared(a, b, apart) for b in coresets.values()] for a in coresets.values()])
+    figure, axes = figure_of(height=min(max(2.4, 0.36 * len(coresets) + 1.1), 5.0))
+    image = axes.imshow(jaccard, vmin=0, vmax=1)
+    axes.grid(False)
+    axes.set_xticks(range(len(coresets)), list(coresets), rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(coresets)), list(coresets))
+    for (i, j), value in np.ndenumerate(jaccard):
+        text = "–" if np.isnan(value) else f"{value:.2f}"
+        axes.text(j, i, text, ha="center", va="center", fontsize=6, color="w" if value < 0.5 else "k")
+    figure.colorbar(image, ax=axes, label="Jaccard", shrink=0.8)
+    share = 1 - rate
+    seeds = "mean over pairs of different seeds, so that a method's own coresets are compared as well"
+    same = (
+        "one seed, at which methods that draw at random draw by the same numbers and so share more than by chance"
+    )
+    caption = (
+        f"Overlap of coresets on {context.title}, pruning rate {rate:g}: |A and B| / |A or B|, "
+        f"{seeds if apart else same}. Two independent random coresets would share {share / (2 - share):.2f}."
+    )
+    return figure, caption
+
+
+def _coresets(context: Context, variant: str, rate: float) -> dict[int, set[str]]:
+    """The ids of the samples that were selected, by selection seed."""
+    runs = context.cells[variant, rate].set_index("selection_seed")["name"]
+    tables = {int(str(seed)): context.recorded[str(name)].samples() for seed, name in runs.items()}
+    return {seed: set(t.loc[t["selected"], "id"]) for seed, t in tables.items() if t is not None}
+
+
+def _shared(a: dict[int, set[str]], b: dict[int, set[str]], apart: bool) -> float:
+    """The mean Jaccard index of coresets of different seeds, or else of the same."""
+    shares = [len(x & y) / len(x | y) for i, x in a.items() for j, y in b.items() if (i != j) == apart]
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+def length(context: Context) -> Made:
+    """Each method's score against the length of the answer, pool and coreset."""
+    rate, runs = context.shown
+    panels = []
+    for variant, run in runs.items():
+        samples = run.samples()
+        if samples is None or "answer_tokens" not in samples:
+            continue
+        score = next((c for c in samples if c not in ("id", "selected", "answer_tokens")), None)
+        if score is not None and samples[score].notna().sum() >= LEAST:
+            panels.append((variant, score, samples))
+    if not panels:
+        return None
+    panels = panels[:8]
+    rows = (len(panels) + 1) // 2
+    columns = min(2, len(panels))
+    figure, axes = figure_of(rows, columns, height=0.5 + 1.5 * rows, squeeze=False)
+    for place, (variant, score, samples) in zip(axes.flat, panels):
+        rho = spearman(samples["answer_tokens"], samples[score])
+        for part, colour, size in ((~samples["selected"], "0.7", 3), (samples["selected"], "#0072B2", 5)):
+            shown = samples[part]
+            place.scatter(shown["answer_tokens"], shown[score], s=size, color=colour, linewidth=0, rasterized=True)
+        place.set_title(f"{variant}: Spearman {rho:.2f}", fontsize=7)
+        place.set(ylabel=score)
+    for place in axes.flat[len(panels) :]:
+        place.set_axis_off()
+    figure.supxlabel("answer length (tokens)", fontsize=8)
+    means = [f"{v} {s.loc[s['selected'], 'answer_tokens'].mean():.1f}" for v, _, s in panels]
+    caption = (
+        f"Score against answer length on {context.title}, pruning rate {rate:g}, lowest seed; the coreset in blue. "
+        f"Mean answer length: pool {panels[0][2]['answer_tokens'].mean():.1f} tokens; coresets: {', '.join(means)}."
+    )
+    return figure, caption
+
+
+def spearman(a: pd.Series, b: pd.Series) -> float:
+    """0 where one of them is constant, of which nothing can be said."""
+    if a.nunique() < 2 or b.nunique() < 2:
+        return 0.0
+    return float(stats.spearmanr(a, b, nan_policy="omit").statistic)
+
+
+def staffs_run(context: Context) -> tuple[str, float, pd.DataFrame, pd.DataFrame] | None:
+    """The shown run of STAFF whose scores and regions are known."""
+    rate, runs = context.shown
+    for variant, run in runs.items():
+        samples, regions = run.samples(), run.regions()
+        if context.is_staff(variant) and samples is not None and regions is not None and "verified" in samples:
+            return variant, rate, samples, regions
+    return None
