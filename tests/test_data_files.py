@@ -222,10 +222,10 @@ def test_a_file_for_a_folder_a_split_that_is_not_there_and_no_data_are_refused(t
         ),
         (
             "train.jsonl.gz",
-            gzip.compress(lines())[:-20],
+            gzip.compress(lines(), mtime=0)[:-20],
             r"train.jsonl.gz: cannot be .* \(OSError: Truncated",
         ),
-        ("train.jsonl.gz", gzip.compress(lines(ROWS[:1]) + b"{"), r"train.jsonl.gz, line 2: not JSON"),
+        ("train.jsonl.gz", gzip.compress(lines(ROWS[:1]) + b"{", mtime=0), r"train.jsonl.gz, line 2: not JSON"),
     ],
 )
 def test_a_damaged_file_is_one_true_sentence(tmp_path: Path, name: str, content: bytes, sentence: str, capfd):

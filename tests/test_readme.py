@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import contract
+from support import contract
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL
