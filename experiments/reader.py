@@ -16,7 +16,7 @@ from staff.models.family import Family
 from staff.pool import Slice
 from staff.store.store import Store
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("staff")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Reader:
         return read.take(keep)
 
     def references(self, test: Sequence[Sample]) -> TokenizedSamples:
-        """Every reference of the test samples behind its prompt, as the target reads it: those that fit it."""
+        """The references that fit the target's window, each behind its prompt, as the target reads them."""
         read = self._by_target(self.task.reference_samples(test))
         fits = np.flatnonzero(read.lengths <= (self.family.target.window() or sys.maxsize))
         if len(fits) < len(read):

@@ -75,6 +75,7 @@ def write(run: Run, outcome: Outcome) -> Path:
         "duplicates": run.splits.duplicates and run.splits.duplicates.counts(),
         "config": run.config,
         "identity": run.identity,
+        "artifacts": sorted(run.store.used),
         "provenance": {
             **tracking.environment(ROOT),
             "concurrent_workers": run.store.workers,

@@ -86,6 +86,8 @@ class Store:
         self.workers = workers
         self.computed: set[str] = set()
         """Fingerprints of the artefacts that this object computed instead of reading them."""
+        self.used: set[str] = set()
+        """Fingerprints of the artefacts that this object gave, and of all that these were made from."""
         self._cleaned = False
 
     def get(self, stage: Stage) -> Artifact:
@@ -122,6 +124,7 @@ class Store:
         log.log(logging.DEBUG if known else logging.INFO, "%s: %s", name, how.format(artifact.cost.seconds))
         if artifact.computed:
             self.computed.add(stage.fingerprint)
+        self.used |= artifact.charged().keys()
         if frames:
             frames[-1].inputs.update(artifact.charged())
         return artifact
