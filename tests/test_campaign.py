@@ -225,5 +225,5 @@ def test_the_committed_results_are_small():
         pytest.skip("not a git checkout")
     files = [ROOT / name for name in said.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
     results = [file for file in files if file.is_relative_to(ROOT / "results")]
-    assert len(files) < 450 and sum(file.stat().st_size for file in results) < 12e6
+    assert len(results) < 60 and sum(file.stat().st_size for file in results) < 12e6
     assert [file for file in results if "runs" in file.parts or file.suffix == ".html"] == []

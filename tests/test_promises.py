@@ -73,6 +73,12 @@ def test_everything_that_is_required_is_pinned():
     assert not {name for name in unpinned if not name.startswith(of_torch)}
 
 
+def test_the_version_is_the_same_wherever_it_stands():
+    (cited,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    latest = re.findall(r"^## (\d.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
+    assert PROJECT["version"] == cited == latest
+
+
 def test_the_extras_that_make_installs_are_there():
     """pip only warns of one that is not."""
     (extras,) = re.findall(r"--editable '\.\[(.*)\]'", (ROOT / "Makefile").read_text())

@@ -19,11 +19,10 @@ SLICE = ROOT / "results" / "slice"
 
 @pytest.fixture(scope="module")
 def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The committed slice, made from nothing by the command that results/README.md names."""
+    """The committed slice, made from nothing by the settings that `make slice` has."""
     results = tmp_path_factory.mktemp("again")
-    readme = (ROOT / "results/README.md").read_text()
-    (line,) = re.findall(r"^OMP_NUM_THREADS=1 staff (.*results_dir=results/slice)$", readme, re.M)
-    arguments = [*shlex.split(line), f"results_dir={results}"]
+    (settings,) = re.findall(r"^SLICE = ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.M)
+    arguments = [*shlex.split(settings.replace("\\\n", " ")), f"results_dir={results}"]
     subprocess.run([sys.executable, "-m", "experiments.run", *arguments], cwd=ROOT, check=True, capture_output=True)
     return results
 
