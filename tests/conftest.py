@@ -45,12 +45,16 @@ def run_shrunk(results: Path, *overrides: str) -> dict[str, Any]:
     return {**json.loads((folder / "metrics.json").read_text()), "folder": folder}
 
 
-LONGEST = ("test_sweep.py", "test_run.py", "test_honest_failure.py", "test_distributed.py", "test_plan.py")
+LONGEST = (
+    *("test_distributed.py", "test_sweep.py", "test_run.py", "test_honest_failure.py", "test_report.py"),
+    *("test_plan.py", "test_same_twice.py", "test_experiments.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that the workers, each of which takes file after file, end together."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture
