@@ -199,6 +199,17 @@ def test_the_final_number_is_found(text, number):
     assert final_number(text) == (None if number is None else Decimal(number))
 
 
+def test_macro_f1_weighs_every_class_alike_and_a_constant_answer_scores_little():
+    classes = [("yes",), ("yes",), ("yes",), ("no",), ("maybe",)]
+    answers = ["Yes.", "yes", "no", "no", "of course"]
+    headline, table = measure(["accuracy", "macro_f1"], answers, classes)
+    assert table["accuracy"].tolist() == table["macro_f1"].tolist() == [100, 100, 0, 100, 0]
+    assert headline["accuracy"] == 60
+    assert headline["macro_f1"] == pytest.approx((2 * 2 / (3 + 2) + 2 * 1 / (1 + 2) + 0) / 3 * 100)
+    headline, _ = measure(["accuracy", "macro_f1"], ["yes"] * 5, classes)
+    assert headline == {"accuracy": 60, "macro_f1": pytest.approx(2 * 3 / (3 + 5) / 3 * 100)}
+
+
 def test_exact_match_compares_numbers_not_text():
     headline, table = measure(
         ["exact_match"],

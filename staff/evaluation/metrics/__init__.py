@@ -19,6 +19,8 @@ NAMED = {
     "bleu": "corpus.Bleu",
     "chrf": "corpus.Chrf",
     "exact": "exact.Exact",
+    "accuracy": "exact.Exact",
+    "macro_f1": "classes.MacroF1",
     "exact_match": "numbers.ExactNumber",
     "nll": "likelihood.Nll",
     "nll_end": "likelihood.Nll",
