@@ -14,8 +14,8 @@ from staff.evaluation.metrics.metric import Metric, References, Values
 class MacroF1(Metric):
     """The mean over classes of F1, 0 to 100. A class is a `normalised` first reference.
 
-    An answer that is no class counts as a miss of its sample's class. A sample's own value is 100 where the answer is
-    its class, else 0; the headline is not their mean.
+    An answer that is no class counts as a miss of its sample's class. The value of a sample is 100 where the answer
+    is its class, else 0; the headline is not their mean.
     """
 
     version: ClassVar[int] = 1
