@@ -35,26 +35,30 @@ def tuned(store: Path, stage: Finetune) -> Artifact:
     return Store(store).get(stage)
 
 
+def tune_and_stop(store: Path, at: int, stage: Finetune, pause: float) -> None:
+    """Tune until the step after `at`, of which there is a checkpoint, and wait there."""
+    step = Trainer.training_step
+
+    def stop(self: Trainer, *args, **kwargs):
+        checkpoints.INTERVAL = 0.0 if self.state.global_step >= at - 2 else 600.0
+        if self.state.global_step == at:
+            (store / "at work").touch()
+            time.sleep(600)
+        time.sleep(pause)
+        return step(self, *args, **kwargs)
+
+    Trainer.training_step = stop
+    tuned(store, stage)
+
+
 def killed(
     store: Path, at: int, stage: Finetune, until: Callable[[], bool] = lambda: True, pause: float = 0.0
 ) -> None:
-    """Tune in a process that is killed in the step after `at`, of which there is a checkpoint."""
-
-    def work() -> None:
-        step = Trainer.training_step
-
-        def stop(self: Trainer, *args, **kwargs):
-            checkpoints.INTERVAL = 0.0 if self.state.global_step >= at - 2 else 600.0
-            if self.state.global_step == at:
-                (store / "at work").touch()
-                time.sleep(600)
-            time.sleep(pause)
-            return step(self, *args, **kwargs)
-
-        Trainer.training_step = stop
-        tuned(store, stage)
-
-    process = multiprocessing.get_context("fork").Process(target=work)
+    """Tune in a process that is killed in the step after `at`."""
+    # A fork of this process, which other tests gave threads, may wait for one of them for ever.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=tune_and_stop, args=(store, at, stage, pause))
     process.start()
     wait_for(store / "at work", seconds=120)
     while not until():
