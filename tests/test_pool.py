@@ -90,9 +90,9 @@ def test_answers_without_their_prompts_are_a_view_of_the_samples(pool: Pool):
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"signal": "grand"}, "signal='grand' is unknown: choose one of effort, el2n, loss, embedding"),
+        ({"signal": "grand"}, "signal='grand' is unknown: choose one of effort, el2n, loss"),
         ({"of": "teacher"}, "the model 'teacher' is unknown: choose one of small, small_raw, target, target_tuned"),
-        ({"of": "target@epochs"}, "of='target@epochs': the raw model has no epochs; ask small or target_tuned"),
+        ({"of": "target@epochs"}, "of='target@epochs': the raw model has no epochs; ask small"),
         ({"of": "small@4"}, "of='small@4': small has the epochs 1 to 3, or write small@epochs"),
         ({"of": "small@last"}, "of='small@last': small has the epochs 1 to 3"),
         ({"of": "small@online"}, "scores online are efforts of a fine-tuned model, by its own adapter"),
