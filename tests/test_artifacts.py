@@ -142,7 +142,8 @@ def test_publication_is_one_rename_of_a_complete_folder(store, monkeypatch):
 def test_each_get_says_what_happened(store, caplog):
     caplog.set_level(logging.INFO, "staff.store.store")
     name = store.get(SCORES).fingerprint[:8]
-    store.get(Job(KEY, never))
+    store.get(Job(KEY, never))  # known: not said again
+    Store(store.root).get(Job(KEY, never))
     made, read = caplog.messages
     assert re.fullmatch(rf"effort \(scores {name}\): computed in \d+\.\d s", made)
     assert read == made.replace("computed in", "read (cost") + ")"
