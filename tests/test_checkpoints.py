@@ -48,6 +48,7 @@ def tune_and_stop(store: Path, at: int, stage: Finetune, pause: float) -> None:
         return step(self, *args, **kwargs)
 
     Trainer.training_step = stop
+    attempts.BEAT = 0.05
     tuned(store, stage)
 
 
@@ -113,8 +114,7 @@ def test_killed_twice_it_ends_with_the_same_weights_log_and_scores(tmp_path, cap
     assert not list((tmp_path / "killed/checkpoints").glob("*"))
 
 
-def test_what_a_checkpoint_keeps_is_charged_to_the_artefact_and_the_rest_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(attempts, "BEAT", 0.05)
+def test_what_a_checkpoint_keeps_is_charged_to_the_artefact_and_the_rest_is_lost(tmp_path):
     stage = tuning(SETTINGS, None)
     attempt = Store(tmp_path).attempts(stage)
     killed(tmp_path, 12, stage, lambda: failed_attempts(attempt)[0]["seconds"] > 0.5, pause=0.1)
