@@ -241,7 +241,9 @@ def test_every_metric_of_empty_predictions_is_zero():
 
 @pytest.mark.parametrize("names", [["rougeL", "rogue1"], [], "rougeL"])
 def test_a_metric_that_is_not_there_is_refused_with_the_choices(names):
-    with pytest.raises(UserError, match=r"task\.metrics.*rouge1, rouge2, rougeL, bleu, chrf, exact, accuracy, macro_f1"):
+    with pytest.raises(
+        UserError, match=r"task\.metrics.*rouge1, rouge2, rougeL, bleu, chrf, exact, accuracy, macro_f1"
+    ):
         check_metrics(names)
 
 

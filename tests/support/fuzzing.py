@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from support.contract import METHODS, AnyPool, expected_size, largest_budget, method_named, select
+from support.contract import METHODS, WIDTH, AnyPool, expected_size, largest_budget, method_named, select
 
 from baselines.precomputed import Precomputed
 from staff import ArrayPool
@@ -220,7 +220,7 @@ def pools(draw: st.DrawFn) -> AnyPool:
     for model in ("small", "target", "target_tuned"):
         for signal in ("effort", "el2n", "loss"):
             scores[signal, model] = np.array(draw(st.lists(kind, min_size=n, max_size=n)))
-        rows = st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=2)
+        rows = st.lists(st.floats(-1e3, 1e3, width=32), min_size=WIDTH, max_size=WIDTH)
         scores["embedding", model] = np.array(draw(st.lists(rows, min_size=n, max_size=n)), dtype=np.float32)
     pool = AnyPool(n, given=scores)
     pool.ids, pool.answer_lengths = ids, np.array(draw(st.lists(st.integers(1, 50), min_size=n, max_size=n)))
