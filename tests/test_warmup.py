@@ -104,7 +104,7 @@ def test_an_epoch_without_a_logged_step_gets_a_rate_between_its_neighbours(tmp_p
 def test_what_has_no_moments_or_learning_rates_is_refused_before_it_is_made(tmp_path: Path):
     pool = tiny_pool(tmp_path)
     for of in ("small", "small@1", "target"):
-        with pytest.raises(UserError, match="optimiser's moments, and .* keeps none"):
+        with pytest.raises(UserError, match=r"optimiser's moments, and .* keeps none"):
             pool.ask("projected_gradient", of=of, adam=True)
     with pytest.raises(UserError, match="of='target': the raw model has no learning rates"):
         pool.learning_rates("target")
