@@ -40,7 +40,10 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
             log.info("%s: recorded already", this.name)
             return this.folder
         this.check_machine()
-        log.info("%s: a coreset of %d from %d samples", this.name, this.budget, len(this.pool.ids))
+        origin, pool = this.task.origin, len(this.pool.ids)
+        log.info("%s: a coreset of %d from %d samples of %s", this.name, this.budget, pool, origin)
+        if origin.startswith("pkg://") and not this.family.target.path.startswith("pkg://"):
+            log.warning("these are the %d samples that are shipped: name all by task.data_dir, or on the hub", pool)
         outcome = this.carry_out()
         return processes.broadcast_from_main(lambda: record.write(this, outcome))
 

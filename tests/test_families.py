@@ -270,3 +270,16 @@ def test_the_commit_of_a_data_set_on_the_hub_is_recorded_and_changes_no_fingerpr
     online = run("task=dialogsum_hub", "method=raw")
     assert online["identity"]["data"]["source"]["commit"] == "c0ffee"
     assert online["run"]["fingerprint"] == offline["run"]["fingerprint"]
+
+
+def test_a_run_says_which_data_it_reads_and_warns_where_another_family_reads_the_shipped_excerpt(
+    run, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    target = shutil.copytree(ROOT / "staff/assets/tiny/target", tmp_path / "another")
+    run("method=raw", "evaluation=none")
+    assert any(m.endswith("samples of pkg://staff/assets/dialogsum") for m in caplog.messages)
+    assert not any("that are shipped" in m for m in caplog.messages)
+    run("method=raw", "evaluation=none", f"family.target.path={target}")
+    (warning,) = (m for m in caplog.messages if "that are shipped" in m)
+    assert "task.data_dir" in warning

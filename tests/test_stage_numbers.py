@@ -24,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # as pytest does
 
 import pytest
 import torch
-from support.stage_numbers import differences, slices
+from support.stage_numbers import differences, name_of, slices
 
 from staff.evaluation.metrics.rouge import Rouge
+from staff.pool import Select
 from staff.scoring.stage import Score
+from staff.signals.effort import Effort
 from staff.signals.loss import Loss
 from staff.speculative import Staff
 from staff.store.stage import Stage
@@ -121,29 +123,30 @@ def test_a_stage_that_computes_other_numbers_is_named_until_it_has_a_new_version
     compute = Loss.compute
     monkeypatch.setattr(Loss, "compute", lambda self, batch: 1.001 * compute(self, batch))
     losses = computed(lambda name: name.startswith("scores loss"))
-    assert len(losses["slices"]) == 2
+    assert len(losses["slices"]) == 3
     for sentence in faults(recorded(), losses):
-        assert "of 'scores loss" in sentence and "raise `version` of Score or Loss, then run python -m" in sentence
-    assert len(faults(recorded(), losses)) == 2
-    for owner in ("Loss", "Score"):
+        assert "of 'scores loss" in sentence
+        assert f"raise `version` of {name_of(Score)} or {name_of(Loss)}, then run python -m" in sentence
+    assert len(faults(recorded(), losses)) == 3
+    for owner in map(name_of, (Loss, Score)):
         assert not faults(recorded(), {**losses, "versions": {**losses["versions"], owner: 9}})
-    assert len(faults(recorded(), {**losses, "versions": {**losses["versions"], "Effort": 9}})) == 3
+    assert len(faults(recorded(), {**losses, "versions": {**losses["versions"], name_of(Effort): 9}})) == 4
 
 
-@pytest.mark.parametrize(("kind", "named"), [(Loss, "Loss"), (Score, "Score"), (Staff, "Staff"), (Rouge, "Rouge")])
-def test_a_version_that_was_raised_for_nothing_is_named(monkeypatch: pytest.MonkeyPatch, kind: Any, named: str):
+@pytest.mark.parametrize("kind", [Loss, Score, Staff, Rouge])
+def test_a_version_that_was_raised_for_nothing_is_named(monkeypatch: pytest.MonkeyPatch, kind: Any):
     version = kind.version
     monkeypatch.setattr(kind, "version", version + 1)
     (sentence,) = faults(recorded(), computed(lambda name: name == "scores loss"))
     assert sentence == (
-        f"`version` of {named} was raised from {version} to {version + 1}, and no number changed: lower it"
+        f"`version` of {name_of(kind)} was raised from {version} to {version + 1}, and no number changed: lower it"
     )
 
 
 def test_a_method_that_chooses_others_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Staff, "pick_from", lambda self, members, speculative, count, rng: members[:count])
     (sentence,) = faults(recorded(), computed("coreset staff".__eq__))
-    assert "'coreset staff'" in sentence and "raise `version` of Select or Staff" in sentence
+    assert "'coreset staff'" in sentence and f"raise `version` of {name_of(Select)} or {name_of(Staff)}" in sentence
 
 
 def test_rounding_and_new_slices_are_no_fault():

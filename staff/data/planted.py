@@ -110,6 +110,10 @@ class PlantedTask(Task):
     test_per_skill: int = 100
     seed: int = 0
 
+    @property
+    def origin(self) -> str:
+        return "the generator of planted questions"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, low, high in (("size", 1, 50_000), ("lengths", 1, len(FORMS)), ("test_per_skill", 1, 500)):

@@ -166,6 +166,12 @@ class Task:
                 samples.append(Sample(f"{sample.id}#{k}", sample.prompt, space + text.strip(), (text,), turns))
         return samples
 
+    @property
+    def origin(self) -> str:
+        """Where the training rows come from, in words."""
+        files = self.train_file or self.data_dir
+        return f"the data set {self.hub} on the hub" if files is None else str(files)
+
     def source(self) -> dict[str, Any] | None:
         """Name and commit of the data set on the hub; None for files.
 

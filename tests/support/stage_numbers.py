@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+from support import any_pool
 from support.contract import METHODS, AnyPool, method_named
 from support.pools import sums
 
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
+from staff.data.views import DataView
 from staff.evaluation.generator import Greedy
 from staff.evaluation.metrics import NAMED as METRICS
 from staff.evaluation.metrics import named_metric
@@ -32,7 +34,7 @@ from staff.models.prepare import PruneDepth
 from staff.models.spec import ModelSpec
 from staff.models.state import ModelState
 from staff.pool import Select
-from staff.scoring.stage import Score, ScoringSettings, read_scores
+from staff.scoring.stage import FILE, Score, ScoringSettings, read_scores
 from staff.selection import Coreset
 from staff.signals import NAMED as SIGNALS
 from staff.signals import named
@@ -40,6 +42,7 @@ from staff.signals.effort import Effort
 from staff.signals.el2n import EL2N
 from staff.signals.embedding import Embedding
 from staff.signals.loss import Loss
+from staff.signals.nll import AnswerNll
 from staff.store.cost import Meter
 from staff.store.stage import Stage
 from staff.training.settings import FinetuneSettings
@@ -53,19 +56,24 @@ VARIANTS = [
     Effort("last_v_b", {"rank": 3, "alpha": 6, "targets": ["q_proj", "v_proj"]}),
     EL2N("official"),
     Loss(text="all"),
+    Loss(prompt=False),
     Embedding(layer=0, pooling="position_weighted"),
     Embedding(pooling="last_token"),
 ]
 ANSWERS = ["the cat sat on the mats", "#### 7", "", "half of 14 is 7.0"]
 REFERENCES = [("the cats sat on a mat", "a cat sat"), ("it is 7\n#### 7",), ("nothing at all",), ("#### 8",)]
+ASKING_MORE = ("less", "less_paper", "delift", "delift_official", "data_whisperer")
+"""Methods that ask for learning rates, pairs of samples, or answers in context."""
 Numbers = dict[str, Any]
 
 
-def given_samples(count: int = 12) -> TokenizedSamples:
+def given_samples(count: int = 12, ids: Sequence[str] | None = None) -> TokenizedSamples:
+    ids = [f"s{i}" for i in range(count)] if ids is None else list(ids)
+    count = len(ids)
     rng = np.random.default_rng(0)
     lengths, answers = rng.integers(14, 40, count), rng.integers(2, 12, count)
     rows = [[0, *rng.integers(4, 2000, n - 2), 1] for n in lengths]
-    return TokenizedSamples.of_rows([f"s{i}" for i in range(count)], rows, (lengths - answers).tolist(), begin=1)
+    return TokenizedSamples.of_rows(ids, rows, (lengths - answers).tolist(), begin=1)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Slice:
 
     @property
     def versions(self) -> dict[str, int]:
-        """By the name of the class that states it."""
+        """By the class that states it, with its module."""
         return dict(version_of(part) for part in (self.stage, *self.parts))
 
     def numbers(self, folder: Path) -> Numbers:
@@ -91,7 +99,12 @@ class Slice:
 def version_of(part: Any) -> tuple[str, int]:
     """The class that states the version of a stage or of a part, and that version."""
     (owner, *_) = [kind for kind in type(part).__mro__ if "version" in vars(kind)]
-    return owner.__name__.lstrip("_"), owner.version
+    return name_of(owner), owner.version
+
+
+def name_of(kind: type) -> str:
+    """With its module, since a signal and a method may share a name."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def slices(folder: Path) -> Iterator[tuple[str, Slice]]:
@@ -108,16 +121,26 @@ def slices(folder: Path) -> Iterator[tuple[str, Slice]]:
     for name in METHODS:
         method = method_named(name)
         yield f"coreset {name}", Slice(Select(method, GivenPool(60), 20), (method,), of_coreset)  # type: ignore[arg-type]
+    for name in ASKING_MORE:
+        method, pool = method_named(name), any_pool.pool_of(60)
+        pool.seed = 3
+        yield f"coreset {name}", Slice(Select(method, pool, 20), (method,), of_coreset)  # type: ignore[arg-type]
     generate = Generate(ModelState(TARGET), given_samples(4), Greedy(), 12)
     yield "evaluation", Slice(generate, (generate.generator,), of_answers)
     table = pd.DataFrame({"id": list("abcd"), "prediction": ANSWERS, "tokens": [6, 3, 0, 5]})
     table.to_parquet(folder / "predictions.parquet")
+    references = dict(zip("abcd", REFERENCES, strict=True))
+    asked = [f"{id}#{i}" for id, texts in references.items() for i in range(len(texts))][
+        :-1
+    ]  # the last does not fit
+    nll = np.random.default_rng(0).lognormal(size=(len(asked), 2))
+    (scored := folder / "nll").mkdir()
+    save_file({"nll": nll}, scored / FILE)
     for metric in map(named_metric, METRICS):
-        if metric.needs != "answers":
-            continue
-        name = metric.name
-        measure = Measure(generate, [metric], dict(zip("abcd", REFERENCES, strict=True)))
-        yield f"metrics {name}", Slice(measure, (metric,), of_metrics, (folder,))
+        likelihood = scoring(AnswerNll(), asked).stage if metric.needs == "likelihood" else None
+        measure = Measure(generate, [metric], references, likelihood)
+        inputs = (folder,) if likelihood is None else (folder, scored)
+        yield f"metrics {metric.name}", Slice(measure, (metric,), of_metrics, inputs)
 
 
 def words(signal: Any) -> str:
@@ -145,8 +168,10 @@ def finetunings() -> Iterator[tuple[str, Slice]]:
         yield f"finetune {name}", Slice(stage, (settings.objective,), of_training)
 
 
-def scoring(signal: Any) -> Slice:
-    stage = Score(ModelState(SMALL), given_samples(), (signal,), ScoringSettings(batch_tokens=100), LORA, 7)
+def scoring(signal: Any, ids: Sequence[str] | None = None) -> Slice:
+    settings = ScoringSettings(batch_tokens=100)
+    samples = DataView(prompt=signal.prompt, text=signal.text).of(given_samples(ids=ids))
+    stage = Score(ModelState(SMALL), samples, (signal,), settings, LORA, 7)
     return Slice(stage, (signal,), lambda scored: of_array(read_scores(scored)[signal.name]))
 
 
