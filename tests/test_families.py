@@ -280,6 +280,6 @@ def test_a_run_says_which_data_it_reads_and_warns_where_another_family_reads_the
     run("method=raw", "evaluation=none")
     assert any(m.endswith("samples of pkg://staff/assets/dialogsum") for m in caplog.messages)
     assert not any("that are shipped" in m for m in caplog.messages)
-    run("method=raw", "evaluation=none", f"family.target.path={target}")
+    run("method=raw", "evaluation=none", "seed=1", f"family.target.path={target}")
     (warning,) = (m for m in caplog.messages if "that are shipped" in m)
     assert "task.data_dir" in warning
