@@ -12,6 +12,7 @@ themselves on a few samples on this machine. Ranking (such as the neighbours of 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import re
@@ -21,6 +22,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +64,9 @@ GPUS = {
 UTILISATION = {"finetune": 0.4, "scores": 0.24, "evaluation": 0.05}
 """Fractions of the peak. Scores: measured with Gemma-7b's shape on an H200, over batches seen before. The others
 are assumed; decoding is bound by memory, not by arithmetic. A model too small to fill the GPU reaches less."""
+VALUES = ("pruning_rate", "budget", "seed", "selection_seed", "finetune_seed")
+"""Settings that choose no file of the configuration: Hydra, which is slow, composes the jobs that differ in them
+once."""
 FEW = (16, 48)
 """Samples of the pool that stages are calibrated on."""
 
@@ -165,6 +170,19 @@ def jobs(overrides: Sequence[str]) -> Iterator[tuple[list[str], DictConfig, dict
 
 
 def composed(job: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
+    """The configuration of a job, and its choices from the groups."""
+    parsed = OverridesParser.create().parse_overrides(list(job))
+    values = {override.key_or_group: override for override in parsed if override.key_or_group in VALUES}
+    rest = [text for text, override in zip(job, parsed, strict=True) if override.key_or_group not in VALUES]
+    cfg, choices = _composed(tuple(rest))
+    cfg = copy.deepcopy(cfg)
+    for key, override in values.items():
+        OmegaConf.update(cfg, key, override.value())
+    return cfg, dict(choices)
+
+
+@lru_cache(maxsize=32)
+def _composed(job: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
     cfg = compose("config", overrides=list(job), return_hydra_config=True)
     choices: Any = OmegaConf.to_container(cfg.hydra.runtime.choices)
     with open_dict(cfg):

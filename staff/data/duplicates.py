@@ -11,6 +11,7 @@ import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -138,14 +139,20 @@ def _alike_at_start(texts: Sequence[str]) -> int:
 
 
 def _signature(text: str) -> Any:
+    words = normalised(text).split()
+    runs = {" ".join(words[at : at + WORDS]) for at in range(max(1, len(words) - WORDS + 1))}
+    signed = _empty().copy()
+    signed.update_batch([run.encode() for run in runs])
+    return signed
+
+
+@cache
+def _empty() -> Any:
+    """The signature of no text. Its copies share its permutations: to draw them takes as long as all the rest."""
     from datasketch import MinHash  # pyright: ignore[reportMissingImports]
     from xxhash import xxh32_intdigest
 
-    words = normalised(text).split()
-    runs = {" ".join(words[at : at + WORDS]) for at in range(max(1, len(words) - WORDS + 1))}
-    signed = MinHash(num_perm=PERMUTATIONS, hashfunc=xxh32_intdigest)
-    signed.update_batch([run.encode() for run in runs])
-    return signed
+    return MinHash(PERMUTATIONS, hashfunc=xxh32_intdigest)
 
 
 def _alike(signed: Any, others: dict[str, Any], candidates: Iterable[str]) -> bool:

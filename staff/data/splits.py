@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,8 +42,14 @@ class Splits:
         return sum(sample.prompt in prompts for sample in self.test)
 
 
+_last: dict[str, Splits] = {}
+"""The splits that were read last, by what they were read from."""
+
+
 def load_splits(task: Task, evaluated: bool = True) -> Splits:
     """Read a task's splits, drop duplicates from the pool where asked, and carve the validation slice.
+
+    The runs of a sweep share one reading: what was read last is kept until a file changes.
 
     Args:
         evaluated: False: no test split is read.
@@ -51,9 +57,17 @@ def load_splits(task: Task, evaluated: bool = True) -> Splits:
     Raises:
         UserError: bad data, or a validation slice that shares samples with the pool or leaves none.
     """
-    rows = task.load("train")
-    test = task.load("test") if evaluated else []
-    dev = task.load("dev") if task.dev_file is not None or task.dev_split is not None else []
+    has_dev = task.dev_file is not None or task.dev_split is not None
+    splits = ["train", *(["test"] if evaluated else []), *(["dev"] if has_dev else [])]
+    known = f"{type(task)} {task} {[(split, task.stamps(split)) for split in splits]}"
+    if known not in _last:
+        _last.clear()
+        _last[known] = _splits(task, {split: task.load(split) for split in splits})
+    return _last[known]
+
+
+def _splits(task: Task, read: Mapping[str, list[Sample]]) -> Splits:
+    rows, test, dev = read["train"], read.get("test", []), read.get("dev", [])
     found = duplicates(rows, [*test, *dev], near={"near": True}.get(task.deduplicate))
     if words := found.words():
         log.warning("duplicates among %d training samples: %s", len(rows), words)

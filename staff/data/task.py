@@ -7,8 +7,10 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from staff.data.conversations import Layout, Turns, layout_of, plain_text
@@ -187,13 +189,25 @@ class Task:
             commit = self.revision
         return {"hub": self.hub, "commit": commit}
 
+    def stamps(self, split: str) -> list[tuple[str, int, int]]:
+        """Path, time of change and size of every file of a split; empty where it is not read from files."""
+        if self.data_dir is None and getattr(self, f"{split}_file") is None:
+            files = [] if self.hub is None else [local_path(self.hub)]
+        else:
+            files = self._files(split)
+        found = [part for file in files for part in ([file] if file.is_file() else file.rglob("*"))]
+        return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in found]
+
+    def _files(self, split: str) -> list[Path]:
+        name = self.dev_split if split == "dev" else None
+        return files_of(split, getattr(self, f"{split}_file"), self.data_dir, name)
+
     def rows(self, split: str) -> Rows:
         """The rows of a split, each with its place for messages; files come before the hub."""
         given, name = getattr(self, f"{split}_file"), getattr(self, f"{split}_split")
         if self.data_dir is None and given is None and self.hub is not None:
             return self._hub_rows(self.hub, name)
-        files = files_of(split, given, self.data_dir, self.dev_split if split == "dev" else None)
-        return chain.from_iterable(read_rows(file, name) for file in files)
+        return chain.from_iterable(read_rows(file, name) for file in self._files(split))
 
     def _hub_rows(self, hub: str, split: str) -> Rows:
         import datasets
@@ -283,7 +297,12 @@ def _id(row: Mapping[str, Any], field: str, where: str) -> str:
 
 def data_digest(samples: Sequence[Sample]) -> str:
     """SHA-256 of what the samples are, wherever they were read from; an empty field or None changes nothing."""
-    rows = [{name: value for name, value in asdict(sample).items() if value} for sample in samples]
+    return _digest(tuple(samples))
+
+
+@lru_cache(maxsize=8)  # the runs of a sweep share their samples
+def _digest(samples: tuple[Sample, ...]) -> str:
+    rows = [{name: value for name, value in vars(sample).items() if value} for sample in samples]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class LoraSpec:
     targets: str | Sequence[str] = "all-linear"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))
         if type(self.rank) is not int or self.rank < 1:
             raise UserError(f"LoRA rank={self.rank!r} must be a whole number of at least 1.")
         for name, high in (("alpha", 1e9), ("dropout", 1.0)):
@@ -58,6 +61,13 @@ def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
             return get_peft_model(model, config).eval()
         except ValueError as error:  # no layer has such a name
             raise UserError(f"LoRA targets={targets!r}: {str(error).split('. ')[0]}; name others.") from error
+
+
+@lru_cache(maxsize=8)
+def shapes(spec: ModelSpec, adapter: LoraSpec | None = None) -> Any:
+    """The model, with such an adapter, without weights: on the meta device. It is shared, so it must not change."""
+    model = spec.shapes()
+    return model if adapter is None else fresh_lora(model, adapter, seed=0)
 
 
 def load_trained(spec: ModelSpec, folder: Path) -> Any:

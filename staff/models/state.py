@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from staff.errors import UserError
-from staff.models.adapters import LoraSpec, fresh_lora, load_trained, replace_lora
+from staff.models.adapters import LoraSpec, fresh_lora, load_trained, replace_lora, shapes
 from staff.models.spec import ModelSpec
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage
@@ -98,10 +98,7 @@ class ModelState:
 
     def shapes(self) -> Any:
         """The model without its weights, on the meta device."""
-        shapes = self.spec.shapes()
-        if self.training is None or self.training.adapter is None:
-            return shapes
-        return fresh_lora(shapes, self.training.adapter, seed=0)
+        return shapes(self.spec, None if self.training is None else self.training.adapter)
 
 
 @dataclass(frozen=True)

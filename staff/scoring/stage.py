@@ -11,7 +11,7 @@ import numpy as np
 
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.models.adapters import LoraSpec
+from staff.models.adapters import LoraSpec, shapes
 from staff.models.spec import ARCHITECTURES, PRECISIONS
 from staff.models.state import FreshAdapter, ModelState, check_mergeable
 from staff.scoring.signal import Signal, gradient_of
@@ -180,8 +180,8 @@ class Score(Stage):
         """The model that is scored, without weights."""
         spec = self._scored_state.spec
         if self.fresh_adapter:
-            return self.fresh_adapter.put_on(spec.shapes(), adapted=False)
-        return spec.shapes() if self.merges else self._scored_state.shapes()
+            return shapes(spec, self.fresh_adapter.lora)
+        return shapes(spec) if self.merges else self._scored_state.shapes()
 
     def _differentiable(self, model: Any) -> Any:
         """The model ready for the gradient that the signals need."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.models.adapters import fresh_lora
+from staff.models.adapters import shapes
 from staff.models.spec import ARCHITECTURES, ModelSpec
 from staff.runtime import processes
 from staff.training.settings import FinetuneSettings
@@ -52,15 +52,14 @@ def finetuning_memory(
     Args:
         lengths, answer_lengths: tokens of each sample and of its answer, shape (N,).
     """
-    model = spec.shapes()
+    model = shapes(spec)
     config = model.config.get_text_config()
     lora = settings.kind == "lora"
     weights = _weight_bytes(model, spec.quantization) if lora else 4 * model.num_parameters()
     if spec.is_partitioned:  # plus two whole blocks: the one that runs and the one that is prefetched
         weights = weights // processes.world_size() + 2 * weights // config.num_hidden_layers
-    if lora:
-        fresh_lora(model, settings.lora, seed=0)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapted = shapes(spec, settings.lora) if lora else model
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     batch, _ = settings.on_each_device(processes.world_size())
     longest = int(min(lengths.max(), settings.max_length))
     tokens, answers = min(batch, len(lengths)) * longest, int(np.sort(answer_lengths)[-batch:].sum())

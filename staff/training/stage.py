@@ -15,7 +15,7 @@ import numpy as np
 
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.models.adapters import LoraSpec, fresh_lora
+from staff.models.adapters import LoraSpec, fresh_lora, shapes
 from staff.models.flops import training_flops
 from staff.models.spec import ModelSpec
 from staff.models.state import MOMENTS, Training
@@ -154,10 +154,7 @@ class Finetune(Training):
             torch.cuda.empty_cache()
 
     def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
-        model = self.spec.shapes()
-        if self.adapter is not None:
-            fresh_lora(model, self.adapter, self.seed)
-        self._count(meter, _trainable(model))
+        self._count(meter, _trainable(shapes(self.spec, self.adapter)))
         if self.online:
             from safetensors.numpy import save_file
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import import_module
 
 import numpy as np
@@ -51,9 +52,14 @@ def check_metrics(names: Sequence[str], samples: Sequence[Sample] = ()) -> None:
     Raises:
         UserError: there is no metric, one is unknown, or one cannot measure a sample.
     """
-    if isinstance(names, str) or not names:
+    if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
         choices = ", ".join(NAMED)
         raise UserError(f"task.metrics={names!r} must be a list of one or more of {choices}, such as [rougeL].")
+    _check(tuple(names), tuple(samples))
+
+
+@lru_cache(maxsize=2)  # the runs of a sweep share their samples
+def _check(names: tuple[str, ...], samples: tuple[Sample, ...]) -> None:
     for metric in [named_metric(name) for name in names]:
         metric.check(samples)
 
