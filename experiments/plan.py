@@ -12,37 +12,20 @@ themselves on a few samples on this machine. Ranking (such as the neighbours of 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
+import heapq
 import logging
 import re
 import sys
-import tempfile
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import sweep
-from experiments.configuration import CONF
 from experiments.console import pipeable
-from experiments.single import Run
-from staff.models.spec import ARCHITECTURES
-from staff.runtime.progress import progress
-from staff.store.cost import Cost, Meter
-from staff.store.manifest import Artifact
-from staff.store.stage import Stage
-from staff.store.store import Store
-from staff.training.memory import finetuning_memory
+from experiments.dry_run import DryRun, PlannedStage, calibrated, dry_run
 
 
 class Gpu(NamedTuple):
@@ -64,184 +47,6 @@ GPUS = {
 UTILISATION = {"finetune": 0.4, "scores": 0.24, "evaluation": 0.05}
 """Fractions of the peak. Scores: measured with Gemma-7b's shape on an H200, over batches seen before. The others
 are assumed; decoding is bound by memory, not by arithmetic. A model too small to fill the GPU reaches less."""
-VALUES = ("pruning_rate", "budget", "seed", "selection_seed", "finetune_seed")
-"""Settings that choose no file of the configuration: Hydra, which is slow, composes the jobs that differ in them
-once."""
-FEW = (16, 48)
-"""Samples of the pool that stages are calibrated on."""
-
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """A stage of the sweep.
-
-    Attributes:
-        speed: what stages with the same speed have in common.
-        precision: that it computes in.
-        exact: its FLOPs do not depend on scores or answers.
-        made: the sweep's own store has it already.
-    """
-
-    stage: str
-    label: str
-    speed: str
-    precision: str
-    cost: Cost
-    exact: bool
-    made: bool
-
-
-class DryRunStore(Store):
-    """A store in which stages are estimated, and listed in `stages` by fingerprint.
-
-    Args:
-        root: a temporary folder.
-        real: the store of the sweep.
-    """
-
-    def __init__(self, root: Path, real: Store) -> None:
-        super().__init__(root)
-        self.real = real
-        self.stages: dict[str, PlannedStage] = {}
-        self.certain: set[str] = set()
-        """Fingerprints of the samples that are known without scores."""
-        self._asked = 0
-
-    def carry_out(self, stage: Stage, folder: Path, meter: Meter, inputs: list[Artifact]) -> None:
-        stage.estimate(folder, meter, *inputs)
-
-    def get(self, stage: Stage) -> Artifact:
-        # What a method asks second may depend on the first answer; what follows the selection does not.
-        self._asked = 0 if stage.kind == "coreset" else self._asked + (stage.kind == "scores")
-        second = stage.kind == "scores" and self._asked > 1
-        artifact = super().get(stage)
-        if stage.kind == "coreset":
-            self._asked = 0
-        if stage.kind in UTILISATION:
-            exact = stage.kind != "evaluation" and stage.key()["samples"] in self.certain and not second
-            made = self.real.find(stage) is not None
-            self.stages[stage.fingerprint] = PlannedStage(
-                stage.kind, stage.label, speed_of(stage), precision_of(stage), artifact.cost, exact, made
-            )
-        return artifact
-
-
-class TimedStore(Store):
-    """A store that also lists FLOPs and seconds of what it made, by what determines the speed."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.times: list[tuple[str, Cost]] = []
-
-    def get(self, stage: Stage) -> Artifact:
-        artifact = super().get(stage)
-        if stage.kind in UTILISATION and artifact.computed:
-            self.times.append((speed_of(stage), artifact.cost))
-        return artifact
-
-
-def speed_of(stage: Stage) -> str:
-    """Kind, model and settings, without samples, epochs and seed."""
-    settings = {name: value for name, value in stage.key().items() if name not in ("samples", "epochs", "seed")}
-    return json.dumps([stage.kind, settings, bool(stage.inputs)], sort_keys=True)
-
-
-def precision_of(stage: Stage) -> str:
-    """The precision of nearly all of a stage's matrix products: frozen weights keep their own."""
-    key = stage.key()
-    model = key["model"] if "model" in key else key["state"]["model"]
-    narrow = model["dtype"] == "bfloat16" or "quantization" in model
-    settings = key.get("settings", {"kind": "lora", "precision": "float32"})
-    narrow = settings["precision"] == "bfloat16" or (settings["kind"] == "lora" and narrow)
-    return "bfloat16" if narrow else "float32"
-
-
-def jobs(overrides: Sequence[str]) -> Iterator[tuple[list[str], DictConfig, dict[str, Any]]]:
-    """Overrides, configuration and choices of every run of the sweep."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    plain = [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
-    with initialize_config_dir(CONF, version_base="1.3"):
-        whole = compose("config", overrides=plain, return_hydra_config=True)
-        every = sweep.jobs_of(whole, overrides)
-        with progress(len(every), "plan", unit="job") as bar:
-            for job in every:
-                yield job, *composed(job)
-                bar.update()
-
-
-def composed(job: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
-    """The configuration of a job, and its choices from the groups."""
-    parsed = OverridesParser.create().parse_overrides(list(job))
-    values = {override.key_or_group: override for override in parsed if override.key_or_group in VALUES}
-    rest = [text for text, override in zip(job, parsed, strict=True) if override.key_or_group not in VALUES]
-    cfg, choices = _composed(tuple(rest))
-    cfg = copy.deepcopy(cfg)
-    for key, override in values.items():
-        OmegaConf.update(cfg, key, override.value())
-    return cfg, dict(choices)
-
-
-@lru_cache(maxsize=32)
-def _composed(job: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
-    cfg = compose("config", overrides=list(job), return_hydra_config=True)
-    choices: Any = OmegaConf.to_container(cfg.hydra.runtime.choices)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return cfg, choices
-
-
-def dry_run(cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> Run:
-    """Carry out the run on a store that estimates."""
-    run = Run(cfg, choices, store)
-    tokenized = run.tokenized
-    store.certain |= {samples.fingerprint for samples in tokenized.values()}
-    chosen, coreset = run.select()
-    if all(charge.stage == "coreset" for charge in chosen.charged().values()):
-        store.certain.add(tokenized["target"].take(coreset.indices).fingerprint)
-    if run.generator is not None:
-        answering = run.answering(run.finetuning(coreset))
-        store.get(answering)
-        if (scored := run.measuring(answering).likelihood) is not None:
-            store.certain.add(scored.samples.fingerprint)
-            store.get(scored)
-    return run
-
-
-def needed(run: Run) -> dict[str, int]:
-    """Bytes that fine-tuning takes, by the model's name; without models of a type that has no estimate."""
-    models = (run.selecting.small, run.tokenized["small"]), (run.family.target, run.tokenized["target"])
-    models = [(spec, samples) for spec, samples in models if spec.config().model_type in ARCHITECTURES]
-    return {
-        spec.name: finetuning_memory(spec, run.settings, samples.lengths, samples.answer_lengths).total
-        for spec, samples in models
-    }
-
-
-def calibrated(runs: Sequence[list[str]]) -> dict[str, tuple[float, float]]:
-    """Seconds of a stage as (constant, per FLOP) by its `speed`: measured on a few samples with the real models."""
-    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for few in FEW:
-        with tempfile.TemporaryDirectory() as folder:
-            short = [f"task.train_limit={few}", f"task.test_limit={few // 4}", f"results_dir={folder}"]
-            real, dry = TimedStore(Path(folder) / "real"), DryRunStore(Path(folder) / "plan", Store(folder))
-            for job in runs:
-                cfg, choices = composed([*job, *short, "tracking=none"])
-                dry_run(cfg, choices, dry)
-                Run(cfg, choices, real).carry_out()
-            at_full_length = {s.speed: s.cost.flops for s in dry.stages.values() if s.stage == "evaluation"}
-            for speed, cost in real.times:
-                points[speed].append((at_full_length.get(speed, cost.flops), cost.seconds))
-    return {speed: _line(np.array(measured)) for speed, measured in points.items()}
-
-
-def _line(points: np.ndarray) -> tuple[float, float]:
-    """Constant and slope, neither negative, through (FLOPs, seconds), (n, 2)."""
-    flops, seconds = points.T
-    slope = float(np.polyfit(flops, seconds, 1)[0]) if np.ptp(flops) > 0 else 0.0
-    constant = float((seconds - slope * flops).mean())
-    if slope <= 0 or constant < 0:
-        return 0.0, float(seconds.sum() / flops.sum())
-    return constant, slope
 
 
 def seconds_of(stage: PlannedStage, gpu: Gpu | None, speeds: dict[str, tuple[float, float]]) -> float:
@@ -278,26 +83,58 @@ def table(stages: Sequence[PlannedStage], seconds: Sequence[float]) -> pd.DataFr
     )
 
 
-def plan(
-    overrides: Sequence[str], gpu: Gpu | None, calibrate: bool
-) -> tuple[list[PlannedStage], list[float], dict[str, int]]:
-    """The stages of a sweep, the seconds of each, and the bytes that fine-tuning its models takes."""
-    memory: dict[str, int] = {}
-    calibrating: list[list[str]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        store: DryRunStore | None = None
-        for job, cfg, choices in jobs(overrides):
-            store = store or DryRunStore(Path(folder), Store(sweep.folder_of(cfg, "store_dir")))
-            speeds_before = {stage.speed for stage in store.stages.values()}
-            run = dry_run(cfg, choices, store)
-            if {stage.speed for stage in store.stages.values()} - speeds_before:
-                calibrating.append(job)
-            memory |= {name: max(size, memory.get(name, 0)) for name, size in needed(run).items()}
-        assert store is not None
-        stages = list(store.stages.values())
-    with initialize_config_dir(CONF, version_base="1.3"):
-        speeds = calibrated(calibrating) if calibrate else {}
-    return stages, [seconds_of(stage, gpu, speeds) for stage in stages], memory
+def wall_seconds(jobs: Sequence[Sequence[str]], seconds: dict[str, float], workers: int) -> float:
+    """Seconds until the last job ends, where `workers` take the jobs in order.
+
+    A worker carries out the stages of its job one after the other, and waits for one that another worker runs.
+
+    Args:
+        jobs: the stages of every job, in order.
+        seconds: of every stage.
+    """
+    free, done = [0.0] * workers, dict[str, float]()
+    for job in jobs:
+        now = heapq.heappop(free)
+        for stage in job:
+            now = done[stage] = max(now, done[stage]) if stage in done else now + seconds[stage]
+        heapq.heappush(free, now)
+    return max(free)
+
+
+def duration(seconds: float) -> str:
+    """Such as "4 min", or "30 s"."""
+    unit, of = next(((unit, of) for unit, of in (("h", 3600), ("min", 60)) if seconds >= 1.5 * of), ("s", 1))
+    return f"{seconds / of:.2g} {unit}" if seconds < 99.5 * of else f"{seconds / of:.0f} {unit}"
+
+
+def report(planned: DryRun, seconds: dict[str, float], gpu: str | None, gpus: int) -> str:
+    """What a plan tells, in lines."""
+    sums = table(list(planned.stages.values()), list(seconds.values()))
+    shown = sums.drop(columns="exact").assign(
+        FLOPs=[f"{'' if exact else '~'}{flops:.3g}" for flops, exact in zip(sums["FLOPs"], sums["exact"])],
+        hours=["-" if np.isnan(hours) else f"{hours:.3g}" for hours in sums["hours"]],
+    )
+    lines = [shown.to_string()]
+    if any(stage.made for stage in planned.stages.values()):
+        lines.append(
+            "made: stored already, so in neither FLOPs nor hours; what rests on a coreset chosen by scores is not "
+            "recognised"
+        )
+    lines += [f"sizes: {size}" for size in planned.sizes]
+    lines += [f"~ not at hand: {replaced}" for replaced in planned.replaced]
+    for name, size in planned.memory.items():
+        over = "" if gpu is None or size <= GPUS[gpu].memory else f", more than a {gpu} has"
+        lines.append(f"memory: fine-tuning {name} takes about {size / 1e9:.3g} GB{over}")
+    stored = sum(stage.bytes for stage in planned.stages.values() if not stage.made)
+    lines.append(f"storage: about {stored / 1e9:.2g} GB of adapters and scores")
+    left = {known: 0.0 if planned.stages[known].made else time for known, time in seconds.items()}
+    if not any(np.isnan(time) for time in left.values()):
+        wall = duration(wall_seconds(planned.jobs, left, gpus))
+        chain = duration(max(sum(left[stage] for stage in job) for job in planned.jobs))
+        lines.append(f"wall time: about {wall} with {gpus} at work; the longest run alone takes {chain}")
+    else:
+        lines.append("hours: name a GPU (--gpu) or measure this machine (--calibrate)")
+    return "\n".join(lines)
 
 
 @pipeable
@@ -305,33 +142,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="staff-plan", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="as for the sweep itself")
     parser.add_argument("--gpu", choices=GPUS, help="hours on this GPU, at an assumed utilisation")
+    parser.add_argument("--gpus", type=int, default=1, help="so many of them, a run on each (default: 1)")
     parser.add_argument("--calibrate", action="store_true", help="hours on this machine, measured on a few samples")
+    parser.add_argument("--config-dir", help="a folder with configuration of your own, as for staff")
     parser.add_argument("-m", "--multirun", action="store_true", help="changes nothing: as in the sweep's command")
     asked = parser.parse_intermixed_args()
-    logging.getLogger("staff").setLevel(logging.WARNING)
+    if asked.gpus < 1:
+        sys.exit(f"plan: --gpus={asked.gpus} must be at least 1.")
+    logging.getLogger("staff").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
-    gpu = GPUS.get(asked.gpu)
     try:
-        stages, seconds, memory = plan(asked.overrides, gpu, asked.calibrate)
+        planned = dry_run(asked.overrides, asked.config_dir)
+        speeds = calibrated(planned, asked.config_dir) if asked.calibrate else {}
     except Exception as error:
         if sentence := sweep.sentence_of(error):
             sys.exit(f"plan: {sentence}")
         raise
-    sums = table(stages, seconds)
-    shown = sums.drop(columns="exact").assign(
-        FLOPs=[f"{'' if exact else '~'}{flops:.3g}" for flops, exact in zip(sums["FLOPs"], sums["exact"])],
-        hours=["-" if np.isnan(hours) else f"{hours:.3g}" for hours in sums["hours"]],
-    )
-    print(shown.to_string())
-    print(
-        "made: stored already, so in neither FLOPs nor hours; what rests on a coreset chosen by scores is not "
-        "recognised"
-    )
-    for name, size in memory.items():
-        over = "" if gpu is None or size <= gpu.memory else f", more than a {asked.gpu} has"
-        print(f"fine-tuning {name} takes about {size / 1e9:.3g} GB{over}")
-    if not asked.gpu and not asked.calibrate:
-        print("hours: name a GPU (--gpu) or measure this machine (--calibrate)")
+    gpu = GPUS.get(asked.gpu)
+    seconds = {known: seconds_of(stage, gpu, speeds) for known, stage in planned.stages.items()}
+    print(report(planned, seconds, asked.gpu, asked.gpus))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL
 
-from experiments.plan import GPUS, UTILISATION, plan, table
+from experiments import stand_ins
+from experiments.dry_run import dry_run
+from experiments.plan import GPUS, UTILISATION, seconds_of, table, wall_seconds
+from experiments.stand_ins import SIZES, KnownShape
 from staff.models.spec import ModelSpec
 
 METHODS, RATES = ("random", "staff"), (0.5, 0.75)
@@ -22,9 +25,11 @@ def test_a_plan_counts_the_stages_of_a_sweep_once_and_their_flops_as_the_records
     sweep += [f"pruning_rate={','.join(map(str, RATES))}"]
     with monkeypatch.context() as patch:
         patch.setattr(ModelSpec, "weights", lambda *args, **options: pytest.fail("weights were loaded"))
-        stages, seconds, memory = plan(sweep, GPUS["h100"], calibrate=False)
+        planned = dry_run(sweep)
+    stages, memory = list(planned.stages.values()), planned.memory
     assert not results.exists(), "a plan leaves nothing behind"
-    assert all(time > 0 for time in seconds) and set(memory) == {"small", "target"}
+    assert all(seconds_of(stage, GPUS["h100"], {}) > 0 for stage in stages) and set(memory) == {"small", "target"}
+    assert len(planned.jobs) == len(METHODS) * len(RATES)
     assert {stage.precision for stage in stages} == {"float32"}
 
     for method in METHODS:
@@ -52,7 +57,7 @@ def test_a_plan_counts_the_stages_of_a_sweep_once_and_their_flops_as_the_records
 
     for label in ("answer", "raw target"):
         assert flops(label) <= sum(stage.cost.flops for stage in stages if label in stage.label), "at most"
-    again, _, _ = plan(sweep, None, calibrate=False)
+    again = list(dry_run(sweep).stages.values())
     missing = [stage.label for stage in again if stage.exact and not stage.made]
     assert missing == ["nll of 12 samples, fine-tuned target"] * 2, "what rests on a coreset of unknown scores"
     told = table(again, [0.0] * len(again))
@@ -75,8 +80,8 @@ def test_a_plan_of_a_preset_takes_the_command_of_the_sweep_and_prints_hours_and_
 def test_hours_follow_the_precision_that_a_stage_computes_in():
     def planned(*settings: str) -> tuple[dict[str, str], dict[str, float]]:
         common = ("pruning_rate=0.5", "method=random", "tracking=none", *SMALL)
-        stages, seconds, _ = plan((*settings, *common), GPUS["h100"], calibrate=False)
-        return {s.stage: s.precision for s in stages}, {s.stage: t for s, t in zip(stages, seconds, strict=True)}
+        stages = list(dry_run((*settings, *common)).stages.values())
+        return {s.stage: s.precision for s in stages}, {s.stage: seconds_of(s, GPUS["h100"], {}) for s in stages}
 
     precision, wide = planned()
     assert precision == {"finetune": "float32", "evaluation": "float32", "scores": "float32"}
@@ -87,3 +92,52 @@ def test_hours_follow_the_precision_that_a_stage_computes_in():
     of_answers = {"evaluation": "bfloat16", "scores": "bfloat16"}
     assert planned(*frozen)[0] == {"finetune": "bfloat16", **of_answers}
     assert planned(*frozen, "finetune=full")[0] == {"finetune": "float32", **of_answers}
+
+
+def test_what_a_stage_leaves_in_the_store_is_counted(run, tmp_path: Path):
+    results = tmp_path / "results"
+    planned = dry_run([*SMALL, f"results_dir={results}", "tracking=none", "method=staff", "pruning_rate=0.5"])
+    run("method=staff", "pruning_rate=0.5")
+    kept = [file for file in results.rglob("*.safetensors") if file.parent.parent.name != "tokens"]
+    assert sum(stage.bytes for stage in planned.stages.values()) == pytest.approx(
+        sum(file.stat().st_size for file in kept), rel=0.1
+    )
+
+
+def test_workers_wait_for_a_stage_that_another_runs_and_the_last_job_ends_the_sweep():
+    seconds = {"small": 10.0, "a": 1.0, "b": 2.0, "c": 4.0}
+    jobs = [["small", "a"], ["small", "b"], ["c"]]
+    assert wall_seconds(jobs, seconds, workers=1) == 17
+    assert wall_seconds(jobs, seconds, workers=2) == 15, "the third job follows the first"
+    assert wall_seconds(jobs, seconds, workers=3) == 12
+
+
+PUBLISHED = {
+    "google/gemma-7b": 8_537_680_896,
+    "google/gemma-2b": 2_506_172_416,
+    "google/gemma-3-1b-it": 999_885_952,
+    "google/gemma-3-270m-it": 268_098_176,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "mistralai/Mistral-Nemo-Instruct-2407": 12_247_782_400,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen2.5-32B-Instruct": 32_763_876_352,
+}
+
+
+def test_the_known_shapes_have_the_published_numbers_of_parameters():
+    assert set(json.loads((SIZES / "models.json").read_text())) == set(PUBLISHED)
+    for name, parameters in PUBLISHED.items():
+        assert KnownShape(name).shapes().num_parameters() == parameters, name
+
+
+@pytest.mark.parametrize("family", ["gemma", "qwen2_5"])
+def test_a_plan_needs_no_hub_for_the_shipped_families_and_tasks(tmp_path: Path, family: str, monkeypatch):
+    monkeypatch.setattr(stand_ins, "_has_model", lambda *of: False)
+    monkeypatch.setattr(stand_ins, "_has_data", lambda *of: False)
+    asked = [f"family={family}", "task=gsm8k", "method=random", "pruning_rate=0.9", "memory_check=false"]
+    planned = dry_run([*asked, "tracking=none", f"results_dir={tmp_path}"])
+    assert "7,473 samples of" in planned.sizes[0] and "1,319 test prompts" in planned.sizes[0]
+    assert len(planned.replaced) == 3 and not any(stage.exact for stage in planned.stages.values())

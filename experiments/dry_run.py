@@ -1,0 +1,296 @@
+"""A sweep as a dry run: every stage is estimated from shapes instead of run, and counted once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from experiments import sweep
+from experiments.configuration import CONF
+from experiments.single import Run
+from experiments.stand_ins import with_stand_ins
+from staff.models.adapters import shapes
+from staff.models.spec import ARCHITECTURES
+from staff.runtime.progress import progress
+from staff.scoring.stage import Score
+from staff.store.cost import Cost, Meter
+from staff.store.manifest import Artifact
+from staff.store.stage import Stage
+from staff.store.store import Store
+from staff.training.memory import finetuning_memory
+from staff.training.stage import Finetune
+
+COUNTED = ("finetune", "scores", "evaluation")
+"""Kinds of the stages that compute with a model."""
+VALUES = ("pruning_rate", "budget", "seed", "selection_seed", "finetune_seed")
+"""Settings that choose no file of the configuration: Hydra, which is slow, composes the jobs that differ in them
+once."""
+FEW = (16, 48)
+"""Samples of the pool that stages are calibrated on."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of the sweep.
+
+    Attributes:
+        speed: what stages with the same speed have in common.
+        precision: that it computes in.
+        exact: its FLOPs do not depend on scores or answers.
+        made: the sweep's own store has it already.
+        bytes: that it leaves in the store, roughly.
+    """
+
+    stage: str
+    label: str
+    speed: str
+    precision: str
+    cost: Cost
+    exact: bool
+    made: bool
+    bytes: int
+
+
+@dataclass
+class DryRun:
+    """What a sweep consists of.
+
+    Attributes:
+        stages: those that compute with a model, by fingerprint.
+        jobs: the fingerprints of every job's stages, in order.
+        memory: bytes that fine-tuning takes, by the model's name; without models of a type that has no estimate.
+        sizes: what was counted with, in words.
+        replaced: what is not at hand and was replaced by what is known of it, in words.
+        distinct: the overrides of jobs that together have every speed.
+    """
+
+    stages: dict[str, PlannedStage] = field(default_factory=dict)
+    jobs: list[list[str]] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    sizes: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    distinct: list[list[str]] = field(default_factory=list)
+
+
+class DryRunStore(Store):
+    """A store in which stages are estimated, and listed in `planned`.
+
+    Args:
+        root: a temporary folder.
+        real: the store of the sweep.
+    """
+
+    def __init__(self, root: Path, real: Store) -> None:
+        super().__init__(root)
+        self.real = real
+        self.planned = DryRun()
+        self.certain: set[str] = set()
+        """Fingerprints of the samples that are known without scores."""
+        self._asked = 0
+
+    def carry_out(self, stage: Stage, folder: Path, meter: Meter, inputs: list[Artifact]) -> None:
+        stage.estimate(folder, meter, *inputs)
+
+    def get(self, stage: Stage) -> Artifact:
+        # What a method asks second may depend on the first answer; what follows the selection does not.
+        self._asked = 0 if stage.kind == "coreset" else self._asked + (stage.kind == "scores")
+        second = stage.kind == "scores" and self._asked > 1
+        artifact = super().get(stage)
+        if stage.kind == "coreset":
+            self._asked = 0
+        if stage.kind in COUNTED:
+            exact = stage.kind != "evaluation" and stage.key()["samples"] in self.certain and not second
+            self._list(stage, artifact.cost, exact and not self.planned.replaced)
+        return artifact
+
+    def _list(self, stage: Stage, cost: Cost, exact: bool) -> None:
+        known, job = stage.fingerprint, self.planned.jobs[-1]
+        if known not in self.planned.stages:
+            made = self.real.find(stage) is not None
+            self.planned.stages[known] = PlannedStage(
+                stage.kind, stage.label, speed_of(stage), precision_of(stage), cost, exact, made, bytes_of(stage)
+            )
+        if known not in job:
+            job.append(known)
+
+
+class TimedStore(Store):
+    """A store that also lists FLOPs and seconds of what it made, by what determines the speed."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.times: list[tuple[str, Cost]] = []
+
+    def get(self, stage: Stage) -> Artifact:
+        artifact = super().get(stage)
+        if stage.kind in COUNTED and artifact.computed:
+            self.times.append((speed_of(stage), artifact.cost))
+        return artifact
+
+
+def speed_of(stage: Stage) -> str:
+    """Kind, model and settings, without samples, epochs and seed."""
+    settings = {name: value for name, value in stage.key().items() if name not in ("samples", "epochs", "seed")}
+    return json.dumps([stage.kind, settings, bool(stage.inputs)], sort_keys=True)
+
+
+def precision_of(stage: Stage) -> str:
+    """The precision of nearly all of a stage's matrix products: frozen weights keep their own."""
+    key = stage.key()
+    model = key["model"] if "model" in key else key["state"]["model"]
+    narrow = model["dtype"] == "bfloat16" or "quantization" in model
+    settings = key.get("settings", {"kind": "lora", "precision": "float32"})
+    narrow = settings["precision"] == "bfloat16" or (settings["kind"] == "lora" and narrow)
+    return "bfloat16" if narrow else "float32"
+
+
+def bytes_of(stage: Stage) -> int:
+    """Bytes of the adapters, of all epochs, or of the scores that a stage stores; 0 for other kinds."""
+    if isinstance(stage, Finetune):
+        trained = sum(p.numel() for p in shapes(stage.spec, stage.adapter).parameters() if p.requires_grad)
+        kept = math.ceil(stage.epochs) * (3 if stage.moments else 1) if stage.adapter else 1
+        return 4 * trained * kept
+    if isinstance(stage, Score):
+        config = stage.state.spec.config().get_text_config()
+        return 4 * len(stage.samples) * sum(math.prod(signal.shape(config)) for signal in stage.signals)
+    return 0
+
+
+def dry_run(overrides: Sequence[str], config_dir: str | None = None) -> DryRun:
+    """A sweep by these overrides, with every stage estimated.
+
+    Args:
+        config_dir: a folder with configuration of the user's own.
+
+    Raises:
+        UserError: bad configuration or data.
+    """
+    store: DryRunStore | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        for job, cfg, choices in _jobs(overrides, config_dir):
+            store = store or DryRunStore(Path(folder), Store(sweep.folder_of(cfg, "store_dir")))
+            _estimate(job, cfg, choices, store)
+    assert store is not None
+    return store.planned
+
+
+def _estimate(job: list[str], cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> None:
+    """Carry out a run on a store that estimates."""
+    planned = store.planned
+    planned.replaced = list(dict.fromkeys([*planned.replaced, *with_stand_ins(cfg, store.root)]))
+    known = {stage.speed for stage in planned.stages.values()}
+    planned.jobs.append([])
+    run = Run(cfg, choices, store)
+    tokenized = run.tokenized
+    store.certain |= {samples.fingerprint for samples in tokenized.values()}
+    chosen, coreset = run.select()
+    if all(charge.stage == "coreset" for charge in chosen.charged().values()):
+        store.certain.add(tokenized["target"].take(coreset.indices).fingerprint)
+    if run.generator is not None:
+        answering = run.answering(run.finetuning(coreset))
+        store.get(answering)
+        if (scored := run.measuring(answering).likelihood) is not None:
+            store.certain.add(scored.samples.fingerprint)
+            store.get(scored)
+    if {stage.speed for stage in planned.stages.values()} - known:
+        planned.distinct.append(job)
+        _measure(run, planned)
+
+
+def _measure(run: Run, planned: DryRun) -> None:
+    """Note the sizes of a run's models and samples, and the memory that they take."""
+    models = {"small": run.selecting.small, "target": run.family.target}
+    for role, spec in models.items():
+        samples = run.tokenized[role]
+        if spec.config().model_type in ARCHITECTURES:
+            need = finetuning_memory(spec, run.settings, samples.lengths, samples.answer_lengths).total
+            planned.memory[spec.name] = max(need, planned.memory.get(spec.name, 0))
+    parts = [f"{spec.name} has {shapes(spec).num_parameters():,} parameters" for spec in models.values()]
+    pool = run.tokenized["target"]
+    parts.append(
+        f"{len(pool):,} samples of {pool.lengths.mean():.0f} tokens, {pool.answer_lengths.mean():.0f} in the answer"
+    )
+    if "test" in run.tokenized:
+        parts.append(f"{len(run.tokenized['test']):,} test prompts")
+    if (said := ", ".join(parts)) not in planned.sizes:
+        planned.sizes.append(said)
+
+
+def calibrated(planned: DryRun, config_dir: str | None = None) -> dict[str, tuple[float, float]]:
+    """Seconds of a stage as (constant, per FLOP) by its `speed`: measured on a few samples with the real models."""
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for few in FEW:
+        with tempfile.TemporaryDirectory() as folder:
+            short = [f"task.train_limit={few}", f"task.test_limit={few // 4}", f"results_dir={folder}"]
+            real, dry = TimedStore(Path(folder) / "real"), DryRunStore(Path(folder) / "plan", Store(folder))
+            for overrides in planned.distinct:
+                for job, cfg, choices in _jobs([*overrides, *short, "tracking=none"], config_dir):
+                    _estimate(job, cfg, choices, dry)
+                    Run(cfg, choices, real).carry_out()
+            stages = dry.planned.stages.values()
+            at_full_length = {stage.speed: stage.cost.flops for stage in stages if stage.stage == "evaluation"}
+            for speed, cost in real.times:
+                points[speed].append((at_full_length.get(speed, cost.flops), cost.seconds))
+    return {speed: _line(np.array(measured)) for speed, measured in points.items()}
+
+
+def _line(points: np.ndarray) -> tuple[float, float]:
+    """Constant and slope, neither negative, through (FLOPs, seconds), (n, 2)."""
+    flops, seconds = points.T
+    slope = float(np.polyfit(flops, seconds, 1)[0]) if np.ptp(flops) > 0 else 0.0
+    constant = float((seconds - slope * flops).mean())
+    if slope <= 0 or constant < 0:
+        return 0.0, float(seconds.sum() / flops.sum())
+    return constant, slope
+
+
+def _jobs(
+    overrides: Sequence[str], config_dir: str | None
+) -> Iterator[tuple[list[str], DictConfig, dict[str, Any]]]:
+    """Overrides, configuration and choices of every run of the sweep."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    plain = [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
+    if config_dir is not None:
+        overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        whole = compose("config", overrides=plain, return_hydra_config=True)
+        every = sweep.jobs_of(whole, overrides)
+        with progress(len(every), "plan", unit="job") as bar:
+            for job in every:
+                yield job, *_composed(job)
+                bar.update()
+
+
+def _composed(job: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
+    """The configuration of a job, and its choices from the groups."""
+    parsed = OverridesParser.create().parse_overrides(list(job))
+    values = {o.key_or_group: o for o in parsed if o.key_or_group in VALUES and o.type == OverrideType.CHANGE}
+    rest = [text for text, o in zip(job, parsed, strict=True) if o not in values.values()]
+    cfg, choices = _of_files(tuple(rest))
+    cfg = copy.deepcopy(cfg)
+    for key, override in values.items():
+        OmegaConf.update(cfg, key, override.value())
+    return cfg, dict(choices)
+
+
+@lru_cache(maxsize=32)
+def _of_files(job: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
+    cfg = compose("config", overrides=list(job), return_hydra_config=True)
+    choices: Any = OmegaConf.to_container(cfg.hydra.runtime.choices)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, choices
