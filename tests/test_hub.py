@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, SMALL
 from hydra.utils import instantiate
-from support.hub_server import COMMIT, Fault, Hub, serving
+from support.hub_server import COMMIT, ROWS, Fault, Hub, serving
 from support.tiny import composed
-from test_tasks import ROWS
 
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
@@ -113,14 +112,18 @@ def test_a_failing_hub_is_a_sentence_and_the_same_command_goes_on(hub: Hub, faul
     ModelSpec(NAME).load()
 
 
-def test_a_fault_that_passes_costs_a_line_and_a_download_goes_on_where_it_was_cut(hub: Hub, caplog):
+def test_a_fault_that_passes_costs_a_line_and_a_download_goes_on_where_it_was_cut(hub: Hub, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     busy = {"Retry-After": "1"}
     hub.faults = [Fault("/api/", 1, status=429, headers=busy), Fault("GET .*safetensors", 2, cut=5000)]
     ModelSpec(NAME).load()
-    (line,) = (message for message in caplog.messages if "asking again" in message)
-    assert line.startswith(f"{NAME}: the hub answers HTTP 429 and asks to wait 1 s")
-    assert sum(WEIGHTS in request for request in hub.requests) == 4, "one for its size, two were cut"
+    assert caplog.messages == [
+        f"{NAME}: the hub answers HTTP 429 and asks to wait 1 s; asking again for up to 15 s",
+        *[f"{NAME}: the download of {WEIGHTS} broke off; it goes on"] * 2,
+    ], "and no line of the client"
+    ranges = [request for request in hub.requests if WEIGHTS in request and "bytes" in request]
+    assert [found.split()[-1] for found in ranges] == ["bytes=5000-", "bytes=10000-"]
 
 
 def test_a_gated_missing_or_private_name_says_what_to_do(hub: Hub):

@@ -20,10 +20,14 @@ log = logging.getLogger(__name__)
 
 REPEATED = (408, 429, 500, 502, 503, 504)
 """HTTP states that may pass."""
-CUTS = 2
-"""So many downloads may break off at the same byte."""
-SILENCE = 8.0
+CUTS = 3
+"""A download that breaks off so often at the same byte has failed."""
+SILENCE = 7.0
 """Seconds without a byte after which a request has failed."""
+
+
+CLIENTS = ("huggingface_hub", "httpx", "httpx2", "filelock")
+"""Libraries that log every request, retry or lock."""
 
 
 class Unanswered(Exception):
@@ -48,15 +52,20 @@ class Patience:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Within the block, the hub's client asks with this patience."""
+        """Within the block, the hub's client asks with this patience, and logs nothing itself."""
         from huggingface_hub import get_session
 
         client: Any = get_session()
         client.send = partial(self._send, client.send)
+        levels = {logger: logger.level for logger in map(logging.getLogger, CLIENTS)}
+        for logger in levels:
+            logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
             del client.send  # the method of the class again
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
     def _send(self, send: Callable[..., Any], request: Any, **options: Any) -> Any:
         """The answer to a request: of success, or of a failure that lasts.
@@ -111,12 +120,14 @@ class Patience:
     def _check_cuts(self, request: Any, response: Any) -> None:
         """Give up a file that breaks off again and again without a byte more."""
         at = (str(request.url), request.headers.get("Range"))
+        file = request.url.path.rsplit("/", 1)[-1]
         self._opened[at] += 1
         if self._opened[at] > CUTS:
             response.close()
-            file = request.url.path.rsplit("/", 1)[-1]
             self._lost = f"the download of {file} breaks off"
             raise Unanswered(self._lost)
+        if at[1] or self._opened[at] > 1:
+            log.info("%s: the download of %s broke off; it goes on", self.name, file)
 
 
 def _asked_pause(headers: Any) -> float | None:

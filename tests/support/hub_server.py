@@ -18,6 +18,22 @@ from urllib.parse import unquote, urlsplit
 LARGE = (".safetensors", ".parquet")
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
+ROWS = {
+    "bioinstruct": lambda i: {
+        "instruction": f"Name vitamin {i}.",
+        "input": "" if i % 2 else "Briefly.",
+        "output": f"B{i}",
+    },
+    "wmt19_kk_en": lambda i: {"translation": {"kk": f"бұл {i} үй .", "en": f"this is house {i} ."}},
+    "gsm8k": lambda i: {
+        "question": f"What is {i} plus 1?",
+        "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}",
+    },
+    "jsonl": lambda i: {"prompt": f"Say {i}:", "answer": f"{i}"},
+    "dialogsum_hub": lambda i: {"id": f"d{i}", "dialogue": f"#Person1#: Is it {i}?", "summary": f"It is {i}."},
+}
+"""Rows of the data sets of the shipped tasks, in their public schemas."""
+
 
 @dataclass
 class Fault:
@@ -49,7 +65,7 @@ class Hub:
         repositories: files by name, of "models/ORG/NAME" or "datasets/ORG/NAME".
         revisions: further branches and tags, with their commits.
         gated: repositories whose files are refused.
-        requests: "METHOD path" of each request, in order.
+        requests: "METHOD path", and the range if there is one, of each request, in order.
     """
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -82,13 +98,18 @@ def serving() -> Iterator[Hub]:
         pass
 
     Handler.hub = hub
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        http.daemon_threads, http.block_on_close = True, False
+    with _Server(("127.0.0.1", 0), Handler) as http:
         hub.endpoint = f"http://127.0.0.1:{http.server_port}"
         thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         yield hub
         http.shutdown()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads, block_on_close = True, False
+
+    def handle_error(self, *_: Any) -> None: ...  # the client has gone away
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -101,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         request = f"{self.command} {path}"
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.hub.requests.append(request)
+        self.hub.requests.append(f"{request} {self.headers.get('Range', '')}".strip())
         self._fault = self.hub.fault(request)
         time.sleep(self._fault.delay)
         if self._fault.status is not None:
