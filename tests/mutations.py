@@ -278,10 +278,10 @@ MUTATIONS = (
     ),
     Mutation(
         name="the hub's own words",
-        place="experiments/run.py:_quiet",
-        old='os.environ.setdefault("HF_HUB_VERBOSITY", "error")',
+        place="staff/runtime/patience.py:Patience.kept",
+        old="logger.setLevel(logging.CRITICAL)",
         new="pass",
-        test="test_honest_failure.py::test_a_hub_that_cannot_be_reached_is_one_line_and_the_same_command_resumes",
+        test="test_hub.py::test_a_fault_that_passes_costs_a_line_and_a_download_goes_on_where_it_was_cut",
     ),
     Mutation(
         name="a W&B that does not answer",

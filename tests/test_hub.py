@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT
 from hydra.utils import instantiate
 from support.hub_server import COMMIT, ROWS, Fault, Hub, serving
 from support.tiny import composed
@@ -53,7 +49,7 @@ def point_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
-def refused(spec: ModelSpec = ModelSpec(NAME), within: float = 30.0) -> str:
+def refused(spec: ModelSpec, within: float = 30.0) -> str:
     """The sentence with which a model is refused."""
     started = time.monotonic()
     with pytest.raises(UserError) as error:
@@ -105,7 +101,7 @@ def test_revisions_are_followed_and_pinned_to_their_commits(hub: Hub):
 def test_a_failing_hub_is_a_sentence_and_the_same_command_goes_on(hub: Hub, fault: Fault, why, mend, monkeypatch):
     monkeypatch.setattr(client, "PATIENCE", 1.0)
     hub.faults = [fault]
-    said = refused(within=5)
+    said = refused(ModelSpec(NAME), within=5)
     assert said.startswith(f"the model '{NAME}' cannot be had from the Hugging Face hub (") and why in said
     assert mend in said and "family.target.path=FOLDER" in said and "\n" not in said
     hub.faults.clear()
@@ -128,7 +124,7 @@ def test_a_fault_that_passes_costs_a_line_and_a_download_goes_on_where_it_was_cu
 
 def test_a_gated_missing_or_private_name_says_what_to_do(hub: Hub):
     hub.gated.add(f"models/{NAME}")
-    said = refused()
+    said = refused(ModelSpec(NAME))
     assert "it is gated, HTTP 401" in said
     assert f"accept its licence at {hub.endpoint}/{NAME} and run `hf auth login`" in said
     said = refused(ModelSpec("nobody/nothing"))
@@ -240,22 +236,19 @@ def test_every_shipped_data_set_is_read_through_the_hub_and_again_without_it(
 
 def test_a_data_set_that_cannot_be_had_names_its_field_and_a_mend(hub: Hub):
     task = instantiate(composed("task=gsm8k").task, _convert_="all")
-    with pytest.raises(UserError, match=r"the data set 'openai/gsm8k' .*check task\.hub.*give task\.data_dir=FOLDER"):
+    with pytest.raises(UserError, match=r"data set 'openai/gsm8k' .*check task\.hub, .*give task\.data_dir"):
         task.load("train")
 
 
 # Whole runs
 
 
-def staff(hub: Hub, folder: Path, *overrides: str, timeout: float = 150, **variables: str) -> Any:
-    """`staff` in a process of its own, which asks the hub and has a cache in the folder; with its seconds."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0"}
-    names = ("family.target.path=somebody/target", "family.small.path=somebody/small", "task=dialogsum_hub")
-    command = [sys.executable, "-m", "experiments.run", *SMALL, *names, "tracking=none", *overrides]
-    done = subprocess.run(
-        [*command, f"results_dir={folder / 'results'}"],
-        **{"cwd": ROOT, "env": {**environment, **variables}, "capture_output": True, "text": True},
-        timeout=timeout,
-    )
-    assert not re.search(r"HTTP Request|httpx|urllib3|Retrying|Retry ", done.stdout + done.stderr)
-    return done
+def test_a_run_records_the_commits_of_its_models_and_its_data(hub: Hub, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    publish(hub, composed("task=dialogsum_hub").task, "dialogsum_hub", tmp_path)
+    models = [f"family.{role}.path={NAME}" for role in ("target", "small")]
+    identity = run("task=dialogsum_hub", *models, "method=random", "evaluation=none")["identity"]
+    assert identity["data"]["source"] == {"hub": "knkarthick/dialogsum", "commit": COMMIT}
+    for model in identity["models"].values():
+        assert (model["hub"], model["commit"]) == (NAME, COMMIT)
+    assert not any(WEIGHTS in request for request in hub.requests), "a random selection needs none"

@@ -70,7 +70,9 @@ def _configured(repository: Repository, config: str | None, card: Path) -> dict[
         name = config or configs.get_default_config_name()
     if configs and name not in configs:
         known = ", ".join(map(str, configs))
-        raise UserError(f"task.hub_config={config}: the data set {repository.name!r} has {known}: name one of them.")
+        raise UserError(
+            f"task.hub_config={config}: the data set {repository.name!r} has {known}: name one of them."
+        )
     files = configs[name].get("data_files") if configs and name else None
     if files is None or "data_dir" in configs[name]:
         return {"name": config}

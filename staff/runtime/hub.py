@@ -114,7 +114,7 @@ def _snapshot(repository: Repository, revision: str | None, patterns: Sequence[s
             if cached is not None and (constants.HF_HUB_OFFLINE or time.monotonic() < _away_until):
                 _tell_of_cached(repository, revision, cached, "did not answer")
                 return cached
-            patience = Patience(repository.name, PATIENCE if cached is None else IMPATIENCE)
+            patience = Patience(repository.name, PATIENCE if cached is None else IMPATIENCE, repeat=cached is None)
             before = _blobs(repository)
             with patience.kept(), _told(repository, before):
                 folder = Path(snapshot_download(**what))

@@ -40,10 +40,14 @@ class Patience:
     Args:
         name: of the model or data set, for the log.
         seconds: without any answer after which to give up.
+        repeat: False: give up at the first failure.
+
+    Attributes:
+        refused: the HTTP state of a refusal, which another request cannot change; None: there was none.
     """
 
-    def __init__(self, name: str, seconds: float) -> None:
-        self.name, self.seconds = name, seconds
+    def __init__(self, name: str, seconds: float, repeat: bool = True) -> None:
+        self.name, self.seconds, self.repeat = name, seconds, repeat
         self.refused: int | None = None
         self._lost: str | None = None
         self._said: set[str] = set()
@@ -77,6 +81,8 @@ class Patience:
         given = request.extensions.get("timeout") or {}
         timeout = {part: min(given.get(part) or limit, limit) for part in ("connect", "read", "write", "pool")}
         request.extensions = {**request.extensions, "timeout": timeout}
+        if re.search("/api/(?!models/|datasets/)", request.url.path):  # the client's own business
+            return send(request, **options)
         started, tries = time.monotonic(), 0
         while True:
             if self._lost:
@@ -87,7 +93,7 @@ class Patience:
             pause = pause or 2.0**tries
             tries += 1
             with self._lock:
-                if time.monotonic() + pause - started > self.seconds:
+                if not self.repeat or time.monotonic() + pause - started > self.seconds:
                     self._lost = self._lost or problem
                     raise Unanswered(self._lost)
                 news = problem not in self._said

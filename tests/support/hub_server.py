@@ -127,7 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(self._fault.delay)
         if self._fault.status is not None:
             self._send(self._fault.status, {**self._fault.headers})
-        elif found := re.fullmatch(r"/api/((?:models|datasets)/[^/]+/[^/]+)(?:/(revision|tree|paths-info)/(.+))?", path):
+        elif found := re.fullmatch(
+            r"/api/((?:models|datasets)/[^/]+/[^/]+)(?:/(revision|tree|paths-info)/(.+))?", path
+        ):
             self._api(*found.groups(), body)
         elif found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/(.+)", path):
             self._resolve(f"{found[1] or 'models/'}{found[2]}", found[3])
