@@ -58,7 +58,7 @@ def refused(spec: ModelSpec, within: float = 30.0) -> str:
     return str(error.value)
 
 
-def test_a_model_is_fetched_once_without_what_it_does_not_need_and_loads_from_its_folder(hub: Hub):
+def test_a_model_is_fetched_once_without_what_it_does_not_need_and_loads_from_its_folder(hub: Hub, capfd):
     files = hub.repositories[f"models/{NAME}"]
     files |= {"pytorch_model.bin": b"pickle", "README.md": b"Hi", "original/params.json": b"{}"}
     spec = ModelSpec(NAME)
@@ -69,9 +69,10 @@ def test_a_model_is_fetched_once_without_what_it_does_not_need_and_loads_from_it
     fetched = {request.rsplit("/", 1)[1] for request in hub.requests if request.startswith("GET /somebody")}
     assert {"config.json", "tokenizer.json", WEIGHTS} <= fetched
     assert not {"pytorch_model.bin", "README.md", "params.json"} & fetched
-    asked = len(hub.requests)
+    asked, _ = len(hub.requests), capfd.readouterr()
     spec.load(), spec.tokenizer(), spec.pinned().load()
     assert len(hub.requests) == asked, "all that follows comes from the folder"
+    assert "Fetching" not in capfd.readouterr().err, "nor is it shown as a download"
     own = ModelSpec(str(TINY / "smaller")).load()
     assert all((a == b).all() for a, b in zip(loaded.parameters(), own.parameters(), strict=True))
 
@@ -170,13 +171,29 @@ def test_a_hub_that_goes_away_between_configuration_and_weights_is_a_sentence(hu
     spec.load()
 
 
-def test_no_stage_is_charged_for_a_download(hub: Hub):
+def test_a_cache_that_an_older_client_left_unfinished_is_told_from_a_whole_one(hub: Hub, tmp_path, monkeypatch):
+    ModelSpec(NAME).load()
+    (cached,) = (tmp_path / "cache").glob("models--*")
+    for listing in cached.glob("trees/*"):
+        listing.unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub._tree_cache._IN_MEMORY_TREE_CACHE", {})
+    client._commit.cache_clear()
+    ModelSpec(NAME).load()
+    (cached / "snapshots" / COMMIT / WEIGHTS).unlink()
+    assert "the cache has no complete snapshot of it): unset it" in refused(ModelSpec(NAME))
+
+
+def test_no_stage_is_charged_for_a_download_and_a_slow_one_has_a_line(hub: Hub, caplog, monkeypatch):
     from staff.store.cost import Meter
 
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(client, "QUIET", 0.5)
     hub.faults = [Fault("GET .*safetensors", delay=1.5)]
     with Meter() as meter:
         ModelSpec(NAME).repository.fetch([WEIGHTS])
     assert meter.cost.seconds < 1 < client.waited()
+    assert caplog.messages == [f"waiting for {NAME} of the hub: 0.0 MB so far"]
 
 
 # Data sets
@@ -238,6 +255,25 @@ def test_a_data_set_that_cannot_be_had_names_its_field_and_a_mend(hub: Hub):
     task = instantiate(composed("task=gsm8k").task, _convert_="all")
     with pytest.raises(UserError, match=r"data set 'openai/gsm8k' .*check task\.hub, .*give task\.data_dir"):
         task.load("train")
+
+
+def test_labels_have_the_names_that_the_card_of_a_data_set_gives_them(hub: Hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    card = """---
+configs:
+- {config_name: default, data_files: [{split: train, path: "**/a.csv"}], sep: ";"}
+dataset_info:
+  config_name: default
+  features:
+  - {name: text, dtype: string}
+  - {name: label, dtype: {class_label: {names: {'0': "no", '1': "yes"}}}}
+---
+"""
+    files = {"README.md": card.encode(), "a.csv": b"text;label\nIs it?;1\n", "old.py": b"raise SystemExit"}
+    hub.repositories["datasets/somebody/labels"] = files
+    task = instantiate(composed("task=file", "task.hub=somebody/labels").task, _convert_="all")
+    assert [row for _, row in task.rows("train")] == [{"text": "Is it?", "label": "yes"}]
+    assert not any("old.py" in request for request in hub.requests)
 
 
 # Whole runs

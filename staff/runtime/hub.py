@@ -2,6 +2,9 @@
 
 A name is resolved to a commit once in a process. Its files are then fetched by that commit: what the cache has
 costs no request. A hub that fails is given up within seconds, in one sentence.
+
+Files in the Xet store are fetched by a client of its own, whose retries (`HF_XET_CLIENT_RETRY_MAX_DURATION`) are
+not changed here; the log has a line while they last.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -27,12 +30,14 @@ PATIENCE = 15.0
 """Seconds without an answer or any data after which the hub is given up."""
 IMPATIENCE = 3.0
 """The same where the cache has a snapshot to use instead."""
+QUIET = 5.0
+"""Seconds of downloading after which the log has a line."""
 AWAY = 60.0
 """Seconds for which a hub that did not answer is not asked about what the cache has."""
 
 LIGHT = {
     "model": ("*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.txt"),  # configuration and tokenizer
-    "dataset": ("README.md",),  # names the files of each configuration
+    "dataset": ("README.*",),  # names the files of each configuration
 }
 """What is fetched when a name is resolved."""
 
@@ -85,7 +90,7 @@ class _Damaged(Exception):
     """A file that does not match its checksum."""
 
 
-_lock = threading.RLock()
+_lock = threading.Lock()
 _away_until = 0.0
 _waited = 0.0
 
@@ -101,7 +106,7 @@ def _commit(repository: Repository) -> str:
 
 
 def _snapshot(repository: Repository, revision: str | None, patterns: Sequence[str], out: Sequence[str]) -> Path:
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
 
     global _away_until
     what: dict[str, Any] = {"repo_id": repository.name, "repo_type": repository.kind, "revision": revision}
@@ -109,33 +114,62 @@ def _snapshot(repository: Repository, revision: str | None, patterns: Sequence[s
     with _lock, _counted():
         cached = None
         try:
-            with suppress(FileNotFoundError):
-                cached = Path(snapshot_download(**what, local_files_only=True))
-            if cached is not None and (constants.HF_HUB_OFFLINE or time.monotonic() < _away_until):
-                _tell_of_cached(repository, revision, cached, "did not answer")
+            cached = _cached(what)
+            if cached is None and constants.HF_HUB_OFFLINE:
+                raise FileNotFoundError
+            if cached is not None and (constants.HF_HUB_OFFLINE or _is_whole(what, cached)):
                 return cached
-            patience = Patience(repository.name, PATIENCE if cached is None else IMPATIENCE, repeat=cached is None)
-            before = _blobs(repository)
-            with patience.kept(), _told(repository, before):
-                folder = Path(snapshot_download(**what))
-            _verify(_blobs(repository) - before)
+            if cached is None or time.monotonic() >= _away_until:
+                return _download(repository, what, cached)
         except Unanswered as error:
             _away_until = time.monotonic() + AWAY
             if cached is None:
                 raise _refusal(repository, error) from error
-            _tell_of_cached(repository, revision, cached, "did not answer")
-            return cached
         except Exception as error:
             raise _refusal(repository, error) from error
-        if patience.refused:
-            _tell_of_cached(repository, revision, folder, f"refuses it (HTTP {patience.refused})")
-        return folder
+        _tell_of_cached(repository, revision, cached, "did not answer")
+        return cached
+
+
+def _cached(what: Mapping[str, Any]) -> Path | None:
+    """The folder of the snapshot in the cache; None if there is none, or a file is known to be missing."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(**what, local_files_only=True))
+    except FileNotFoundError:
+        return None
+    # In a cache without a list of the repository's files, the client notices nothing.
+    return folder if all((folder / name).is_file() for name in what["allow_patterns"] if "*" not in name) else None
+
+
+def _is_whole(what: Mapping[str, Any], cached: Path) -> bool:
+    """Whether the snapshot is that of a given commit, and known to lack no file."""
+    from huggingface_hub import errors, get_cached_repo_tree
+
+    try:
+        get_cached_repo_tree(what["repo_id"], repo_type=what["repo_type"], revision=cached.name)
+    except errors.CachedRepoTreeNotFoundError:
+        return False
+    return what["revision"] == cached.name
+
+
+def _download(repository: Repository, what: Mapping[str, Any], cached: Path | None) -> Path:
+    """The folder of the snapshot, as the hub has it; or the cached one, if the hub refuses the name."""
+    from huggingface_hub import snapshot_download
+
+    patience = Patience(repository.name, PATIENCE if cached is None else IMPATIENCE, repeat=cached is None)
+    before = _blobs(repository)
+    with patience.kept(), _told(repository, before):
+        folder = Path(snapshot_download(**what))
+    _verify(_blobs(repository) - before)
+    if patience.refused:
+        _tell_of_cached(repository, what["revision"], folder, f"refuses it (HTTP {patience.refused})")
+    return folder
 
 
 def _tell_of_cached(repository: Repository, revision: str | None, folder: Path, why: str) -> None:
-    from huggingface_hub import constants
-
-    if revision != folder.name and not constants.HF_HUB_OFFLINE:
+    if revision != folder.name:
         log.warning("the hub %s: using the cached snapshot %s of %s", why, folder.name, repository.name)
 
 
@@ -155,7 +189,7 @@ def _told(repository: Repository, before: set[Path]) -> Iterator[None]:
     done = threading.Event()
 
     def tell() -> None:
-        pause = 5.0
+        pause = QUIET
         while not done.wait(pause):
             size = 0
             for blob in _blobs(repository) - before:
