@@ -65,17 +65,19 @@ def _configured(repository: Repository, config: str | None, card: Path) -> dict[
     if not card.is_file():
         return {"name": config}
     with _readable(repository.name, "README.md"):
-        data = DatasetCard.load(card).data
+        data: Any = DatasetCard.load(card).data
         configs, infos = MetadataConfigs.from_dataset_card_data(data), DatasetInfosDict.from_dataset_card_data(data)
         name = config or configs.get_default_config_name()
-    if configs and name not in configs:
+    if not configs:
+        return {"name": config}
+    if name is None or name not in configs:
         known = ", ".join(map(str, configs))
         raise UserError(
-            f"task.hub_config={config}: the data set {repository.name!r} has {known}: name one of them."
+            f"task.hub_config={config or 'null'}: the data set {repository.name!r} has {known}: name one of them."
         )
-    files = configs[name].get("data_files") if configs and name else None
+    files = configs[name].get("data_files")
     if files is None or "data_dir" in configs[name]:
-        return {"name": config}
+        return {"name": name}
     info = infos.get(name)
     return {"name": name, "data_files": sanitize_patterns(files), "features": info and info.features}
 

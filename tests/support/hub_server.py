@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif found := re.fullmatch(
             r"/api/((?:models|datasets)/[^/]+/[^/]+)(?:/(revision|tree|paths-info)/(.+))?", path
         ):
-            self._api(*found.groups(), body)
+            self._api(found[1], found[2], found[3], body)
         elif found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/(.+)", path):
             self._resolve(f"{found[1] or 'models/'}{found[2]}", found[3])
         else:
