@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +95,8 @@ def training_samples(run: RecordedRun) -> list[Sample]:
 def _task_and_pool(run: RecordedRun) -> tuple[Task, list[Sample]]:
     record = run.record()
     task: Task = instantiate(OmegaConf.create(record["config"]["task"]), _convert_="all")
+    if source := record["identity"]["data"]["source"]:
+        task = replace(task, revision=source["commit"])
     samples = load_splits(task, evaluated=record["evaluation"] is not None).pool
     if data_digest(samples) != record["identity"]["data"]["train"]:
         raise UserError(

@@ -111,11 +111,13 @@ def _leave(error: Exception) -> NoReturn:
 def _quiet() -> None:
     """Silence other libraries on the terminal. Worker processes inherit the environment and the filters."""
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it logs every retry of every file
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it asks the hub more than it needs
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("absl").setLevel(logging.WARNING)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 if __name__ == "__main__":

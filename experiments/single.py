@@ -72,7 +72,7 @@ class Run:
         self.generator: Generator | None = instantiate(cfg.evaluation, _convert_="all") or None
         family: Family = instantiate(cfg.family, _convert_="all")
         selecting: Family | None = instantiate(cfg.get("selection_family"), _convert_="all")
-        self.task: Task = instantiate(cfg.task, _convert_="all")
+        task: Task = instantiate(cfg.task, _convert_="all")
         tracking.check_mode(cfg.tracking.mode)
         for name in ("selection_seed", "finetune_seed"):
             if type(cfg[name]) is not int or not 0 <= cfg[name] < 2**32:
@@ -80,6 +80,7 @@ class Run:
         given = cfg.budget is None and not hasattr(self.method, "fixed_size")
         if given:
             budget_for(cfg.pruning_rate, sys.maxsize)  # refuses what is no rate before any data is read
+        self.task = task.pinned()
         self.splits = load_splits(self.task, evaluated=self.generator is not None)
         check_metrics(self.task.metrics, self.splits.test)
         pool = len(self.splits.pool)

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
+from staff.runtime.hub import Repository
 
 SIZES = Path(__file__).parent / "sizes"
 TOKEN = r" ?[A-Za-z]{1,10}|\d| ?[^\s\w]{1,2}|\s+|\w{1,2}"
@@ -33,6 +34,9 @@ class KnownShape(ModelSpec):
 
     def source(self) -> dict[str, Any]:
         return {"shape": self.path}
+
+    def pinned(self) -> KnownShape:
+        return self
 
     def config(self) -> Any:
         from transformers import AutoConfig
@@ -74,7 +78,7 @@ def with_stand_ins(cfg: DictConfig, folder: Path) -> list[str]:
             replaced.append(f"the model {spec.path}: its shape is known, its tokens are estimated")
             spec["_target_"] = f"{KnownShape.__module__}.{KnownShape.__qualname__}"
     of_hub = cfg.task.get("hub") in _known("tasks") and cfg.task.data_dir is None and cfg.task.train_file is None
-    if of_hub and not _has_data(cfg.task.hub, cfg.task.hub_config):
+    if of_hub and not _has_data(cfg.task.hub, cfg.task.revision):
         replaced.append(f"the data set {cfg.task.hub}: the number and the lengths of its samples are known")
         cfg.task.data_dir = str(_data(cfg.task.hub, folder))
     return replaced
@@ -96,12 +100,10 @@ def _has_model(path: str, revision: str | None) -> bool:
 
 
 @cache
-def _has_data(hub: str, config: str | None) -> bool:
-    import datasets
-
+def _has_data(hub: str, revision: str | None) -> bool:
     try:
-        datasets.load_dataset_builder(hub, config)
-    except Exception:  # of the network, of the hub, or of a script that it no longer runs
+        Repository(hub, "dataset", revision).commit()
+    except UserError:
         return False
     return True
 

@@ -227,7 +227,7 @@ MUTATIONS = (
     # Untrusted inputs
     Mutation(
         name="weights beside the folder",
-        place="staff/models/weights.py:load_safetensors",
+        place="staff/models/weights.py:weight_files",
         old='if not str(name).endswith(".safetensors") or len(Path(name).parts) > 1:',
         new="if False:",
         test="test_untrusted_inputs.py::test_a_model_with_a_pickle_an_adapter_or_code_is_refused_in_a_sentence",
@@ -277,11 +277,25 @@ MUTATIONS = (
         "test_a_job_that_is_killed_raises_or_exhausts_memory_fails_alone_and_says_why_in_one_line",
     ),
     Mutation(
+        name="a damaged download",
+        place="staff/runtime/hub.py:_verify",
+        old="if digest.hexdigest() != blob.name:",
+        new="if False:",
+        test="test_hub.py::test_a_failing_hub_is_a_sentence_and_the_same_command_goes_on",
+    ),
+    Mutation(
+        name="a hub that is waited for",
+        place="staff/runtime/hub.py:_download",
+        old="IMPATIENCE, repeat",
+        new="PATIENCE, repeat",
+        test="test_hub.py::test_a_hub_that_is_away_or_slow_is_replaced_by_the_cache_at_once",
+    ),
+    Mutation(
         name="the hub's own words",
-        place="experiments/run.py:_quiet",
-        old='os.environ.setdefault("HF_HUB_VERBOSITY", "error")',
+        place="staff/runtime/patience.py:Patience.kept",
+        old="logger.setLevel(logging.CRITICAL)",
         new="pass",
-        test="test_honest_failure.py::test_a_hub_that_cannot_be_reached_is_one_line_and_the_same_command_resumes",
+        test="test_hub.py::test_a_fault_that_passes_costs_a_line_and_a_download_goes_on_where_it_was_cut",
     ),
     Mutation(
         name="a W&B that does not answer",

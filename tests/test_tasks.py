@@ -4,21 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from support.hub_server import ROWS
 
-ROWS = {
-    "bioinstruct": lambda i: {
-        "instruction": f"Name vitamin {i}.",
-        "input": "" if i % 2 else "Briefly.",
-        "output": f"B{i}",
-    },
-    "wmt19_kk_en": lambda i: {"translation": {"kk": f"бұл {i} үй .", "en": f"this is house {i} ."}},
-    "gsm8k": lambda i: {
-        "question": f"What is {i} plus 1?",
-        "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}",
-    },
-    "jsonl": lambda i: {"prompt": f"Say {i}:", "answer": f"{i}"},
-    "dialogsum_hub": lambda i: {"id": f"d{i}", "dialogue": f"#Person1#: Is it {i}?", "summary": f"It is {i}."},
-}
 METRICS = {
     "bioinstruct": {"rougeL", "rouge1", "rouge2"},
     "wmt19_kk_en": {"rougeL", "bleu", "chrf"},

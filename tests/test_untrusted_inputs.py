@@ -258,7 +258,7 @@ def test_secrets_are_used_and_never_written_down(tmp_path: Path, server: str):
     jobs = ("method=raw", "family=tiny,gemma", f"results_dir={tmp_path / 'results'}")
     command = [sys.executable, "-m", "experiments.run", "-m", *SMALL, *jobs]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert "1 of 2 jobs failed" in done.stdout and "It is gated" in done.stdout, done.stdout + done.stderr
+    assert "1 of 2 jobs failed" in done.stdout and "it is gated" in done.stdout, done.stdout + done.stderr
     write(tmp_path / "results", collect(tmp_path / "results"))
 
     in_base64 = base64.b64encode(f"api:{SECRETS['WANDB_API_KEY']}".encode()).decode()

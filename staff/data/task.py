@@ -15,9 +15,12 @@ from typing import Any
 
 from staff.data.conversations import Layout, Turns, layout_of, plain_text
 from staff.data.files import Files, files_of
-from staff.data.rows import Rows, is_saved, plain_rows, read_rows
+from staff.data.hub import read_folder, read_hub
+from staff.data.rows import Rows, read_rows
 from staff.data.templates import check_template, checked_text, lookup, path_of, render, shortened, text_of
 from staff.errors import UserError
+from staff.runtime import processes
+from staff.runtime.hub import Repository
 from staff.runtime.paths import local_path
 
 log = logging.getLogger(__name__)
@@ -175,19 +178,27 @@ class Task:
         return f"the data set {self.hub} on the hub" if files is None else str(files)
 
     def source(self) -> dict[str, Any] | None:
-        """Name and commit of the data set on the hub; None for files.
-
-        Without a network, the commit is `revision`.
-        """
-        if self.hub is None or self.data_dir is not None or self.train_file is not None:
+        """Name and commit of the training rows' data set on the hub; None for files."""
+        if self.train_file is not None or self.repository is None:
             return None
-        from huggingface_hub import HfApi
+        return {"hub": self.hub, "commit": self.repository.commit()}
 
-        try:
-            commit = HfApi().dataset_info(self.hub, revision=self.revision).sha
-        except Exception:  # no network: what the cache has is identified by its content anyway
-            commit = self.revision
-        return {"hub": self.hub, "commit": commit}
+    @property
+    def repository(self) -> Repository | None:
+        """The data set on the hub; None where files or a folder take its place."""
+        if self.hub is None or self.data_dir is not None or local_path(self.hub).is_dir():
+            return None
+        return Repository(self.hub, "dataset", self.revision)
+
+    def pinned(self) -> Task:
+        """The same task, with the commit of a data set on the hub as its revision: one for all processes.
+
+        Raises:
+            UserError: neither the hub nor its local cache has the data set.
+        """
+        if self.repository is None:
+            return self
+        return replace(self, revision=processes.broadcast_from_main(self.repository.commit))
 
     def stamps(self, split: str) -> list[tuple[str, int, int]]:
         """Path, time of change and size of every file of a split; empty where it is not read from files."""
@@ -206,23 +217,10 @@ class Task:
         """The rows of a split, each with its place for messages; files come before the hub."""
         given, name = getattr(self, f"{split}_file"), getattr(self, f"{split}_split")
         if self.data_dir is None and given is None and self.hub is not None:
-            return self._hub_rows(self.hub, name)
+            if self.repository is not None:
+                return read_hub(self.repository, self.hub_config, name)
+            return read_folder(local_path(self.hub), self.hub_config, name)
         return chain.from_iterable(read_rows(file, name) for file in self._files(split))
-
-    def _hub_rows(self, hub: str, split: str) -> Rows:
-        import datasets
-
-        if is_saved(folder := local_path(hub)):
-            return read_rows(folder, split)
-        try:
-            data = datasets.load_dataset(hub, self.hub_config, revision=self.revision, split=split)
-        except Exception as error:
-            raise UserError(
-                f"task.hub={hub} (split {split}) could not be read from the Hugging Face hub "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); "
-                "give task.data_dir=FOLDER with train.jsonl and test.jsonl instead."
-            ) from error
-        return ((f"{hub}[{split}] row {number}", row) for number, row in enumerate(plain_rows(data), start=1))
 
     def reading(self, samples: Iterable[Sample]) -> dict[str, str]:
         """How training samples are read, beside `Family.reading`; only conversations of several answers differ."""

@@ -28,10 +28,11 @@ log = logging.getLogger(__name__)
 
 
 def prepare(family: Family, store: Store) -> Family:
-    """The family with every model in a format that transformers loads in seconds.
+    """The family with every model in a format that transformers loads in seconds, and names of the hub pinned.
 
     Raises:
-        UserError: a GGUF file that cannot be read, or blocks that the target does not have.
+        UserError: a GGUF file that cannot be read, a name that the hub does not have, or blocks that the target
+            does not have.
     """
     target, small = _prepared(family.target, store), family.small
     if small.from_target is None or small.from_target.keep_layers is None:
@@ -52,9 +53,9 @@ def from_objects(model: Any, tokenizer: Any, store: Store) -> ModelSpec:
 
 
 def _prepared(spec: ModelSpec, store: Store) -> ModelSpec:
-    """A GGUF file converted to a folder; any other model unchanged."""
+    """A GGUF file converted to a folder, a name on the hub pinned to its commit, a folder unchanged."""
     if spec.local is None or spec.local.is_dir():
-        return spec
+        return spec.pinned()
     return replace(spec, prepared=store.get(ConvertGguf(spec)))
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from staff.errors import UserError
 from staff.models.depth import DepthPruning
-from staff.models.weights import ATTENTIONS, NO_CODE, load_safetensors, reason
+from staff.models.weights import ATTENTIONS, NO_CODE, load_safetensors, reason, weight_files
 from staff.runtime import processes
+from staff.runtime.hub import Repository
 from staff.runtime.paths import PACKAGE_PREFIX, local_path
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class ModelSpec:
             return {"prepared": self.prepared.fingerprint}
         if self.local is not None:
             return {"content": _digest(self.local)}
-        return {"hub": self.path, "commit": self.commit()}
+        return {"hub": self.path, "commit": self.repository.commit()}
 
     def tokenizer_identity(self) -> dict[str, Any]:
         """What identifies the model's tokenizer; the same for models that share a tokenizer."""
@@ -101,16 +102,20 @@ class ModelSpec:
             return self.source()
         return {"content": _digest(self.local, weights=False), "model_type": self.config().model_type}
 
-    def commit(self) -> str:
-        """The commit that the revision resolves to, on the hub or in its local cache. Fixed within a process.
+    @property
+    def repository(self) -> Repository:
+        """The model on the hub, for a path that is a name there."""
+        return Repository(self.path, "model", self.revision, self.gated)
+
+    def pinned(self) -> ModelSpec:
+        """The same model, with the commit of a name on the hub as its revision: one for all processes.
 
         Raises:
-            UserError: neither has the model.
+            UserError: neither the hub nor its local cache has the model.
         """
-        try:
-            return _commit(self.path, self.revision)
-        except (OSError, ValueError) as error:
-            raise self._not_on_hub(error) from error
+        if self.local is not None:
+            return self
+        return replace(self, revision=processes.broadcast_from_main(self.repository.commit))
 
     def config(self) -> Any:
         """The model's transformers configuration."""
@@ -196,32 +201,30 @@ class ModelSpec:
         Raises:
             UserError: it cannot be loaded or downloaded, lacks weights, or is not trusted (`staff.models.weights`).
         """
-        model, found = self._from_pretrained(load_safetensors, output_loading_info=True, **options)
+
+        def load(folder: str, **options: Any) -> Any:
+            if self.local is None:
+                self.repository.fetch(weight_files(Path(folder)))
+            return load_safetensors(folder, **options)
+
+        model, found = self._from_pretrained(load, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):  # transformers only warns and initialises them at random
             raise UserError(f"the model in {self.path} lacks {len(missing)} of its weights, such as {missing[0]}.")
         return model
 
     def _from_pretrained(self, load: Callable[..., Any], **options: Any) -> Any:
-        where = self.local
-        if where is None:
-            options["revision"] = self.commit()
-        elif where.is_file():
+        where = self.local or self.repository.fetch()
+        if where.is_file():
             where, options["gguf_file"] = where.parent, where.name
         # For a damaged GGUF file the parser can raise any error.
         expected = (Exception,) if "gguf_file" in options else (OSError, ValueError, ImportError)
         try:
-            return load(str(where or self.path), **options)
+            return load(str(where), **options)
+        except UserError:
+            raise
         except expected as error:
-            if where is not None:
-                raise UserError(f"the model in {self.local} cannot be loaded: {reason(error)}") from error
-            raise self._not_on_hub(error) from error
-
-    def _not_on_hub(self, error: Exception) -> UserError:
-        licence = " It is gated: accept its licence on the hub and log in with a token." if self.gated else ""
-        return UserError(
-            f"the model {self.path!r} cannot be had from the Hugging Face hub ({reason(error)}).{licence} "
-            "Or give a local folder: family.target.path=FOLDER family.small.path=FOLDER."
-        )
+            place = f"in {self.local}" if self.local else f"{self.path!r}"
+            raise UserError(f"the model {place} cannot be loaded: {reason(error)}") from error
 
 
 def check_quantization() -> None:
@@ -254,14 +257,6 @@ def _four_bits() -> Any:
 def is_sharded(model: Any) -> bool:
     """Whether this process has only a shard of the model's weights."""
     return getattr(model, "_is_fsdp_managed_module", False)
-
-
-@cache
-def _commit(name: str, revision: str | None) -> str:
-    from huggingface_hub import hf_hub_download
-
-    file = hf_hub_download(name, "config.json", revision=revision)
-    return Path(file).parent.name  # in the cache: snapshots/COMMIT/config.json
 
 
 @cache

@@ -16,14 +16,14 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_a
 NO_CODE = {"trust_remote_code": False}
 """An option of every loader. Without it, transformers asks on the terminal."""
 
-_ADAPTER, _CONFIG, _INDEX = "adapter_config.json", "config.json", "model.safetensors.index.json"
+_ADAPTER, _CONFIG = "adapter_config.json", "config.json"
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def load_safetensors(place: str, revision: str | None = None, **options: Any) -> Any:
+def load_safetensors(folder: str, **options: Any) -> Any:
     """A causal language model, read only from safetensors or GGUF files.
 
     Args:
-        place: a folder, or a name on the hub.
         options: as for `from_pretrained` of transformers.
 
     Raises:
@@ -31,14 +31,24 @@ def load_safetensors(place: str, revision: str | None = None, **options: Any) ->
     """
     from transformers import AutoModelForCausalLM
 
-    if _find(place, _ADAPTER, revision):
+    if (Path(folder) / _ADAPTER).is_file():
         raise ValueError(f"it has an adapter, {_ADAPTER}; merge it into the weights, or remove it")
-    explicit = _content(place, _CONFIG, revision).get("transformers_weights")
-    for name in [explicit or "x.safetensors", *_content(place, _INDEX, revision).get("weight_map", {}).values()]:
+    weight_files(Path(folder))
+    return AutoModelForCausalLM.from_pretrained(folder, **options, **NO_CODE, use_safetensors=True)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of a model's weights, which its configuration or its index may give.
+
+    Raises:
+        ValueError: one of them is in another format or folder.
+    """
+    explicit = _content(folder / _CONFIG).get("transformers_weights")
+    shards = _content(folder / _INDEX).get("weight_map", {}).values()
+    for name in [*([explicit] if explicit else []), *shards]:
         if not str(name).endswith(".safetensors") or len(Path(name).parts) > 1:
             raise ValueError(f"it names weights in {name!r}, not a safetensors file beside it; convert them")
-    options = {**options, **NO_CODE, "use_safetensors": True, "revision": revision}
-    return AutoModelForCausalLM.from_pretrained(place, **options)
+    return [explicit] if explicit else sorted(set(shards)) or [_WHOLE]
 
 
 def reason(error: Exception) -> str:
@@ -50,15 +60,5 @@ def reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _content(place: str, name: str, revision: str | None) -> dict[str, Any]:
-    file = _find(place, name, revision)
-    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-
-
-def _find(place: str, name: str, revision: str | None) -> str | None:
-    """The path of one of the model's files, downloaded if needed; None if there is none, or no network."""
-    from transformers.utils.hub import cached_file
-
-    silent = ("gated_repo", "missing_entries", "connection_errors")
-    how = {f"_raise_exceptions_for_{what}": False for what in silent}
-    return cached_file(place, name, revision=revision, **how)
+def _content(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from staff.runtime import hub
 from staff.runtime.machine import processor_name
 
 
@@ -95,7 +96,7 @@ class Meter:
             _cuda().reset_peak_memory_stats(gpu)
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
-        self._started = time.perf_counter()
+        self._started = _clock()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,7 +112,7 @@ class Meter:
     def seconds(self) -> float:
         """Seconds measured so far. Can be read at any time, from any thread."""
         started = self._started
-        return self._seconds + (0.0 if started is None else time.perf_counter() - started)
+        return self._seconds + (0.0 if started is None else _clock() - started)
 
     @property
     def unsaved(self) -> float:
@@ -153,6 +154,11 @@ class Meter:
             self._peak_memory_bytes,
             self._device,
         )
+
+
+def _clock() -> float:
+    """Seconds since some moment, without those spent on downloads."""
+    return time.perf_counter() - hub.waited()
 
 
 def _cuda() -> Any:
