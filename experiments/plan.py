@@ -31,7 +31,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import sweep
-from experiments.configuration import CONF
+from experiments.configuration import CONF, check_size
 from experiments.console import pipeable
 from experiments.single import Run
 from staff.models.spec import ARCHITECTURES
@@ -114,6 +114,8 @@ class DryRunStore(Store):
             self._asked = 0
         if stage.kind in UTILISATION:
             exact = stage.kind != "evaluation" and stage.key()["samples"] in self.certain and not second
+            # A budget in tokens has the method ask for the same signals again and again.
+            exact = exact or (stage.fingerprint in self.stages and self.stages[stage.fingerprint].exact)
             made = self.real.find(stage) is not None
             self.stages[stage.fingerprint] = PlannedStage(
                 stage.kind, stage.label, speed_of(stage), precision_of(stage), artifact.cost, exact, made
@@ -160,6 +162,7 @@ def jobs(overrides: Sequence[str]) -> Iterator[tuple[list[str], DictConfig, dict
         every = sweep.jobs_of(whole, overrides)
         with progress(len(every), "plan", unit="job") as bar:
             for job in every:
+                check_size(job)
                 yield job, *composed(job)
                 bar.update()
 
