@@ -14,6 +14,7 @@ import pandas as pd
 
 from baselines.ranks import WHICH, take
 from staff.errors import UserError
+from staff.runtime.cells import original
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_scores
 
 
@@ -81,7 +82,8 @@ Rows = list[tuple[Any, Any]]  # ids and scores
 
 
 def _read_csv(file: Path, column: str) -> Rows:
-    return _columns(pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig"), file, column)
+    table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    return [(original(id), score) for id, score in _columns(table, file, column)]
 
 
 def _read_parquet(file: Path, column: str) -> Rows:

@@ -224,7 +224,7 @@ def test_a_select_only_record_is_printed_and_exported_and_left_out_of_the_report
 
     folder = run("method=random", "evaluation=none")["folder"]
     assert "random" in overview([folder])
-    exported = export(folder, "jsonl", tmp_path / "out")
+    exported = export(folder, "trl", tmp_path / "out")
     assert len((exported / "train.jsonl").read_text().splitlines()) == 6
     assert collect(tmp_path / "results").empty
 
@@ -258,7 +258,7 @@ def test_exported_conversations_are_messages(run, tmp_path: Path):
     turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(12)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": some}) + "\n" for some in turns))
     run_folder = run("task=file", f"task.data_dir={tmp_path}", "evaluation=none", "method=random")["folder"]
-    out = export(run_folder, "jsonl", tmp_path / "out")
+    out = export(run_folder, "trl", tmp_path / "out")
     exported = [json.loads(line) for line in (out / "train.jsonl").read_text("utf-8").splitlines()]
     assert len(exported) == 3 and all(row["messages"] in turns for row in exported)
 
