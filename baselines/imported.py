@@ -56,6 +56,8 @@ class Imported:
             rows = readers[file.suffix](file, self.column)
         except UserError:
             raise
+        except OSError as error:
+            raise UserError(f"{setting} cannot be read ({error.strerror or error}): name a file.") from error
         except Exception as error:  # a torn file can end in any error
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{setting} cannot be read ({said}); give a whole {file.suffix} file.") from error

@@ -68,6 +68,8 @@ class Precomputed:
             entries = read(file)
         except UserError:
             raise
+        except OSError as error:
+            raise UserError(f"{self._setting} cannot be read ({error.strerror or error}): name a file.") from error
         except Exception as error:  # for a damaged .pt file torch can raise any error
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self._setting} cannot be read ({said}); give a whole {file.suffix} file.") from error

@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -252,8 +252,9 @@ class Run:
             yield
         except Exception:
             if processes.claims_error_report():
-                note.parent.mkdir(parents=True, exist_ok=True)
-                note.write_text(traceback.format_exc())
+                with suppress(OSError):  # a full disk does not hide what failed
+                    note.parent.mkdir(parents=True, exist_ok=True)
+                    note.write_text(traceback.format_exc())
             raise
 
     def check_machine(self) -> None:
