@@ -117,7 +117,7 @@ def chosen_rows(run: RecordedRun) -> list[Chosen]:
         UserError: an empty coreset, or data that is not there or has changed since.
     """
     pool = run.samples()
-    if pool is None or not pool["selected"].any():
+    if pool is None or not pool["selected"].to_numpy().any():
         raise UserError(f"{run.name} selected no sample: export a run with a coreset.")
     told = _told(pool, run.regions())
     task, _ = _task_and_pool(run)
@@ -132,8 +132,12 @@ def _told(pool: pd.DataFrame, regions: pd.DataFrame | None) -> dict[str, dict[st
     scores = pool.drop(columns=["selected", "answer_tokens"], errors="ignore")
     region = regions_of(pool, regions)
     scores.insert(1, "region", np.full(len(pool), np.nan) if region is None else region)
-    rows = scores[pool["selected"]].to_dict("records")
-    return {row.pop("id"): {str(name): _plain(name, value) for name, value in row.items()} for row in rows}
+    chosen = scores[pool["selected"].to_numpy()]
+    names = [str(name) for name in chosen.columns[1:]]
+    values = zip(*(chosen[name] for name in names))
+    return {
+        id: {name: _plain(name, value) for name, value in zip(names, row)} for id, row in zip(chosen["id"], values)
+    }
 
 
 def _plain(name: Any, value: float) -> float | int | None:
