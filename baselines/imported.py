@@ -14,6 +14,7 @@ import pandas as pd
 
 from baselines.ranks import WHICH, take
 from staff.errors import UserError
+from staff.runtime.cells import original
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_scores
 
 
@@ -55,6 +56,8 @@ class Imported:
             rows = readers[file.suffix](file, self.column)
         except UserError:
             raise
+        except OSError as error:
+            raise UserError(f"{setting} cannot be read ({error.strerror or error}): name a file.") from error
         except Exception as error:  # a torn file can end in any error
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{setting} cannot be read ({said}); give a whole {file.suffix} file.") from error
@@ -81,7 +84,8 @@ Rows = list[tuple[Any, Any]]  # ids and scores
 
 
 def _read_csv(file: Path, column: str) -> Rows:
-    return _columns(pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig"), file, column)
+    table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    return [(original(id), score) for id, score in _columns(table, file, column)]
 
 
 def _read_parquet(file: Path, column: str) -> Rows:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from staff.errors import UserError
+from staff.runtime.cells import original
 from staff.runtime.paths import local_path
 from staff.selection import Coreset, Draws, ScorePool
 
@@ -67,6 +68,8 @@ class Precomputed:
             entries = read(file)
         except UserError:
             raise
+        except OSError as error:
+            raise UserError(f"{self._setting} cannot be read ({error.strerror or error}): name a file.") from error
         except Exception as error:  # for a damaged .pt file torch can raise any error
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{self._setting} cannot be read ({said}); give a whole {file.suffix} file.") from error
@@ -127,7 +130,7 @@ def _read_csv(file: Path) -> Any:
         if column is None:
             has = ", ".join(" ".join(name.split()) for name in rows.fieldnames or ()) or "none"
             raise UserError(f"method.path={file} needs a column {' or '.join(COLUMNS)}; it has {has}.")
-        return [row[column] if column == "id" else int(row[column]) for row in rows]
+        return [original(row[column]) if column == "id" else int(row[column]) for row in rows]
 
 
 def _read_pt(file: Path) -> Any:

@@ -17,10 +17,10 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
-from experiments.configuration import CONF
+from experiments.configuration import CONF, check_size, composed
 from experiments.single import Run
 from experiments.stand_ins import with_stand_ins
 from staff.models.adapters import shapes
@@ -36,7 +36,7 @@ from staff.training.stage import Finetune
 
 COUNTED = ("finetune", "scores", "evaluation")
 """Kinds of the stages that compute with a model."""
-VALUES = ("pruning_rate", "budget", "seed", "selection_seed", "finetune_seed")
+VALUES = ("pruning_rate", "budget", "budget_tokens", "seed", "selection_seed", "finetune_seed")
 """Settings that choose no file of the configuration: Hydra, which is slow, composes the jobs that differ in them
 once."""
 FEW = (16, 48)
@@ -271,6 +271,7 @@ def _jobs(
         every = sweep.jobs_of(whole, overrides)
         with progress(len(every), "plan", unit="job") as bar:
             for job in every:
+                check_size(job)
                 yield job, *_composed(job)
                 bar.update()
 
@@ -280,7 +281,7 @@ def _composed(job: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
     parsed = OverridesParser.create().parse_overrides(list(job))
     values = {o.key_or_group: o for o in parsed if o.key_or_group in VALUES and o.type == OverrideType.CHANGE}
     rest = [text for text, o in zip(job, parsed, strict=True) if o not in values.values()]
-    cfg, choices = _of_files(tuple(rest))
+    cfg, choices = _shared(tuple(rest))
     cfg = copy.deepcopy(cfg)
     for key, override in values.items():
         OmegaConf.update(cfg, key, override.value())
@@ -288,9 +289,5 @@ def _composed(job: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
 
 
 @lru_cache(maxsize=32)
-def _of_files(job: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
-    cfg = compose("config", overrides=list(job), return_hydra_config=True)
-    choices: Any = OmegaConf.to_container(cfg.hydra.runtime.choices)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return cfg, choices
+def _shared(job: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
+    return composed(job)

@@ -1,66 +1,109 @@
-"""Hand the coreset of a recorded run to others: `staff-export RUN --format jsonl`.
+"""Hand on the coreset of a run, or the target that was fine-tuned on it: `staff-export RUN --format jsonl`.
 
-Writes a folder with the chosen samples and README.md, the card that tells how they were chosen and at what cost:
+Writes a folder with README.md, a card that tells how the coreset was chosen, at what cost, and what was measured:
 
-    jsonl  train.jsonl, {"id", "prompt", "completion"} a line, or {"id", "messages"} for conversations, as TRL's
-           SFTTrainer and `datasets` read it
-    hf     the same as a folder for `datasets.load_from_disk`
-    rows   train.jsonl, your own rows with all their fields, and rows.csv, the id and the number of each (from 1)
-    ids    ids.json, the ids alone, for `staff method=precomputed method.path=ids.json`
+    jsonl     train.jsonl, your own rows with all their fields, and of each staff_id, staff_row (its number, from
+              1), staff_region and every score of the method, such as staff_speculative
+    parquet   train.parquet, the same
+    datasets  the same as a folder for `datasets.load_from_disk`
+    rows      train.jsonl, your own rows as they are, and rows.csv, the id and the number of each
+    trl       train.jsonl for TRL's SFTTrainer: {"id", "prompt", "completion"} a line, or {"id", "messages"}
+    ids       ids.json, the ids alone, for `staff method=precomputed method.path=ids.json`
+    adapter   the LoRA adapter with tokenizer and chat template, for `AutoPeftModelForCausalLM.from_pretrained`
+    merged    the whole fine-tuned model with the same, for `AutoModelForCausalLM.from_pretrained`
 
 The samples are read again as the run's configuration says, and refused where they are not those of the run.
+--push-to-hub uploads datasets, adapter or merged to the Hugging Face hub as well, as a private repository.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from experiments.recorded import RecordedRun, recorded_run
-from staff.data.files import files_of
+from experiments import export_model, hub
+from experiments.cards import coreset_card
+from experiments.recorded import RecordedRun, recorded_run, regions_of
 from staff.data.splits import load_splits
 from staff.data.task import Sample, Task, data_digest
 from staff.errors import UserError
+from staff.runtime.cells import inert
+
+PUSHED = ("datasets", *export_model.FORMS)
+"""Formats that the hub has a place for."""
 
 
-def export(run: Path, form: str, output: Path | None = None) -> Path:
-    """Write the coreset of the run in folder `run` to `output` (RUN/coreset-FORM by default), and return that.
+def export(
+    run: Path, form: str, output: Path | None = None, store: Path | None = None, push_to: str | None = None
+) -> Path:
+    """Write the coreset or the model of the run in folder `run` to `output`, and return that.
 
     The run may have been packed into the tables of its results folder.
 
     Args:
-        form: a key of `WRITERS`.
+        form: a key of `WRITERS`, or one of `export_model.FORMS`.
+        output: a folder to make; None: RUN/coreset-FORM or RUN/model-FORM.
+        store: the store with the fine-tuned target; None: the one of the run.
+        push_to: name of a repository on the hub, for `PUSHED`.
 
     Raises:
-        UserError: no recorded run, an empty coreset, data that has changed since, or an `output` that exists.
+        UserError: no recorded run, nothing to hand on, data that has changed since, or an `output` that exists.
     """
-    output = output or run / f"coreset-{form}"
+    of_model = form in export_model.FORMS
+    output = output or run / f"{'model' if of_model else 'coreset'}-{form}"
     recorded = recorded_run(run)
     if output.exists():
         raise UserError(f"{output} exists: remove it, or name another folder with --output.")
-    record = recorded.record()
-    chosen = chosen_rows(recorded)
+    if push_to is not None:
+        if form not in PUSHED:
+            raise UserError(f"--push-to-hub uploads {', '.join(PUSHED)}, not --format {form}: choose one of them.")
+        hub.check_token()
+    if of_model:
+        tuned = export_model.tuned_target(recorded, form, store)
+        if push_to is not None and form == "adapter" and tuned.spec.local is not None:
+            raise UserError(
+                f"the model {tuned.spec.name} is not on the hub, where its adapter would lack it: push --format "
+                "merged."
+            )
+        make = partial(export_model.write, tuned)
+    else:
+        make = partial(_write_coreset, chosen_rows(recorded), coreset_card(recorded.record(), HOW_TO_READ[form]))
     output.mkdir(parents=True)
-    WRITERS[form](chosen, output)
-    (output / "README.md").write_text(card(record, HOW_TO_READ[form]), "utf-8")
+    try:
+        make(form, output)
+    except BaseException:
+        shutil.rmtree(output)
+        raise
+    if push_to is not None:
+        hub.push(output, form, push_to)
     return output
 
 
 class Chosen(NamedTuple):
-    """A sample of the coreset, and the row of the training data that it was made of, counted from 1."""
+    """A sample of the coreset, the row of the training data that it was made of, and what the run tells of it.
+
+    Attributes:
+        number: of the row, counted from 1.
+        told: region and scores, by name; None where there is none.
+    """
 
     sample: Sample
     number: int
     row: Mapping[str, Any]
+    told: Mapping[str, Any]
 
 
 def chosen_samples(run: RecordedRun) -> list[Sample]:
@@ -75,12 +118,33 @@ def chosen_rows(run: RecordedRun) -> list[Chosen]:
         UserError: an empty coreset, or data that is not there or has changed since.
     """
     pool = run.samples()
-    chosen = set() if pool is None else set(pool.loc[pool["selected"], "id"])
-    if not chosen:
+    if pool is None or not pool["selected"].to_numpy().any():
         raise UserError(f"{run.name} selected no sample: export a run with a coreset.")
+    told = _told(pool, run.regions())
     task, _ = _task_and_pool(run)
     rows = enumerate(zip(task.load("train"), task.rows("train"), strict=False), start=1)
-    return [Chosen(sample, number, row) for number, (sample, (_, row)) in rows if sample.id in chosen]
+    return [
+        Chosen(sample, number, row, told[sample.id]) for number, (sample, (_, row)) in rows if sample.id in told
+    ]
+
+
+def _told(pool: pd.DataFrame, regions: pd.DataFrame | None) -> dict[str, dict[str, Any]]:
+    """Region and scores of the selected samples, by id."""
+    scores = pool.drop(columns=["selected", "answer_tokens"], errors="ignore")
+    region = regions_of(pool, regions)
+    scores.insert(1, "region", np.full(len(pool), np.nan) if region is None else region)
+    chosen = scores[pool["selected"].to_numpy()]
+    names = [str(name) for name in chosen.columns[1:]]
+    values = zip(*(chosen[name] for name in names))
+    return {
+        id: {name: _plain(name, value) for name, value in zip(names, row)} for id, row in zip(chosen["id"], values)
+    }
+
+
+def _plain(name: Any, value: float) -> float | int | None:
+    if not math.isfinite(value):
+        return None
+    return int(value) if name == "region" else float(value)
 
 
 def training_samples(run: RecordedRun) -> list[Sample]:
@@ -106,13 +170,57 @@ def _task_and_pool(run: RecordedRun) -> tuple[Task, list[Sample]]:
     return task, samples
 
 
-def _rows(chosen: Sequence[Chosen]) -> list[dict[str, Any]]:
+def _write_coreset(chosen: Sequence[Chosen], card: str, form: str, folder: Path) -> None:
+    WRITERS[form](chosen, folder)
+    (folder / "README.md").write_text(card, "utf-8")
+
+
+def own_rows(chosen: Sequence[Chosen]) -> list[dict[str, Any]]:
+    """The user's own rows with what the run tells of each, under names that no field of theirs has."""
+    prefix = "staff_"
+    while any(str(field).startswith(prefix) for each in chosen for field in each.row):
+        prefix = f"staff_{prefix}"
+    return [
+        {
+            **each.row,
+            **{
+                f"{prefix}{name}": value
+                for name, value in {"id": each.sample.id, "row": each.number, **each.told}.items()
+            },
+        }
+        for each in chosen
+    ]
+
+
+def _for_trl(chosen: Sequence[Chosen]) -> list[dict[str, Any]]:
     return [
         {"id": s.id, "messages": [{"role": role, "content": text} for role, text in s.turns]}
         if s.turns
         else {"id": s.id, "prompt": s.prompt, "completion": s.answer}
-        for s, _, _ in chosen
+        for s in (each.sample for each in chosen)
     ]
+
+
+def _dataset(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The rows as a `datasets.Dataset`; a field that a row lacks is null.
+
+    Raises:
+        UserError: a field with values of several types.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {}
+    for name in names:
+        try:
+            columns[str(name)] = pa.array([row.get(name) for row in rows])
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"field {name!r} has no one type ({said}), as tables need it: choose --format jsonl."
+            ) from None
+    return Dataset(pa.table(columns))
 
 
 def _write_lines(rows: Iterable[Mapping[str, Any]], folder: Path) -> None:
@@ -121,97 +229,48 @@ def _write_lines(rows: Iterable[Mapping[str, Any]], folder: Path) -> None:
 
 
 def _write_jsonl(chosen: Sequence[Chosen], folder: Path) -> None:
-    _write_lines(_rows(chosen), folder)
+    _write_lines(own_rows(chosen), folder)
 
 
-def _write_hf(chosen: Sequence[Chosen], folder: Path) -> None:
-    from datasets import Dataset
+def _write_parquet(chosen: Sequence[Chosen], folder: Path) -> None:
+    _dataset(own_rows(chosen)).to_parquet(folder / "train.parquet")
 
-    Dataset.from_list(_rows(chosen)).save_to_disk(folder)
+
+def _write_datasets(chosen: Sequence[Chosen], folder: Path) -> None:
+    _dataset(own_rows(chosen)).save_to_disk(folder)
 
 
 def _write_rows(chosen: Sequence[Chosen], folder: Path) -> None:
-    _write_lines((row for _, _, row in chosen), folder)
-    table = pd.DataFrame({"id": [c.sample.id for c in chosen], "row": [c.number for c in chosen]})
+    _write_lines((each.row for each in chosen), folder)
+    table = pd.DataFrame({"id": [inert(c.sample.id) for c in chosen], "row": [c.number for c in chosen]})
     table.to_csv(folder / "rows.csv", index=False)
 
 
+def _write_trl(chosen: Sequence[Chosen], folder: Path) -> None:
+    _write_lines(_for_trl(chosen), folder)
+
+
 def _write_ids(chosen: Sequence[Chosen], folder: Path) -> None:
-    ids = [sample.id for sample, _, _ in chosen]
+    ids = [each.sample.id for each in chosen]
     (folder / "ids.json").write_text(json.dumps(ids, ensure_ascii=False, indent=0), "utf-8")
 
 
 WRITERS: dict[str, Callable[[Sequence[Chosen], Path], None]] = {
     "jsonl": _write_jsonl,
-    "hf": _write_hf,
+    "parquet": _write_parquet,
+    "datasets": _write_datasets,
     "rows": _write_rows,
+    "trl": _write_trl,
     "ids": _write_ids,
 }
 HOW_TO_READ = {
     "jsonl": '`datasets.load_dataset("json", data_files="train.jsonl")`',
-    "hf": "`datasets.load_from_disk(FOLDER)`",
+    "parquet": '`datasets.load_dataset("parquet", data_files="train.parquet")`',
+    "datasets": "`datasets.load_from_disk(FOLDER)`",
     "rows": "whatever read the data that it comes from",
+    "trl": '`datasets.load_dataset("json", data_files="train.jsonl")`, for `trl.SFTTrainer`',
     "ids": "`staff method=precomputed method.path=ids.json`, with the same task",
 }
-
-
-def card(record: dict[str, Any], how_to_read: str) -> str:
-    """What whoever is given the coreset should know, as Markdown."""
-    about, counts, config, overhead = (record[part] for part in ("run", "counts", "config", "overhead"))
-    origin = _origin(record)
-    settings = OmegaConf.to_yaml({k: v for k, v in config["method"].items() if k not in ("_target_", "path")})
-    facts = {
-        "samples": f"{counts['selected']:,} of {counts['pool']:,}, pruning rate {about['pruning_rate']:g}",
-        "task": f"{config['task']['name']}, from {origin}",
-        "method": about["method"] or config["method"]["_target_"],
-        "models that selected": about["selection_family"] or "custom",
-        "selection seed": about["selection_seed"],
-        "selection took": f"{overhead['seconds']:,.1f} s, {overhead['flops']:.3g} FLOPs",
-        "on": overhead["device"] or "-",
-        "fine-tuned on it": _measured(record),
-        "run": f"{about['name']}, fingerprint {about['fingerprint']}",
-        "coreset": f"fingerprint {record['coreset']['fingerprint']}",
-        "training split": f"SHA-256 {record['identity']['data']['train']}",
-        "code": f"commit {record['provenance']['git_commit']}",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    notes = "".join(f"- {note}\n" for note in record["coreset"]["notes"])
-    return f"""# {counts["selected"]:,} samples of {config["task"]["name"]}, chosen by {facts["method"]}
-
-Read it with {how_to_read}. Prompt and completion are tokenised apart and joined as they are; the run gave \
-them to the models in the prompt format `{config["family"]["prompt_format"]}`.
-
-| | |
-|---|---|
-{table}
-
-The method's settings:
-
-```yaml
-{settings.strip()}
-```
-
-{notes}
-**Licence**: the texts come from {origin} and stay under its licence; look it up, and name it here, before passing \
-them on.
-"""
-
-
-def _origin(record: dict[str, Any]) -> str:
-    """Where the texts come from, without a folder of whoever reads it."""
-    if source := record["identity"]["data"]["source"]:
-        return f"{source['hub']} (commit {source['commit']})"
-    data = record["config"]["task"]
-    if "train_file" not in data:
-        return f"generated rows of {data['name']}"
-    files = files_of("train", data["train_file"], data["data_dir"])
-    return f"{files[0].name if len(files) == 1 else f'{len(files)} files'} of {data['name']}"
-
-
-def _measured(record: dict[str, Any]) -> str:
-    metric = record["run"]["metric"]
-    value = record["metrics"].get(metric)
-    return "-" if value is None else f"{metric} {value:.2f} ({record['run']['family']})"
 
 
 def main() -> None:
@@ -219,11 +278,15 @@ def main() -> None:
         prog="staff-export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a recorded run, results/runs/NAME")
-    parser.add_argument("--format", choices=WRITERS, required=True)
-    parser.add_argument("--output", type=Path, help="folder to make; RUN/coreset-FORMAT without it")
-    arguments = parser.parse_args()
+    parser.add_argument("--format", choices=[*WRITERS, *export_model.FORMS], required=True)
+    parser.add_argument(
+        "--output", type=Path, help="folder to make; RUN/coreset-FORMAT or RUN/model-FORMAT without it"
+    )
+    parser.add_argument("--store", type=Path, help="store with the fine-tuned target; the run's own without it")
+    parser.add_argument("--push-to-hub", metavar="NAME", help="repository on the Hugging Face hub, such as me/mine")
+    asked = parser.parse_args()
     try:
-        print(export(arguments.run, arguments.format, arguments.output))
+        print(export(asked.run, asked.format, asked.output, asked.store, asked.push_to_hub))
     except UserError as error:
         sys.exit(f"{parser.prog}: {error}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +16,7 @@ import pandas as pd
 from experiments import campaign
 from staff import tracking
 from staff.data.planted import PlantedTask
+from staff.errors import UserError
 from staff.evaluation.metrics import measure, named_metric
 from staff.evaluation.stage import read_measured
 from staff.runtime import processes
@@ -28,7 +31,29 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def write(run: Run, outcome: Outcome) -> Path:
-    """Write the tables of a run into its folder and, last, metrics.json; then mirror it."""
+    """Write the tables of a run into its folder and, last, metrics.json; then mirror it.
+
+    Raises:
+        UserError: the folder cannot be written to, as when its disk is full. The store has everything computed.
+    """
+    try:
+        _write(run, outcome)
+    except OSError as error:
+        raise UserError(
+            f"the record of the run cannot be written to {run.folder} ({_reason(error)}): make room, or name "
+            "another results_dir; everything computed is stored, and the same command writes the record."
+        ) from error
+    tracking.log_to_wandb(run.folder, run.cfg.tracking.mode)
+    return run.folder
+
+
+def _reason(error: OSError) -> str:
+    """Why a file cannot be written; Arrow puts it into its own words."""
+    number = re.search(r"\[errno (\d+)\]", str(error), re.IGNORECASE)
+    return os.strerror(int(number[1])) if number else error.strerror or str(error)
+
+
+def _write(run: Run, outcome: Outcome) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     chosen, coreset, tuned, answered = outcome.chosen, outcome.coreset, outcome.tuned, outcome.answered
     metrics, answers = _answers(run, outcome.measured)
@@ -65,8 +90,10 @@ def write(run: Run, outcome: Outcome) -> Path:
             "dropped_too_long": len(run.splits.pool) - len(run.pool.ids),
             "dropped_duplicates": run.splits.dropped,
             "dev": len(run.pool.slices["dev"].target) if run.splits.dev else 0,
-            "budget": run.budget,
+            "budget": len(coreset.indices),
             "selected": len(coreset.indices),
+            "pool_tokens": int(run.pool.lengths.sum()),
+            "selected_tokens": int(run.pool.lengths[coreset.indices].sum()),
             "trained": len(coreset.indices) if tuned else 0,
             "test": len(answers),
             "test_dropped_too_long": len(run.splits.test) - len(answers),
@@ -83,8 +110,6 @@ def write(run: Run, outcome: Outcome) -> Path:
         },
     }
     tracking.write_record(run.folder, record)
-    tracking.log_to_wandb(run.folder, run.cfg.tracking.mode)
-    return run.folder
 
 
 def _answers(run: Run, measured: Artifact | None) -> tuple[dict[str, float], pd.DataFrame]:

@@ -55,7 +55,7 @@ class RecordedRun(ABC):
     def regions(self) -> pd.DataFrame | None:
         """What the method reports of its regions."""
         text = self.text("regions.csv")
-        return None if text is None else pd.read_csv(io.StringIO(text))
+        return None if text is None else pd.read_csv(io.StringIO(text), float_precision="round_trip")
 
 
 def recorded_runs(results: Path) -> dict[str, RecordedRun]:
@@ -86,6 +86,25 @@ def packed_runs(results: Path) -> dict[str, RecordedRun]:
         return {}
     tables = Tables(results)
     return {name: PackedRun(name, tables) for name in tables.texts}
+
+
+def regions_of(pool: pd.DataFrame, regions: pd.DataFrame | None) -> np.ndarray | None:
+    """The region whose bounds hold each sample's first score, (N,), NaN where none does.
+
+    None where a method has no such regions.
+
+    Args:
+        pool: as `RecordedRun.samples` gives it.
+        regions: as `RecordedRun.regions` gives it.
+    """
+    scores = [column for column in pool if column not in ("id", "selected", "answer_tokens")]
+    if regions is None or not {"low", "high"} <= set(regions) or not scores or regions.empty:
+        return None
+    bounds = regions.sort_values("low")
+    values = pool[scores[0]].to_numpy(float)
+    place = np.clip(np.searchsorted(bounds["low"].to_numpy(float), values, side="right") - 1, 0, None)
+    inside = (values >= bounds["low"].to_numpy(float)[place]) & (values <= bounds["high"].to_numpy(float)[place])
+    return np.where(inside, bounds.iloc[:, 0].to_numpy(float)[place], np.nan)
 
 
 class RunFolder(RecordedRun):

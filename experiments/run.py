@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
-from experiments.configuration import CONF
+from experiments.configuration import CONF, check_size
 from experiments.console import reader_gone
 from staff.errors import UserError
 from staff.runtime import processes
@@ -41,7 +41,8 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
             return this.folder
         this.check_machine()
         origin, pool = this.task.origin, len(this.pool.ids)
-        log.info("%s: a coreset of %d from %d samples of %s", this.name, this.budget, pool, origin)
+        size = this.budget if this.budget_tokens is None else f"{this.budget_tokens} tokens"
+        log.info("%s: a coreset of %s from %d samples of %s", this.name, size, pool, origin)
         if origin.startswith("pkg://") and not this.family.target.path.startswith("pkg://"):
             log.warning("these are the %d samples that are shipped: name all by task.data_dir, or on the hub", pool)
         outcome = this.carry_out()
@@ -58,8 +59,10 @@ def job(cfg: DictConfig) -> Path | None:
             how = "start `torchrun --no-python ... staff` once a configuration, without --multirun"
             _leave(UserError(f"torchrun is for one run: {how}, or let a cluster do so: hydra/launcher=cluster."))
         processes.start()  # where a launcher has started several tasks for this job
+        check_size(hydra_config.overrides.task)
         return run(cfg, choices)
     try:
+        check_size(hydra_config.overrides.task)
         folder = run(cfg, choices)
     except Exception as error:
         _leave(error)

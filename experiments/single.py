@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -36,7 +36,7 @@ from staff.models.state import ModelState
 from staff.pool import Pool, Select
 from staff.runtime import processes
 from staff.scoring.stage import Score, ScoringSettings
-from staff.selection import Coreset, SelectionMethod, budget_for, budget_of, check_flags
+from staff.selection import Coreset, SelectionMethod, budget_for, budget_of, check_flags, tokens_of
 from staff.signals.nll import AnswerNll
 from staff.store.manifest import Artifact, digest
 from staff.store.store import Store
@@ -77,20 +77,36 @@ class Run:
         for name in ("selection_seed", "finetune_seed"):
             if type(cfg[name]) is not int or not 0 <= cfg[name] < 2**32:
                 raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0 and below 2^32.")
-        given = cfg.budget is None and not hasattr(self.method, "fixed_size")
-        if given:
+        if cfg.budget is not None and cfg.budget_tokens is not None:
+            raise UserError(
+                f"budget={cfg.budget} and budget_tokens={cfg.budget_tokens} both set the size of the coreset: "
+                "set one of them."
+            )
+        fixed = hasattr(self.method, "fixed_size")
+        self.budget_tokens = None if fixed else tokens_of(cfg.budget_tokens)
+        self.by_rate = not fixed and cfg.budget is None and self.budget_tokens is None
+        if self.by_rate:
             budget_for(cfg.pruning_rate, sys.maxsize)  # refuses what is no rate before any data is read
         self.task = task.pinned()
         self.splits = load_splits(self.task, evaluated=self.generator is not None)
         check_metrics(self.task.metrics, self.splits.test)
-        pool = len(self.splits.pool)
-        kept = budget_of(self.method, cfg.pruning_rate, pool, cfg.budget)  # refuses a bad rate
-        self.pruning_rate = cfg.pruning_rate if given else float(1 - Fraction(kept, pool))
+        if self.budget_tokens is None:
+            budget_of(self.method, cfg.pruning_rate, len(self.splits.pool), cfg.budget)  # refuses a bad rate
         self.store = store or Store(sweep.folder_of(cfg, "store_dir"), workers=sweep.workers())
         loading = (self.settings.quantization, self.settings.fsdp)
         self.family = prepare(family, self.store).with_loading(*loading)
         self.selecting = prepare(selecting, self.store).with_loading(*loading) if selecting else self.family
         self.started = datetime.now(UTC)
+
+    @cached_property
+    def pruning_rate(self) -> float:
+        """The share of the pool's samples that is removed; of its tokens, where the budget is in tokens."""
+        if self.by_rate:
+            return self.cfg.pruning_rate
+        if self.budget_tokens is not None:
+            return float(max(Fraction(0), 1 - Fraction(self.budget_tokens, int(self.pool.lengths.sum()))))
+        pool = len(self.splits.pool)
+        return float(1 - Fraction(budget_of(self.method, self.cfg.pruning_rate, pool, self.cfg.budget), pool))
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -135,7 +151,8 @@ class Run:
         if self.transferred:
             parts[0] = f"{self.choices.get('family@selection_family') or 'custom'}-to-{parts[0]}"
         what = "-".join(re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in parts)
-        return f"{what}-p{self.pruning_rate:g}-s{self.cfg.finetune_seed}-{self.fingerprint[:8]}"
+        size = f"p{self.pruning_rate:g}" if self.budget_tokens is None else f"t{self.budget_tokens}"
+        return f"{what}-{size}-s{self.cfg.finetune_seed}-{self.fingerprint[:8]}"
 
     @property
     def folder(self) -> Path:
@@ -169,11 +186,14 @@ class Run:
 
     @property
     def budget(self) -> int:
+        """The samples to select; with a budget in tokens, how many average samples it holds."""
+        if self.budget_tokens is not None:
+            return max(1, min(len(self.pool.ids), int(self.budget_tokens / self.pool.lengths.mean())))
         return budget_of(self.method, self.cfg.pruning_rate, len(self.pool.ids), self.cfg.budget)
 
     @cached_property
     def selection(self) -> Select:
-        return Select(self.method, self.pool, self.budget)
+        return Select(self.method, self.pool, self.budget, self.budget_tokens)
 
     def select(self) -> tuple[Artifact, Coreset]:
         """The coreset, and its artefact, whose charges are the selection overhead."""
@@ -233,12 +253,17 @@ class Run:
             yield
         except Exception:
             if processes.claims_error_report():
-                note.parent.mkdir(parents=True, exist_ok=True)
-                note.write_text(traceback.format_exc())
+                with suppress(OSError):  # a full disk does not hide what failed
+                    note.parent.mkdir(parents=True, exist_ok=True)
+                    note.write_text(traceback.format_exc())
             raise
 
     def check_machine(self) -> None:
-        """Refuse, before a model loads, what this machine cannot do."""
+        """Refuse, before a model loads, what this machine cannot do, or what no coreset can be."""
+        if self.budget_tokens is not None and self.budget_tokens < (least := int(self.pool.lengths.min())):
+            raise UserError(
+                f"budget_tokens={self.budget_tokens} holds no sample: the shortest of the pool has {least} tokens."
+            )
         self.settings.on_each_device(processes.world_size())
         if self.settings.quantization:
             check_quantization()

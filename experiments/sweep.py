@@ -9,6 +9,8 @@ import errno
 import json
 import logging
 import os
+import re
+import shlex
 import sys
 import time
 import traceback
@@ -20,8 +22,9 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -34,6 +37,7 @@ _NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory"  # torch's word for it on a processor, a plain RuntimeError
 )
 _NOT_WRITABLE = (errno.EACCES, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+_AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*)'$", re.M)
 _CUT_OFF = ("Connection closed by peer", "Connection reset by peer")
 log = logging.getLogger("staff")
 
@@ -155,6 +159,10 @@ def sentence_of(error: BaseException | None) -> str | None:
             return "another process of this run was killed (by the system, out of memory?)."
         if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and error.filename:
             return f"{error.filename}: {error.strerror}; mend that or name another folder."
+        if isinstance(error, OverrideParseException):
+            return _unreadable(error.override)
+        if isinstance(error, ConfigCompositionException) and (found := _AMBIGUOUS.search(str(error))):
+            return with_comma(found[1])
         if isinstance(error, MissingConfigException) and error.options:
             group, _, option = str(error.missing_cfg_file).rpartition("/")
             return f"{group}={option} is unknown: choose {', '.join(error.options)}."
@@ -166,6 +174,34 @@ def sentence_of(error: BaseException | None) -> str | None:
             said = " ".join(str(error).split())
         error = error.__cause__ or error.__context__
     return said
+
+
+def _unreadable(override: str) -> str:
+    """What to say of an override that Hydra cannot parse."""
+    key, found, value = override.partition("=")
+    if not found or not key:
+        return f"the override {override!r} sets nothing: write NAME=VALUE."
+    return (
+        f"the override {override!r} cannot be read as it is: quote its value within the shell's quotes, as in "
+        f"{quoted(key, value)}."
+    )
+
+
+def with_comma(override: str) -> str:
+    """What to say of an override whose value could be a text, a list or several values."""
+    key, _, value = override.partition("=")
+    return (
+        f"the override {override!r} has a comma: write {quoted(key, value)} for one text, {key}=[{value}] for a "
+        "list, or add -m to run one value after the other."
+    )
+
+
+def quoted(key: str, value: str) -> str:
+    """An override as it is written on the command line, with its value quoted for Hydra."""
+    value = value.strip("\"'") if value[:1] in ("'", '"') else value  # quotes that do not pair
+    plain = not re.search(r"""["$`\\!]""", value)  # to the shell, in double quotes
+    override = f"{key}={QuotedString(value, Quote.single if plain else Quote.double).with_quotes()}"
+    return f'"{override}"' if plain and "\\" not in override else shlex.quote(override)
 
 
 def _in_a_sweep(key: str) -> str:

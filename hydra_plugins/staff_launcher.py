@@ -7,7 +7,7 @@ had fails, the others go on, and a new process takes its place. Workers end when
 that is killed.
 
 Hydra finds launchers only in the namespace package `hydra_plugins`, and imports every module there whenever any
-application starts. So this file lies here, and imports torch late.
+application starts. So this file lies here, imports torch late, and registers the resolvers of the configuration.
 """
 
 import logging
@@ -28,9 +28,12 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from experiments import threads
+from experiments.configuration import register_resolvers
 from staff.errors import UserError
 
 log = logging.getLogger(__name__)
+
+register_resolvers()
 
 
 class LocalLauncher(Launcher):

@@ -22,7 +22,7 @@ from staff.models.state import ModelState
 from staff.scoring.in_context import in_context_gains, separator_of
 from staff.scoring.signal import Signal
 from staff.scoring.stage import Score, ScoringSettings, read_scores
-from staff.selection import Draws, SelectionMethod, run_method
+from staff.selection import Draws, SelectionMethod, run_method, run_method_for_tokens
 from staff.signals import PAIRS, named_all
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
@@ -253,7 +253,12 @@ class Pool:
 
 @dataclass(frozen=True)
 class Select(Stage):
-    """The coreset that a method selects. The signals that the method asks for become inputs of its artefact."""
+    """The coreset that a method selects. The signals that the method asks for become inputs of its artefact.
+
+    Attributes:
+        budget: samples to select.
+        tokens: training tokens to select in place of that; `budget` is then a guess, and changes nothing.
+    """
 
     kind: ClassVar[str] = "coreset"
     version: ClassVar[int] = 2
@@ -261,6 +266,7 @@ class Select(Stage):
     method: SelectionMethod
     pool: Pool
     budget: int
+    tokens: int | None = None
 
     @property
     def label(self) -> str:
@@ -269,11 +275,15 @@ class Select(Stage):
     def key(self) -> dict[str, Any]:
         return {
             "method": identity(self.method),
-            "budget": self.budget,
+            "budget": self.budget if self.tokens is None else {"tokens": self.tokens},
             "seed": self.pool.seed,
             "pool": self.pool.key(),
         }
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         draws = Draws(self.pool.seed, self.pool.ids)
-        run_method(self.method, self.pool, self.budget, draws).save(folder, self.pool.ids)
+        if self.tokens is None:
+            coreset = run_method(self.method, self.pool, self.budget, draws)
+        else:
+            coreset = run_method_for_tokens(self.method, self.pool, self.tokens, draws)
+        coreset.save(folder, self.pool.ids)

@@ -132,6 +132,46 @@ def budget_of(method: SelectionMethod, pruning_rate: float, pool_size: int, coun
     return count
 
 
+def tokens_of(budget_tokens: Any) -> int | None:
+    """`budget_tokens` as it was set: None, or a number of training tokens.
+
+    Raises:
+        UserError: anything else.
+    """
+    if budget_tokens is not None and (type(budget_tokens) is not int or budget_tokens < 1):
+        raise UserError(f"budget_tokens={budget_tokens!r} must be null or a whole number of at least 1.")
+    return budget_tokens
+
+
+def run_method_for_tokens(method: SelectionMethod, pool: ScorePool, tokens: int, rng: Draws) -> Coreset:
+    """The coreset that `method` selects within a budget of training tokens: at most `tokens` by `pool.lengths`.
+
+    The method is asked for a number of samples as in `run_method`, and bisection finds the number m whose coreset
+    fits while the coreset of m + 1 samples does not. If larger coresets always have more tokens, as with rankings,
+    m is the largest number that fits. The result is the method's own coreset of m samples.
+
+    Raises:
+        UserError: as `run_method`, or the budget holds no sample.
+    """
+    lengths = np.sort(np.asarray(pool.lengths))
+    fits = int(np.searchsorted(np.cumsum(lengths[::-1]), tokens, "right"))  # even the longest so many do
+    beyond = int(np.searchsorted(np.cumsum(lengths), tokens, "right")) + 1  # not even the shortest so many do
+    chosen = None
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        coreset = run_method(method, pool, middle, rng)
+        if int(pool.lengths[coreset.indices].sum()) <= tokens:
+            fits, chosen = middle, coreset
+        else:
+            beyond = middle
+    if fits == 0:
+        raise UserError(
+            f"budget_tokens={tokens} holds no sample that {type(method).__name__} selects: raise it (the shortest "
+            f"sample has {lengths[0]} tokens, the longest {lengths[-1]})."
+        )
+    return chosen or run_method(method, pool, fits, rng)
+
+
 def run_method(method: SelectionMethod, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
     """The coreset that `method` selects: exactly `budget` distinct samples, or the method's own `fixed_size`.
 

@@ -40,8 +40,12 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
     path = folder / "metrics.json"
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".metrics.{os.getpid()}.json"
-    temporary.write_text(as_json(record), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(as_json(record), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     return path
 
 
@@ -92,8 +96,11 @@ def environment(root: Path) -> dict[str, Any]:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
+    # Git refuses a checkout of another user, whose configuration could name programs: those are switched off.
+    trusted = ("-c", f"safe.directory={root}", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
+    command = ["git", *trusted, "-C", str(root), *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -209,6 +209,8 @@ def test_a_variable_that_no_template_has_is_told_of(caplog):
     assert "has no variable" not in caplog.text
     ChatTemplate(tokenizer, options={"enable_thinkin": True})
     assert "has no variable 'enable_thinkin'" in caplog.text
+    ChatTemplate(tokenizer_of("{# switch #}" + chat("<switch>")), options={"switch": True})
+    assert "has no variable 'switch'" in caplog.text, "a comment and plain text read no variable"
 
 
 @pytest.mark.parametrize("date", ["today", "2024-7-26", "2024-02-30", 20240726, None, ""])

@@ -11,10 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.configuration import check_size
 from staff.data.duplicates import duplicates, normalised
 from staff.data.splits import load_splits
 from staff.data.task import Sample, Task
 from staff.errors import UserError
+from staff.models.spec import ModelSpec
 from staff.selection import Coreset, budget_of
 
 TASK = Task("t", "{question}", " {answer}", ["rougeL"], 8, data_dir="x")
@@ -222,7 +224,7 @@ def test_a_select_only_record_is_printed_and_exported_and_left_out_of_the_report
 
     folder = run("method=random", "evaluation=none")["folder"]
     assert "random" in overview([folder])
-    exported = export(folder, "jsonl", tmp_path / "out")
+    exported = export(folder, "trl", tmp_path / "out")
     assert len((exported / "train.jsonl").read_text().splitlines()) == 6
     assert collect(tmp_path / "results").empty
 
@@ -256,7 +258,7 @@ def test_exported_conversations_are_messages(run, tmp_path: Path):
     turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(12)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": some}) + "\n" for some in turns))
     run_folder = run("task=file", f"task.data_dir={tmp_path}", "evaluation=none", "method=random")["folder"]
-    out = export(run_folder, "jsonl", tmp_path / "out")
+    out = export(run_folder, "trl", tmp_path / "out")
     exported = [json.loads(line) for line in (out / "train.jsonl").read_text("utf-8").splitlines()]
     assert len(exported) == 3 and all(row["messages"] in turns for row in exported)
 
@@ -285,3 +287,38 @@ def test_a_method_with_a_size_of_its_own_needs_no_budget():
     from baselines.full import Full
 
     assert budget_of(Full(), 0.9, 10, 3) == 10 and budget_of(object(), 0.9, 10, 3) == 3  # type: ignore[arg-type]
+
+
+def test_a_budget_in_tokens_is_not_exceeded_and_recorded(run):
+    record = run("method=staff", "budget_tokens=900", "method.num_regions=3", "method.verification_budget=1")
+    counts = record["counts"]
+    assert 0 < counts["selected_tokens"] <= 900 < counts["pool_tokens"]
+    assert counts["selected"] == counts["budget"] == counts["trained"] > 1
+    assert "-staff-t900-s0-" in record["run"]["name"]
+    assert record["run"]["pruning_rate"] == pytest.approx(1 - 900 / counts["pool_tokens"])
+    asked = [stage["label"] for stage in record["overhead"]["stages"]]
+    assert len(asked) == len(set(asked)) == 4, "every signal is computed and charged once"
+    again = run("method=random", f"budget={counts['selected']}")
+    assert again["counts"]["selected"] == counts["selected"]
+    assert run("method=full", "budget_tokens=900")["counts"]["selected"] == counts["pool"], "it takes everything"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["budget_tokens=0"], "budget_tokens=0 must be null or a whole number of at least 1"),
+        (["budget_tokens=many"], "budget_tokens='many' must be null or a whole number"),
+        (["budget_tokens=3"], r"budget_tokens=3 holds no sample: the shortest of the pool has \d+ tokens"),
+        (["budget_tokens=900", "budget=3"], "budget=3 and budget_tokens=900 both set the size of the coreset"),
+    ],
+)
+def test_a_budget_in_tokens_that_cannot_be_is_refused_before_a_model_loads(run, monkeypatch, overrides, sentence):
+    monkeypatch.setattr(ModelSpec, "load", lambda self: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=sentence):
+        run("method=el2n", *overrides)
+
+
+def test_a_job_sets_the_size_of_its_coreset_once():
+    check_size(["method=staff", "pruning_rate=null", "budget_tokens=900", "budget=null"])
+    with pytest.raises(UserError, match=r"pruning_rate=0.5 and budget_tokens=900 both set the size of the coreset"):
+        check_size(["pruning_rate=0.5", "method=staff", "budget_tokens=900"])

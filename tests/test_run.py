@@ -1,6 +1,7 @@
 """The main job: what is computed, what is read, what is charged, and what is said when it cannot be."""
 
 import os
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -11,7 +12,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, run_shrunk
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hypothesis import given
+from hypothesis import strategies as st
 
+from experiments.sweep import quoted, sentence_of
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 
@@ -47,6 +53,8 @@ def test_staff_from_scores_to_metrics_and_the_same_charge_for_whoever_reads(run,
         "dev": 0,
         "budget": 6,
         "selected": 6,
+        "pool_tokens": 5354,
+        "selected_tokens": 973,
         "trained": 6,
         "test": 4,
         "test_dropped_too_long": 0,
@@ -196,6 +204,22 @@ def test_full_fine_tuning_is_scored_through_a_fresh_adapter(shared):
         ("seed=one", "seed='one' must be a whole number"),
         ("seed=99999999999", "seed=99999999999 must be a whole number of at least 0 and below"),
         ("family.target.path=3", "family path=3 must be text"),
+        ("family.target.path=[a,b]", r"family path=\['a', 'b'\] must be text"),
+        ("family.small.revision=[a]", r"family revision=\['a'\] must be null or a branch, a tag or a commit"),
+        ("family.template_options={a:1}", "family.template_options={'a': 1} are for chat templates, which"),
+        ("finetune.lora=null", "finetune.lora=None must have rank, alpha, dropout and targets"),
+        ("finetune.lora.targets=null", "LoRA targets=None must be names of linear layers, or all-linear"),
+        ("task.data_dir=[a,b]", r"task.data_dir=\['a', 'b'\] must name a folder by text"),
+        ("task.data_dir=null task.hub=[a,b]", r"task.hub=\['a', 'b'\] must be null or one name"),
+        ("task.dev_split=[a]", r"task.dev_split=\['a'\] must be null or one name"),
+        ("task.test_split=null", "task.test_split=None must be one name, such as train"),
+        ("task.id_field=[fname]", r"task.id_field=\['fname'\] must be null or name a field of the rows"),
+        ("task.references=null", r"task.references=None must be a list of fields, or \[\] for none"),
+        ("method=precomputed method.path=[a]", r"method.path=\['a'\] is not a file: set method.path=FILE"),
+        (
+            "method=precomputed method.path=/no.csv",
+            r"method.path=/no.csv cannot be read \(No such file or directory\): name",
+        ),
         ("family.small.path=null", "family path=None must be text"),
         ("task.data_dir=5", "task.data_dir=5 must name a folder"),
         ("store_dir=null", "store_dir=None must name a folder"),
@@ -224,7 +248,7 @@ def staff(*arguments: str) -> subprocess.CompletedProcess:
     ("argument", "sentence"),
     [
         ("method=staf", "method=staf is unknown: choose aum"),
-        ("metod=staff", "metod is no setting: choose from budget, evaluation, family"),
+        ("metod=staff", "metod is no setting: choose from budget, budget_tokens, evaluation, family"),
         ("method.num_region=3", "method.num_region is no setting: choose from budget_rule"),
         ("pruning_rate=most", "pruning_rate='most' is not a number"),
         ("method=raw method.rank=3", "method.rank is no setting here, where there are none"),
@@ -238,6 +262,56 @@ def test_a_mistyped_group_option_setting_or_value_ends_with_the_choices(
     assert ended.returncode != 0
     assert ended.stderr.startswith(f"staff: {sentence}") and ended.stderr.count("\n") == 1
     assert ("'method.variant=choice(VALUE)'" in ended.stderr) == ("-m" in argument)
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1))
+def test_a_quoted_override_gives_its_text_through_the_shell_and_hydra(text: str):
+    (argument,) = shlex.split(quoted("task.prompt", text))
+    value = OverridesParser.create().parse_override(argument).value()
+    assert value == (text.strip("\"'") if text[0] in "'\"" else text), "quotes that do not pair are left out"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("task.prompt=Q: {a}", "quote its value within the shell's quotes, as in \"task.prompt='Q: {a}'\"."),
+        ("results_dir=a=b", "the override 'results_dir=a=b' cannot be read as it is"),
+        ("method", "the override 'method' sets nothing: write NAME=VALUE"),
+    ],
+)
+def test_an_override_without_quotes_is_one_line_of_every_command(override: str, sentence: str):
+    from experiments.plan import plan
+
+    with pytest.raises(HydraException) as refused:
+        plan([override], None, calibrate=False)
+    assert sentence in (sentence_of(refused.value) or "")
+
+
+def test_a_comma_without_quotes_is_a_text_a_list_or_a_sweep(tmp_path: Path):
+    ended = staff("task.name=a,b", f"results_dir={tmp_path}")
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "staff: the override 'task.name=a,b' has a comma: write \"task.name='a,b'\" for one text, "
+        "task.name=[a,b] for a list, or add -m to run one value after the other.\n"
+    )
+
+
+def test_a_disk_that_is_full_when_the_record_is_written_costs_nothing_that_was_computed(run):
+    folder = run("method=random", "evaluation=none")["folder"]
+    (folder / "metrics.json").unlink()
+    (folder / "samples.parquet").unlink()
+    (folder / "samples.parquet").symlink_to("/dev/full")
+    with pytest.raises(UserError) as refused:
+        run("method=random", "evaluation=none")
+    assert str(refused.value) == (
+        f"the record of the run cannot be written to {folder} (No space left on device): make room, or name "
+        "another results_dir; everything computed is stored, and the same command writes the record."
+    )
+    assert not (folder / "metrics.json").exists()
+    (folder / "samples.parquet").unlink()
+    again = run("method=random", "evaluation=none")
+    assert not any(stage["computed"] for stage in again["overhead"]["stages"])
+    assert not (folder / "failure.txt").exists()
 
 
 def test_results_that_cannot_be_written_are_one_sentence(tmp_path: Path):

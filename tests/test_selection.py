@@ -14,9 +14,18 @@ from hypothesis import strategies as st
 from staff import ArrayPool
 from staff.errors import UserError
 from staff.regions import equal_width_edges, regions_left, serving_order, share_out, shares_of_ratio, stratify
-from staff.selection import Coreset, Draws, budget_for, check_scores, run_method
+from staff.selection import (
+    Coreset,
+    Draws,
+    ScorePool,
+    budget_for,
+    check_scores,
+    run_method,
+    run_method_for_tokens,
+)
 from staff.signals.effort import Effort
 from staff.signals.el2n import EL2N
+from staff.speculative import Staff
 
 IDS = [f"sample {i}" for i in range(1000)]
 
@@ -259,3 +268,44 @@ def test_an_array_stands_for_a_signal_with_its_options_of_a_model():
 def test_what_a_pool_of_arrays_was_not_given_is_refused_with_what_it_has(ask, sentence):
     with pytest.raises(UserError, match=f"the pool has {sentence}|signal {sentence}"):
         ask(ArrayPool(IDS[:10], {("effort", "small"): np.ones(10)}))
+
+
+# ---------------------------------------------------------------- a budget in tokens
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 1500), st.integers(0, 9))
+def test_a_budget_in_tokens_holds_the_largest_ranking_that_fits(lengths: list[int], tokens: int, seed: int):
+    scores = np.random.default_rng(seed).random(len(lengths))
+    ids = [f"s{i}" for i in range(len(lengths))]
+    pool = ArrayPool(ids, {("loss", "small"): scores}, lengths=np.array(lengths))
+    ranked = np.array(lengths)[np.argsort(-scores)].cumsum()
+    fits = int((ranked <= tokens).sum())
+    if fits == 0:
+        with pytest.raises(UserError, match=rf"budget_tokens={tokens} holds no sample that HighestLoss selects"):
+            run_method_for_tokens(HighestLoss(), pool, tokens, Draws(0, ids))
+        return
+    chosen = run_method_for_tokens(HighestLoss(), pool, tokens, Draws(0, ids)).indices
+    assert chosen.tolist() == sorted(np.argsort(-scores)[:fits].tolist())
+
+
+class HighestLoss:
+    def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
+        return Coreset(np.argsort(-pool.ask("loss", of="small"))[:budget])
+
+
+@pytest.mark.parametrize("share", [0.03, 0.2, 0.5, 0.97, 1.5])
+def test_a_budget_in_tokens_is_a_coreset_of_the_method_to_which_one_more_sample_is_too_much(share: float):
+    n, rng = 200, np.random.default_rng(3)
+    lengths = rng.integers(20, 400, n)
+    signals = {("effort", "small"): rng.random(n), ("effort", "target"): rng.random(n)}
+    pool = ArrayPool([f"s{i}" for i in range(n)], signals, lengths=lengths)
+    tokens = int(share * lengths.sum())
+    draws, staff = Draws(0, pool.ids), Staff(num_regions=5, verification_budget=4)
+    chosen = run_method_for_tokens(staff, pool, tokens, draws).indices
+    assert lengths[chosen].sum() <= tokens
+    assert chosen.tolist() == run_method(staff, pool, len(chosen), draws).indices.tolist()
+    if len(chosen) < n:
+        more = run_method(staff, pool, len(chosen) + 1, draws).indices
+        assert lengths[more].sum() > tokens
+    else:
+        assert share > 1

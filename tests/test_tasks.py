@@ -4,7 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 from support.hub_server import ROWS
+
+from staff.data.task import Task
+from staff.errors import UserError
+from staff.models.spec import ModelSpec
 
 METRICS = {
     "bioinstruct": {"rougeL", "rouge1", "rouge2"},
@@ -26,13 +33,39 @@ def test_a_task_runs_end_to_end_and_tells_of_test_samples_that_are_in_the_pool(r
     assert record["counts"]["test_prompts_in_pool"] == 1
 
 
-def test_each_task_has_the_published_learning_rate_and_the_tiny_family_its_own(run, tmp_path: Path):
-    from conftest import ROOT
-    from hydra import compose, initialize_config_dir
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
 
+
+@pytest.mark.parametrize("family", sorted(file.stem for file in (ROOT / "conf/family").glob("*.yaml")))
+def test_dialogsum_is_the_excerpt_beside_the_embedded_models_and_the_whole_for_every_other(family: str):
+    files = {"id_field": "fname", "references": ["summary1", "summary2", "summary3"]}
+    if family in ("tiny", "tiny_small"):
+        expected = {"data_dir": "pkg://staff/assets/dialogsum", **files}
+    else:
+        expected = {"data_dir": None, "hub": "knkarthick/dialogsum", "id_field": "id", "references": []}
+    for preset in ([], ["experiment=table1"]):
+        task = OmegaConf.to_container(composed(*preset, f"family={family}").task, resolve=True)
+        assert isinstance(task, dict) and {name: task[name] for name in expected} == expected
+        Task(**{name: value for name, value in task.items() if name != "_target_"})
+    for own in ("task.data_dir=/data", "task.train_file=[/data/a.jsonl,/data/b.jsonl]"):
+        task = OmegaConf.to_container(composed(f"family={family}", own).task, resolve=True)
+        assert isinstance(task, dict) and {name: task[name] for name in files} == files, "files of one's own"
+        assert task["data_dir"] in ("/data", expected["data_dir"])
+
+
+def test_a_family_of_the_hub_without_a_network_says_how_to_give_the_data_before_a_model_is_asked_for(
+    run, monkeypatch
+):
+    monkeypatch.setattr(ModelSpec, "commit", lambda self: pytest.fail("a model was asked for"))
+    with pytest.raises(UserError, match=r"task.hub=knkarthick/dialogsum .* give task.data_dir=FOLDER"):
+        run("experiment=table1", "family=gemma", "method=random")
+
+
+def test_each_task_has_the_published_learning_rate_and_the_tiny_family_its_own():
     def rate(*overrides: str) -> float:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return compose("config", overrides=list(overrides)).finetune.learning_rate
+        return composed(*overrides).finetune.learning_rate
 
     published = "family=smollm2"
     assert rate("task=dialogsum", published) == 1e-4 and rate("task=wmt19_kk_en", published) == 2e-4

@@ -307,6 +307,20 @@ def test_the_environment_names_the_commit_and_whether_it_was_changed(tmp_path):
     assert json.loads(json.dumps(clean)) == clean
 
 
+def test_the_commit_of_another_users_checkout_is_read_and_no_program_of_its_configuration_is_run(
+    tmp_path, monkeypatch
+):
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "first")
+    git(tmp_path, "config", "core.fsmonitor", f"touch {tmp_path}/ran; false")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    refused = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert "dubious ownership" in refused.stderr
+    read = environment(tmp_path)
+    assert len(read["git_commit"]) == 40 and read["git_dirty"] is False
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_environment_is_read_without_importing_what_it_names():
     code = (
         "import sys; from pathlib import Path; from staff.tracking import environment;"

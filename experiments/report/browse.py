@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.export import training_samples
-from experiments.recorded import RecordedRun, recorded_run
+from experiments.recorded import RecordedRun, recorded_run, regions_of
 from staff.data.task import Sample
 from staff.errors import UserError
 
@@ -83,22 +83,10 @@ def rows(pool: pd.DataFrame, regions: pd.DataFrame | None, samples: list[Sample]
     table["prompt"], table["answer"] = [s.prompt for s in found], [s.answer.strip() for s in found]
     if any(sample.group is not None for sample in found):
         table["group"] = [sample.group for sample in found]
-    if (region := _regions(pool, regions)) is not None:
+    if (region := regions_of(pool, regions)) is not None:
         table["region"] = region
     scores = pool.drop(columns=["id", "selected"]).rename(columns={"answer_tokens": "answer tokens"})
     return pd.concat([table, scores.reset_index(drop=True)], axis=1)
-
-
-def _regions(pool: pd.DataFrame, regions: pd.DataFrame | None) -> np.ndarray | None:
-    """The region whose bounds hold a sample's first score; None where a method has no such regions."""
-    scores = [column for column in pool if column not in ("id", "selected", "answer_tokens")]
-    if regions is None or not {"low", "high"} <= set(regions) or not scores or regions.empty:
-        return None
-    bounds = regions.sort_values("low")
-    values = pool[scores[0]].to_numpy(float)
-    place = np.clip(np.searchsorted(bounds["low"].to_numpy(float), values, side="right") - 1, 0, None)
-    inside = (values >= bounds["low"].to_numpy(float)[place]) & (values <= bounds["high"].to_numpy(float)[place])
-    return np.where(inside, bounds.iloc[:, 0].to_numpy(float)[place], np.nan)
 
 
 def _json(table: pd.DataFrame) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
@@ -51,7 +50,7 @@ class ChatTemplate:
                 *(self.name, opened, shown),
             )
         for name in options or {}:
-            if not re.search(rf"\b{re.escape(name)}\b", self._text):
+            if name not in self._variables:
                 log.warning("family.template_options: the chat template of %s has no variable %r", self.name, name)
 
     def pieces(self, id: str, turns: Turns, every: bool = False) -> list[Piece]:
@@ -216,6 +215,15 @@ class ChatTemplate:
                 "family.template_options, or set family.prompt_format=plain."
             ) from error
         return before, whole
+
+    @cached_property
+    def _variables(self) -> set[str]:
+        """The variables that the template reads."""
+        from jinja2.meta import find_undeclared_variables
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        environment = _compile_jinja_template(self._text).environment
+        return find_undeclared_variables(environment.parse(self._text))
 
     @cached_property
     def _text(self) -> str:

@@ -102,15 +102,23 @@ class Task:
             if not isinstance(template := getattr(self, setting), str):
                 raise UserError(f"task.{setting}={template!r} must be a template.")
             check_template(template, f"task.{setting}")
-        if isinstance(self.references, str) or not all(isinstance(field, str) for field in self.references):
-            raise UserError(f"task.references={self.references!r} must be a list of fields.")
-        if self.group_field is not None and not isinstance(self.group_field, str):
-            raise UserError(f"task.group_field={self.group_field!r} must be null or name a field of the rows.")
+        fields = self.references
+        if not isinstance(fields, list | tuple) or not all(isinstance(field, str) for field in fields):
+            raise UserError(f"task.references={fields!r} must be a list of fields, or [] for none.")
+        for name in ("id_field", "group_field"):
+            if not isinstance(field := getattr(self, name), str | None):
+                raise UserError(f"task.{name}={field!r} must be null or name a field of the rows.")
         self._check_source()
 
     def _check_source(self) -> None:
         if self.data_dir is not None and not isinstance(self.data_dir, str):
             raise UserError(f"task.data_dir={self.data_dir!r} must name a folder by text, such as ./data.")
+        for name in ("hub", "hub_config", "revision", "dev_split"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise UserError(f"task.{name}={value!r} must be null or one name.")
+        for name in ("train_split", "test_split"):
+            if not isinstance(value := getattr(self, name), str):
+                raise UserError(f"task.{name}={value!r} must be one name, such as train.")
         for split in SPLITS:
             given = getattr(self, f"{split}_file")
             paths = given if isinstance(given, list | tuple) else [given]

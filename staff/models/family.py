@@ -43,6 +43,11 @@ class Family:
         if self.prompt_format not in PROMPT_FORMATS:
             raise UserError(f"family.prompt_format={self.prompt_format!r}: choose {' or '.join(PROMPT_FORMATS)}.")
         check_chat(self.date, self.template_options)
+        if self.template_options and self.prompt_format == "plain":
+            raise UserError(
+                f"family.template_options={dict(self.template_options)!r} are for chat templates, which "
+                "family.prompt_format=plain does not use: set it to chat, or the options to null."
+            )
 
     @property
     def reading(self) -> dict[str, Any]:

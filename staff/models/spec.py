@@ -60,6 +60,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             raise UserError(f"family path={self.path!r} must be text: a folder, a GGUF file or a name on the hub.")
+        if not isinstance(self.revision, str | None):
+            raise UserError(f"family revision={self.revision!r} must be null or a branch, a tag or a commit.")
         if self.dtype not in PRECISIONS:
             raise UserError(f"family dtype={self.dtype!r} is unknown: choose {' or '.join(PRECISIONS)}.")
         if self.attention not in ATTENTIONS:

@@ -120,7 +120,7 @@ class Store:
             if not processes.is_main_process():
                 _await(artifact.path)
         how = "computed in {:.1f} s" if artifact.computed else "read (cost {:.1f} s)"
-        known = not artifact.computed and stage.fingerprint in self.computed
+        known = not artifact.computed and stage.fingerprint in self.used
         log.log(logging.DEBUG if known else logging.INFO, "%s: %s", name, how.format(artifact.cost.seconds))
         if artifact.computed:
             self.computed.add(stage.fingerprint)

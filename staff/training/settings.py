@@ -69,6 +69,8 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "full"):
             raise UserError(f"finetune.kind={self.kind!r} is unknown: choose lora or full.")
+        if not isinstance(self.lora, LoraSpec):
+            raise UserError(f"finetune.lora={self.lora!r} must have rank, alpha, dropout and targets.")
         if self.precision not in PRECISIONS:
             raise UserError(f"finetune.precision={self.precision!r}: choose {' or '.join(PRECISIONS)}.")
         if self.quantization not in (None, *QUANTIZATIONS):

@@ -1,0 +1,155 @@
+"""Cards of what is handed on: what a coreset or a model is, how it was made, and what it was measured at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from staff.data.files import files_of
+
+
+def coreset_card(record: Mapping[str, Any], how_to_read: str) -> str:
+    """What whoever is given the coreset should know, as Markdown."""
+    about, counts, task = record["run"], record["counts"], record["config"]["task"]["name"]
+    facts = {
+        **_facts_of_coreset(record),
+        "fine-tuned on it": _measured(record),
+        "run": f"{about['name']}, fingerprint {about['fingerprint']}",
+        "training split": f"SHA-256 {record['identity']['data']['train']}",
+        "code": f"commit {record['provenance']['git_commit']}",
+    }
+    notes = "".join(f"- {note}\n" for note in record["coreset"]["notes"])
+    return f"""# {counts["selected"]:,} samples of {task}, chosen by {facts["method"]}
+
+Read it with {how_to_read}. Prompt and completion are tokenised apart and joined as they are; the run gave \
+them to the models in the prompt format `{record["config"]["family"]["prompt_format"]}`.
+
+{_table(facts)}
+
+The method's settings:
+
+```yaml
+{_settings(record["config"]["method"])}
+```
+
+{notes}
+{_licence(record)}
+"""
+
+
+def model_card(record: Mapping[str, Any], base: str, on_hub: bool, form: str, load: str) -> str:
+    """What whoever is given the fine-tuned target should know, as Markdown with the hub's metadata.
+
+    Args:
+        base: name of the model that was fine-tuned.
+        on_hub: whether that is its name on the hub.
+        form: "adapter" or "merged".
+        load: Python code that loads the model and its tokenizer.
+    """
+    config, about, task = record["config"], record["run"], record["config"]["task"]
+    metadata = {
+        **({"base_model": base} if on_hub else {}),
+        "library_name": "peft" if form == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["coreset", *(["lora"] if config["finetune"]["kind"] == "lora" else [])],
+    }
+    metrics = {name: f"{value:.4g}" for name, value in record["metrics"].items() if value is not None}
+    recipe = {
+        **_facts_of_coreset(record),
+        "coreset tokens": f"{record['counts']['selected_tokens']:,} of {record['counts']['pool_tokens']:,}"
+        if "selected_tokens" in record["counts"]
+        else "-",
+        "fine-tuning took": f"{record['finetuning']['seconds']:,.1f} s, {record['finetuning']['flops']:.3g} FLOPs",
+        "fine-tuning seed": about["finetune_seed"],
+        "run": f"{about['name']}, fingerprint {about['fingerprint']}",
+        "code": f"commit {record['provenance']['git_commit']}",
+    }
+    template = "the columns of the data" if task.get("prompt") is None else f"`{json.dumps(task['prompt'])}`"
+    how = f"in the chat template of the tokenizer, on {config['family']['date']}"
+    return f"""---
+{OmegaConf.to_yaml(metadata).strip()}
+---
+
+# {base.rstrip("/").rsplit("/", 1)[-1]} fine-tuned on {record["counts"]["selected"]:,} samples of {task["name"]}
+
+{"A LoRA adapter" if form == "adapter" else "The whole model"}, fine-tuned on a coreset chosen by {about["method"]}.
+
+```python
+{load.strip()}
+```
+
+Prompts are made by {template} and read {how if config["family"]["prompt_format"] == "chat" else "as plain text"}. \
+The answers that were measured are greedy, of at most {task["max_new_tokens"]} tokens.
+
+## Metrics
+
+On {record["counts"]["test"]:,} test samples of {task["name"]}:
+
+{_table(metrics)}
+
+## Recipe
+
+{_table(recipe)}
+
+```yaml
+{_settings({"method": config["method"], "finetune": config["finetune"]})}
+```
+
+{_licence(record)} The base model has a licence of its own.
+"""
+
+
+def _facts_of_coreset(record: Mapping[str, Any]) -> dict[str, Any]:
+    about, counts, overhead = (record[part] for part in ("run", "counts", "overhead"))
+    return {
+        "samples": f"{counts['selected']:,} of {counts['pool']:,}, pruning rate {about['pruning_rate']:g}",
+        "task": f"{record['config']['task']['name']}, from {_origin(record)}",
+        "method": about["method"] or record["config"]["method"]["_target_"],
+        "models that selected": about["selection_family"] or "custom",
+        "selection seed": about["selection_seed"],
+        "selection took": f"{overhead['seconds']:,.1f} s, {overhead['flops']:.3g} FLOPs",
+        "on": overhead["device"] or "-",
+        "coreset": f"fingerprint {record['coreset']['fingerprint']}",
+    }
+
+
+def _table(facts: Mapping[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())])
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    """Settings as YAML, without classes and without paths of whoever made them."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {name: plain(part) for name, part in value.items() if name not in ("_target_", "path")}
+
+    return OmegaConf.to_yaml(plain(settings)).strip()
+
+
+def _licence(record: Mapping[str, Any]) -> str:
+    return (
+        f"**Licence**: the texts come from {_origin(record)} and stay under its licence; look it up, and name it "
+        "here, before passing them on."
+    )
+
+
+def _origin(record: Mapping[str, Any]) -> str:
+    """Where the texts come from, without a folder of whoever reads it."""
+    if source := record["identity"]["data"]["source"]:
+        return f"{source['hub']} (commit {source['commit']})"
+    data = record["config"]["task"]
+    if "train_file" not in data:
+        return f"generated rows of {data['name']}"
+    files = files_of("train", data["train_file"], data["data_dir"])
+    return f"{files[0].name if len(files) == 1 else f'{len(files)} files'} of {data['name']}"
+
+
+def _measured(record: Mapping[str, Any]) -> str:
+    metric = record["run"]["metric"]
+    value = record["metrics"].get(metric)
+    return "-" if value is None else f"{metric} {value:.2f} ({record['run']['family']})"
