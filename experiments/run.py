@@ -7,6 +7,8 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +21,9 @@ from experiments import sweep
 from experiments.configuration import CONF
 from experiments.console import reader_gone
 from staff.errors import UserError
+from staff.mirror import Mirror
 from staff.runtime import processes
+from staff.store.events import listening
 
 log = logging.getLogger("staff")
 
@@ -34,18 +38,37 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     from experiments import record
     from experiments.single import Run
 
-    this = Run(cfg, choices)
-    with this.locked(), this.failure_noted():
-        if processes.broadcast_from_main(lambda: this.recorded):
-            log.info("%s: recorded already", this.name)
-            return this.folder
-        this.check_machine()
-        origin, pool = this.task.origin, len(this.pool.ids)
-        log.info("%s: a coreset of %d from %d samples of %s", this.name, this.budget, pool, origin)
-        if origin.startswith("pkg://") and not this.family.target.path.startswith("pkg://"):
-            log.warning("these are the %d samples that are shipped: name all by task.data_dir, or on the hub", pool)
-        outcome = this.carry_out()
-        return processes.broadcast_from_main(lambda: record.write(this, outcome))
+    page = Mirror()
+    with listening(page):
+        this = Run(cfg, choices)
+        with this.locked(), this.failure_noted():
+            if processes.broadcast_from_main(lambda: this.recorded):
+                log.info("%s: recorded already", this.name)
+                return this.folder
+            this.check_machine()
+            origin, pool = this.task.origin, len(this.pool.ids)
+            log.info("%s: a coreset of %d from %d samples of %s", this.name, this.budget, pool, origin)
+            if origin.startswith("pkg://") and not this.family.target.path.startswith("pkg://"):
+                log.warning(
+                    "these are the %d samples that are shipped: name all by task.data_dir, or on the hub", pool
+                )
+            page.open(this.about, cfg.tracking.mode)
+            with _failing(page):
+                outcome = this.carry_out()
+                folder = processes.broadcast_from_main(lambda: record.write(this, outcome))
+            page.finish(lambda: record.tables(this, outcome))
+            return folder
+
+
+@contextmanager
+def _failing(page: Mirror) -> Iterator[None]:
+    """End the page with the reason if the block fails."""
+    try:
+        yield
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        page.fail("interrupted" if interrupted else sweep.sentence_of(error) or repr(error))
+        raise
 
 
 def job(cfg: DictConfig) -> Path | None:

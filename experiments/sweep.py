@@ -28,6 +28,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from staff.errors import UserError
 from staff.runtime import processes
+from staff.store.manifest import digest
 
 FOLDER = "STAFF_SWEEP_FOLDER"
 _NO_MEMORY = (
@@ -130,6 +131,19 @@ def end() -> int:
         missing = f"{len(failures)} of {len(done) + len(failures)} jobs failed"
         print(*failures, f"{missing}; the same command runs what is missing.", sep="\n")
     return len(failures)
+
+
+def name() -> str | None:
+    """A name of the sweep for readers, the same whenever the same sweep is given: what varies in it, and a digest;
+    None for a single run."""
+    file = Path(os.environ.get(FOLDER, ""), "jobs.json")
+    if not file.is_file():
+        return None
+    elsewhere = ("results_dir=", "store_dir=", "tracking.", "hydra")  # where it runs changes no sweep
+    jobs = [[o for o in job.split() if not o.startswith(elsewhere)] for job in json.loads(file.read_text())]
+    common = set.intersection(*map(set, jobs))
+    varied = list(dict.fromkeys(o.partition("=")[0].lstrip("+") for job in jobs for o in job if o not in common))
+    return "-".join(["sweep", *varied, digest({"jobs": sorted(map(" ".join, jobs))})[:8]])
 
 
 def workers() -> int | None:

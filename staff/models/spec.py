@@ -15,6 +15,7 @@ from staff.models.depth import DepthPruning
 from staff.models.weights import ATTENTIONS, NO_CODE, load_safetensors, reason
 from staff.runtime import processes
 from staff.runtime.paths import PACKAGE_PREFIX, local_path
+from staff.runtime.progress import naming_bars_of_transformers
 
 if TYPE_CHECKING:
     from staff.store.manifest import Artifact
@@ -196,7 +197,8 @@ class ModelSpec:
         Raises:
             UserError: it cannot be loaded or downloaded, lacks weights, or is not trusted (`staff.models.weights`).
         """
-        model, found = self._from_pretrained(load_safetensors, output_loading_info=True, **options)
+        with naming_bars_of_transformers(f"loading {self.name}"):
+            model, found = self._from_pretrained(load_safetensors, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):  # transformers only warns and initialises them at random
             raise UserError(f"the model in {self.path} lacks {len(missing)} of its weights, such as {missing[0]}.")
         return model

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -114,7 +114,8 @@ class Finetune(Training):
         efforts = OnlineEfforts(model, self.online, len(samples)) if self.online else None
         work = meter.checkpoints or folder / "checkpoints"
         saved = Checkpoints(work, meter, efforts)
-        callbacks: list[Any] = [Progress(self.spec.name, len(samples)), saved]
+        shown = Progress(self.spec.name, len(samples))
+        callbacks: list[Any] = [shown, saved]
         if self.adapter is not None:
             callbacks.append(EpochAdapters(work / EPOCHS, self.epochs, self.moments))
         if settings.gradient_checkpointing:
@@ -132,7 +133,7 @@ class Finetune(Training):
         )
         trainer.remove_callback(PrinterCallback)
         before = checksums(model)
-        with without_cudnn_attention():
+        with closing(shown), without_cudnn_attention():
             result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
         seconds = saved.seconds  # those of the steps, before the model is saved
         if not math.isfinite(result.training_loss):
@@ -222,7 +223,7 @@ class Finetune(Training):
             save_strategy="no",  # `Checkpoints` saves
             report_to="none",
             ddp_find_unused_parameters=False,
-            disable_tqdm=not sys.stderr.isatty(),
+            disable_tqdm=True,  # `Progress` shows the steps
             dataloader_pin_memory=torch.cuda.is_available(),
         )
 
