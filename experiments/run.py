@@ -136,7 +136,6 @@ def _quiet() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it logs every retry of every file
     warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("absl").setLevel(logging.WARNING)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -191,10 +191,11 @@ def _in_a_sweep(key: str) -> str:
 
 
 def table(folders: list[Path]) -> str:
-    """The records in these folders, a line each, and where they lie."""
-    from experiments.report import overview
+    """The records in these folders, a line each, and where they lie; then the means over seeds."""
+    from experiments.report import means, overview
 
-    return overview(list(dict.fromkeys(folders)))
+    folders = list(dict.fromkeys(folders))
+    return "\n".join(filter(None, [overview(folders), means(folders)]))
 
 
 def expected_jobs(config: DictConfig) -> list[str]:

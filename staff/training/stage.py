@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import shutil
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -102,7 +103,9 @@ class Finetune(Training):
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         import torch
-        from transformers import PrinterCallback
+
+        with redirect_stdout(io.StringIO()):  # transformers prints a line where WANDB_MODE=offline
+            from transformers import PrinterCallback, Trainer  # noqa: F401
 
         from staff.training.checkpoints import Checkpoints, EpochAdapters
         from staff.training.online import OnlineEfforts
