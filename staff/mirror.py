@@ -193,8 +193,10 @@ class Mirror:
                     self.point(curve, int(values["step"]), values)
         self._page.log(pages.media(self._folder, record["overhead"], tables))
         self._page.summary.update({"metrics": record["metrics"]})
+        # "coreset" is the table, which a panel finds by the summary.
+        facts = {"selection" if key == "coreset" else key: value for key, value in record.items()}
         left_out = ("metrics", "config", "artifacts")
-        self._page.summary.update({key: value for key, value in record.items() if key not in left_out})
+        self._page.summary.update({key: value for key, value in facts.items() if key not in left_out})
 
     def _log(self, values: dict[str, Any]) -> None:
         if self.shows:
