@@ -167,7 +167,8 @@ def _shown_coreset(run: Run, coreset: Coreset) -> pd.DataFrame:
     """The selected samples by id, text, score (the method's first one), region, group, and the
     method's other scores."""
     samples = {sample.id: sample for sample in run.splits.pool}
-    chosen = [samples[run.pool.ids[i]] for i in coreset.indices]
+    ids = list(run.pool.ids)
+    chosen = [samples[ids[i]] for i in coreset.indices]
     score, *others = [values[coreset.indices] for values in coreset.scores.values()] or [None]
     columns = {
         "id": [sample.id for sample in chosen],

@@ -21,9 +21,9 @@ from experiments import sweep
 from experiments.configuration import CONF
 from experiments.console import reader_gone
 from staff.errors import UserError
-from staff.mirror import Mirror
 from staff.runtime import processes
 from staff.store.events import listening
+from staff.tracking.mirror import Mirror
 
 log = logging.getLogger("staff")
 

@@ -21,7 +21,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
 from experiments.reader import Reader
-from staff import mirror
 from staff.data.splits import load_splits
 from staff.data.task import Task, data_digest
 from staff.data.tokens import TokenizedSamples
@@ -40,6 +39,7 @@ from staff.selection import Coreset, SelectionMethod, budget_for, budget_of, che
 from staff.signals.nll import AnswerNll
 from staff.store.manifest import Artifact, digest
 from staff.store.store import Store
+from staff.tracking import mirror
 from staff.training.memory import check_fits
 from staff.training.settings import FinetuneSettings
 from staff.training.stage import Finetune

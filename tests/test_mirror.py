@@ -23,15 +23,15 @@ import pandas as pd
 import pytest
 import wandb
 from conftest import ROOT, run_shrunk
-from wandb.proto import wandb_internal_pb2
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore # made at import
 
 from experiments.run import Mirror
 from staff.errors import UserError
 from staff.evaluation.stage import Generate
-from staff.mirror import About, check, log_to_wandb
 from staff.runtime import processes
 from staff.store.events import TrainingLogged
 from staff.tracking import write_record
+from staff.tracking.mirror import About, check, log_to_wandb
 
 RECORD = {
     "run": {
@@ -120,7 +120,7 @@ def read_page(file: Path) -> dict[str, Any]:
         assert checksum == zlib.crc32(bytes([kind]) + piece)
         message, at = message + piece, at + 7 + length
         if kind in (1, 4):  # whole, or the last piece
-            _take_in(wandb_internal_pb2.Record.FromString(message), page)
+            _take_in(Record.FromString(message), page)
             message = b""
     return page
 
@@ -291,10 +291,9 @@ def test_the_coreset_is_a_table_with_text_score_region_and_group(twice, resumed)
     assert list(shown) == ["id", "text", "score", "region", "group", "verified"]
     assert shown["id"].tolist() == written["id"].tolist()
     np.testing.assert_allclose(shown["score"], written["speculative"])
-    assert shown["text"].str.startswith("Summarize the following dialogue.").all()
-    assert shown["text"].str.contains("Summary: ").all(), "the answer is part of it"
-    regions = pd.read_csv(twice["folder"] / "regions.csv").set_index("region")
-    assert shown["region"].value_counts().to_dict() == regions["picked"][regions["picked"] > 0].to_dict()
+    assert all(re.match(r"Summarize the following dialogue\.[\s\S]+Summary: .", text) for text in shown["text"])
+    regions = pd.read_csv(twice["folder"] / "regions.csv").query("picked > 0").set_index("region")
+    assert shown["region"].value_counts().to_dict() == dict(regions["picked"])
 
 
 def test_answers_are_a_table_with_prompt_and_reference(twice, resumed):
@@ -303,7 +302,7 @@ def test_answers_are_a_table_with_prompt_and_reference(twice, resumed):
     answers = pd.read_parquet(twice["folder"] / "predictions.parquet")
     assert shown["answer"].tolist() == answers["prediction"].tolist()
     assert shown["reference"][0] == "\n\n".join(answers["references"][0])
-    assert shown["prompt"].str.contains("Summarize").all()
+    assert all(prompt.startswith("Summarize") for prompt in shown["prompt"])
 
 
 def test_scores_are_histograms_and_the_overhead_a_table_by_stage(twice, resumed):
@@ -319,7 +318,7 @@ def test_scores_are_histograms_and_the_overhead_a_table_by_stage(twice, resumed)
 KILLED = """
 import json, os, signal, sys, time
 from pathlib import Path
-from staff.mirror import About, Mirror
+from staff.tracking.mirror import About, Mirror
 from staff.store.events import StageStarted, TrainingLogged
 
 class Training:

@@ -1,4 +1,4 @@
-"""W&B runs: started, ended, and what a recorded run's folder holds for them. `staff.mirror` is their user."""
+"""W&B runs: started, ended, and what a run's folder holds for them. Used by `staff.tracking.mirror`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from staff.runtime import processes
 log = logging.getLogger(__name__)
 
 
-def start(mode: str, fall_back: bool, **identity: Any) -> Any:
+def start(mode: Any, fall_back: bool, **identity: Any) -> Any:
     """A W&B run. If the server does not answer, it is offline, or without `fall_back` the error is raised."""
     # Without a network, W&B's reports of its own errors delay the exit of a process by up to half a minute.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -29,7 +29,7 @@ def start(mode: str, fall_back: bool, **identity: Any) -> Any:
     settings = wandb.Settings(
         silent=True,
         quiet=True,
-        console="off",  # `staff.mirror` sends the log without bars
+        console="off",  # `staff.tracking.mirror` sends the log without bars
         init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 10)),
         finish_timeout=60,
         finish_timeout_raises=True,

@@ -1,4 +1,4 @@
-"""The record of a run: metrics.json. `staff.mirror` shows it on Weights & Biases."""
+"""The record of a run: metrics.json. `staff.tracking.mirror` shows it on Weights & Biases."""
 
 from __future__ import annotations
 

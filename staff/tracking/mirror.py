@@ -17,11 +17,11 @@ from typing import Any
 
 import pandas as pd
 
-from staff import pages
 from staff.errors import UserError
 from staff.runtime import processes
 from staff.store.events import Event, StageEnded, StageStarted, TrainingLogged
 from staff.store.stage import Stage
+from staff.tracking import pages
 
 log = logging.getLogger(__name__)
 
