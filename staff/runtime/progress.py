@@ -6,6 +6,7 @@ import io
 import logging
 import multiprocessing
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
+
+# Of one process alone. By default tqdm has a semaphore, and a killed process leaves it to a warning.
+tqdm.set_lock(threading.RLock())
 
 EVERY = 30.0
 """Seconds between two lines in a log, at least. Work that takes less writes none."""
