@@ -215,7 +215,8 @@ class Progress(TrainerCallback):
         self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        log.info("fine-tuning %s on %d samples: %d steps", self._name, self._samples, state.max_steps)
+        steps = f"{state.max_steps} step{'s'[: state.max_steps != 1]}"
+        log.info("fine-tuning %s on %d samples: %s", self._name, self._samples, steps)
         self._bar = progress(state.max_steps, f"fine-tuning {self._name}", "step", done=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
