@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def write(run: Run, outcome: Outcome) -> Path:
-    """Write the tables of a run into its folder and, last, metrics.json; then mirror it.
+    """Write the tables of a run into its folder and, last, metrics.json.
 
     Raises:
         UserError: the folder cannot be written to, as when its disk is full. The store has everything computed.
@@ -43,7 +43,6 @@ def write(run: Run, outcome: Outcome) -> Path:
             f"the record of the run cannot be written to {run.folder} ({_reason(error)}): make room, or name "
             "another results_dir; everything computed is stored, and the same command writes the record."
         ) from error
-    tracking.log_to_wandb(run.folder, run.cfg.tracking.mode)
     return run.folder
 
 
@@ -62,18 +61,11 @@ def _write(run: Run, outcome: Outcome) -> None:
     _curves(trainings).to_csv(run.folder / "training.csv", index=False)
     record = {
         "run": {
-            "name": run.name,
-            "fingerprint": run.fingerprint,
-            **{group: run.choices.get(group) for group in ("experiment", "family", "task", "method")},
-            "selection_family": run.choices.get("family@selection_family") or run.choices.get("family"),
-            "pruning_rate": run.pruning_rate,
-            **{k: run.cfg[k] for k in ("seed", "selection_seed", "finetune_seed")},
-            "metric": run.task.metrics[0],
-            "started": run.started.isoformat(timespec="seconds"),
+            **run.facts,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
         "metrics": metrics,
-        "warnings": [f"{label}: {text}" for label, history in trainings for text in history["warnings"]],
+        "warnings": [f"{label}: {text}" for label, _, history in trainings for text in history["warnings"]],
         **({"metrics_by_group": _metrics_by_group(run, answers)} if "group" in answers else {}),
         "overhead": _overhead(run, chosen, tuned),
         "finetuning": _cost(tuned),
@@ -163,26 +155,78 @@ def _write_samples(run: Run, coreset: Coreset) -> None:
         coreset.diagnostics.to_csv(run.folder / "regions.csv", index=False)
 
 
-def _trainings(run: Run, chosen: Artifact, tuned: Artifact | None) -> list[tuple[str, dict[str, Any]]]:
-    """Label and training.json of every fine-tuning that the run rests on: those that selection read, and the
-    target's."""
+def _trainings(run: Run, chosen: Artifact, tuned: Artifact | None) -> list[tuple[str, str, dict[str, Any]]]:
+    """Label, name of the curves and training.json of every fine-tuning that the run rests on: those that selection
+    read, and the target's."""
     charges = {**chosen.charged(), **({} if tuned is None else tuned.charged())}
-    folder = run.store.root / "finetune"
-    return [
-        (charge.label, json.loads((folder / fingerprint[:32] / "training.json").read_text()))
-        for fingerprint, charge in charges.items()
-        if charge.stage == "finetune"
-    ]
+    found = []
+    for fingerprint, charge in charges.items():
+        if charge.stage == "finetune":
+            folder = run.store.root / "finetune" / fingerprint[:32]
+            manifest, _ = read_manifest(folder)
+            history = json.loads((folder / "training.json").read_text())
+            found.append((charge.label, run.curve_of(manifest["key"]), history))
+    return found
 
 
-def _curves(trainings: list[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
+def _curves(trainings: list[tuple[str, str, dict[str, Any]]]) -> pd.DataFrame:
     """Loss, learning rate and gradient norm of every training by step."""
     curves = []
-    for label, history in trainings:
+    for label, name, history in trainings:
         steps = [entry for entry in history["log"] if "loss" in entry]
         curves.append(pd.DataFrame(steps, columns=["step", "epoch", "loss", "learning_rate", "grad_norm"]))
         curves[-1].insert(0, "training", label)
-    return pd.concat(curves) if curves else pd.DataFrame(columns=["training", "step", "loss"])
+        curves[-1].insert(1, "curve", name)
+    return pd.concat(curves) if curves else pd.DataFrame(columns=["training", "curve", "step", "loss"])
+
+
+def tables(run: Run, outcome: Outcome) -> dict[str, pd.DataFrame]:
+    """The tables that a run's page shows with texts; in the run's folder they stand without."""
+    shown = {"coreset": _shown_coreset(run, outcome.coreset)}
+    return (
+        shown if outcome.measured is None else {**shown, "predictions": _shown_predictions(run, outcome.measured)}
+    )
+
+
+def _shown_coreset(run: Run, coreset: Coreset) -> pd.DataFrame:
+    """The selected samples by id, text, score (the method's first one), region, group, and the
+    method's other scores."""
+    samples = {sample.id: sample for sample in run.splits.pool}
+    ids = list(run.pool.ids)
+    chosen = [samples[ids[i]] for i in coreset.indices]
+    score, *others = [values[coreset.indices] for values in coreset.scores.values()] or [None]
+    columns = {
+        "id": [sample.id for sample in chosen],
+        "text": [sample.prompt + sample.answer for sample in chosen],
+        "score": score,
+        "region": None if score is None else _regions(score, coreset.diagnostics),
+        "group": [sample.group for sample in chosen],
+    }
+    return pd.DataFrame({**columns, **dict(zip(list(coreset.scores)[1:], others, strict=True))})
+
+
+def _regions(scores: np.ndarray, diagnostics: pd.DataFrame) -> list[Any] | None:
+    """The region of each score, by the bounds that the method reports; None where it reports none."""
+    name = next((name for name in ("region", "stratum") if name in diagnostics), None)
+    if name is None or not {"low", "high"} <= set(diagnostics) or "group" in diagnostics:
+        return None
+    inside = (scores[:, None] >= diagnostics["low"].to_numpy()) & (
+        scores[:, None] <= diagnostics["high"].to_numpy()
+    )
+    return [diagnostics[name].iloc[int(row.argmax())] if row.any() else None for row in inside]
+
+
+def _shown_predictions(run: Run, measured: Artifact) -> pd.DataFrame:
+    """The answers to the test samples: id, prompt, answer, references, tokens, every metric."""
+    _, answers = read_measured(measured)
+    prompts = {sample.id: sample.prompt for sample in run.splits.test}
+    texts = {
+        "id": answers["id"],
+        "prompt": [prompts[id] for id in answers["id"]],
+        "answer": answers["prediction"],
+        "reference": ["\n\n".join(several) for several in answers["references"]],
+    }
+    return pd.DataFrame({**texts, **answers.drop(columns=["id", "prediction", "references"])})
 
 
 def _overhead(run: Run, chosen: Artifact, tuned: Artifact | None) -> dict[str, Any]:

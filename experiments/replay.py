@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from staff.tracking import log_to_wandb
+from staff.tracking.mirror import log_to_wandb
 
 
 def main() -> None:

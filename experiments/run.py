@@ -7,6 +7,8 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +22,8 @@ from experiments.configuration import CONF, check_size
 from experiments.console import reader_gone
 from staff.errors import UserError
 from staff.runtime import processes
+from staff.store.events import listening
+from staff.tracking.mirror import Mirror
 
 log = logging.getLogger("staff")
 
@@ -34,19 +38,38 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     from experiments import record
     from experiments.single import Run
 
-    this = Run(cfg, choices)
-    with this.locked(), this.failure_noted():
-        if processes.broadcast_from_main(lambda: this.recorded):
-            log.info("%s: recorded already", this.name)
-            return this.folder
-        this.check_machine()
-        origin, pool = this.task.origin, len(this.pool.ids)
-        size = this.budget if this.budget_tokens is None else f"{this.budget_tokens} tokens"
-        log.info("%s: a coreset of %s from %d samples of %s", this.name, size, pool, origin)
-        if origin.startswith("pkg://") and not this.family.target.path.startswith("pkg://"):
-            log.warning("these are the %d samples that are shipped: name all by task.data_dir, or on the hub", pool)
-        outcome = this.carry_out()
-        return processes.broadcast_from_main(lambda: record.write(this, outcome))
+    page = Mirror()
+    with listening(page):
+        this = Run(cfg, choices)
+        with this.locked(), this.failure_noted():
+            if processes.broadcast_from_main(lambda: this.recorded):
+                log.info("%s: recorded already", this.name)
+                return this.folder
+            this.check_machine()
+            origin, pool = this.task.origin, len(this.pool.ids)
+            size = this.budget if this.budget_tokens is None else f"{this.budget_tokens} tokens"
+            log.info("%s: a coreset of %s from %d samples of %s", this.name, size, pool, origin)
+            if origin.startswith("pkg://") and not this.family.target.path.startswith("pkg://"):
+                log.warning(
+                    "these are the %d samples that are shipped: name all by task.data_dir, or on the hub", pool
+                )
+            page.open(this.about, cfg.tracking.mode)
+            with _failing(page):
+                outcome = this.carry_out()
+                folder = processes.broadcast_from_main(lambda: record.write(this, outcome))
+            page.finish(lambda: record.tables(this, outcome))
+            return folder
+
+
+@contextmanager
+def _failing(page: Mirror) -> Iterator[None]:
+    """End the page with the reason if the block fails."""
+    try:
+        yield
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        page.fail("interrupted" if interrupted else sweep.sentence_of(error) or repr(error))
+        raise
 
 
 def job(cfg: DictConfig) -> Path | None:
@@ -117,7 +140,6 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it asks the hub more than it needs
     warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("absl").setLevel(logging.WARNING)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

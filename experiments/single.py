@@ -21,7 +21,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
 from experiments.reader import Reader
-from staff import tracking
 from staff.data.splits import load_splits
 from staff.data.task import Task, data_digest
 from staff.data.tokens import TokenizedSamples
@@ -40,6 +39,7 @@ from staff.selection import Coreset, SelectionMethod, budget_for, budget_of, che
 from staff.signals.nll import AnswerNll
 from staff.store.manifest import Artifact, digest
 from staff.store.store import Store
+from staff.tracking import mirror
 from staff.training.memory import check_fits
 from staff.training.settings import FinetuneSettings
 from staff.training.stage import Finetune
@@ -73,7 +73,7 @@ class Run:
         family: Family = instantiate(cfg.family, _convert_="all")
         selecting: Family | None = instantiate(cfg.get("selection_family"), _convert_="all")
         task: Task = instantiate(cfg.task, _convert_="all")
-        tracking.check_mode(cfg.tracking.mode)
+        mirror.check(OmegaConf.to_container(cfg.tracking))  # type: ignore[arg-type]
         for name in ("selection_seed", "finetune_seed"):
             if type(cfg[name]) is not int or not 0 <= cfg[name] < 2**32:
                 raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0 and below 2^32.")
@@ -155,6 +155,26 @@ class Run:
         return f"{what}-{size}-s{self.cfg.finetune_seed}-{self.fingerprint[:8]}"
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of the run from the start, for the record and for its page."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            **{group: self.choices.get(group) for group in ("experiment", "family", "task", "method")},
+            "selection_family": self.choices.get("family@selection_family") or self.choices.get("family"),
+            "sweep": sweep.name(),
+            "pruning_rate": self.pruning_rate,
+            **{k: self.cfg[k] for k in ("seed", "selection_seed", "finetune_seed")},
+            "metric": self.task.metrics[0],
+            "started": self.started.isoformat(timespec="seconds"),
+        }
+
+    @property
+    def about(self) -> mirror.About:
+        """What the run's page says of it."""
+        return mirror.About(self.folder, self.config, self.facts, lambda stage: self.curve_of(stage.key()))
+
+    @property
     def folder(self) -> Path:
         return self.results / "runs" / self.name
 
@@ -209,6 +229,20 @@ class Run:
     def _finetuning(self, samples: TokenizedSamples, size: int) -> Finetune:
         epochs = self.settings.coreset_epochs(size, len(self.pool.ids))
         return Finetune(self.family.target, samples, self.settings, epochs, self.cfg.finetune_seed)
+
+    def curve_of(self, training: dict[str, Any]) -> str:
+        """The name of the curves of a fine-tuning, by its key: the same in every run that has such a fine-tuning.
+
+        "finetune/target" is on the coreset; the others are for selection: "finetune/small", "finetune/warmup", and
+        "finetune/target_full", on the whole pool.
+        """
+        if training.get("moments"):
+            return "finetune/warmup"
+        whole, model = self.pool.slices["pool"], training["model"]
+        if model == self.selecting.small.identity() and training["samples"] == whole.small.fingerprint:
+            return "finetune/small_online" if training["online"] else "finetune/small"
+        scored = training["samples"] == whole.target.fingerprint and self.budget < len(self.pool.ids)
+        return "finetune/target_full" if scored else "finetune/target"
 
     @property
     def full_finetuning(self) -> Finetune:

@@ -31,6 +31,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from staff.errors import UserError
 from staff.runtime import processes
+from staff.store.manifest import digest
 
 FOLDER = "STAFF_SWEEP_FOLDER"
 _NO_MEMORY = (
@@ -136,6 +137,19 @@ def end() -> int:
     return len(failures)
 
 
+def name() -> str | None:
+    """A name of the sweep for readers, the same whenever the same sweep is given: what varies in it, and a digest;
+    None for a single run."""
+    file = Path(os.environ.get(FOLDER, ""), "jobs.json")
+    if not file.is_file():
+        return None
+    elsewhere = ("results_dir=", "store_dir=", "tracking.", "hydra")  # where it runs changes no sweep
+    jobs = [[o for o in job.split() if not o.startswith(elsewhere)] for job in json.loads(file.read_text())]
+    common = set.intersection(*map(set, jobs))
+    varied = list(dict.fromkeys(o.partition("=")[0].lstrip("+") for job in jobs for o in job if o not in common))
+    return "-".join(["sweep", *varied, digest({"jobs": sorted(map(" ".join, jobs))})[:8]])
+
+
 def workers() -> int | None:
     """How many jobs of the sweep run at the same time on this machine; None if the launcher does not say."""
     if FOLDER not in os.environ:
@@ -213,10 +227,11 @@ def _in_a_sweep(key: str) -> str:
 
 
 def table(folders: list[Path]) -> str:
-    """The records in these folders, a line each, and where they lie."""
-    from experiments.report import overview
+    """The records in these folders, a line each, and where they lie; then the means over seeds."""
+    from experiments.report import means, overview
 
-    return overview(list(dict.fromkeys(folders)))
+    folders = list(dict.fromkeys(folders))
+    return "\n".join(filter(None, [overview(folders), means(folders)]))
 
 
 def expected_jobs(config: DictConfig) -> list[str]:

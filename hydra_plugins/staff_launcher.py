@@ -145,7 +145,9 @@ class _Worker:
             name=f"worker {self.number}",
         )
         # Set before the process starts: OpenMP and CUDA read their variables once, when they are loaded.
-        with env_override(self.environment), _ignoring_interrupts():
+        # Bars of several processes would overwrite each other on a terminal.
+        variables = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", **self.environment}
+        with env_override(variables), _ignoring_interrupts():
             self.process.start()
         theirs.close()
 

@@ -234,7 +234,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="secrets in the record",
-        place="staff/tracking.py:environment",
+        place="staff/tracking/__init__.py:environment",
         old="os.cpu_count()",
         new="dict(os.environ)",
         test="test_untrusted_inputs.py::test_secrets_are_used_and_never_written_down",
@@ -299,10 +299,10 @@ MUTATIONS = (
     ),
     Mutation(
         name="a W&B that does not answer",
-        place="staff/tracking.py:_start",
+        place="staff/tracking/pages.py:start",
         old='return wandb.init(mode="offline", **start)',
         new='raise RuntimeError("no server")',
-        test="test_tracking.py::test_an_unreachable_server_leaves_an_offline_run_and_one_line",
+        test="test_mirror.py::test_an_unreachable_server_leaves_an_offline_run_and_one_line",
     ),
     # Large and long work
     Mutation(

@@ -48,6 +48,13 @@ def test_wandb_finds_credentials_without_asking(monkeypatch: pytest.MonkeyPatch)
     assert found is None
 
 
+def test_wandb_writes_offline_files_as_often_as_it_is_told():
+    """The format of these files: test_mirror.py reads it."""
+    import wandb
+
+    assert wandb.Settings.model_fields["x_transaction_log_flush_interval"].default == 15.0
+
+
 def test_a_mixture_of_experts_takes_its_implementation_from_the_configuration():
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

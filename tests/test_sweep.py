@@ -1,6 +1,7 @@
 """Sweeps share their work, resume after they were killed, run in parallel, and end with the same records. Jobs that
 fail: test_honest_failure.py."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -18,8 +19,10 @@ from support.sweeps import (
     start,
 )
 
+from experiments.report import means
 from experiments.report.__main__ import main as report
-from experiments.sweep import FOLDER, end
+from experiments.sweep import FOLDER, end, name
+from staff.tracking import write_record
 
 GRID = ("method=full,staff,ccs", "pruning_rate=0.5,0.75")
 
@@ -93,6 +96,45 @@ def test_a_job_that_left_no_report_is_named_as_failed(tmp_path: Path, monkeypatc
         "2 of 2 jobs failed; the same command runs what is missing.",
     ]
     assert end() == 0, "the sweep is over"
+
+
+def test_a_sweep_ends_with_means_over_seeds_of_every_method_and_rate(undisturbed: tuple[Path, str], tmp_path: Path):
+    """Runs that differ in a setting are not averaged."""
+    original = min(undisturbed[0].glob("runs/*staff*p0.75*/metrics.json")).read_text()
+    values = {("random", 0): 20.0, ("random", 1): 23.0, ("random", 2): 26.0, ("full", 0): 30.0}
+    for regions in (5, 9):
+        values |= {(f"staff num_regions={regions}", seed): 10.0 + regions + seed for seed in (0, 1)}
+    folders = []
+    for (variant, seed), value in values.items():
+        method, _, regions = variant.partition(" num_regions=")
+        record = json.loads(original)
+        record["run"] |= {"name": f"{variant}-{seed}", "method": method, "seed": seed}
+        record["metrics"]["rougeL"] = value
+        record["config"]["method"]["num_regions"] = int(regions or 50)
+        folders.append(tmp_path / f"{variant}-{seed}")
+        write_record(folders[-1], record)
+    shown = [line.split(" 0.75 ") for line in str(means(folders)).splitlines() if " 0.75 " in line]
+    lines = {variant.strip(): values.split()[1:] for variant, values in shown}
+    assert lines["random"] == ["23.00", "±", "3.00", "3"]
+    assert lines["staff num_regions=5"] == ["15.50", "±", "0.71", "2"]
+    assert lines["staff num_regions=9"] == ["19.50", "±", "0.71", "2"]
+    assert lines["full"] == ["30.00", "1"]
+    assert means(folders[3:4]) is None, "a single run has no mean"
+    assert "over seeds" not in undisturbed[1]
+
+
+def test_a_sweep_has_a_name_that_the_same_sweep_has_again_and_no_other(tmp_path: Path, monkeypatch):
+    def named(*jobs: str) -> str | None:
+        (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+        return name()
+
+    assert name() is None, "a single run"
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    first = named("method=staff seed=0 results_dir=a", "method=staff seed=1 results_dir=a")
+    assert first and first.startswith("sweep-seed-")
+    assert named("method=staff seed=1 results_dir=b", "method=staff seed=0 results_dir=b") == first
+    other = named("method=random seed=0", "method=random seed=1")
+    assert other and other.startswith("sweep-seed-") and other != first
 
 
 def test_the_report_averages_over_seeds_alone_and_names_what_is_missing(

@@ -28,6 +28,35 @@ def overview(folders: Sequence[Path]) -> str:
     return f"\n{lines.to_string(index=False)}\n\n{STR_NOTE}\n{where}{warned}"
 
 
+def means(folders: Sequence[Path]) -> str | None:
+    """The metric of each method and pruning rate over its seeds: mean ± standard deviation, and the number of runs;
+    None where no two runs differ in their seeds alone."""
+    from experiments.report.records import as_table
+    from experiments.report.settings import variants
+
+    table = as_table(read(folder / "metrics.json") for folder in folders)
+    if table.empty:
+        return None
+    table["value"] = [row[row["metric"]] for _, row in table.iterrows()]
+    table["variant"] = variants(table)
+    keys = ["family", "task", "variant", "pruning_rate", "metric"]
+    grouped = table.groupby(keys, sort=False, dropna=False)["value"].agg(["mean", "std", "count"]).reset_index()
+    if grouped["count"].max() < 2:
+        return None
+    spread = [f" ± {std:.2f}" if n > 1 else "" for std, n in zip(grouped["std"], grouped["count"])]
+    lines = pd.DataFrame(
+        {
+            **{name: grouped[name] for name in ("family", "task") if grouped[name].nunique(dropna=False) > 1},
+            "method": grouped["variant"],
+            "pruning rate": [f"{rate:g}" for rate in grouped["pruning_rate"]],
+            "metric": grouped["metric"],
+            "mean ± SD": [f"{mean:.2f}{sd}" for mean, sd in zip(grouped["mean"], spread)],
+            "n": grouped["count"],
+        }
+    )
+    return f"\nover seeds:\n{lines.to_string(index=False)}"
+
+
 def _line(record: dict[str, Any]) -> dict[str, Any]:
     run, overhead = record["run"], record["overhead"]
     metric = record["config"]["task"]["metrics"][0]

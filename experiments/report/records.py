@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +20,12 @@ from experiments.report.settings import SEEDS, ablations, texts, variants
 
 def collect(results: Path) -> pd.DataFrame:
     """All records of runs that were evaluated: a row per run, with every setting in which the runs differ."""
-    records = [run.record() for run in recorded_runs(results).values()]
-    rows = [_row(record) for record in records if record["evaluation"]]
-    table = pd.DataFrame(rows)
+    return as_table(run.record() for run in recorded_runs(results).values())
+
+
+def as_table(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """The records of runs that were evaluated, as `collect` returns them."""
+    table = pd.DataFrame([_row(record) for record in records if record["evaluation"]])
     settings = [column for column in table.columns if str(column).startswith("setting.")]
     constant = [column for column in settings if texts(table, column).nunique() == 1]
     return table.drop(columns=constant)

@@ -16,6 +16,7 @@ from staff.models.weights import ATTENTIONS, NO_CODE, load_safetensors, reason, 
 from staff.runtime import processes
 from staff.runtime.hub import Repository
 from staff.runtime.paths import PACKAGE_PREFIX, local_path
+from staff.runtime.progress import naming_bars_of_transformers
 
 if TYPE_CHECKING:
     from staff.store.manifest import Artifact
@@ -207,7 +208,8 @@ class ModelSpec:
         def load(folder: str, **options: Any) -> Any:
             if self.local is None:
                 self.repository.fetch(weight_files(Path(folder)))
-            return load_safetensors(folder, **options)
+            with naming_bars_of_transformers(f"loading {self.name}"):
+                return load_safetensors(folder, **options)
 
         model, found = self._from_pretrained(load, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):  # transformers only warns and initialises them at random

@@ -104,8 +104,7 @@ class Meter:
         for gpu in gpus:
             _cuda().synchronize(gpu)
         self._seconds, self._started = self.seconds, None
-        peak = sum(_cuda().max_memory_allocated(gpu) for gpu in gpus) if gpus else _peak_resident_bytes()
-        self._peak_memory_bytes = max(self._peak_memory_bytes, peak)
+        self._peak_memory_bytes = max(self._peak_memory_bytes, peak_memory_bytes())
         self._device = _cuda().get_device_name(gpus[0]) if gpus else processor_name()
 
     @property
@@ -159,6 +158,12 @@ class Meter:
 def _clock() -> float:
     """Seconds since some moment, without those spent on downloads."""
     return time.perf_counter() - hub.waited()
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process since a `Meter` last started: on its GPUs, or in RAM if it uses none."""
+    gpus = _gpus_in_use()
+    return sum(_cuda().max_memory_allocated(gpu) for gpu in gpus) if gpus else _peak_resident_bytes()
 
 
 def _cuda() -> Any:

@@ -36,6 +36,7 @@ from staff.errors import UserError
 from staff.runtime import processes
 from staff.store.attempts import attempt
 from staff.store.cost import Meter
+from staff.store.events import StageEnded, StageStarted, emit
 from staff.store.manifest import (
     Artifact,
     Charges,
@@ -116,12 +117,13 @@ class Store:
 
             artifact = processes.broadcast_from_main(look)
             if artifact is None:
-                artifact = self._run(stage)
+                artifact = self._run_told(stage)
             if not processes.is_main_process():
                 _await(artifact.path)
         how = "computed in {:.1f} s" if artifact.computed else "read (cost {:.1f} s)"
         known = not artifact.computed and stage.fingerprint in self.used
         log.log(logging.DEBUG if known else logging.INFO, "%s: %s", name, how.format(artifact.cost.seconds))
+        emit(StageEnded(stage, artifact))
         if artifact.computed:
             self.computed.add(stage.fingerprint)
         self.used |= artifact.charged().keys()
@@ -197,6 +199,14 @@ class Store:
             if older.exists():
                 said = "%s: %s was computed by version %d of this stage, and is not read"
                 log.info(said, stage.label, older, version)
+
+    def _run_told(self, stage: Stage) -> Artifact:
+        emit(StageStarted(stage))
+        try:
+            return self._run(stage)
+        except BaseException:
+            emit(StageEnded(stage, None))
+            raise
 
     def _run(self, stage: Stage) -> Artifact:
         """Run the stage in the main process, or in all. Its inputs are got by all of them in either case."""

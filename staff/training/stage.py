@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import shutil
-import sys
+from contextlib import closing, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -102,7 +103,9 @@ class Finetune(Training):
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         import torch
-        from transformers import PrinterCallback
+
+        with redirect_stdout(io.StringIO()):  # transformers prints a line where WANDB_MODE=offline
+            from transformers import PrinterCallback, Trainer  # noqa: F401
 
         from staff.training.checkpoints import Checkpoints, EpochAdapters
         from staff.training.online import OnlineEfforts
@@ -114,7 +117,8 @@ class Finetune(Training):
         efforts = OnlineEfforts(model, self.online, len(samples)) if self.online else None
         work = meter.checkpoints or folder / "checkpoints"
         saved = Checkpoints(work, meter, efforts)
-        callbacks: list[Any] = [Progress(self.spec.name, len(samples)), saved]
+        shown = Progress(self.spec.name, len(samples))
+        callbacks: list[Any] = [shown, saved]
         if self.adapter is not None:
             callbacks.append(EpochAdapters(work / EPOCHS, self.epochs, self.moments))
         if settings.gradient_checkpointing:
@@ -132,7 +136,7 @@ class Finetune(Training):
         )
         trainer.remove_callback(PrinterCallback)
         before = checksums(model)
-        with without_cudnn_attention():
+        with closing(shown), without_cudnn_attention():
             result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
         seconds = saved.seconds  # those of the steps, before the model is saved
         if not math.isfinite(result.training_loss):
@@ -219,7 +223,7 @@ class Finetune(Training):
             save_strategy="no",  # `Checkpoints` saves
             report_to="none",
             ddp_find_unused_parameters=False,
-            disable_tqdm=not sys.stderr.isatty(),
+            disable_tqdm=True,  # `Progress` shows the steps
             dataloader_pin_memory=torch.cuda.is_available(),
         )
 

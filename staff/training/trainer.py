@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from torch import Tensor
@@ -18,7 +20,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from staff.data.tokens import IGNORED
 from staff.errors import UserError
 from staff.runtime import processes
+from staff.runtime.progress import progress
 from staff.scoring.positions import ARCHITECTURES, Positions, last_block, last_block_at
+from staff.store.cost import peak_memory_bytes
+from staff.store.events import TrainingLogged, emit
 from staff.training.objective import Objective
 from staff.training.online import OnlineEfforts
 
@@ -134,10 +139,19 @@ class AnswerTrainer(ShardingTrainer):
     ) -> None:
         super().__init__(data_collator=_collator(tokenizer), **settings)
         self.ids, self.objective, self.efforts = ids, objective, efforts
+        self._speed = Speed()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `Trainer` does, and emit loss, gradient norm, learning rate, speed and memory."""
+        super().log(logs, start_time)
+        if "loss" in logs:
+            measured = {"tokens_per_second": self._speed.read(), "memory_gb": peak_memory_bytes() / 1e9}
+            emit(TrainingLogged(self.state.global_step, {**logs, **measured}))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None
     ) -> Any:
+        self._speed.count(inputs["attention_mask"])
         positions = Positions.of_predictions(inputs["labels"])
         tokens = len(positions.targets) if num_items_in_batch is None else num_items_in_batch
         if processes.world_size() > 1:  # gradients are averaged over processes, but the loss is a sum
@@ -172,19 +186,49 @@ class AnswerTrainer(ShardingTrainer):
         )
 
 
+class Speed:
+    """Tokens per second, without padding, over all processes. It does not wait for the device before it is read."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._tokens: Any = 0
+
+    def count(self, attention_mask: Tensor) -> None:
+        """Count the tokens of a batch that is about to be processed."""
+        if self._since is None:
+            self._since = time.perf_counter()
+        self._tokens = self._tokens + attention_mask.sum()
+
+    def read(self) -> float:
+        """The speed since the last time, or since the first batch; to be called by all processes."""
+        now, since = time.perf_counter(), self._since
+        tokens = processes.all_reduce_sum(np.array([int(self._tokens)]))[0]
+        self._since, self._tokens = now, 0
+        return 0.0 if since is None else float(tokens) / (now - since)
+
+
 class Progress(TrainerCallback):
-    """Logs about ten lines per training if there is no terminal for a progress bar."""
+    """Shows how many steps are done, the remaining time and the loss. `close` it after the training."""
 
     def __init__(self, name: str, samples: int) -> None:
         self._name, self._samples = name, samples
+        self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        log.info("fine-tuning %s on %d samples: %d steps", self._name, self._samples, state.max_steps)
+        steps = f"{state.max_steps} step{'s'[: state.max_steps != 1]}"
+        log.info("fine-tuning %s on %d samples: %s", self._name, self._samples, steps)
+        self._bar = progress(state.max_steps, f"fine-tuning {self._name}", "step", done=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        tenth = max(1, state.max_steps // 10)
-        if args.disable_tqdm and logs and "loss" in logs and state.global_step % tenth < args.logging_steps:
-            log.info("  step %d of %d, loss %.3f", state.global_step, state.max_steps, logs["loss"])
+        if logs and "loss" in logs:
+            self._bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def checkpoint_blocks(model: Any) -> None:

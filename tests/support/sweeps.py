@@ -58,7 +58,7 @@ def kill(sweep: subprocess.Popen, how: signal.Signals, seconds: float, whole: bo
 # Times and what rests on them, memory, where it ran, and which of several runs came first.
 DIFFERS = {
     *("started", "finished", "seconds", "str", "str_basis", "full_finetuning_seconds", "peak_memory_bytes"),
-    *("computed", "provenance", "results_dir", "store_dir", "workers", "processes"),
+    *("computed", "provenance", "results_dir", "store_dir", "workers", "processes", "sweep"),
 }
 
 

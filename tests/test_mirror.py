@@ -1,0 +1,530 @@
+"""A run's page on Weights & Biases, from the start to whatever end the run has; no error of W&B ends a run.
+
+Offline files are read back, since they hold what a server would be sent."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import wandb
+from conftest import ROOT, run_shrunk
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore # made at import
+
+from experiments.run import Mirror
+from staff.errors import UserError
+from staff.evaluation.stage import Generate
+from staff.runtime import processes
+from staff.store.events import TrainingLogged
+from staff.tracking import write_record
+from staff.tracking.mirror import About, check, log_to_wandb
+
+RECORD = {
+    "run": {
+        "name": "staff-0.9-0",
+        "fingerprint": "0123abcd" * 8,
+        "experiment": "table1",
+        "method": "staff",
+        "pruning_rate": 0.9,
+        "counts": {"pool": 4, "coreset": 2},
+    },
+    "config": {
+        "seed": 0,
+        "tracking": {"mode": "auto", "project": "staff", "entity": None},
+        "method": {"num_regions": 50, "drop_hardest": None},
+        "task": {"metrics": ["rougeL", "bleu"]},
+    },
+    "metrics": {"rougeL": 21.5, "bleu": 3.25},
+    "overhead": {
+        "seconds": 15.5,
+        "stages": [
+            {"stage": "finetune", "label": "fine-tune small on 4 samples", "seconds": 12.5, "computed": True},
+            {"stage": "scores", "label": "effort of 4 samples", "seconds": 3.0, "computed": False},
+        ],
+    },
+    "coreset": {"fingerprint": "c0ffee", "filled": 0, "notes": ["none"]},
+    "provenance": {"git_commit": None, "cpu_count": 2},
+}
+KEY = "0" * 40
+WHICH_RUN = ("entity", "project", "run_id", "run_group", "job_type", "display_name")
+SCORES = np.array([0.1, 0.5, np.nan, 2.0, 0.5])
+
+
+@pytest.fixture(autouse=True)
+def a_user_who_is_not_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    wandb.teardown()  # W&B reads its environment once a session
+    yield
+    wandb.teardown()
+
+
+def log_run(folder: Path, record: dict[str, Any] = RECORD, mode: str = "auto") -> bool:
+    """Log a run's folder that holds `record`, and a score of every sample of the pool."""
+    write_record(folder, record)
+    scores = {"id": [f"s{i}" for i in range(5)], "selected": False, "effort": SCORES}
+    pd.DataFrame(scores).to_parquet(folder / "samples.parquet")
+    return log_to_wandb(folder, mode)
+
+
+def another_run(fingerprint: str, **changes: Any) -> dict[str, Any]:
+    return {**RECORD, "run": {**RECORD["run"], "fingerprint": fingerprint * 16}, **changes}
+
+
+def read_offline_run(folder: Path) -> dict[str, Any]:
+    """What the only page under `folder` holds."""
+    (page,) = pages(folder)
+    return page
+
+
+def pages(folder: Path) -> list[dict[str, Any]]:
+    """What each offline file under `folder` holds, the oldest first."""
+    wandb.teardown()  # waits until the service has written all
+    return [read_page(file) for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
+
+
+def read_page(file: Path) -> dict[str, Any]:
+    """What a .wandb file holds. W&B has no public reader of it.
+
+    It is a LevelDB log (blocks of 32 KiB, records cut at their borders into pieces with a header of checksum,
+    length and type) of protocol buffers. After a kill its last piece may be cut off.
+    """
+    data, at, message = file.read_bytes(), 7, b""
+    assert data[:4] == b":W&B", "the format has changed"
+    page: dict[str, Any] = {"config": {}, "summary": {}, "history": {}, "curves": {}, "metrics": {}, "lines": []}
+    page |= {"folder": file.parent, "rows": [], "system": set(), "exit": None}
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # no header fits into the rest of a block
+            at += 32768 - at % 32768
+            continue
+        checksum, length, kind = struct.unpack_from("<IHB", data, at)
+        piece = data[at + 7 : at + 7 + length]
+        if len(piece) < length:
+            break
+        assert checksum == zlib.crc32(bytes([kind]) + piece)
+        message, at = message + piece, at + 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            _take_in(Record.FromString(message), page)
+            message = b""
+    return page
+
+
+def _take_in(record: Any, page: dict[str, Any]) -> None:
+    match record.WhichOneof("record_type"):
+        case "run":
+            page |= {name: getattr(record.run, name) for name in WHICH_RUN}
+            page["tags"] = list(record.run.tags)
+            page["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        case "metric":
+            page["metrics"][record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        case "stats":
+            page["system"] |= {item.key for item in record.stats.item}
+        case "output_logger":
+            page["lines"].append(record.output_logger.line.rstrip("\n"))
+        case "exit":
+            page["exit"] = record.exit.exit_code
+        case "history":
+            row = {
+                "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
+            }
+            page["rows"].append(row)
+            for name, value in row.items():
+                page["curves"].setdefault(name, []).append(value)
+            _update(page["history"], record.history.item)
+        case "summary":
+            _update(page["summary"], record.summary.update)
+
+
+def _update(values: dict[str, Any], items: Any) -> None:
+    for item in items:
+        *folders, leaf = item.nested_key or [item.key]
+        branch = values
+        for key in folders:
+            branch = branch.setdefault(key, {})
+        branch[leaf] = json.loads(item.value_json)
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("staff")]
+
+
+# ---------------------------------------------------------------- a run that fails, and goes on
+
+REASON = "the disk of the answers is full: free it."
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run that fails when the answers are to be generated, and then the same run again; its record."""
+    results = tmp_path_factory.mktemp("twice")
+    run = (
+        "tracking=wandb",
+        "tracking.mode=offline",
+        "tracking.tags=[pilot]",
+        "method=staff",
+        "method.num_regions=3",
+    )
+
+    def fail(*arguments: Any) -> None:
+        raise UserError(REASON)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Generate, "run", fail)
+        with pytest.raises(UserError):
+            run_shrunk(results, *run)
+    return run_shrunk(results, *run)
+
+
+@pytest.fixture(scope="module")
+def failed(twice: dict[str, Any]) -> dict[str, Any]:
+    return pages(twice["folder"])[0]
+
+
+@pytest.fixture(scope="module")
+def resumed(twice: dict[str, Any]) -> dict[str, Any]:
+    return pages(twice["folder"])[1]
+
+
+def stages(page: dict[str, Any]) -> list[tuple[str, str]]:
+    """What happened to which kind of stage, in order; kinds by the first word of the label."""
+    return [(row["stage/label"].split()[0], row["stage/event"]) for row in page["rows"] if "stage/event" in row]
+
+
+def table(page: dict[str, Any], name: str) -> pd.DataFrame:
+    content = json.loads((page["folder"] / "files" / page["history"][name]["path"]).read_text())
+    return pd.DataFrame(content["data"], columns=content["columns"])
+
+
+def test_the_same_run_goes_on_with_its_own_page(twice, failed, resumed):
+    assert failed["run_id"] == resumed["run_id"] == twice["run"]["fingerprint"][:16]
+    assert failed["display_name"] == resumed["display_name"] == twice["run"]["name"]
+
+
+def test_a_page_is_tagged_with_family_task_method_rate_seed_and_the_users_own_tags(failed):
+    assert failed["tags"] == ["tiny", "dialogsum", "staff", "pruning_rate=0.75", "seed=0", "pilot"]
+    assert failed["job_type"] == "staff" and failed["run_group"] == "", "a single run is in no group"
+
+
+def test_a_page_has_the_configuration_grouped_as_in_yaml_from_its_start(twice, failed):
+    config = {key: value for key, value in failed["config"].items() if key != "_wandb"}
+    facts = config.pop("run")
+    assert config == twice["config"] and config["method"]["num_regions"] == 3
+    assert facts["method"] == "staff" and facts["fingerprint"] == twice["run"]["fingerprint"]
+
+
+def test_a_failed_run_ends_as_failed_with_its_sentence_and_the_next_one_as_finished(failed, resumed):
+    assert (failed["exit"], failed["summary"]["status"]) == (1, f"failed: {REASON}")
+    assert "metrics" not in failed["summary"]
+    assert (resumed["exit"], resumed["summary"]["status"]) == (0, "finished")
+
+
+def test_stages_show_as_they_start_and_end_and_a_resumed_run_reads_them(failed, resumed):
+    tuned = [("fine-tune", "started"), ("fine-tune", "computed"), ("answer", "started"), ("answer", "failed")]
+    shown = stages(failed)
+    assert shown[-4:] == tuned
+    selected = shown[shown.index(("select", "started")) : shown.index(("select", "computed")) + 1]
+    scored = [("effort", "started"), ("fine-tune", "started"), ("fine-tune", "computed"), ("effort", "computed")]
+    assert selected == [selected[0], *scored, ("effort", "started"), ("effort", "computed"), selected[-1]]
+    assert {("select", "read"), ("fine-tune", "read"), ("answer", "computed")} <= set(stages(resumed))
+    assert len(set(stages(resumed))) == len([*filter(lambda stage: stage[0] != "tokenise", stages(resumed))]) + 3
+
+
+def test_curves_arrive_while_a_model_trains_by_stage_and_model_each_over_its_own_steps(twice, failed):
+    written = pd.read_csv(twice["folder"] / "training.csv")
+    assert set(written["curve"]) == {"finetune/small", "finetune/target"}
+    for curve, points in written.groupby("curve"):
+        assert failed["metrics"][f"{curve}/*"] == f"{curve}/step"
+        for name in ("step", "loss", "learning_rate", "grad_norm"):
+            np.testing.assert_allclose(failed["curves"][f"{curve}/{name}"], points[name], rtol=1e-6)
+        assert min(failed["curves"][f"{curve}/tokens_per_second"]) > 0
+        assert 0.05 < min(failed["curves"][f"{curve}/memory_gb"]) < 100
+    events = [row.get("stage/event", "point") for row in failed["rows"]]
+    assert events.index("point") < len(events) - events[::-1].index("computed"), "not after the stages"
+
+
+def test_no_name_of_a_value_depends_on_a_number_of_samples(failed, resumed):
+    names = {name for page in (failed, resumed) for name in page["curves"] if not name.startswith("_")}
+    names -= {name for name in names if name.endswith("sha256")}
+    assert "finetune/target/loss" in names and not any(re.search(r"\d", name) for name in names)
+
+
+def test_curves_that_were_not_seen_live_are_shown_at_the_end(twice, resumed):
+    written = pd.read_csv(twice["folder"] / "training.csv").groupby("curve")
+    for curve, points in written:
+        assert resumed["curves"][f"{curve}/step"] == points["step"].tolist()
+        np.testing.assert_allclose(resumed["curves"][f"{curve}/loss"], points["loss"])
+
+
+def test_system_metrics_and_the_log_are_on_the_page(failed):
+    assert any(name.startswith("memory") or name == "cpu" for name in failed["system"])
+    assert any("fine-tuning small on 24 samples" in line for line in failed["lines"])
+
+
+def test_a_finished_page_has_the_record_as_its_summary_with_the_metrics_first(twice, resumed):
+    left_out = ("config", "artifacts", "folder", "overhead", "coreset")
+    record = {key: value for key, value in twice.items() if key not in left_out}
+    summary = resumed["summary"]
+    assert {key: summary[key] for key in record} == record
+    assert next(key for key in summary if key in record) == "metrics"
+    assert summary["selection"] == twice["coreset"] and summary["coreset"]["_type"] == "table-file"
+    assert summary["overhead"]["seconds"] == twice["overhead"]["seconds"]
+
+
+def test_the_coreset_is_a_table_with_text_score_region_and_group(twice, resumed):
+    shown, written = table(resumed, "coreset"), pd.read_csv(twice["folder"] / "coreset.csv")
+    assert list(shown) == ["id", "text", "score", "region", "group", "verified"]
+    assert shown["id"].tolist() == written["id"].tolist()
+    np.testing.assert_allclose(shown["score"], written["speculative"])
+    assert all(re.match(r"Summarize the following dialogue\.[\s\S]+Summary: .", text) for text in shown["text"])
+    regions = pd.read_csv(twice["folder"] / "regions.csv").query("picked > 0").set_index("region")
+    assert shown["region"].value_counts().to_dict() == dict(regions["picked"])
+
+
+def test_answers_are_a_table_with_prompt_and_reference(twice, resumed):
+    shown = table(resumed, "predictions")
+    assert list(shown)[:4] == ["id", "prompt", "answer", "reference"] and "rougeL" in shown and len(shown) == 4
+    answers = pd.read_parquet(twice["folder"] / "predictions.parquet")
+    assert shown["answer"].tolist() == answers["prediction"].tolist()
+    assert shown["reference"][0] == "\n\n".join(answers["references"][0])
+    assert all(prompt.startswith("Summarize") for prompt in shown["prompt"])
+
+
+def test_scores_are_histograms_and_the_overhead_a_table_by_stage(twice, resumed):
+    scores = pd.read_parquet(twice["folder"] / "samples.parquet")["speculative"]
+    histogram = resumed["history"]["scores/speculative"]
+    assert histogram["_type"] == "histogram" and sum(histogram["values"]) == len(scores)
+    overhead = table(resumed, "overhead_stages")
+    assert overhead["seconds"].sum() == pytest.approx(twice["overhead"]["seconds"])
+
+
+# ---------------------------------------------------------------- a run that is killed
+
+KILLED = """
+import json, os, signal, sys, time
+from pathlib import Path
+from staff.tracking.mirror import About, Mirror
+from staff.store.events import StageStarted, TrainingLogged
+
+class Training:
+    label = "fine-tune small on 4 samples"
+    fingerprint = "f00"
+
+folder, record = Path(sys.argv[1]), json.loads(sys.argv[2])
+page = Mirror()
+page(StageStarted(Training()))
+page.open(About(folder, record["config"], record["run"], lambda stage: "finetune/small"), "offline")
+for step in range(1, 4):
+    page(TrainingLogged(step, {"loss": 1.0 / step}))
+time.sleep(0.6)  # several flushes
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_keeps_what_it_showed_and_its_page_goes_on(tmp_path):
+    environment = {**os.environ, "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "0.1"}
+    command = [sys.executable, "-c", KILLED, str(tmp_path), json.dumps(RECORD)]
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == -signal.SIGKILL
+    (killed,) = pages(tmp_path)
+    assert killed["exit"] is None, "W&B calls a page crashed that nothing ends"
+    assert killed["summary"]["status"] == "running" and stages(killed) == [("fine-tune", "started")]
+    assert killed["curves"]["finetune/small/loss"] == [1.0, 1 / 2, 1 / 3]
+    assert log_run(tmp_path)
+    _, again = pages(tmp_path)
+    assert again["run_id"] == killed["run_id"] and again["exit"] == 0
+
+
+# ---------------------------------------------------------------- errors of W&B
+
+
+def test_an_error_in_the_middle_costs_one_line_and_nothing_more(tmp_path, caplog):
+    page = Mirror()
+    page.open(about(tmp_path), "offline")
+    page._page.finish()  # behind its back: W&B refuses values of a run that has ended
+    for step in range(3):
+        page.point("finetune/small", step + 1, {"loss": 1.0})
+        logging.getLogger("staff").warning("a line of the run")
+    write_record(tmp_path, RECORD)
+    assert not page.finish()
+    assert len([line for line in messages(caplog) if "Weights & Biases" in line]) == 1
+    assert "metrics.json is still the record" in caplog.text
+
+
+def test_only_the_main_process_has_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "is_main_process", lambda: False)
+    page = Mirror()
+    page(TrainingLogged(1, {"loss": 1.0}))
+    page.open(about(tmp_path), "offline")
+    assert not page.shows and not page.finish() and not list(tmp_path.iterdir())
+
+
+def test_a_page_that_goes_on_shows_no_point_of_a_curve_twice(tmp_path):
+    page = Mirror()
+    page.open(about(tmp_path), "offline")
+    page._page.summary["finetune/small/step"] = 2  # as a server gives it back
+    for step in (1, 2, 3, 3, 4):
+        page.point("finetune/small", step, {"loss": float(step)})
+    page.fail("enough.")
+    assert read_offline_run(tmp_path)["curves"]["finetune/small/loss"] == [3.0, 4.0]
+
+
+def about(folder: Path) -> About:
+    return About(folder, RECORD["config"], RECORD["run"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "group"),
+    [
+        ({}, "table1"),
+        ({"experiment": None, "sweep": "sweep-seed-0a"}, "sweep-seed-0a"),
+        ({"experiment": None}, None),
+    ],
+)
+def test_the_group_is_the_experiment_or_the_sweep_unless_it_is_named(tmp_path, changes, group):
+    page = About(tmp_path, RECORD["config"], {**RECORD["run"], **changes})
+    assert page.identity["group"] == group
+    named = {**RECORD["config"], "tracking": {"mode": "auto", "group": "mine"}}
+    assert About(tmp_path, named, page.facts).identity["group"] == "mine"
+
+
+def test_a_long_name_is_a_tag_that_wandb_takes_and_no_tag_stands_twice(tmp_path):
+    config = {**RECORD["config"], "tracking": {"tags": ["staff", 7]}}
+    page = About(tmp_path, config, {**RECORD["run"], "task": "t" * 100, "seed": 0})
+    assert page.tags == ["custom", "t" * 64, "staff", "pruning_rate=0.9", "seed=0", "7"]
+
+
+@pytest.mark.parametrize("tags", ["pilot", [""], ["x" * 65], 7])
+def test_tags_that_wandb_would_refuse_are_refused_beforehand(tags):
+    with pytest.raises(UserError, match=r"tracking\.tags=.* must be a list of tags"):
+        check({"mode": "auto", "tags": tags})
+
+
+def test_a_record_alone_makes_a_page_without_the_texts_of_samples(tmp_path):
+    coreset = pd.DataFrame({"id": ["007", "NA"], "effort": [0.5, 2.0], "verified": [np.nan, 1.5]})
+    coreset.to_csv(tmp_path / "coreset.csv", index=False)
+    predictions = pd.DataFrame({"id": ["t1"], "prediction": ["Grüße, \n a line"], "rougeL": [33.0]})
+    predictions.assign(references=[["Grüße", "a line"]]).to_parquet(tmp_path / "predictions.parquet")
+    curves = [("fine-tune small on 4 samples", 1, 3.5), ("fine-tune small on 4 samples", 2, 3.0)]
+    pd.DataFrame(curves, columns=["training", "step", "loss"]).to_csv(tmp_path / "training.csv", index=False)
+    assert log_run(tmp_path)
+    page = read_offline_run(tmp_path)
+    assert table(page, "coreset")["id"].tolist() == ["007", "NA"], "ids are text"
+    assert table(page, "predictions").to_numpy().tolist() == predictions.to_numpy().tolist()
+    assert page["curves"]["finetune/small/loss"] == [3.5, 3.0], "of a version whose curves had no names"
+    assert sum(page["history"]["scores/effort"]["values"]) == np.isfinite(SCORES).sum()
+
+
+def test_entity_and_project_are_those_of_the_configuration(tmp_path):
+    tracking = {"mode": "auto", "project": "coresets", "entity": "team"}
+    log_run(tmp_path, another_run("beef", config={**RECORD["config"], "tracking": tracking}))
+    run = read_offline_run(tmp_path)
+    assert (run["entity"], run["project"]) == ("team", "coresets")
+
+
+def test_two_runs_of_one_process_do_not_mix(tmp_path):
+    other = another_run("ffff", config={**RECORD["config"], "method": None}, metrics={"chrf": 40.0})
+    log_run(tmp_path / "a")
+    write_record(tmp_path / "b", other)
+    log_to_wandb(tmp_path / "b", "auto")
+    first, second = read_offline_run(tmp_path / "a"), read_offline_run(tmp_path / "b")
+    assert (first["run_id"], second["run_id"]) == ("0123abcd0123abcd", "f" * 16)
+    assert first["summary"]["metrics"] == RECORD["metrics"] and second["summary"]["metrics"] == {"chrf": 40.0}
+    assert first["config"]["method"] and not second["config"]["method"]
+    assert "scores/effort" in first["history"] and "scores/effort" not in second["history"]
+    assert wandb.run is None
+
+
+def test_a_large_coreset_is_logged_whole(tmp_path):
+    pd.DataFrame({"id": [f"s{i}" for i in range(10_411)], "effort": 1.0}).to_csv(
+        tmp_path / "coreset.csv", index=False
+    )
+    log_run(tmp_path)
+    assert read_offline_run(tmp_path)["history"]["coreset"]["nrows"] == 10_411
+
+
+def test_an_unreachable_server_leaves_an_offline_run_and_one_line(tmp_path, monkeypatch, caplog, capfd):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    started = time.monotonic()
+    log_run(tmp_path)  # mode auto: the user is logged in
+    assert time.monotonic() - started < 15
+    assert read_offline_run(tmp_path)["summary"]["metrics"] == RECORD["metrics"]
+    assert len(messages(caplog)) == 1 and "logging offline" in messages(caplog)[0]
+    out, err = capfd.readouterr()
+    assert "wandb:" not in out + err
+
+
+def test_a_folder_where_nothing_can_be_written_never_fails_a_run(tmp_path, caplog):
+    (tmp_path / "wandb").write_text("a file where W&B wants a folder")
+    assert not log_run(tmp_path)
+    assert len(messages(caplog)) == 1 and "Weights & Biases" in messages(caplog)[0]
+    assert log_run(tmp_path / "next", another_run("abcd"))
+    assert read_offline_run(tmp_path / "next")["run_id"] == "abcd" * 4
+
+
+def test_what_cannot_be_logged_never_fails_a_run_and_does_not_leave_it_open(tmp_path, caplog):
+    (tmp_path / "coreset.csv").write_text("")
+    assert not log_run(tmp_path)
+    assert len(messages(caplog)) == 1 and "EmptyDataError" in messages(caplog)[0]
+    assert wandb.run is None and read_offline_run(tmp_path)["run_id"] == "0123abcd0123abcd"
+
+
+@pytest.mark.parametrize(
+    ("environment_variable", "settings_line", "netrc", "chosen"),
+    [
+        ({}, "", "", "offline"),
+        ({"WANDB_API_KEY": KEY}, "", "", "online"),
+        ({}, "", "machine api.wandb.ai login u password " + KEY, "online"),
+        ({}, "", "machine elsewhere.org login u password " + KEY, "offline"),
+        ({}, "base_url = https://wandb.example.org", "machine wandb.example.org login u password " + KEY, "online"),
+        ({}, "base_url = https://wandb.example.org", "machine api.wandb.ai login u password " + KEY, "offline"),
+        ({"WANDB_API_KEY": "mistyped"}, "", "", "offline"),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "", "", "offline"),
+        ({"WANDB_MODE": "disabled"}, "", "", None),
+    ],
+)
+def test_auto_goes_online_only_for_a_user_who_is_logged_in(
+    tmp_path, monkeypatch, environment_variable, settings_line, netrc, chosen
+):
+    for name, value in environment_variable.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "netrc").write_text(netrc)
+    (tmp_path / "netrc").chmod(0o600)
+    (tmp_path / "wandb-config").mkdir()
+    (tmp_path / "wandb-config" / "settings").write_text(f"[default]\n{settings_line}\n")
+    modes, init = [], wandb.init
+
+    def note_the_mode(**arguments: Any) -> Any:
+        modes.append(arguments["mode"])
+        return init(**{**arguments, "mode": "disabled"})
+
+    monkeypatch.setattr(wandb, "init", note_the_mode)
+    log_run(tmp_path / "run")
+    assert modes == ([] if chosen is None else [chosen])
+
+
+def test_disabled_writes_nothing(tmp_path):
+    log_run(tmp_path, mode="disabled")
+    assert not list(tmp_path.glob("wandb*"))
+
+
+def test_a_mistyped_mode_is_refused_with_the_choices():
+    with pytest.raises(UserError, match=r"tracking\.mode='of'.*auto, online, offline, disabled"):
+        check({"mode": "of"})
+    check({"mode": "auto"})
