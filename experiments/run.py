@@ -19,7 +19,7 @@ from experiments import sweep
 from experiments.configuration import CONF
 from experiments.console import reader_gone
 from staff.errors import UserError
-from staff.runtime import processes
+from staff.runtime import preemption, processes
 
 log = logging.getLogger("staff")
 
@@ -58,7 +58,12 @@ def job(cfg: DictConfig) -> Path | None:
             how = "start `torchrun --no-python ... staff` once a configuration, without --multirun"
             _leave(UserError(f"torchrun is for one run: {how}, or let a cluster do so: hydra/launcher=cluster."))
         processes.start()  # where a launcher has started several tasks for this job
-        return run(cfg, choices)
+        try:
+            return run(cfg, choices)
+        except SystemExit as end:
+            if processes.world_size() > 1:
+                processes.leave_after_main(int(end.code or 0))
+            raise
     try:
         folder = run(cfg, choices)
     except Exception as error:
@@ -80,6 +85,7 @@ def main() -> None:
     if sweeping & set(sys.argv):  # Hydra takes it before the overrides alone
         sys.argv[1:] = ["--multirun", *(argument for argument in sys.argv[1:] if argument not in sweeping)]
     _quiet()
+    preemption.listen()
     try:
         processes.start()
         run_hydra()
@@ -90,6 +96,11 @@ def main() -> None:
             said = "staff: interrupted; what is finished is kept, and the same command goes on from there."
             print(said, file=sys.stderr)
         processes.leave(130)
+    except preemption.Preempted as end:
+        if processes.is_main_process():
+            said = "staff: asked to end; what is finished is kept, and the same command resumes (exit status 75)."
+            print(said, file=sys.stderr)
+        processes.leave_after_main(int(end.code))
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_gone():
             processes.leave(1)

@@ -29,8 +29,12 @@ from omegaconf import DictConfig, open_dict
 
 from experiments import threads
 from staff.errors import UserError
+from staff.runtime import preemption
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 30.0
+"""Seconds that a worker has, once its sweep is ended, to finish a step and save a checkpoint."""
 
 
 class LocalLauncher(Launcher):
@@ -176,9 +180,9 @@ class _Worker:
                 self.process.terminate()
 
     def join(self) -> None:
-        """Wait for the process to end; one that has not within ten seconds is killed."""
+        """Wait for the process to end; one that has not within `PATIENCE` seconds is killed."""
         if self.process is not None:
-            self.process.join(timeout=10)
+            self.process.join(timeout=PATIENCE)
             self.process.kill()
             self.process.join()
 
@@ -203,6 +207,7 @@ def _ignoring_interrupts() -> Iterator[None]:
 def _work(number: int, connection: Connection, context: HydraContext, task: TaskFunction, base: str) -> None:
     """The main function of a worker: run the jobs that arrive, until the connection is closed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    preemption.listen()
     version.setbase(base)
     setup_globals()
     while True:
