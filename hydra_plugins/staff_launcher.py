@@ -118,6 +118,16 @@ def environment(number: int, workers: int, gpus: Sequence[str]) -> dict[str, str
     return {**own, "CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else own
 
 
+def failed_job(context: HydraContext, config: DictConfig, number: int, error: UserError) -> JobReturn:
+    """The return of a job that ended without one, after its `on_job_end` callbacks have been called here."""
+    with open_dict(config):
+        config.hydra.job.num = number
+    failure = JobReturn(overrides=list(config.hydra.overrides.task), hydra_cfg=config, status=JobStatus.FAILED)
+    failure.return_value = error
+    context.callbacks.on_job_end(config=config, job_return=failure)
+    return failure
+
+
 class _Worker:
     """Runs one job at a time in a process of its own, started for its first job, and again after it has died."""
 
@@ -166,11 +176,8 @@ class _Worker:
 
     def _failure(self) -> JobReturn:
         assert self.job is not None
-        overrides = list(self.job.hydra.overrides.task)
-        failure = JobReturn(overrides=overrides, hydra_cfg=self.job, status=JobStatus.FAILED)
-        failure.return_value = UserError(f"its worker process {_describe_exit(self.process.exitcode)}.")
-        self.context.callbacks.on_job_end(config=self.job, job_return=failure)
-        return failure
+        said = UserError(f"its worker process {_describe_exit(self.process.exitcode)}.")
+        return failed_job(self.context, self.job, self.job.hydra.job.num, said)
 
     def stop(self) -> None:
         """Have the process end: an idle one by closing its connection, a busy one by SIGTERM."""

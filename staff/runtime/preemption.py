@@ -1,7 +1,7 @@
 """Signals that ask a process to end soon: SIGTERM, SIGUSR1 and SIGUSR2, as schedulers send them before they kill.
 
 A fine-tuning defers them to the end of its step, saves a checkpoint, and stops (`staff.training.checkpoints`). Then
-the signal takes its usual course: a launcher that handles it may requeue the job, and a process that handles none is
+the signal takes its usual course: a launcher may handle it and requeue the job, and a process without a handler is
 ended by it. The application ends with the exit status `RESUMABLE`, wherever it is.
 """
 
