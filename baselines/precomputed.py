@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from staff.data.spreadsheets import original
 from staff.errors import UserError
 from staff.runtime.paths import local_path
 from staff.selection import Coreset, Draws, ScorePool
@@ -127,7 +128,7 @@ def _read_csv(file: Path) -> Any:
         if column is None:
             has = ", ".join(" ".join(name.split()) for name in rows.fieldnames or ()) or "none"
             raise UserError(f"method.path={file} needs a column {' or '.join(COLUMNS)}; it has {has}.")
-        return [row[column] if column == "id" else int(row[column]) for row in rows]
+        return [original(row[column]) if column == "id" else int(row[column]) for row in rows]
 
 
 def _read_pt(file: Path) -> Any:

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 from experiments.recorded import RecordedRun, recorded_run
 from staff.data.files import files_of
 from staff.data.splits import load_splits
+from staff.data.spreadsheets import csv_of
 from staff.data.task import Sample, Task, data_digest
 from staff.errors import UserError
 
@@ -130,7 +131,7 @@ def _write_hf(chosen: Sequence[Chosen], folder: Path) -> None:
 def _write_rows(chosen: Sequence[Chosen], folder: Path) -> None:
     _write_lines((row for _, _, row in chosen), folder)
     table = pd.DataFrame({"id": [c.sample.id for c in chosen], "row": [c.number for c in chosen]})
-    table.to_csv(folder / "rows.csv", index=False)
+    (folder / "rows.csv").write_text(csv_of(table), "utf-8", newline="")
 
 
 def _write_ids(chosen: Sequence[Chosen], folder: Path) -> None:

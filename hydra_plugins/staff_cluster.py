@@ -18,6 +18,8 @@ from typing import Any
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, filter_overrides
+from hydra.types import HydraContext
+from omegaconf import DictConfig
 
 from hydra_plugins.staff_launcher import failed_job
 from staff.errors import UserError
@@ -48,19 +50,25 @@ with suppress(ImportError):  # the extra [parallel] is not installed, and Hydra 
                 arguments.append((list(overrides), "hydra.sweep.dir", number, str(number), state))
             jobs = executor.map_array(self, *zip(*arguments, strict=True))
             log.info("submitted %s; if this process ends, they go on", ", ".join(job.job_id for job in jobs))
-            return [self._result(job, *these) for job, these in zip(jobs, arguments, strict=True)]
+            assert self.hydra_context is not None and self.config is not None
+            about = self.hydra_context, self.config
+            return [
+                result_of(job, *about, overrides, number)
+                for job, (overrides, _, number, *_) in zip(jobs, arguments, strict=True)
+            ]
 
-        def _result(self, job: Any, overrides: list[str], _: str, number: int, *others: object) -> JobReturn:
-            from submitit.core.utils import FailedJobError, UncompletedJobError
 
-            try:
-                return job.results()[0]
-            except (FailedJobError, UncompletedJobError) as error:
-                assert self.hydra_context is not None and self.config is not None
-                config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-                said = UserError(_description(job, str(error)))
-                said.__cause__ = error
-                return failed_job(self.hydra_context, config, number, said)
+def result_of(job: Any, context: HydraContext, config: DictConfig, overrides: list[str], number: int) -> JobReturn:
+    """Wait for a job of submitit, and return its result: a failure where it has none."""
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    try:
+        return job.results()[0]
+    except (FailedJobError, UncompletedJobError) as error:
+        config = context.config_loader.load_sweep_config(config, overrides)
+        said = UserError(_description(job, str(error)))
+        said.__cause__ = error
+        return failed_job(context, config, number, said)
 
 
 def _description(job: Any, log_of_it: str) -> str:

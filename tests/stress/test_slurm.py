@@ -18,8 +18,8 @@ if slurm.missing():
     pytest.skip(slurm.missing(), allow_module_level=True)
 
 GRID = ("method=random,longest", "pruning_rate=0.5,0.75", "seed=0,1")
-LONG = ("method=full", "task.train_limit=64", "finetune.epochs=40")
-"""A fine-tuning of 320 steps, half a minute."""
+LONG = ("method=full", "family=tiny_small", "task.train_limit=64", "finetune.epochs=40")
+"""A fine-tuning of 320 steps, a quarter to half a minute."""
 ONE = ("hydra/launcher=cluster", "hydra.launcher.partition=test", "hydra.launcher.gpus_per_node=null")
 CLUSTER = (*ONE, "hydra.launcher.tasks_per_node=1", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=3")
 
