@@ -18,8 +18,8 @@ if slurm.missing():
     pytest.skip(slurm.missing(), allow_module_level=True)
 
 GRID = ("method=random,longest", "pruning_rate=0.5,0.75", "seed=0,1")
-LONG = ("method=full", "family=tiny_small", "task.train_limit=64", "finetune.epochs=40")
-"""A fine-tuning of 320 steps, a quarter to half a minute."""
+LONG = ("method=full", "family=tiny_small", "task.train_limit=64", "finetune.epochs=60")
+"""A fine-tuning of 480 steps, half a minute on an idle machine."""
 ONE = ("hydra/launcher=cluster", "hydra.launcher.partition=test", "hydra.launcher.gpus_per_node=null")
 CLUSTER = (*ONE, "hydra.launcher.tasks_per_node=1", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=3")
 
@@ -98,9 +98,14 @@ def test_a_cancelled_fine_tuning_resumes_from_its_checkpoint_by_the_same_command
 
 
 def test_a_job_at_its_time_limit_is_requeued_and_goes_on_from_its_checkpoint_by_itself(tmp_path, undisturbed_long):
-    """The limit of a minute is a signal after a few seconds, since SLURM sends it up to a minute early."""
-    limit = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=35")
-    finish(start(tmp_path, *LONG, *CLUSTER, *limit))
+    """The signal comes forty seconds after the job's start, or earlier, since SLURM may send it early."""
+    limit = (
+        "hydra.launcher.timeout_min=2",
+        "hydra.launcher.signal_delay_s=80",
+        "hydra.launcher.max_num_timeout=30",
+    )
+    out, err = (sweep := start(tmp_path, *LONG, *CLUSTER, *limit)).communicate(timeout=1200)
+    assert sweep.returncode == 0, out + err
     said = logs(tmp_path)
     assert "asked to end: saving a checkpoint" in said and "resuming after step" in said
     assert records(tmp_path) == records(undisturbed_long)
