@@ -33,8 +33,8 @@ from pyarrow.parquet import read_table, write_table
 
 from experiments.console import pipeable
 from experiments.recorded import TEXTS, RecordedRun, packed_runs, recorded_runs, run_folders
-from staff.data.spreadsheets import csv_of
 from staff.errors import UserError
+from staff.runtime.spreadsheets import csv_of
 
 TEXT, RUN = pa.string(), pa.field("run", pa.string())
 PREDICTIONS = pa.schema([RUN])

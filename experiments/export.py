@@ -27,9 +27,9 @@ from omegaconf import OmegaConf
 from experiments.recorded import RecordedRun, recorded_run
 from staff.data.files import files_of
 from staff.data.splits import load_splits
-from staff.data.spreadsheets import csv_of
 from staff.data.task import Sample, Task, data_digest
 from staff.errors import UserError
+from staff.runtime.spreadsheets import csv_of
 
 
 def export(run: Path, form: str, output: Path | None = None) -> Path:

@@ -22,9 +22,9 @@ from experiments.export import WRITERS, Chosen
 from staff import ArrayPool
 from staff.data.conversations import ROLES, plain_pieces, plain_text
 from staff.data.rows import read_rows
-from staff.data.spreadsheets import inert, original
 from staff.data.task import Sample, Task
 from staff.data.templates import render
+from staff.runtime.spreadsheets import inert, original
 from staff.selection import Draws
 
 __all__ = ("PROPERTIES", "fuzz")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "squeue", "scontrol")
+NEEDED = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "squeue", "scontrol")
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -78,7 +78,8 @@ def cluster(folder: Path) -> Iterator[None]:
     )
     try:
         for command in commands:
-            daemons.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            ended = ["setpriv", "--pdeathsig", "TERM", *command]  # with this process, however it ends
+            daemons.append(subprocess.Popen(ended, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
             time.sleep(0.5)
         deadline = time.monotonic() + 30
         while "idle" not in said("sinfo", "-h", "-o", "%T", check=False):
