@@ -128,7 +128,9 @@ def _vectors(run: str, samples: pd.DataFrame) -> Iterator[tuple[str, pa.Table]]:
 
 def coreset(samples: pd.DataFrame) -> str:
     """The text of a coreset.csv: ids and scores of the selected samples."""
-    chosen = samples[samples["selected"]].drop(columns=["selected", "answer_tokens"], errors="ignore")
+    chosen: pd.DataFrame = samples.loc[samples["selected"]].drop(
+        columns=["selected", "answer_tokens"], errors="ignore"
+    )
     return csv_of(chosen)
 
 

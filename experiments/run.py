@@ -96,11 +96,11 @@ def main() -> None:
             said = "staff: interrupted; what is finished is kept, and the same command goes on from there."
             print(said, file=sys.stderr)
         processes.leave(130)
-    except preemption.Preempted as end:
+    except preemption.Preempted:
         if processes.is_main_process():
             said = "staff: asked to end; what is finished is kept, and the same command resumes (exit status 75)."
             print(said, file=sys.stderr)
-        processes.leave_after_main(int(end.code))
+        processes.leave_after_main(preemption.RESUMABLE)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_gone():
             processes.leave(1)

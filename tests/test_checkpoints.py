@@ -155,6 +155,7 @@ def test_a_signal_saves_a_checkpoint_at_once_and_the_exit_status_says_resumable(
         process.start()
         wait_for(tmp_path / "preempted/at work", seconds=120)
         time.sleep(0.5)
+        assert process.pid is not None
         os.kill(process.pid, how)
         process.join(timeout=60)
         assert process.exitcode == preemption.RESUMABLE == 75

@@ -98,10 +98,10 @@ def test_a_cancelled_fine_tuning_resumes_from_its_checkpoint_by_the_same_command
 
 
 def test_a_job_at_its_time_limit_is_requeued_and_goes_on_from_its_checkpoint_by_itself(tmp_path, undisturbed_long):
-    """The signal comes forty seconds after the job's start, or earlier, since SLURM may send it early."""
+    """The signal comes thirty seconds after the job's start, or earlier, since SLURM may send it early."""
     limit = (
         "hydra.launcher.timeout_min=2",
-        "hydra.launcher.signal_delay_s=80",
+        "hydra.launcher.signal_delay_s=90",
         "hydra.launcher.max_num_timeout=30",
     )
     out, err = (sweep := start(tmp_path, *LONG, *CLUSTER, *limit)).communicate(timeout=1200)

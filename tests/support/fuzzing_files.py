@@ -130,7 +130,9 @@ def a_table_gives_rows_or_a_sentence(folder: Path, table: tuple[str, bytes]) -> 
 
 score_files = {
     ".csv": st.text("id,score\n\"'0123456789.-enaf\x00=").map(str.encode)
-    | st.lists(st.tuples(words, words), max_size=4).map(lambda rows: _csv([["id", "score"], *rows], ",")),
+    | st.lists(st.tuples(words, words), max_size=4).map(
+        lambda rows: _csv([["id", "score"], *map(list, rows)], ",")
+    ),
     ".json": json_values.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20),
     ".parquet": st.binary(max_size=40)
     | st.lists(st.lists(words, min_size=2, max_size=2), min_size=1).map(_parquet),
