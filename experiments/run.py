@@ -91,16 +91,12 @@ def main() -> None:
         run_hydra()
         failed = sweep.end()
         processes.end()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, preemption.Preempted) as end:
+        status = 130 if isinstance(end, KeyboardInterrupt) else preemption.RESUMABLE
         if processes.is_main_process():
-            said = "staff: interrupted; what is finished is kept, and the same command goes on from there."
-            print(said, file=sys.stderr)
-        processes.leave(130)
-    except preemption.Preempted:
-        if processes.is_main_process():
-            said = "staff: asked to end; what is finished is kept, and the same command resumes (exit status 75)."
-            print(said, file=sys.stderr)
-        processes.leave_after_main(preemption.RESUMABLE)
+            said = "what is finished is kept, and the same command resumes"
+            print(f"staff: asked to end; {said} (exit status {status}).", file=sys.stderr)
+        processes.leave_after_main(status)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_gone():
             processes.leave(1)

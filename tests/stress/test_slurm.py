@@ -38,10 +38,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    results = tmp_path_factory.mktemp("undisturbed long")
+def undisturbed_long(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """Its results, and the seconds that it took."""
+    results, began = tmp_path_factory.mktemp("undisturbed long"), time.monotonic()
     finish(start(results, *LONG))
-    return results
+    return results, time.monotonic() - began
 
 
 def logs(results: Path) -> str:
@@ -94,21 +95,19 @@ def test_a_cancelled_fine_tuning_resumes_from_its_checkpoint_by_the_same_command
     assert list(tmp_path.glob("artifacts/checkpoints/*/checkpoint-*")) and not records(tmp_path)
     finish(start(tmp_path, *LONG, *CLUSTER))
     assert "resuming after step" in logs(tmp_path)
-    assert records(tmp_path) == records(undisturbed_long)
+    assert records(tmp_path) == records(undisturbed_long[0])
 
 
 def test_a_job_at_its_time_limit_is_requeued_and_goes_on_from_its_checkpoint_by_itself(tmp_path, undisturbed_long):
-    """The signal comes thirty seconds after the job's start, or earlier, since SLURM may send it early."""
-    limit = (
-        "hydra.launcher.timeout_min=2",
-        "hydra.launcher.signal_delay_s=90",
-        "hydra.launcher.max_num_timeout=30",
-    )
+    """The signal comes after three fifths of the time that the whole takes, or a little earlier."""
+    after = int(0.6 * undisturbed_long[1])
+    minutes = after // 60 + 2
+    limit = (f"hydra.launcher.timeout_min={minutes}", f"hydra.launcher.signal_delay_s={60 * minutes - after}")
     out, err = (sweep := start(tmp_path, *LONG, *CLUSTER, *limit)).communicate(timeout=1200)
     assert sweep.returncode == 0, out + err
     said = logs(tmp_path)
     assert "asked to end: saving a checkpoint" in said and "resuming after step" in said
-    assert records(tmp_path) == records(undisturbed_long)
+    assert records(tmp_path) == records(undisturbed_long[0])
     check_left_behind(tmp_path)
 
 
