@@ -4,7 +4,7 @@ PYTHONS := python3.11 python3.12 python3.13
 PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c 'import venv' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test stress mutations audit format smollm2 reproduce-tiny slice
+.PHONY: demo test stress slurm mutations audit format smollm2 reproduce-tiny slice
 demo: .venv/installed
 	$(BIN)/staff experiment=demo
 
@@ -17,6 +17,11 @@ test: .venv/installed
 # What takes minutes to hours: thirty kills, long fuzzing.
 stress: .venv/installed
 	$(BIN)/pytest -s tests/stress
+
+# Sweeps on a SLURM cluster of one node, which the tests start and stop. It needs root and Debian's slurm-wlm and munge,
+# or says so.
+slurm: .venv/installed
+	$(BIN)/pytest -n 0 -s -rs tests/stress/test_slurm.py
 
 # One change to the source for each promise of tests/README.md, each to be noticed by its test; half an hour.
 mutations: .venv/installed

@@ -14,7 +14,7 @@ import pandas as pd
 
 from baselines.ranks import WHICH, take
 from staff.errors import UserError
-from staff.runtime.cells import original
+from staff.runtime.spreadsheets import original
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_scores
 
 

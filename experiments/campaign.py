@@ -34,6 +34,7 @@ from pyarrow.parquet import read_table, write_table
 from experiments.console import pipeable
 from experiments.recorded import TEXTS, RecordedRun, packed_runs, recorded_runs, run_folders
 from staff.errors import UserError
+from staff.runtime.spreadsheets import csv_of
 
 TEXT, RUN = pa.string(), pa.field("run", pa.string())
 PREDICTIONS = pa.schema([RUN])
@@ -127,8 +128,10 @@ def _vectors(run: str, samples: pd.DataFrame) -> Iterator[tuple[str, pa.Table]]:
 
 def coreset(samples: pd.DataFrame) -> str:
     """The text of a coreset.csv: ids and scores of the selected samples."""
-    chosen = samples[samples["selected"]].drop(columns=["selected", "answer_tokens"], errors="ignore")
-    return chosen.to_csv(index=False)
+    chosen: pd.DataFrame = samples.loc[samples["selected"]].drop(
+        columns=["selected", "answer_tokens"], errors="ignore"
+    )
+    return csv_of(chosen)
 
 
 def unpack(run: RecordedRun, folder: Path) -> None:

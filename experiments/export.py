@@ -40,7 +40,7 @@ from experiments.recorded import RecordedRun, recorded_run, regions_of
 from staff.data.splits import load_splits
 from staff.data.task import Sample, Task, data_digest
 from staff.errors import UserError
-from staff.runtime.cells import inert
+from staff.runtime.spreadsheets import csv_of
 
 PUSHED = ("datasets", *export_model.FORMS)
 """Formats that the hub has a place for."""
@@ -242,8 +242,8 @@ def _write_datasets(chosen: Sequence[Chosen], folder: Path) -> None:
 
 def _write_rows(chosen: Sequence[Chosen], folder: Path) -> None:
     _write_lines((each.row for each in chosen), folder)
-    table = pd.DataFrame({"id": [inert(c.sample.id) for c in chosen], "row": [c.number for c in chosen]})
-    table.to_csv(folder / "rows.csv", index=False)
+    table = pd.DataFrame({"id": [c.sample.id for c in chosen], "row": [c.number for c in chosen]})
+    (folder / "rows.csv").write_text(csv_of(table), "utf-8", newline="")
 
 
 def _write_trl(chosen: Sequence[Chosen], folder: Path) -> None:

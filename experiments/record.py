@@ -150,7 +150,7 @@ def _write_samples(run: Run, coreset: Coreset) -> None:
     ids, lengths = run.pool.ids, run.pool.answer_lengths
     table = pd.DataFrame({"id": ids, "selected": selected, "answer_tokens": lengths, **coreset.scores})
     table.to_parquet(run.folder / "samples.parquet")
-    (run.folder / "coreset.csv").write_text(campaign.coreset(table), "utf-8")
+    (run.folder / "coreset.csv").write_bytes(campaign.coreset(table).encode())
     if len(coreset.diagnostics):
         coreset.diagnostics.to_csv(run.folder / "regions.csv", index=False)
 

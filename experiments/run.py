@@ -21,7 +21,7 @@ from experiments import sweep
 from experiments.configuration import CONF, check_size
 from experiments.console import reader_gone
 from staff.errors import UserError
-from staff.runtime import processes
+from staff.runtime import preemption, processes
 from staff.store.events import listening
 from staff.tracking.mirror import Mirror
 
@@ -83,7 +83,12 @@ def job(cfg: DictConfig) -> Path | None:
             _leave(UserError(f"torchrun is for one run: {how}, or let a cluster do so: hydra/launcher=cluster."))
         processes.start()  # where a launcher has started several tasks for this job
         check_size(hydra_config.overrides.task)
-        return run(cfg, choices)
+        try:
+            return run(cfg, choices)
+        except SystemExit as end:
+            if processes.world_size() > 1:
+                processes.leave_after_main(int(end.code or 0))
+            raise
     try:
         check_size(hydra_config.overrides.task)
         folder = run(cfg, choices)
@@ -106,16 +111,18 @@ def main() -> None:
     if sweeping & set(sys.argv):  # Hydra takes it before the overrides alone
         sys.argv[1:] = ["--multirun", *(argument for argument in sys.argv[1:] if argument not in sweeping)]
     _quiet()
+    preemption.listen()
     try:
         processes.start()
         run_hydra()
         failed = sweep.end()
         processes.end()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, preemption.Preempted) as end:
+        status = 130 if isinstance(end, KeyboardInterrupt) else preemption.RESUMABLE
         if processes.is_main_process():
-            said = "staff: interrupted; what is finished is kept, and the same command goes on from there."
-            print(said, file=sys.stderr)
-        processes.leave(130)
+            said = "what is finished is kept, and the same command resumes"
+            print(f"staff: asked to end; {said} (exit status {status}).", file=sys.stderr)
+        processes.leave_after_main(status)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_gone():
             processes.leave(1)

@@ -34,7 +34,7 @@ from experiments.configuration import CONF, composed
 from experiments.single import Run
 from staff.errors import UserError
 from staff.pool import Pool
-from staff.runtime.cells import inert
+from staff.runtime.spreadsheets import csv_of
 from staff.scoring.signal import Signal
 from staff.signals import named_all
 
@@ -87,7 +87,7 @@ def write(table: pd.DataFrame, file: Path) -> None:
     table = table.assign(**wide)
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".csv":
-        table.assign(id=table["id"].map(inert)).to_csv(file, index=False)
+        file.write_text(csv_of(table), "utf-8", newline="")
     elif file.suffix == ".parquet":
         table.to_parquet(file, index=False)
     else:

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -37,6 +36,7 @@ from staff.runtime import processes
 from staff.scoring.stage import Score, ScoringSettings
 from staff.selection import Coreset, SelectionMethod, budget_for, budget_of, check_flags, tokens_of
 from staff.signals.nll import AnswerNll
+from staff.store.locks import file_lock
 from staff.store.manifest import Artifact, digest
 from staff.store.store import Store
 from staff.tracking import mirror
@@ -275,7 +275,7 @@ class Run:
         """Keeps two workers of a sweep from carrying out the same run side by side."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         lock = self.folder.parent / f".{self.name}.lock"
-        return FileLock(lock) if processes.is_main_process() else nullcontext()
+        return file_lock(lock) if processes.is_main_process() else nullcontext()
 
     @contextmanager
     def failure_noted(self) -> Iterator[None]:

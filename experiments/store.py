@@ -81,7 +81,7 @@ def _entry(folder: Path, contents: bool) -> Entry:
         artifact.label,
         artifact.fingerprint,
         size,
-        (datetime.now(UTC) - datetime.fromisoformat(manifest["created"])).total_seconds() / 86400,
+        max(0.0, (datetime.now(UTC) - datetime.fromisoformat(manifest["created"])).total_seconds() / 86400),
         artifact.cost.seconds,
         sum(attempt["seconds"] for attempt in manifest.get("failed_attempts", [])),
         manifest["version"] < VERSIONS.get(artifact.stage, 0),

@@ -100,6 +100,8 @@ def report_job(number: int, job: str, result: Path | Exception) -> None:
     _expect_jobs(folder)
     word: dict[str, Any] = {"job": job}
     if isinstance(result, Exception):
+        if (folder / f"{number:05d}.json").exists():  # the job has said why, before it was ended
+            return
         file = folder / f"{number:05d}.traceback.txt"
         file.write_text("".join(traceback.format_exception(result)))
         sentence = sentence_of(result) or f"{type(result).__name__}: {result}"

@@ -30,10 +30,14 @@ from omegaconf import DictConfig, open_dict
 from experiments import threads
 from experiments.configuration import register_resolvers
 from staff.errors import UserError
+from staff.runtime import preemption
 
 log = logging.getLogger(__name__)
 
 register_resolvers()
+
+PATIENCE = 30.0
+"""Seconds that a worker has, once its sweep is ended, to finish a step and save a checkpoint."""
 
 
 class LocalLauncher(Launcher):
@@ -117,6 +121,16 @@ def environment(number: int, workers: int, gpus: Sequence[str]) -> dict[str, str
     return {**own, "CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else own
 
 
+def failed_job(context: HydraContext, config: DictConfig, number: int, error: UserError) -> JobReturn:
+    """The return of a job that ended without one, after its `on_job_end` callbacks have been called here."""
+    with open_dict(config):
+        config.hydra.job.num = number
+    failure = JobReturn(overrides=list(config.hydra.overrides.task), hydra_cfg=config, status=JobStatus.FAILED)
+    failure.return_value = error
+    context.callbacks.on_job_end(config=config, job_return=failure)
+    return failure
+
+
 class _Worker:
     """Runs one job at a time in a process of its own, started for its first job, and again after it has died."""
 
@@ -167,11 +181,8 @@ class _Worker:
 
     def _failure(self) -> JobReturn:
         assert self.job is not None
-        overrides = list(self.job.hydra.overrides.task)
-        failure = JobReturn(overrides=overrides, hydra_cfg=self.job, status=JobStatus.FAILED)
-        failure.return_value = UserError(f"its worker process {_describe_exit(self.process.exitcode)}.")
-        self.context.callbacks.on_job_end(config=self.job, job_return=failure)
-        return failure
+        said = UserError(f"its worker process {_describe_exit(self.process.exitcode)}.")
+        return failed_job(self.context, self.job, self.job.hydra.job.num, said)
 
     def stop(self) -> None:
         """Have the process end: an idle one by closing its connection, a busy one by SIGTERM."""
@@ -181,9 +192,9 @@ class _Worker:
                 self.process.terminate()
 
     def join(self) -> None:
-        """Wait for the process to end; one that has not within ten seconds is killed."""
+        """Wait for the process to end; one that has not within `PATIENCE` seconds is killed."""
         if self.process is not None:
-            self.process.join(timeout=10)
+            self.process.join(timeout=PATIENCE)
             self.process.kill()
             self.process.join()
 
@@ -208,6 +219,7 @@ def _ignoring_interrupts() -> Iterator[None]:
 def _work(number: int, connection: Connection, context: HydraContext, task: TaskFunction, base: str) -> None:
     """The main function of a worker: run the jobs that arrive, until the connection is closed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    preemption.listen()
     version.setbase(base)
     setup_globals()
     while True:

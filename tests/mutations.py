@@ -104,6 +104,13 @@ MUTATIONS = (
         test="test_checkpoints.py::test_killed_twice_it_ends_with_the_same_weights_log_and_scores",
     ),
     Mutation(
+        name="a signal is not heard",
+        place="staff/runtime/preemption.py:deferred",
+        old="arrived.append(number)",
+        new="None",
+        test="test_checkpoints.py::test_a_signal_in_the_last_step_loses_nothing",
+    ),
+    Mutation(
         name="killed attempts forgotten",
         place="staff/store/attempts.py:attempt",
         old="yield earlier",
@@ -116,7 +123,29 @@ MUTATIONS = (
         new="pass",
         test="test_launcher.py::test_workers_end_with_their_sweep",
     ),
+    # A cluster
+    Mutation(
+        name="a lost job ends the sweep",
+        place="hydra_plugins/staff_cluster.py:result_of",
+        old="return failed_job(context, config, number, said)",
+        new="raise said",
+        test="test_launcher.py::test_a_cluster_job_that_ends_without_a_result_fails_alone_and_says_how",
+    ),
     # Several processes
+    Mutation(
+        name="files stand for locks",
+        place="staff/store/locks.py:file_lock",
+        old="fallback_to_soft=False",
+        new="fallback_to_soft=True",
+        test="test_shared_store.py::test_a_file_system_without_any_locks_is_refused",
+    ),
+    Mutation(
+        name="no lock is tried",
+        place="staff/store/locks.py:check_locks_between_nodes",
+        old="if double:",
+        new="if False:",
+        test="test_shared_store.py::test_a_file_system_without_locks_between_nodes_is_refused_before_any_work",
+    ),
     Mutation(
         name="a lock that locks nobody out",
         place="staff/store/store.py:Store._lock",
@@ -143,6 +172,13 @@ MUTATIONS = (
         place="staff/store/store.py:Store._storage_errors",
         new="yield",
         test="test_store_failures.py::test_a_disk_that_takes_no_more_is_one_sentence_and_publishes_nothing",
+    ),
+    Mutation(
+        name="files of one owner",
+        place="staff/store/manifest.py:write_manifest",
+        old="file.chmod(mode)",
+        new="pass",
+        test="test_shared_store.py::test_files_have_the_permissions_that_the_umask_leaves",
     ),
     Mutation(
         name="results of old code are read",
@@ -231,6 +267,12 @@ MUTATIONS = (
         old='if not str(name).endswith(".safetensors") or len(Path(name).parts) > 1:',
         new="if False:",
         test="test_untrusted_inputs.py::test_a_model_with_a_pickle_an_adapter_or_code_is_refused_in_a_sentence",
+    ),
+    Mutation(
+        name="formulas in CSV",
+        place="staff/runtime/spreadsheets.py:inert",
+        new="return text",
+        test="test_fuzz.py::test_what_fuzzing_found_stays_mended",
     ),
     Mutation(
         name="secrets in the record",

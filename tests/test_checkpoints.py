@@ -16,6 +16,7 @@ from support.stores import wait_for
 from support.tuning import SETTINGS, SPEC, difference, history, samples_of
 from transformers import Trainer
 
+from staff.runtime import preemption
 from staff.store import attempts
 from staff.store.attempts import failed_attempts
 from staff.store.manifest import Artifact
@@ -126,3 +127,70 @@ def test_what_a_checkpoint_keeps_is_charged_to_the_artefact_and_the_rest_is_lost
     assert failed == noted and 0.5 < failed["seconds"] < kept["cost"]["seconds"]
     assert resumed.cost.seconds > kept["cost"]["seconds"] > 1.2
     assert history(resumed.path)["seconds"] > kept["step_seconds"] > 1.2
+
+
+def tune_slowly(store: Path, stage: Finetune) -> None:
+    """Tune as the application does, with a pause in every step, and say when the training is under way."""
+    step = Trainer.training_step
+
+    def slow(self: Trainer, *args, **kwargs):
+        (store / "at work").touch()
+        time.sleep(0.02)
+        return step(self, *args, **kwargs)
+
+    Trainer.training_step = slow
+    preemption.listen()
+    tuned(store, stage)
+
+
+def test_a_signal_saves_a_checkpoint_at_once_and_the_exit_status_says_resumable(tmp_path):
+    """More than a hundred steps are logged every second step: a signal may divide what an entry averages."""
+    stage = replace(tuning(SETTINGS, "last_v_b"), epochs=13)
+    undisturbed = tuned(tmp_path / "undisturbed", stage)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    last = 0
+    for how in (signal.SIGTERM, signal.SIGUSR1):
+        process = context.Process(target=tune_slowly, args=(tmp_path / "preempted", stage))
+        process.start()
+        wait_for(tmp_path / "preempted/at work", seconds=120)
+        time.sleep(0.3)
+        assert process.pid is not None
+        os.kill(process.pid, how)
+        process.join(timeout=60)
+        assert process.exitcode == preemption.RESUMABLE == 75
+        (tmp_path / "preempted/at work").unlink()
+        (checkpoint,) = (tmp_path / "preempted").glob("checkpoints/*/checkpoint-*")
+        before, last = last, int(checkpoint.name.rpartition("-")[2])
+        assert before < last < 13 * STEPS // 3
+    resumed = tuned(tmp_path / "preempted", stage)
+    for file in ("adapter_model.safetensors", "online.safetensors"):
+        assert difference(load_file(undisturbed.path / file), load_file(resumed.path / file)) < 1e-6
+    first, second = steps(undisturbed), steps(resumed)
+    assert [entry["step"] for entry in second] == [entry["step"] for entry in first]
+    assert [entry["loss"] for entry in second] == pytest.approx([entry["loss"] for entry in first], rel=1e-4)
+    (failed, _) = json.loads((resumed.path / "manifest.json").read_text())["failed_attempts"]
+    assert failed["error"] == "Preempted" and failed["seconds"] < 1, "what the checkpoint keeps is not lost"
+
+
+def test_a_signal_in_the_last_step_loses_nothing(tmp_path, monkeypatch):
+    stage, step = tuning(SETTINGS, None), Trainer.training_step
+    undisturbed = tuned(tmp_path / "undisturbed", stage)
+
+    def signalled(self: Trainer, *args, **kwargs):
+        if self.state.global_step == STEPS - 1:
+            signal.raise_signal(signal.SIGUSR1)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", signalled)
+    heard = []
+    usual = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        with pytest.raises(preemption.Preempted):
+            tuned(tmp_path / "preempted", stage)
+    finally:
+        signal.signal(signal.SIGUSR1, usual)
+    assert heard == [signal.SIGUSR1], "which takes its usual course once the checkpoint is saved"
+    resumed = tuned(tmp_path / "preempted", stage)
+    weights = "adapter_model.safetensors"
+    assert difference(load_file(undisturbed.path / weights), load_file(resumed.path / weights)) < 1e-6

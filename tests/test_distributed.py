@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from safetensors.numpy import load_file
+from support.runs_of_two import training
 
 from staff.errors import UserError
+from staff.store.store import Store
 from staff.training.settings import FinetuneSettings
 
 SCRIPT = ROOT / "tests/support/runs_of_two.py"
@@ -72,6 +75,22 @@ def test_two_processes_fine_tune_to_the_weights_of_one(results):
         for name, weights in alone.items():
             # Adam's first step divides each gradient by its own size: where that is nearly zero, rounding is seen.
             assert np.linalg.norm(together[name] - weights) <= 3e-4 * np.linalg.norm(weights), name
+
+
+@pytest.mark.parametrize("interrupted", ["one", "two"])
+def test_a_signal_to_one_process_stops_all_and_one_resumes_to_the_same_weights(results, tmp_path, interrupted):
+    one, two = results
+    stopped = two if interrupted == "two" else one
+    store = shutil.copytree(stopped / "preempted/by a signal/store", tmp_path / "store")
+    assert {file.read_text() for file in store.glob("status of *")} == {"75"}
+    assert len(list(store.glob("status of *"))) == len(list(stopped.glob("part *")))
+    assert [file.name for file in store.glob("checkpoints/*/checkpoint-*")] == ["checkpoint-5"]
+    resumed = Store(store).get(training())
+    undisturbed = one / "interrupted/finetune" / resumed.path.name
+    tolerance = 3e-4 if interrupted == "two" else 1e-6
+    for name, weights in load_file(undisturbed / "adapter_model.safetensors").items():
+        there = load_file(resumed.path / "adapter_model.safetensors")[name]
+        assert np.linalg.norm(there - weights) <= tolerance * np.linalg.norm(weights), name
 
 
 def test_the_losses_of_two_processes_are_those_of_one(results):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.fuzzing import PROPERTIES, fuzz
+from support.fuzzing_files import PROPERTIES, fuzz
 
 FINDS: list[tuple[str, dict[str, Any]]] = [
     ("a_listed_coreset_is_read_or_refused_in_a_sentence", {"file": (".json", b"58343"), "pool_size": None}),
@@ -13,6 +13,10 @@ FINDS: list[tuple[str, dict[str, Any]]] = [
     (
         "a_file_gives_samples_or_a_sentence",
         {"content": b'{"two\\nlines": ""}', "prompt": "{question}", "answer": "{answer}", "settings": {}},
+    ),
+    (
+        "an_exported_coreset_comes_back_and_stays_in_its_folder",
+        {"samples": [("two\rlines", "a", "b"), ("=1+1", "a", "b"), ("'=1", "a", "b")], "talk": False},
     ),
     (
         "regions_hold_every_sample_once_and_no_budget_is_exceeded",

@@ -44,7 +44,7 @@ ALONE = {
 """What stands beside the layers, and all of staff/ that each imports."""
 FOR_METHODS = {
     *("staff.selection", "staff.draws", "staff.regions", "staff.errors", "staff.speculative"),
-    *("staff.runtime.progress", "staff.runtime.paths", "staff.runtime.cells"),
+    *("staff.runtime.progress", "staff.runtime.paths", "staff.runtime.spreadsheets"),
 }
 
 

@@ -9,10 +9,16 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
+from hydra.core.utils import JobStatus
+from omegaconf import OmegaConf
+from submitit.core.utils import UncompletedJobError
 
+from hydra_plugins import staff_cluster
+from hydra_plugins.staff_cluster import result_of
 from hydra_plugins.staff_launcher import LocalLauncher, environment, visible_gpus
 from staff.errors import UserError
 
@@ -168,3 +174,44 @@ def test_gpus_are_those_that_cuda_would_see(monkeypatch, named: str, gpus: list[
 def test_a_number_of_workers_that_is_none_is_refused(workers):
     with pytest.raises(UserError, match=rf"hydra.launcher.workers={workers!r} must be null or a whole number"):
         LocalLauncher(workers)
+
+
+class LostJob:
+    """A job of submitit that was killed."""
+
+    job_id = "7_1"
+
+    def results(self) -> None:
+        raise UncompletedJobError("slurmstepd: error: Exceeded job memory limit")
+
+    def get_info(self) -> dict[str, str]:
+        return {"State": "FAILED", "ExitCode": "137"}
+
+
+def test_a_cluster_job_that_ends_without_a_result_fails_alone_and_says_how():
+    context = Mock()
+    context.config_loader.load_sweep_config.side_effect = lambda config, overrides: OmegaConf.create(
+        {"hydra": {"job": {"num": 0}, "overrides": {"task": overrides}}}
+    )
+    failed = result_of(LostJob(), context, OmegaConf.create(), ["seed=1"], 3)
+    assert failed.status is JobStatus.FAILED and failed.overrides == ["seed=1"]
+    said = "its SLURM job 7_1 ended as FAILED with exit status 137; it took more memory than hydra.launcher.mem_gb"
+    assert said in str(failed._return_value)
+    assert "Exceeded" in str(failed._return_value.__cause__), "its log, for the file of the traceback"
+    told = context.callbacks.on_job_end.call_args.kwargs
+    assert told["config"].hydra.job.num == 3 and told["job_return"] is failed
+
+
+@pytest.mark.parametrize("accounts", [True, False])
+def test_states_are_read_from_the_queue_where_a_cluster_keeps_no_accounts(monkeypatch, accounts):
+    monkeypatch.setattr(staff_cluster, "_succeeds", lambda *command: accounts)
+    watcher = staff_cluster._watcher()
+    for job in ("5_0", "5_1", "5_2"):
+        watcher.register_job(job)
+    if accounts:
+        text = "JobID|State|ExitCode\n5_0|RUNNING|0:0\n5_1|OUT_OF_MEMORY|0:125\n5_2|COMPLETED|0:0\n"
+    else:
+        text = "5_0   RUNNING   0\n5_1   OUT_OF_MEMORY   125\n4   COMPLETED   0\n"
+    command = {"5_0": "RUNNING", "5_1": "OUT_OF_MEMORY", "5_2": "COMPLETED" if accounts else "ENDED"}
+    assert watcher._make_command()[0] == ("sacct" if accounts else "squeue")
+    assert {job: info["State"] for job, info in watcher.read_info(text).items()} == command

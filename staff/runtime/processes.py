@@ -231,6 +231,17 @@ def report_done() -> None:
             _group.store.set("reported", "")
 
 
+def leave_after_main(status: int) -> NoReturn:
+    """Exit in all processes, in the main one first: a launcher ends the others' job with the first of them."""
+    if _group is not None:
+        with suppress(Exception):  # the main process, which holds the store, has left
+            if is_main_process():
+                _group.store.set("main has left", "")
+            else:
+                _group.store.wait(["main has left"], timedelta(seconds=GRACE))
+    leave(status)
+
+
 def leave(status: int) -> NoReturn:
     """Exit after a failure. One of several processes skips Python's own shutdown, during which a gloo thread that
     frees a tensor aborts the process."""

@@ -55,15 +55,20 @@ class Artifact:
 def write_manifest(folder: Path, facts: dict[str, Any], cost: Cost, inputs: Charges) -> None:
     """Write the manifest of the files in `folder`, after all of them have reached the disk.
 
+    Whoever may read the folder may then read its files: safetensors and temporary files are their owner's alone.
+
     Args:
         facts: further entries of the manifest: stage, version, fingerprint, label, key.
     """
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    mode = folder.stat().st_mode & 0o666
+    for file in files:
+        file.chmod(mode)
     manifest = {
         **facts,
         "files": {
             file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _seal(file)}
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
+            for file in files
         },
         "cost": cost.to_dict(),
         "inputs": {

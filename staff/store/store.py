@@ -30,13 +30,14 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from staff.errors import UserError
 from staff.runtime import processes
 from staff.store.attempts import attempt
 from staff.store.cost import Meter
 from staff.store.events import StageEnded, StageStarted, emit
+from staff.store.locks import check_locks_between_nodes, file_lock
 from staff.store.manifest import (
     Artifact,
     Charges,
@@ -58,6 +59,7 @@ RESERVED = ("tmp", "locks", "attempts", "checkpoints")
 _STORAGE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE),
+    *(errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP),  # a file system without locks
 }
 
 
@@ -89,7 +91,7 @@ class Store:
         """Fingerprints of the artefacts that this object computed instead of reading them."""
         self.used: set[str] = set()
         """Fingerprints of the artefacts that this object gave, and of all that these were made from."""
-        self._cleaned = False
+        self._begun = False
 
     def get(self, stage: Stage) -> Artifact:
         """The artefact of `stage`: read it, wait for the process that is computing it, or run the stage.
@@ -105,10 +107,12 @@ class Store:
         if any(frame.fingerprint == stage.fingerprint for frame in frames):
             raise RuntimeError(f"{name} asks for itself")
         with frames[-1].meter.paused() if frames else nullcontext(), self._storage_errors(), ExitStack() as held:
+            if not self._begun:
+                check_locks_between_nodes(self.root)
+                processes.broadcast_from_main(self.remove_dead_drafts)
+                self._begun = True
 
             def look() -> Artifact | None:
-                if not self._cleaned:
-                    self.remove_dead_drafts()
                 artifact = self._read(stage)
                 if artifact is None:
                     held.enter_context(self._lock(stage.fingerprint, name))
@@ -150,9 +154,8 @@ class Store:
 
     def remove_dead_drafts(self) -> None:
         """Remove the temporary folders of dead processes: those whose lock is free."""
-        self._cleaned = True
         for draft in (self.root / "tmp").glob("*-*"):
-            lock = FileLock(self.root / "locks" / f"{draft.name[:32]}.lock", timeout=0)
+            lock = file_lock(self.root / "locks" / f"{draft.name[:32]}.lock", timeout=0)
             with suppress(OSError, Timeout), lock:  # a live process, or a store that is only read
                 shutil.rmtree(draft)
 
@@ -169,7 +172,7 @@ class Store:
         held = []
         for file in (self.root / "locks").glob("*.lock"):
             try:
-                with FileLock(file, timeout=0):
+                with file_lock(file, timeout=0):
                     pass
             except Timeout:
                 held.append(file)
@@ -273,7 +276,7 @@ class Store:
     def _lock(self, fingerprint: str, name: str) -> Iterator[None]:
         locks = self.root / "locks"
         locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(locks / f"{fingerprint[:32]}.lock")
+        lock = file_lock(locks / f"{fingerprint[:32]}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -4,7 +4,8 @@ A checkpoint has the files of transformers' Trainer: weights as safetensors; opt
 as torch files, which are read with `weights_only=True`. In addition it has the random state at the start of the
 epoch, which determines the order of its samples; the scores taken online; and a manifest, written last, with
 checksums and the cost so far. Checkpoints are saved by time, at steps that log the loss, so that the log can be
-continued. Short trainings save none.
+continued. Short trainings save none. A signal to end (`staff.runtime.preemption`) saves one after the step that is
+running, and stops the training.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
@@ -39,10 +42,19 @@ class Checkpoints(TrainerCallback):
         folder: the Trainer's `output_dir`, which belongs to this training alone.
         cost: the meter of the training; the cost up to the last checkpoint is added to it.
         efforts: scores taken online, which are resumed too.
+        asked_to_end: whether this process is to save a checkpoint and stop.
+
+    Attributes:
+        last: the checkpoint to resume from; None: there is none.
+        stopped: whether the training was stopped before its end, in all processes.
     """
 
-    def __init__(self, folder: Path, cost: Meter, efforts: OnlineEfforts | None) -> None:
-        self._cost, self._efforts = cost, efforts
+    def __init__(
+        self, folder: Path, cost: Meter, efforts: OnlineEfforts | None, asked_to_end: Callable[[], bool]
+    ) -> None:
+        self._cost, self._efforts, self._asked_to_end = cost, efforts, asked_to_end
+        self.stopped = False
+        self._unfinished: dict[str, Any] | None = None
         self._before = 0.0
         self._saved = self._began = time.monotonic()
         self._epoch_began: torch.Tensor | None = None
@@ -67,6 +79,17 @@ class Checkpoints(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._saved = self._began = time.monotonic()
+        if state.log_history and state.log_history[-1]["step"] % args.logging_steps:
+            self._unfinished = state.log_history.pop()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log a mean over steps that a signal has divided as one entry, as if it had not."""
+        if self._unfinished is None or "loss" not in (entry := state.log_history[-1]):
+            return
+        before, self._unfinished = self._unfinished, None
+        start = state.log_history[-2]["step"] if len(state.log_history) > 1 else 0
+        first, second = before["step"] - start, entry["step"] - before["step"]
+        entry["loss"] = (before["loss"] * first + entry["loss"] * second) / (first + second)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.last is not None and self._epoch_began is not None:  # the epoch that is resumed
@@ -75,9 +98,13 @@ class Checkpoints(TrainerCallback):
         self._epoch_began = torch.get_rng_state()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if control.should_log:
-            due = time.monotonic() - self._saved >= INTERVAL
-            control.should_save = processes.broadcast_from_main(lambda: due) or control.should_save
+        due = control.should_log and processes.is_main_process() and time.monotonic() - self._saved >= INTERVAL
+        saving, stopping = processes.all_reduce_sum(np.array([due, self._asked_to_end()], dtype=np.int64))
+        self.stopped = bool(stopping)
+        if self.stopped:
+            log.info("asked to end: saving a checkpoint after step %d of %d", state.global_step, state.max_steps)
+            control.should_log = control.should_training_stop = True
+        control.should_save = bool(saving) or self.stopped
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save = False  # the end of an epoch would save the same step again

@@ -20,7 +20,7 @@ from staff.models.adapters import LoraSpec, fresh_lora, shapes
 from staff.models.flops import training_flops
 from staff.models.spec import ModelSpec
 from staff.models.state import MOMENTS, Training
-from staff.runtime import processes
+from staff.runtime import preemption, processes
 from staff.runtime.attention import without_cudnn_attention
 from staff.scoring.stage import placeholder
 from staff.store.cost import Meter
@@ -116,9 +116,8 @@ class Finetune(Training):
         model = fresh_lora(model, settings.lora, self.seed) if settings.kind == "lora" else model.float()
         efforts = OnlineEfforts(model, self.online, len(samples)) if self.online else None
         work = meter.checkpoints or folder / "checkpoints"
-        saved = Checkpoints(work, meter, efforts)
         shown = Progress(self.spec.name, len(samples))
-        callbacks: list[Any] = [shown, saved]
+        callbacks: list[Any] = [shown]
         if self.adapter is not None:
             callbacks.append(EpochAdapters(work / EPOCHS, self.epochs, self.moments))
         if settings.gradient_checkpointing:
@@ -136,8 +135,12 @@ class Finetune(Training):
         )
         trainer.remove_callback(PrinterCallback)
         before = checksums(model)
-        with closing(shown), without_cudnn_attention():
+        with closing(shown), without_cudnn_attention(), preemption.deferred() as asked_to_end:
+            saved = Checkpoints(work, meter, efforts, asked_to_end)
+            trainer.add_callback(saved)
             result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
+        if saved.stopped:
+            raise preemption.Preempted
         seconds = saved.seconds  # those of the steps, before the model is saved
         if not math.isfinite(result.training_loss):
             raise UserError(

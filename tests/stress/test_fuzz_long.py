@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from support.fuzzing import PROPERTIES, fuzz
+from support.fuzzing_files import PROPERTIES, fuzz
 
 MINUTES = float(os.environ.get("MINUTES", "3"))
 EXAMPLES = 500

@@ -4,6 +4,7 @@ Steps have 8, 8 and 5 samples; of two processes with two samples in memory, the 
 pass.
 """
 
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from support.tuning import SETTINGS, SPEC, samples_of
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-from staff.runtime import processes
+from staff.runtime import preemption, processes
 from staff.store.store import Store
 from staff.training import checkpoints
 from staff.training.stage import Finetune
@@ -46,14 +47,35 @@ def interrupted(store: Path, fsdp: bool) -> None:
             raise Killed
         return step(self, *args, **kwargs)
 
-    spec, settings = replace(SPEC, sharded=fsdp), replace(SETTINGS, fsdp=fsdp)
-    training = Finetune(spec, samples_of(21), settings, 2, int(fsdp), "last_v_b")
     Trainer.training_step = stop
     try:
-        Store(store).get(training)
+        Store(store).get(training(fsdp))
     except Killed:
         Trainer.training_step = step
-    Store(store).get(training)
+    Store(store).get(training(fsdp))
+
+
+def training(fsdp: bool = False) -> Finetune:
+    spec, settings = replace(SPEC, sharded=fsdp), replace(SETTINGS, fsdp=fsdp)
+    return Finetune(spec, samples_of(21), settings, 2, int(fsdp), "last_v_b")
+
+
+def preempted(store: Path) -> None:
+    """The same fine-tuning, where the last process alone gets a signal in its fifth step."""
+    step = Trainer.training_step
+
+    def signalled(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 4 and processes.rank() == processes.world_size() - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    Trainer.training_step = signalled
+    preemption.listen()
+    try:
+        Store(store).get(training())
+    except preemption.Preempted as end:
+        (store / f"status of {processes.rank()}").write_text(str(end.code))
+    Trainer.training_step = step
 
 
 def part_of_the_weights() -> float:
@@ -69,5 +91,6 @@ if __name__ == "__main__":
     configured_runs(results, sys.argv[2])
     interrupted(results / "interrupted", fsdp=False)
     interrupted(results / "interrupted", fsdp=True)
+    preempted(results / "preempted/by a signal/store")
     (results / f"part {processes.rank()}").write_text(str(part_of_the_weights()))
     processes.end()

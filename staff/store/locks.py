@@ -1,0 +1,66 @@
+"""Locks on files, which hold between all processes and machines that see the file system.
+
+They are those of `flock`: the system frees them when their holder dies. Files that stand for locks would outlive
+it, so a file system without `flock` is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from staff.errors import UserError
+from staff.runtime import processes
+
+
+def file_lock(file: Path, timeout: float = -1) -> FileLock:
+    """A lock on a file, not acquired yet.
+
+    Args:
+        timeout: seconds to wait for it; -1: without end.
+    """
+    return FileLock(file, timeout=timeout, fallback_to_soft=False)
+
+
+def check_locks_between_nodes(folder: Path) -> None:
+    """Have the processes of a run try one lock, before they begin. One process alone has nothing to try, and a
+    store that they can only read needs no locks.
+
+    Raises:
+        UserError: a process got the lock that the main process held.
+    """
+    if processes.world_size() == 1:
+        return
+    held = file_lock(folder / "locks" / "probe.lock")
+    if not processes.broadcast_from_main(lambda: _acquired(held)):
+        return
+    got = False
+    with processes.raise_on_all_ranks():
+        if not processes.is_main_process():
+            got = _got(file_lock(folder / "locks" / "probe.lock", timeout=0))
+    double = any(processes.all_gather(got))
+    if processes.is_main_process():
+        held.release()
+    if double:
+        raise UserError(
+            f"store_dir={folder}: two nodes held one lock at once, so its file system has no locks between "
+            "them: mount it with flock (NFS 4, or Lustre with -o flock), or name a folder of another file system."
+        )
+
+
+def _acquired(lock: FileLock) -> bool:
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except PermissionError:
+        return False
+    return True
+
+
+def _got(lock: FileLock) -> bool:
+    try:
+        with lock:
+            return True
+    except Timeout:
+        return False
