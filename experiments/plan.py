@@ -183,7 +183,7 @@ def dry_run(cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> Run
     if run.generator is not None:
         answering = run.answering(run.finetuning(coreset))
         store.get(answering)
-        if (scored := run.measuring(answering).likelihood) is not None:
+        for scored in run.measuring(answering).scored:
             store.certain.add(scored.samples.fingerprint)
             store.get(scored)
     return run

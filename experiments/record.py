@@ -14,8 +14,8 @@ import pandas as pd
 from experiments import campaign
 from staff import tracking
 from staff.data.planted import PlantedTask
-from staff.evaluation.metrics import measure, named_metric
-from staff.evaluation.stage import read_measured
+from staff.evaluation.metrics import measure
+from staff.evaluation.stage import choices_of, read_measured
 from staff.runtime import processes
 from staff.selection import Coreset
 from staff.store.cost import Cost
@@ -103,8 +103,9 @@ def _metrics_by_group(run: Run, answers: pd.DataFrame) -> dict[str, dict[str, fl
     """Test samples and every metric, by the group of the test samples; a corpus metric is that of the group."""
     table = {}
     for group, part in answers.groupby("group"):
-        of_answers = [metric for metric in map(named_metric, run.task.metrics) if metric.needs == "answers"]
-        metrics, _ = measure(of_answers, part["prediction"].tolist(), part["references"].tolist())
+        stored = [metric for metric in run.metrics if metric.needs != "likelihood"]
+        texts = part["prediction"].tolist(), part["references"].tolist()
+        metrics, _ = measure(stored, *texts, choices=choices_of(part))
         others = {name: part[name].mean() for name in run.task.metrics if name not in metrics}
         table[str(group)] = {"samples": len(part), **metrics, **others}
     return table

@@ -23,11 +23,12 @@ from experiments import sweep
 from experiments.reader import Reader
 from staff import tracking
 from staff.data.splits import load_splits
-from staff.data.task import Task, data_digest
+from staff.data.task import Sample, Task, data_digest
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.evaluation.generator import Generator
 from staff.evaluation.metrics import check_metrics, named_metric
+from staff.evaluation.metrics.metric import Metric
 from staff.evaluation.stage import Generate, Measure
 from staff.models.family import Family
 from staff.models.prepare import prepare
@@ -90,6 +91,10 @@ class Run:
         self.family = prepare(family, self.store).with_loading(*loading)
         self.selecting = prepare(selecting, self.store).with_loading(*loading) if selecting else self.family
         self.started = datetime.now(UTC)
+
+    @cached_property
+    def metrics(self) -> list[Metric]:
+        return [named_metric(name) for name in self.task.metrics]
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -157,7 +162,14 @@ class Run:
         tokenized = self.reader.trained(self.splits.pool)
         if self.generator is not None:
             tokenized["test"] = self.reader.asked(self.splits.test)
+            if "choices" in {metric.needs for metric in self.metrics}:
+                tokenized["choices"] = self.reader.choices(self._answered_samples(tokenized["test"]))
         return tokenized
+
+    def _answered_samples(self, asked: TokenizedSamples) -> list[Sample]:
+        """The test samples that fit."""
+        ids = set(asked.ids)
+        return [sample for sample in self.splits.test if sample.id in ids]
 
     @cached_property
     def pool(self) -> Pool:
@@ -202,19 +214,22 @@ class Run:
         return Generate(state, self.tokenized["test"], self.generator, self.task.max_new_tokens)
 
     def measuring(self, answering: Generate) -> Measure:
-        metrics = [named_metric(name) for name in self.task.metrics]
         references = {sample.id: sample.references for sample in self.splits.test}
-        asks = any(metric.needs == "likelihood" for metric in metrics)
-        return Measure(answering, metrics, references, self.likelihood(answering.state) if asks else None)
+        needs = {metric.needs for metric in self.metrics}
+        likelihood = self._likelihood(answering.state, self.reference_tokens) if "likelihood" in needs else None
+        if "choices" not in needs:
+            return Measure(answering, self.metrics, references, likelihood)
+        choosing = self._likelihood(answering.state, self.tokenized["choices"])
+        choices = {sample.id: sample.choices for sample in self.splits.test}
+        return Measure(answering, self.metrics, references, likelihood, choosing, choices)
 
-    def likelihood(self, state: ModelState) -> Score:
-        """The negative log-likelihood of every reference answer under the model."""
-        return Score(state, self.reference_tokens, (AnswerNll(),), self.scoring, self.settings.lora, 0)
+    def _likelihood(self, state: ModelState, samples: TokenizedSamples) -> Score:
+        """The negative log-likelihood of every answer under the model."""
+        return Score(state, samples, (AnswerNll(),), self.scoring, self.settings.lora, 0)
 
     @cached_property
     def reference_tokens(self) -> TokenizedSamples:
-        asked = set(self.tokenized["test"].ids)
-        return self.reader.references([sample for sample in self.splits.test if sample.id in asked])
+        return self.reader.references(self._answered_samples(self.tokenized["test"]))
 
     def locked(self) -> AbstractContextManager[Any]:
         """Keeps two workers of a sweep from carrying out the same run side by side."""

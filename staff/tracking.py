@@ -244,7 +244,9 @@ def _media(folder: Path, overhead: Mapping[str, Any]) -> dict[str, Any]:
         coreset = pd.read_csv(folder / "coreset.csv", dtype={"id": str}, keep_default_na=False, na_values=[""])
         media["coreset"] = wandb.Table(dataframe=coreset)
     if (folder / "predictions.parquet").is_file():
-        predictions = pd.read_parquet(folder / "predictions.parquet").drop(columns="references", errors="ignore")
+        predictions = pd.read_parquet(folder / "predictions.parquet")
+        lists = ["references", "choices", "log_likelihoods"]
+        predictions = predictions.drop(columns=lists, errors="ignore")
         media["predictions"] = wandb.Table(dataframe=predictions)
     if overhead["stages"]:
         media["overhead_stages"] = wandb.Table(dataframe=pd.DataFrame(overhead["stages"]))

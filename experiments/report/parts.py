@@ -12,25 +12,26 @@ from experiments.report.comparisons import REFERENCES
 from experiments.report.records import Context
 from experiments.report.settings import SEEDS
 from staff.errors import UserError
-from staff.evaluation.floors import best_constant, specificity
+from staff.evaluation.floors import best_constant, of_every_pair, specificity
 from staff.evaluation.rouge_matrix import rouge_l_matrix
 
-METRIC = "rougeL"  # every pair of answers and references is scored in a moment
 MOST = 150  # runs that are split for a page
 SEEDS_SHOWN = 3
 WIDTH = 320  # of a bar, in pixels
+Constants = dict[tuple[str, str], str | None]
+"""The best constant answer by metric and training data."""
 
 
 def parts(contexts: Sequence[Context]) -> list[dict[str, Any]]:
     """Of each context by ROUGE-L: generic and specific part of each method's score, in pixels and points."""
-    shown = [c for c in contexts if c.varied == "method" and c.metric == METRIC]
+    shown = [c for c in contexts if c.varied == "method" and of_every_pair(c.metric)]
     rows = sum(len(c.variants) for c in shown)
     seeds = int(np.clip(MOST // max(rows, 1), 1, SEEDS_SHOWN))
-    known: dict[str, str | None] = {}
+    known: Constants = {}
     return [made for context in shown if (made := _context(context, seeds, known))]
 
 
-def _context(context: Context, seeds: int, known: dict[str, str | None]) -> dict[str, Any] | None:
+def _context(context: Context, seeds: int, known: Constants) -> dict[str, Any] | None:
     rate, _ = context.shown
     found = {v: split for v in context.variants if (split := _split(context, v, rate, seeds))}
     if not found:
@@ -71,23 +72,24 @@ def _split(context: Context, variant: str, rate: float, seeds: int) -> tuple[flo
         table = context.recorded[str(name)].predictions(["id", "prediction", "references"])
         if table is not None and len(table) > 1:
             references = [tuple(group) for group in table["references"]]
-            split = specificity(METRIC, [*table["prediction"]], references, [*map(str, table["id"])])
+            split = specificity(context.metric, [*table["prediction"]], references, [*map(str, table["id"])])
             others.append(split.others.mean())
             specific.append(split.specific.mean())
     return (float(np.mean(others)), float(np.mean(specific))) if others else None
 
 
-def _constant(context: Context, known: dict[str, str | None]) -> float | None:
+def _constant(context: Context, known: Constants) -> float | None:
     """The score of the constant answer chosen on training answers, where these are on this machine."""
     run = context.recorded[str(context.runs["name"].iloc[0])]
     data, table = run.record()["identity"]["data"], run.predictions(["references"])
     if table is None or data["source"]:  # of the hub: a report fetches nothing
         return None
-    if data["train"] not in known:
+    asked = (context.metric, data["train"])
+    if asked not in known:
         try:
-            known[data["train"]] = best_constant(METRIC, [s.answer for s in training_samples(run)]).text
+            known[asked] = best_constant(context.metric, [s.answer for s in training_samples(run)]).text
         except UserError:  # the data is elsewhere, or has changed
-            known[data["train"]] = None
-    answer = known[data["train"]]
+            known[asked] = None
+    answer = known[asked]
     references = [tuple(group) for group in table["references"]]
-    return None if answer is None else float(rouge_l_matrix([answer], references).mean())
+    return None if answer is None else float(rouge_l_matrix([answer], references, context.metric).mean())
