@@ -14,6 +14,7 @@ import pandas as pd
 from experiments import campaign
 from staff import tracking
 from staff.data.planted import PlantedTask
+from staff.evaluation.floor_stages import read_floors, warnings
 from staff.evaluation.metrics import measure
 from staff.evaluation.stage import choices_of, read_measured
 from staff.runtime import processes
@@ -32,6 +33,7 @@ def write(run: Run, outcome: Outcome) -> Path:
     run.folder.mkdir(parents=True, exist_ok=True)
     chosen, coreset, tuned, answered = outcome.chosen, outcome.coreset, outcome.tuned, outcome.answered
     metrics, answers = _answers(run, outcome.measured)
+    floors = read_floors(outcome.floors) if outcome.floors else {}
     _write_samples(run, coreset)
     trainings = _trainings(run, chosen, tuned)
     _curves(trainings).to_csv(run.folder / "training.csv", index=False)
@@ -48,7 +50,13 @@ def write(run: Run, outcome: Outcome) -> Path:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
         "metrics": metrics,
-        "warnings": [f"{label}: {text}" for label, history in trainings for text in history["warnings"]],
+        **({"floors": floors} if floors else {}),
+        "warnings": [
+            *(f"{label}: {text}" for label, history in trainings for text in history["warnings"]),
+            *warnings(
+                floors, [*answers.get("prediction", [])], "the fine-tuned target" if tuned else "the raw target"
+            ),
+        ],
         **({"metrics_by_group": _metrics_by_group(run, answers)} if "group" in answers else {}),
         "overhead": _overhead(run, chosen, tuned),
         "finetuning": _cost(tuned),

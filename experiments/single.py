@@ -26,6 +26,7 @@ from staff.data.splits import load_splits
 from staff.data.task import Sample, Task, data_digest
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
+from staff.evaluation.floor_stages import ChooseConstant, Floors, with_floors
 from staff.evaluation.generator import Generator
 from staff.evaluation.metrics import check_metrics, named_metric
 from staff.evaluation.metrics.metric import Metric
@@ -223,6 +224,13 @@ class Run:
         choices = {sample.id: sample.choices for sample in self.splits.test}
         return Measure(answering, self.metrics, references, likelihood, choosing, choices)
 
+    def floors(self, answering: Generate) -> Floors | None:
+        """The floors under the metrics of answers; None where there are none."""
+        answers = [sample.answer for sample in self.splits.pool]
+        constants = tuple(ChooseConstant(metric, answers) for metric in with_floors(self.metrics))
+        references = {sample.id: sample.references for sample in self.splits.test}
+        return Floors(answering, constants, references) if constants else None
+
     def _likelihood(self, state: ModelState, samples: TokenizedSamples) -> Score:
         """The negative log-likelihood of every answer under the model."""
         return Score(state, samples, (AnswerNll(),), self.scoring, self.settings.lora, 0)
@@ -271,18 +279,21 @@ class Run:
         answering = self.answering(tuning)
         answered = self.store.get(answering)
         measured = self.store.get(self.measuring(answering))
-        return Outcome(chosen, coreset, tuned, answered, measured)
+        floors = self.floors(answering)
+        return Outcome(chosen, coreset, tuned, answered, measured, floors and self.store.get(floors))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the stages of a run led to; `tuned` is None for the raw target, and all the rest without evaluation."""
+    """What the stages of a run led to; `tuned` is None for the raw target, and all the rest without evaluation.
+    `floors` is None too where no metric is of answers."""
 
     chosen: Artifact
     coreset: Coreset
     tuned: Artifact | None = None
     answered: Artifact | None = None
     measured: Artifact | None = None
+    floors: Artifact | None = None
 
 
 def _reading(family: Family) -> dict[str, Any]:

@@ -304,3 +304,14 @@ def test_checking_metrics_loads_no_model_library():
         "assert not {'torch', 'transformers', 'sacrebleu', 'rouge_score'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rouge_by_a_tokenizer_of_sacrebleu_of_cases_counted_by_hand():
+    cases = [
+        ("rougeL_zh", "今天很冷。", "今天很热！", 75),  # three of four characters, no punctuation
+        ("rouge1_intl", "Бүгін жылы.", "Бүгін, БҮГІН суық", 40),  # one of two and one of three words
+        ("rouge2_intl", "Running cats", "run cat", 0),  # without stemming
+        ("rougeL_char", "ภาษา", "ภาษา", 100),
+    ]
+    for metric, prediction, reference, value in cases:
+        assert measure([metric], [prediction], [(reference,)])[0][metric] == pytest.approx(value), metric

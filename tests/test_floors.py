@@ -20,16 +20,21 @@ ANSWERS = [row["summary1"].split(".")[0] for row in ROWS]
 IDS = [row["fname"] for row in ROWS]
 TRAINING = [json.loads(line)["summary"] for line in (ROOT / "staff/assets/dialogsum/train.jsonl").open()]
 
-WORDS = st.lists(st.sampled_from(["a", "ran", "running", "42", "#Person1#", "the", "café", "!", ""]), max_size=12)
+WORDS = st.lists(
+    st.sampled_from(["a", "ran", "running", "42", "#Person1#", "the", "café", "今天", "!", ""]), max_size=12
+)
 TEXTS = WORDS.map(" ".join)
 
 
-@settings(deadline=None)  # the first call imports
+@pytest.mark.parametrize("metric", ["rougeL", "rougeL_intl", "rougeL_zh", "rougeL_char"])
+@settings(deadline=None, max_examples=30)  # the first call imports
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.lists(st.lists(TEXTS, min_size=1, max_size=3), min_size=1))
-def test_every_pair_scores_as_rouge_score_scores_it_to_the_last_digit(answers: list[str], groups: list[list[str]]):
+def test_every_pair_scores_as_rouge_score_scores_it_to_the_last_digit(
+    metric: str, answers: list[str], groups: list[list[str]]
+):
     references = [tuple(group) for group in groups]
-    expected = [named_metric("rougeL").measure([answer] * len(references), references)[1] for answer in answers]
-    assert rouge_l_matrix(answers, references).tolist() == expected
+    expected = [named_metric(metric).measure([answer] * len(references), references)[1] for answer in answers]
+    assert rouge_l_matrix(answers, references, metric).tolist() == expected
 
 
 def test_real_answers_score_as_rouge_score_scores_them_to_the_last_digit():

@@ -14,7 +14,7 @@ from typing import Any
 from staff.data.conversations import Layout, Turns, layout_of, plain_text
 from staff.data.files import Files, files_of
 from staff.data.rows import Rows, is_saved, plain_rows, read_rows
-from staff.data.templates import check_template, checked_text, lookup, path_of, render, shortened, text_of
+from staff.data.templates import check_template, id_of, render, shortened, text_of, texts_of
 from staff.errors import UserError
 from staff.runtime.paths import local_path
 
@@ -243,17 +243,17 @@ class Task:
         turns: Turns = ()
         references: tuple[str, ...] = ()
         if split == "test" and self.references:
-            references = _references(row, self.references, where)
+            references = texts_of(row, self.references, where, "task.references")
         if layout is not None and layout.turns is not None:
             turns = layout.turns(row, where)
             prompt, answer = plain_text(turns)
         else:
             prompt, answer = self._texts(row, where, layout, references)
-        id = _id(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
+        id = id_of(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
         group = text_of(row, [self.group_field], where, "task.group_field") if self.group_field else None
         choices: tuple[str, ...] = tuple(self.choices) if split == "test" else ()
         if split == "test" and self.choices_field is not None:
-            choices = _references(row, [self.choices_field], where, "task.choices_field")
+            choices = texts_of(row, [self.choices_field], where, "task.choices_field")
             if not _are_choices(choices):
                 raise UserError(f"{where}: the list of task.choices_field must have two or more different texts.")
         return Sample(id, prompt, answer, references or (answer.strip(),), turns, group, choices)
@@ -290,31 +290,6 @@ def _asked_once(samples: Iterable[Sample]) -> list[Sample]:
 
 def _are_choices(texts: Sequence[str]) -> bool:
     return len(texts) > 1 and len({text.strip() for text in texts} - {""}) == len(texts)
-
-
-def _references(
-    row: Mapping[str, Any], fields: Sequence[str], where: str, setting: str = "task.references"
-) -> tuple[str, ...]:
-    """The texts of these fields, and of the lists among them."""
-    texts: list[str] = []
-    for field in fields:
-        path = [field] if field in row else path_of(field, setting)
-        value = lookup(row, path, where, setting)
-        several = value if isinstance(value, list) else [value]
-        texts += [checked_text(one, path, where, setting) for one in several]
-    if not texts:
-        raise UserError(f"{where}: the lists of {setting} are empty; remove the row, or give it an answer.")
-    return tuple(texts)
-
-
-def _id(row: Mapping[str, Any], field: str, where: str) -> str:
-    value = lookup(row, [field], where, "task.id_field")
-    if type(value) is int:
-        return str(value)
-    if value == "" or not isinstance(value, str):
-        kind = type(value).__name__ if value != "" else "empty"
-        raise UserError(f"{where}: field {field!r} is {kind}, not an id (wanted by task.id_field).")
-    return text_of(row, [field], where, "task.id_field")
 
 
 def data_digest(samples: Sequence[Sample]) -> str:
