@@ -101,7 +101,13 @@ def p_value(p: float | None) -> str:
 
 
 def metric(context: Context) -> str:
-    return SHOWN_AS.get(context.metric, context.metric)
+    return shown_as(context.metric)
+
+
+def shown_as(metric: str) -> str:
+    """Such as ROUGE-L (zh)."""
+    name, _, tokenizer = metric.partition("_")
+    return f"{SHOWN_AS[name]} ({tokenizer})" if tokenizer and name in SHOWN_AS else SHOWN_AS.get(metric, metric)
 
 
 def value(context: Context, variant: str, rate: float) -> float | None:
