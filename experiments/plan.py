@@ -12,7 +12,6 @@ themselves on a few samples on this machine. Ranking (such as the neighbours of 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import re
 import sys
@@ -20,7 +19,6 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +31,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from experiments import sweep
 from experiments.configuration import CONF
 from experiments.console import pipeable
+from experiments.dry_run import UTILISATION, DryRunStore, PlannedStage, TimedStore
+from experiments.report.planned import Planned, checked_effect, sentences
 from experiments.single import Run
 from staff.models.spec import ARCHITECTURES
 from staff.runtime.progress import progress
-from staff.store.cost import Cost, Meter
-from staff.store.manifest import Artifact
-from staff.store.stage import Stage
 from staff.store.store import Store
 from staff.training.memory import finetuning_memory
 
@@ -59,96 +56,8 @@ GPUS = {
     "l40s": Gpu(362e12, 91.6e12, 48e9),
     "rtx4090": Gpu(165e12, 82.6e12, 24e9),
 }
-UTILISATION = {"finetune": 0.4, "scores": 0.24, "evaluation": 0.05}
-"""Fractions of the peak. Scores: measured with Gemma-7b's shape on an H200, over batches seen before. The others
-are assumed; decoding is bound by memory, not by arithmetic. A model too small to fill the GPU reaches less."""
 FEW = (16, 48)
 """Samples of the pool that stages are calibrated on."""
-
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """A stage of the sweep.
-
-    Attributes:
-        speed: what stages with the same speed have in common.
-        precision: that it computes in.
-        exact: its FLOPs do not depend on scores or answers.
-        made: the sweep's own store has it already.
-    """
-
-    stage: str
-    label: str
-    speed: str
-    precision: str
-    cost: Cost
-    exact: bool
-    made: bool
-
-
-class DryRunStore(Store):
-    """A store in which stages are estimated, and listed in `stages` by fingerprint.
-
-    Args:
-        root: a temporary folder.
-        real: the store of the sweep.
-    """
-
-    def __init__(self, root: Path, real: Store) -> None:
-        super().__init__(root)
-        self.real = real
-        self.stages: dict[str, PlannedStage] = {}
-        self.certain: set[str] = set()
-        """Fingerprints of the samples that are known without scores."""
-        self._asked = 0
-
-    def carry_out(self, stage: Stage, folder: Path, meter: Meter, inputs: list[Artifact]) -> None:
-        stage.estimate(folder, meter, *inputs)
-
-    def get(self, stage: Stage) -> Artifact:
-        # What a method asks second may depend on the first answer; what follows the selection does not.
-        self._asked = 0 if stage.kind == "coreset" else self._asked + (stage.kind == "scores")
-        second = stage.kind == "scores" and self._asked > 1
-        artifact = super().get(stage)
-        if stage.kind == "coreset":
-            self._asked = 0
-        if stage.kind in UTILISATION:
-            exact = stage.kind != "evaluation" and stage.key()["samples"] in self.certain and not second
-            made = self.real.find(stage) is not None
-            self.stages[stage.fingerprint] = PlannedStage(
-                stage.kind, stage.label, speed_of(stage), precision_of(stage), artifact.cost, exact, made
-            )
-        return artifact
-
-
-class TimedStore(Store):
-    """A store that also lists FLOPs and seconds of what it made, by what determines the speed."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.times: list[tuple[str, Cost]] = []
-
-    def get(self, stage: Stage) -> Artifact:
-        artifact = super().get(stage)
-        if stage.kind in UTILISATION and artifact.computed:
-            self.times.append((speed_of(stage), artifact.cost))
-        return artifact
-
-
-def speed_of(stage: Stage) -> str:
-    """Kind, model and settings, without samples, epochs and seed."""
-    settings = {name: value for name, value in stage.key().items() if name not in ("samples", "epochs", "seed")}
-    return json.dumps([stage.kind, settings, bool(stage.inputs)], sort_keys=True)
-
-
-def precision_of(stage: Stage) -> str:
-    """The precision of nearly all of a stage's matrix products: frozen weights keep their own."""
-    key = stage.key()
-    model = key["model"] if "model" in key else key["state"]["model"]
-    narrow = model["dtype"] == "bfloat16" or "quantization" in model
-    settings = key.get("settings", {"kind": "lora", "precision": "float32"})
-    narrow = settings["precision"] == "bfloat16" or (settings["kind"] == "lora" and narrow)
-    return "bfloat16" if narrow else "float32"
 
 
 def jobs(overrides: Sequence[str]) -> Iterator[tuple[list[str], DictConfig, dict[str, Any]]]:
@@ -260,12 +169,19 @@ def table(stages: Sequence[PlannedStage], seconds: Sequence[float]) -> pd.DataFr
     )
 
 
-def plan(
-    overrides: Sequence[str], gpu: Gpu | None, calibrate: bool
-) -> tuple[list[PlannedStage], list[float], dict[str, int]]:
-    """The stages of a sweep, the seconds of each, and the bytes that fine-tuning its models takes."""
+class Plan(NamedTuple):
+    """The stages of a sweep, the seconds of each, the bytes that fine-tuning takes, and what the sweep compares."""
+
+    stages: list[PlannedStage]
+    seconds: list[float]
+    memory: dict[str, int]
+    compared: list[Planned]
+
+
+def plan(overrides: Sequence[str], gpu: Gpu | None, calibrate: bool) -> Plan:
     memory: dict[str, int] = {}
     calibrating: list[list[str]] = []
+    compared: dict[tuple[str, str], Planned] = {}
     with tempfile.TemporaryDirectory() as folder:
         store: DryRunStore | None = None
         for job, cfg, choices in jobs(overrides):
@@ -275,11 +191,22 @@ def plan(
             if {stage.speed for stage in store.stages.values()} - speeds_before:
                 calibrating.append(job)
             memory |= {name: max(size, memory.get(name, 0)) for name, size in needed(run).items()}
+            note_comparison(run, compared)
         assert store is not None
         stages = list(store.stages.values())
     with initialize_config_dir(CONF, version_base="1.3"):
         speeds = calibrated(calibrating) if calibrate else {}
-    return stages, [seconds_of(stage, gpu, speeds) for stage in stages], memory
+    return Plan(stages, [seconds_of(stage, gpu, speeds) for stage in stages], memory, [*compared.values()])
+
+
+def note_comparison(run: Run, compared: dict[tuple[str, str], Planned]) -> None:
+    """Add the run to what the sweep compares, by family and task; one without evaluation compares nothing."""
+    family, task = (str(run.choices.get(group)) for group in ("family", "task"))
+    if run.generator is not None:
+        new = Planned(family, task, run.task.metrics[0], len(run.tokenized["test"]))
+        found = compared.setdefault((family, task), new)
+        found.seeds.add((run.cfg.selection_seed, run.cfg.finetune_seed))
+        found.rates.add(run.pruning_rate)
 
 
 @pipeable
@@ -288,13 +215,21 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="as for the sweep itself")
     parser.add_argument("--gpu", choices=GPUS, help="hours on this GPU, at an assumed utilisation")
     parser.add_argument("--calibrate", action="store_true", help="hours on this machine, measured on a few samples")
+    parser.add_argument(
+        "--effect", type=float, help="seeds that find a difference of this size, by variances measured before"
+    )
+    parser.add_argument(
+        "--measured", type=Path, default=Path("results"), help="recorded runs for --effect (default: results)"
+    )
     parser.add_argument("-m", "--multirun", action="store_true", help="changes nothing: as in the sweep's command")
     asked = parser.parse_intermixed_args()
     logging.getLogger("staff").setLevel(logging.WARNING)
     warnings.simplefilter("ignore", FutureWarning)
     gpu = GPUS.get(asked.gpu)
     try:
-        stages, seconds, memory = plan(asked.overrides, gpu, asked.calibrate)
+        effect = None if asked.effect is None else checked_effect(asked.effect)
+        stages, seconds, memory, compared = plan(asked.overrides, gpu, asked.calibrate)
+        seeds = [] if effect is None else [*sentences(compared, asked.measured, effect)]
     except Exception as error:
         if sentence := sweep.sentence_of(error):
             sys.exit(f"plan: {sentence}")
@@ -312,6 +247,8 @@ def main() -> None:
     for name, size in memory.items():
         over = "" if gpu is None or size <= gpu.memory else f", more than a {asked.gpu} has"
         print(f"fine-tuning {name} takes about {size / 1e9:.3g} GB{over}")
+    for sentence in seeds:
+        print(sentence)
     if not asked.gpu and not asked.calibrate:
         print("hours: name a GPU (--gpu) or measure this machine (--calibrate)")
 

@@ -129,7 +129,7 @@ def test_every_metric_has_a_direction_and_an_unknown_one_is_refused():
 def test_a_run_records_its_floors_and_its_summary_warns_of_answers_below_them(
     run: Callable[..., Any], tmp_path: Path
 ):
-    balanced = ("task.test_limit=null", "task.test_per_skill=10")
+    balanced = ("task.size=700", "task.test_limit=null", "task.test_per_skill=10")
     record = run("task=planted", "method=raw", "pruning_rate=1", "task.train_limit=null", *balanced)
     floors = record["floors"]["exact"]
     assert list(record["floors"]) == ["exact"], "a loss has no answers to be shuffled"
