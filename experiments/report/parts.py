@@ -47,7 +47,8 @@ def _context(context: Context, seeds: int, known: Constants) -> dict[str, Any] |
     constant = _constant(context, known)
     if constant is not None:
         lines["best constant answer"] = constant
-    top = 1.05 * max(max(map(sum, found.values())), *lines.values(), 1e-9)
+    widest = (generic + max(specific, 0.0) for generic, specific in found.values())
+    top = 1.05 * max(*widest, *lines.values(), 1e-9)
 
     def place(value: float) -> float:
         return round(value / top * WIDTH, 1)
