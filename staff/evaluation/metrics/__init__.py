@@ -38,17 +38,23 @@ def named_metric(name: str) -> Metric:
     """The metric with this name, or with this dotted path to a class of your own, such as "mymetrics.Accuracy".
 
     Raises:
-        UserError: there is no such metric.
+        UserError: there is no such metric, or it has no direction.
     """
     path = f"staff.evaluation.metrics.{NAMED[name]}" if name in NAMED else name
     module, _, kind = path.rpartition(".")
     try:
-        return getattr(import_module(module), kind)(name)
+        metric = getattr(import_module(module), kind)(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"task.metrics names {name!r}, which is unknown: choose from {', '.join(NAMED)}, or give the dotted "
             f"path of a class of your own ({error})."
         ) from None
+    if not isinstance(metric, Metric) or not isinstance(metric.higher_is_better, bool):
+        raise UserError(
+            f"task.metrics names {name!r}, which has no direction: derive the class from "
+            "staff.evaluation.metrics.metric.Metric, and set higher_is_better to true or false."
+        )
+    return metric
 
 
 def check_metrics(names: Sequence[str], samples: Sequence[Sample] = ()) -> None:
