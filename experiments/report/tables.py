@@ -12,6 +12,8 @@ from experiments.report.comparisons import mean
 from experiments.report.records import Context
 
 NONE = "–"
+INTERVAL_OVER = {True: "seeds and samples", False: "samples alone"}
+"""What the interval of a difference holds the errors of, by whether there are two seeds or more."""
 LATEX = str.maketrans(
     {**{c: f"\\{c}" for c in "%_&#${}"}, "~": r"\textasciitilde{}", "^": r"\^{}", "\\": r"\textbackslash{}"}
 )
