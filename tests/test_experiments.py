@@ -117,7 +117,7 @@ def test_the_strength_of_what_is_planted_is_swept_and_drawn_as_a_curve(run: Call
     assert found[["method", "wrong"]].to_numpy().tolist() == [["random", 0.0], ["random", 0.3]]
     drawn = strength.draw(found, "wrong", tmp_path / "strength", "a command")
     assert "task.wrong" in drawn.file.with_suffix(".svg").read_text() and drawn.file.with_suffix(".png").is_file()
-    with pytest.raises(UserError, match="with two values of task.repeats"):
+    with pytest.raises(UserError, match=r"with two values of task\.repeats"):
         strength.table(tmp_path / "results", "repeats", 0.9)
 
 

@@ -1,6 +1,7 @@
 """What a method gives by how strongly something is planted: `python -m experiments.figures.strength`.
 
-A line a method over a setting of the planted task, such as the share of wrong answers (`experiment=planted_strength`).
+A line a method over a setting of the planted task, such as the share of wrong answers
+(`experiment=planted_strength`).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def table(results: Path, setting: str, rate: float) -> pd.DataFrame:
     found = pd.DataFrame(rows, columns=["method", "seed", *SETTINGS, "metric", "value"])
     if found[setting].nunique() < 2:
         raise UserError(
-            f"{results} holds no planted runs at pruning rate {rate:g} with two values of task.{setting}: carry out "
-            "experiment=planted_strength, or name other results, --rate or --setting."
+            f"{results} holds no planted runs at pruning rate {rate:g} with two values of task.{setting}: carry "
+            "out experiment=planted_strength, or name other results, --rate or --setting."
         )
     others = [name for name in ("metric", *SETTINGS) if name != setting and found[name].nunique() > 1]
     if others:
