@@ -53,9 +53,7 @@ def write(run: Run, outcome: Outcome) -> Path:
         **({"floors": floors} if floors else {}),
         "warnings": [
             *(f"{label}: {text}" for label, history in trainings for text in history["warnings"]),
-            *warnings(
-                floors, [*answers.get("prediction", [])], "the fine-tuned target" if tuned else "the raw target"
-            ),
+            *_below_floor(floors, answers, tuned),
         ],
         **({"metrics_by_group": _metrics_by_group(run, answers)} if "group" in answers else {}),
         "overhead": _overhead(run, chosen, tuned),
@@ -105,6 +103,12 @@ def _answers(run: Run, measured: Artifact | None) -> tuple[dict[str, float], pd.
         answers["group"] = [group_of[id] for id in answers["id"]]
     answers.to_parquet(run.folder / "predictions.parquet")
     return {**metrics, "output_tokens": sum(answers["tokens"]) / len(answers)}, answers
+
+
+def _below_floor(floors: dict[str, Any], answers: pd.DataFrame, tuned: Artifact | None) -> list[str]:
+    if not len(answers):
+        return []
+    return warnings(floors, answers["prediction"].tolist(), "the fine-tuned target" if tuned else "the raw target")
 
 
 def _metrics_by_group(run: Run, answers: pd.DataFrame) -> dict[str, dict[str, float]]:

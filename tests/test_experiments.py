@@ -104,21 +104,15 @@ def test_the_strength_of_what_is_planted_is_swept_and_drawn_as_a_curve(run: Call
         cfg = compose("config", overrides=["experiment=planted_strength"], return_hydra_config=True)
         jobs = [job.split() for job in expected_jobs(cfg)]
     assert len(jobs) == 5 * 4 * 2 and cfg.finetune.epochs == 12, "the settings of experiment=planted"
-    few = (
-        "task.train_limit=null",
-        "task.size=300",
-        "task.test_limit=null",
-        "task.test_per_skill=1",
-        "method=random",
-    )
+    few = ("task.train_limit=null", "task.size=300", "task.test_limit=7", "method=raw", "pruning_rate=1")
     for wrong in (0, 0.3):
-        run("experiment=planted_strength", *few, f"task.wrong={wrong}", "pruning_rate=0.9")
-    found = strength.table(tmp_path / "results", "wrong", 0.9)
-    assert found[["method", "wrong"]].to_numpy().tolist() == [["random", 0.0], ["random", 0.3]]
+        run("experiment=planted_strength", *few, f"task.wrong={wrong}")
+    found = strength.table(tmp_path / "results", "wrong", 1)
+    assert found[["method", "wrong"]].to_numpy().tolist() == [["raw", 0.0], ["raw", 0.3]]
     drawn = strength.draw(found, "wrong", tmp_path / "strength", "a command")
     assert "task.wrong" in drawn.file.with_suffix(".svg").read_text() and drawn.file.with_suffix(".png").is_file()
     with pytest.raises(UserError, match=r"with two values of task\.repeats"):
-        strength.table(tmp_path / "results", "repeats", 0.9)
+        strength.table(tmp_path / "results", "repeats", 1)
 
 
 # ---------------------------------------------------------------- a coreset of another family

@@ -35,12 +35,12 @@ def table(results: Path, setting: str, rate: float) -> pd.DataFrame:
             metric = {"metric": about["metric"], "value": record["metrics"][about["metric"]]}
             rows.append({**row, **{name: task[name] for name in SETTINGS}, **metric})
     found = pd.DataFrame(rows, columns=["method", "seed", *SETTINGS, "metric", "value"])
-    if found[setting].nunique() < 2:
+    if len(set(found[setting])) < 2:
         raise UserError(
             f"{results} holds no planted runs at pruning rate {rate:g} with two values of task.{setting}: carry "
             "out experiment=planted_strength, or name other results, --rate or --setting."
         )
-    others = [name for name in ("metric", *SETTINGS) if name != setting and found[name].nunique() > 1]
+    others = [name for name in ("metric", *SETTINGS) if name != setting and len(set(found[name])) > 1]
     if others:
         raise UserError(
             f"the planted runs in {results} also differ in {', '.join(others)}: name a folder for each."
@@ -59,7 +59,7 @@ def draw(found: pd.DataFrame, setting: str, file: Path, made_by: str) -> Drawn:
         axes.set(xlabel=f"task.{setting}", ylabel=shown_as(str(found["metric"].iloc[0])))
         axes.set_ylim(bottom=min(0, found["value"].min()))
         axes.legend(ncols=2)
-        seeds = found["seed"].nunique()
+        seeds = len(set(found["seed"]))
         caption = (
             f"{setting} by method: means over {seeds} seed{'s' if seeds > 1 else ''}, bars from lowest to highest."
         )

@@ -41,7 +41,7 @@ class ChooseConstant(Stage):
         return f"choose the best constant answer by {self.metric.name}"
 
     def key(self) -> dict[str, Any]:
-        return {"metric": identity(self.metric), "answers": digest(list(self.answers))}
+        return {"metric": identity(self.metric), "answers": digest({"answers": list(self.answers)})}
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         (folder / FILE).write_text(json.dumps(asdict(best_constant(self.metric.name, self.answers))))

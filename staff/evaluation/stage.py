@@ -137,8 +137,9 @@ class Measure(Stage):
         if self.likelihood is not None:
             nll = self._means(read_scores(scored.pop(0))["nll"], answers["id"].tolist())
         if self.choosing is not None:
-            answers[CHOICES] = [self.choices[id] for id in answers["id"]]
-            answers[LOG_LIKELIHOODS] = self._sums(read_scores(scored.pop(0))["nll"], answers[CHOICES])
+            choices = [self.choices[id] for id in answers["id"]]
+            answers[CHOICES] = choices
+            answers[LOG_LIKELIHOODS] = self._sums(read_scores(scored.pop(0))["nll"], choices)
         texts = answers["prediction"].tolist(), answers["references"].tolist()
         headline, per_sample = measure(self.metrics, *texts, nll, choices_of(answers))
         answers.join(per_sample).to_parquet(folder / PREDICTIONS)

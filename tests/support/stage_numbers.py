@@ -145,8 +145,8 @@ def slices(folder: Path) -> Iterator[tuple[str, Slice]]:
     save_file({"nll": np.random.default_rng(1).lognormal(size=(8, 2))}, folder / FILE)
     for metric in map(named_metric, METRICS):
         likelihood = scoring(AnswerNll(), asked).stage if metric.needs == "likelihood" else None
-        chosen = (offered, choices) if metric.needs == "choices" else ()
-        measure = Measure(generate, [metric], references, likelihood, *chosen)
+        chosen: Any = (offered, choices) if metric.needs == "choices" else ()
+        measure = Measure(generate, [metric], references, likelihood, *chosen)  # type: ignore[arg-type]
         others = {"likelihood": (scored,), "choices": (folder,)}.get(metric.needs, ())
         yield f"metrics {metric.name}", Slice(measure, (metric,), of_metrics, (folder, *others))
     constants = []
