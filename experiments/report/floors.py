@@ -65,7 +65,7 @@ def recorded(context: Context) -> Table | None:
         constants = {(floor["constant_answer"], floor["constant"]) for each in known.values() for floor in each}
         for text, score in sorted(constants):
             name = f'constant answer "{_shortened(text)}"'
-            rows.append({"metric": metric, "answers of": name, "score": f"{score:.2f}"})
+            rows.append({"metric": metric, "answers of": name, "pruning rate": NONE, "score": f"{score:.2f}"})
         for (variant, rate), floors in sorted(
             known.items(), key=lambda kv: (context.variants.index(kv[0][0]), kv[0][1])
         ):
