@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
 from experiments.configuration import CONF, check_size, composed
+from experiments.report.planned import Planned
 from experiments.single import Run
 from experiments.stand_ins import with_stand_ins
 from staff.models.adapters import shapes
@@ -34,8 +35,9 @@ from staff.store.store import Store
 from staff.training.memory import finetuning_memory
 from staff.training.stage import Finetune
 
-COUNTED = ("finetune", "scores", "evaluation")
-"""Kinds of the stages that compute with a model."""
+UTILISATION = {"finetune": 0.4, "scores": 0.24, "evaluation": 0.05}
+"""Fractions of the peak. Scores: measured with Gemma-7b's shape on an H200, over batches seen before. The others
+are assumed; decoding is bound by memory, not by arithmetic. A model too small to fill the GPU reaches less."""
 VALUES = ("pruning_rate", "budget", "budget_tokens", "seed", "selection_seed", "finetune_seed")
 """Settings that choose no file of the configuration: Hydra, which is slow, composes the jobs that differ in them
 once."""
@@ -76,6 +78,7 @@ class DryRun:
         sizes: what was counted with, in words.
         replaced: what is not at hand and was replaced by what is known of it, in words.
         distinct: the overrides of jobs that together have every speed.
+        compared: what the sweep compares, by family and task.
     """
 
     stages: dict[str, PlannedStage] = field(default_factory=dict)
@@ -84,6 +87,7 @@ class DryRun:
     sizes: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     distinct: list[list[str]] = field(default_factory=list)
+    compared: dict[tuple[str, str], Planned] = field(default_factory=dict)
 
 
 class DryRunStore(Store):
@@ -112,7 +116,7 @@ class DryRunStore(Store):
         artifact = super().get(stage)
         if stage.kind == "coreset":
             self._asked = 0
-        if stage.kind in COUNTED:
+        if stage.kind in UTILISATION:
             exact = stage.kind != "evaluation" and stage.key()["samples"] in self.certain and not second
             self._list(stage, artifact.cost, exact and not self.planned.replaced)
         return artifact
@@ -137,7 +141,7 @@ class TimedStore(Store):
 
     def get(self, stage: Stage) -> Artifact:
         artifact = super().get(stage)
-        if stage.kind in COUNTED and artifact.computed:
+        if stage.kind in UTILISATION and artifact.computed:
             self.times.append((speed_of(stage), artifact.cost))
         return artifact
 
@@ -203,12 +207,23 @@ def _estimate(job: list[str], cfg: DictConfig, choices: dict[str, Any], store: D
     if run.generator is not None:
         answering = run.answering(run.finetuning(coreset))
         store.get(answering)
-        if (scored := run.measuring(answering).likelihood) is not None:
+        for scored in run.measuring(answering).scored:
             store.certain.add(scored.samples.fingerprint)
             store.get(scored)
+    _compare(run, planned.compared)
     if {stage.speed for stage in planned.stages.values()} - known:
         planned.distinct.append(job)
         _measure(run, planned)
+
+
+def _compare(run: Run, compared: dict[tuple[str, str], Planned]) -> None:
+    """Add the run to what the sweep compares, by family and task; one without evaluation compares nothing."""
+    family, task = (str(run.choices.get(group)) for group in ("family", "task"))
+    if run.generator is not None:
+        new = Planned(family, task, run.task.metrics[0], len(run.tokenized["test"]))
+        found = compared.setdefault((family, task), new)
+        found.seeds.add((run.cfg.selection_seed, run.cfg.finetune_seed))
+        found.rates.add(run.pruning_rate)
 
 
 def _measure(run: Run, planned: DryRun) -> None:

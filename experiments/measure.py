@@ -22,6 +22,7 @@ from staff import tracking
 from staff.errors import UserError
 from staff.evaluation.metrics import measure, named_metric
 from staff.evaluation.metrics.metric import Metric
+from staff.evaluation.stage import choices_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class MeasuredRun(RecordedRun):
         if answers is None:
             return {}, None
         references = [tuple(texts) for texts in answers["references"]]
-        headline, per_sample = measure(self.metrics, answers["prediction"].tolist(), references)
+        texts = answers["prediction"].tolist(), references
+        headline, per_sample = measure(self.metrics, *texts, choices=choices_of(answers))
         kept = answers.drop(columns=[name for name in per_sample if name in answers])
         return headline, kept.join(per_sample)
 

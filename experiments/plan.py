@@ -18,6 +18,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,8 @@ import pandas as pd
 
 from experiments import sweep
 from experiments.console import pipeable
-from experiments.dry_run import DryRun, PlannedStage, calibrated, dry_run
+from experiments.dry_run import UTILISATION, DryRun, PlannedStage, calibrated, dry_run
+from experiments.report.planned import checked_effect, sentences
 
 
 class Gpu(NamedTuple):
@@ -44,9 +46,6 @@ GPUS = {
     "l40s": Gpu(362e12, 91.6e12, 48e9),
     "rtx4090": Gpu(165e12, 82.6e12, 24e9),
 }
-UTILISATION = {"finetune": 0.4, "scores": 0.24, "evaluation": 0.05}
-"""Fractions of the peak. Scores: measured with Gemma-7b's shape on an H200, over batches seen before. The others
-are assumed; decoding is bound by memory, not by arithmetic. A model too small to fill the GPU reaches less."""
 
 
 def seconds_of(stage: PlannedStage, gpu: Gpu | None, speeds: dict[str, tuple[float, float]]) -> float:
@@ -144,6 +143,12 @@ def main() -> None:
     parser.add_argument("--gpu", choices=GPUS, help="hours on this GPU, at an assumed utilisation")
     parser.add_argument("--gpus", type=int, default=1, help="so many of them, a run on each (default: 1)")
     parser.add_argument("--calibrate", action="store_true", help="hours on this machine, measured on a few samples")
+    parser.add_argument(
+        "--effect", type=float, help="seeds that find a difference of this size, by variances measured before"
+    )
+    parser.add_argument(
+        "--measured", type=Path, default=Path("results"), help="recorded runs for --effect (default: results)"
+    )
     parser.add_argument("--config-dir", help="a folder with configuration of your own, as for staff")
     parser.add_argument("-m", "--multirun", action="store_true", help="changes nothing: as in the sweep's command")
     asked = parser.parse_intermixed_args()
@@ -152,7 +157,9 @@ def main() -> None:
     logging.getLogger("staff").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
     try:
+        effect = None if asked.effect is None else checked_effect(asked.effect)
         planned = dry_run(asked.overrides, asked.config_dir)
+        seeds = [] if effect is None else [*sentences([*planned.compared.values()], asked.measured, effect)]
         speeds = calibrated(planned, asked.config_dir) if asked.calibrate else {}
     except Exception as error:
         if sentence := sweep.sentence_of(error):
@@ -160,7 +167,7 @@ def main() -> None:
         raise
     gpu = GPUS.get(asked.gpu)
     seconds = {known: seconds_of(stage, gpu, speeds) for known, stage in planned.stages.items()}
-    print(report(planned, seconds, asked.gpu, asked.gpus))
+    print("\n".join([report(planned, seconds, asked.gpu, asked.gpus), *seeds]))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 from staff.data.limits import answerable, fitting
 from staff.data.task import Sample, Task
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
+from staff.errors import UserError
 from staff.models.family import Family
 from staff.pool import Slice
 from staff.store.store import Store
@@ -76,6 +77,21 @@ class Reader:
         if len(fits) < len(read):
             log.warning("nll leaves out %d references beyond the target's window", len(read) - len(fits))
         return read.take(fits)
+
+    def choices(self, test: Sequence[Sample]) -> TokenizedSamples:
+        """Every choice behind its prompt, as the target reads them.
+
+        Raises:
+            UserError: one that does not fit the target's window.
+        """
+        read, window = self._by_target(self.task.choice_samples(test)), self.family.target.window() or sys.maxsize
+        if (longest := int(read.lengths.max())) > window:
+            id = read.ids[int(read.lengths.argmax())].rpartition("#")[0]
+            raise UserError(
+                f"sample {id!r} has {longest} tokens with one of its choices, more than the target's window of "
+                f"{window}: shorten or remove it."
+            )
+        return read
 
     def _by_target(self, samples: Sequence[Sample]) -> TokenizedSamples:
         return read_tokens(self.store.get(Tokens(samples, self.family.target, self.family.reading)))

@@ -17,8 +17,9 @@ from experiments import campaign
 from staff import tracking
 from staff.data.planted import PlantedTask
 from staff.errors import UserError
-from staff.evaluation.metrics import measure, named_metric
-from staff.evaluation.stage import read_measured
+from staff.evaluation.floor_stages import read_floors, warnings
+from staff.evaluation.metrics import measure
+from staff.evaluation.stage import choices_of, read_measured
 from staff.runtime import processes
 from staff.selection import Coreset
 from staff.store.cost import Cost
@@ -56,6 +57,7 @@ def _write(run: Run, outcome: Outcome) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     chosen, coreset, tuned, answered = outcome.chosen, outcome.coreset, outcome.tuned, outcome.answered
     metrics, answers = _answers(run, outcome.measured)
+    floors = read_floors(outcome.floors) if outcome.floors else {}
     _write_samples(run, coreset)
     trainings = _trainings(run, chosen, tuned)
     _curves(trainings).to_csv(run.folder / "training.csv", index=False)
@@ -65,7 +67,11 @@ def _write(run: Run, outcome: Outcome) -> None:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
         "metrics": metrics,
-        "warnings": [f"{label}: {text}" for label, _, history in trainings for text in history["warnings"]],
+        **({"floors": floors} if floors else {}),
+        "warnings": [
+            *(f"{label}: {text}" for label, _, history in trainings for text in history["warnings"]),
+            *_below_floor(floors, answers, tuned),
+        ],
         **({"metrics_by_group": _metrics_by_group(run, answers)} if "group" in answers else {}),
         "overhead": _overhead(run, chosen, tuned),
         "finetuning": _cost(tuned),
@@ -116,12 +122,19 @@ def _answers(run: Run, measured: Artifact | None) -> tuple[dict[str, float], pd.
     return {**metrics, "output_tokens": sum(answers["tokens"]) / len(answers)}, answers
 
 
+def _below_floor(floors: dict[str, Any], answers: pd.DataFrame, tuned: Artifact | None) -> list[str]:
+    if not len(answers):
+        return []
+    return warnings(floors, answers["prediction"].tolist(), "the fine-tuned target" if tuned else "the raw target")
+
+
 def _metrics_by_group(run: Run, answers: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Test samples and every metric, by the group of the test samples; a corpus metric is that of the group."""
     table = {}
     for group, part in answers.groupby("group"):
-        of_answers = [metric for metric in map(named_metric, run.task.metrics) if metric.needs == "answers"]
-        metrics, _ = measure(of_answers, part["prediction"].tolist(), part["references"].tolist())
+        stored = [metric for metric in run.metrics if metric.needs != "likelihood"]
+        texts = part["prediction"].tolist(), part["references"].tolist()
+        metrics, _ = measure(stored, *texts, choices=choices_of(part))
         others = {name: part[name].mean() for name in run.task.metrics if name not in metrics}
         table[str(group)] = {"samples": len(part), **metrics, **others}
     return table

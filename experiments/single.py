@@ -21,11 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import sweep
 from experiments.reader import Reader
 from staff.data.splits import load_splits
-from staff.data.task import Task, data_digest
+from staff.data.task import Sample, Task, data_digest
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
+from staff.evaluation.floor_stages import ChooseConstant, Floors, with_floors
 from staff.evaluation.generator import Generator
 from staff.evaluation.metrics import check_metrics, named_metric
+from staff.evaluation.metrics.metric import Metric
 from staff.evaluation.stage import Generate, Measure
 from staff.models.family import Family
 from staff.models.prepare import prepare
@@ -107,6 +109,10 @@ class Run:
             return float(max(Fraction(0), 1 - Fraction(self.budget_tokens, int(self.pool.lengths.sum()))))
         pool = len(self.splits.pool)
         return float(1 - Fraction(budget_of(self.method, self.cfg.pruning_rate, pool, self.cfg.budget), pool))
+
+    @cached_property
+    def metrics(self) -> list[Metric]:
+        return [named_metric(name) for name in self.task.metrics]
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -195,7 +201,14 @@ class Run:
         tokenized = self.reader.trained(self.splits.pool)
         if self.generator is not None:
             tokenized["test"] = self.reader.asked(self.splits.test)
+            if "choices" in {metric.needs for metric in self.metrics}:
+                tokenized["choices"] = self.reader.choices(self._answered_samples(tokenized["test"]))
         return tokenized
+
+    def _answered_samples(self, asked: TokenizedSamples) -> list[Sample]:
+        """The test samples that fit."""
+        ids = set(asked.ids)
+        return [sample for sample in self.splits.test if sample.id in ids]
 
     @cached_property
     def pool(self) -> Pool:
@@ -257,19 +270,29 @@ class Run:
         return Generate(state, self.tokenized["test"], self.generator, self.task.max_new_tokens)
 
     def measuring(self, answering: Generate) -> Measure:
-        metrics = [named_metric(name) for name in self.task.metrics]
         references = {sample.id: sample.references for sample in self.splits.test}
-        asks = any(metric.needs == "likelihood" for metric in metrics)
-        return Measure(answering, metrics, references, self.likelihood(answering.state) if asks else None)
+        needs = {metric.needs for metric in self.metrics}
+        likelihood = self._likelihood(answering.state, self.reference_tokens) if "likelihood" in needs else None
+        if "choices" not in needs:
+            return Measure(answering, self.metrics, references, likelihood)
+        choosing = self._likelihood(answering.state, self.tokenized["choices"])
+        choices = {sample.id: sample.choices for sample in self.splits.test}
+        return Measure(answering, self.metrics, references, likelihood, choosing, choices)
 
-    def likelihood(self, state: ModelState) -> Score:
-        """The negative log-likelihood of every reference answer under the model."""
-        return Score(state, self.reference_tokens, (AnswerNll(),), self.scoring, self.settings.lora, 0)
+    def floors(self, answering: Generate) -> Floors | None:
+        """The floors under the metrics of answers; None where there are none."""
+        answers = [sample.answer for sample in self.splits.pool]
+        constants = tuple(ChooseConstant(metric, answers) for metric in with_floors(self.metrics))
+        references = {sample.id: sample.references for sample in self.splits.test}
+        return Floors(answering, constants, references) if constants else None
+
+    def _likelihood(self, state: ModelState, samples: TokenizedSamples) -> Score:
+        """The negative log-likelihood of every answer under the model."""
+        return Score(state, samples, (AnswerNll(),), self.scoring, self.settings.lora, 0)
 
     @cached_property
     def reference_tokens(self) -> TokenizedSamples:
-        asked = set(self.tokenized["test"].ids)
-        return self.reader.references([sample for sample in self.splits.test if sample.id in asked])
+        return self.reader.references(self._answered_samples(self.tokenized["test"]))
 
     def locked(self) -> AbstractContextManager[Any]:
         """Keeps two workers of a sweep from carrying out the same run side by side."""
@@ -316,18 +339,21 @@ class Run:
         answering = self.answering(tuning)
         answered = self.store.get(answering)
         measured = self.store.get(self.measuring(answering))
-        return Outcome(chosen, coreset, tuned, answered, measured)
+        floors = self.floors(answering)
+        return Outcome(chosen, coreset, tuned, answered, measured, floors and self.store.get(floors))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the stages of a run led to; `tuned` is None for the raw target, and all the rest without evaluation."""
+    """What the stages of a run led to; `tuned` is None for the raw target, and all the rest without evaluation.
+    `floors` is None too where no metric is of answers."""
 
     chosen: Artifact
     coreset: Coreset
     tuned: Artifact | None = None
     answered: Artifact | None = None
     measured: Artifact | None = None
+    floors: Artifact | None = None
 
 
 def _reading(family: Family) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from experiments.console import pipeable
 from experiments.recorded import recorded_runs
 from staff.data.tokens import Tokens
 from staff.errors import UserError
+from staff.evaluation.floor_stages import ChooseConstant, Floors
 from staff.evaluation.stage import Generate, Measure
 from staff.models.prepare import ConvertGguf
 from staff.pool import Select
@@ -33,9 +34,8 @@ from staff.store.manifest import check_contents, check_sizes, read_manifest
 from staff.store.store import RESERVED, Store
 from staff.training.stage import Finetune
 
-VERSIONS = {
-    stage.kind: stage.version for stage in (ConvertGguf, Tokens, Finetune, Score, Select, Generate, Measure)
-}
+STAGES = (ConvertGguf, Tokens, Finetune, Score, Select, Generate, Measure, ChooseConstant, Floors)
+VERSIONS = {stage.kind: stage.version for stage in STAGES}
 """The present version of every shipped stage, by kind."""
 
 

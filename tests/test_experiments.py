@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from experiments.figures import strength
 from experiments.sweep import expected_jobs
+from staff.errors import UserError
 
 PRESETS = {file.stem for file in (ROOT / "conf/experiment").glob("*.yaml")}
 ABLATIONS = sorted(name.removeprefix("ablation_") for name in PRESETS if name.startswith("ablation_"))
@@ -94,6 +97,22 @@ def test_another_scoring_function_scores_with_both_models(run: Callable[..., dic
     scored = [label for label in asked_in(record) if label.startswith("loss of")]
     assert scored[0] == "loss of 24 samples, fine-tuned small" and len(scored) == 2
     assert scored[1].endswith("raw target")
+
+
+def test_the_strength_of_what_is_planted_is_swept_and_drawn_as_a_curve(run: Callable[..., Any], tmp_path: Path):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=["experiment=planted_strength"], return_hydra_config=True)
+        jobs = [job.split() for job in expected_jobs(cfg)]
+    assert len(jobs) == 5 * 4 * 2 and cfg.finetune.epochs == 12, "the settings of experiment=planted"
+    few = ("task.train_limit=null", "task.size=300", "task.test_limit=7", "method=raw", "pruning_rate=1")
+    for wrong in (0, 0.3):
+        run("experiment=planted_strength", *few, f"task.wrong={wrong}")
+    found = strength.table(tmp_path / "results", "wrong", 1)
+    assert found[["method", "wrong"]].to_numpy().tolist() == [["raw", 0.0], ["raw", 0.3]]
+    drawn = strength.draw(found, "wrong", tmp_path / "strength", "a command")
+    assert "task.wrong" in drawn.file.with_suffix(".svg").read_text() and drawn.file.with_suffix(".png").is_file()
+    with pytest.raises(UserError, match=r"with two values of task\.repeats"):
+        strength.table(tmp_path / "results", "repeats", 1)
 
 
 # ---------------------------------------------------------------- a coreset of another family

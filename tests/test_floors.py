@@ -2,6 +2,9 @@
 
 import json
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +12,11 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.report import overview
+from experiments.report.__main__ import write
+from experiments.report.records import collect
 from staff.errors import UserError
+from staff.evaluation.floor_stages import warnings, with_floors
 from staff.evaluation.floors import best_constant, candidates, specificity
 from staff.evaluation.metrics import NAMED, named_metric
 from staff.evaluation.rouge_matrix import rouge_l_matrix
@@ -20,16 +27,21 @@ ANSWERS = [row["summary1"].split(".")[0] for row in ROWS]
 IDS = [row["fname"] for row in ROWS]
 TRAINING = [json.loads(line)["summary"] for line in (ROOT / "staff/assets/dialogsum/train.jsonl").open()]
 
-WORDS = st.lists(st.sampled_from(["a", "ran", "running", "42", "#Person1#", "the", "café", "!", ""]), max_size=12)
+WORDS = st.lists(
+    st.sampled_from(["a", "ran", "running", "42", "#Person1#", "the", "café", "今天", "!", ""]), max_size=12
+)
 TEXTS = WORDS.map(" ".join)
 
 
-@settings(deadline=None)  # the first call imports
+@pytest.mark.parametrize("metric", ["rougeL", "rougeL_intl", "rougeL_zh", "rougeL_char"])
+@settings(deadline=None, max_examples=30)  # the first call imports
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.lists(st.lists(TEXTS, min_size=1, max_size=3), min_size=1))
-def test_every_pair_scores_as_rouge_score_scores_it_to_the_last_digit(answers: list[str], groups: list[list[str]]):
+def test_every_pair_scores_as_rouge_score_scores_it_to_the_last_digit(
+    metric: str, answers: list[str], groups: list[list[str]]
+):
     references = [tuple(group) for group in groups]
-    expected = [named_metric("rougeL").measure([answer] * len(references), references)[1] for answer in answers]
-    assert rouge_l_matrix(answers, references).tolist() == expected
+    expected = [named_metric(metric).measure([answer] * len(references), references)[1] for answer in answers]
+    assert rouge_l_matrix(answers, references, metric).tolist() == expected
 
 
 def test_real_answers_score_as_rouge_score_scores_them_to_the_last_digit():
@@ -112,3 +124,36 @@ def test_every_metric_has_a_direction_and_an_unknown_one_is_refused():
     assert named_metric("nll").sign == -1 and named_metric("nll").margin < named_metric("rougeL").margin
     with pytest.raises(UserError, match="names 'speed', which is unknown"):
         named_metric("speed")
+
+
+def test_a_run_records_its_floors_and_its_summary_warns_of_answers_below_them(
+    run: Callable[..., Any], tmp_path: Path
+):
+    balanced = ("task.size=700", "task.test_limit=null", "task.test_per_skill=10")
+    record = run("task=planted", "method=raw", "pruning_rate=1", "task.train_limit=null", *balanced)
+    floors = record["floors"]["exact"]
+    assert list(record["floors"]) == ["exact"], "a loss has no answers to be shuffled"
+    assert floors["score"] == record["metrics"]["exact"] == 0 < floors["constant"] <= 12
+    (said,) = [text for text in record["warnings"] if "constant" in text]
+    assert said.startswith(f"the raw target scores 0.00 exact, less than {floors['constant']:.2f} of the constant")
+    assert f"warning: {record['run']['name']}: {said}" in overview([record["folder"]])
+    page = write(tmp_path / "results", collect(tmp_path / "results")).read_text()
+    assert "raw target <em>(below the constant answer)</em>" in page
+    (table,) = (tmp_path / "results/tables").glob("specific-*.md")
+    assert "below the constant answer" in table.read_text() and floors["constant_answer"] in table.read_text()
+
+
+def test_warnings_name_the_model_and_stay_silent_above_the_floor():
+    floor = {"score": 30.0, "constant": 26.65, "constant_answer": "#Person1#  and\n#Person2# talk"}
+    assert warnings({"rougeL": floor}, ["a"] * 100, "the raw target") == []
+    (said,) = warnings({"rougeL": {**floor, "score": 26.6}}, ["a"] * 95 + [" "] * 5, "the fine-tuned target")
+    answer = '"#Person1# and #Person2# talk"'
+    assert said == f"the fine-tuned target scores 26.60 rougeL, less than 26.65 of the constant answer {answer}."
+    assert warnings({}, ["a"] * 94 + ["", "\n"] * 3, "the raw target") == [
+        "6% of the answers of the raw target are empty."
+    ]
+
+
+def test_a_metric_of_ones_own_has_no_floors_since_it_may_be_slow():
+    names = ["rougeL", "nll", "choice_accuracy", "staff.evaluation.metrics.exact.Exact"]
+    assert [metric.name for metric in with_floors([*map(named_metric, names)])] == ["rougeL"]

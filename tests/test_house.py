@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from support import contract
 from support.pools import sums, tiny_pool
 
+from staff.errors import UserError
 from staff.evaluation.generator import Greedy
 from staff.evaluation.metrics import check_metrics, named_metric
 from staff.evaluation.stage import Generate, Measure, read_measured
@@ -249,6 +250,15 @@ class Shortness(Metric):
         scores = [100 / (1 + len(prediction)) for prediction in predictions]
         return max(scores), scores
 """
+
+
+def test_a_metric_without_a_direction_is_refused_in_a_sentence(elsewhere: Path):
+    plain = METRIC.replace("(Metric):", ":\n    name: str")
+    unset = METRIC.replace("    version", "    higher_is_better = None\n    version")
+    for number, source in enumerate((plain, unset)):
+        (elsewhere / f"my_metrics{number}.py").write_text(source)
+        with pytest.raises(UserError, match=rf"'my_metrics{number}.Shortness', which has no direction: derive the"):
+            check_metrics([f"my_metrics{number}.Shortness"])
 
 
 def test_a_new_metric_of_stored_answers_is_a_new_file_and_computes_nothing_else_again(

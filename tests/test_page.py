@@ -10,7 +10,7 @@ from support.records import write_runs
 
 from experiments.report import opening, page
 from experiments.report.__main__ import write
-from experiments.report.parts import parts
+from experiments.report.parts import WIDTH, parts
 from experiments.report.records import Context, collect, contexts
 from experiments.report.verdicts import DEFAULT
 
@@ -114,3 +114,15 @@ def test_figures_beyond_the_pages_size_are_named_and_not_shown(results: Path, mo
     small = write(results, collect(results)).read_text()
     assert 0 < small.count("data:image") < len([*results.glob("figures/*.svg")])
     assert "Not in this page: <code>figures/" in small
+
+
+def test_how_many_seeds_a_difference_takes_is_no_row_to_be_sorted(text: str):
+    (foot, *_) = re.findall(r"<tfoot>(.*?)</tfoot>", text)
+    assert "seeds for 1" in foot
+    assert all("seeds for 1</td>" not in body for body in re.findall(r"<tbody>.*?</tbody>", text, re.DOTALL))
+
+
+def test_a_bar_is_never_wider_than_its_place_though_answers_fit_other_prompts_better(results: Path):
+    (part,) = parts(contexts_of(results))
+    assert any(row["texts"][2].startswith("-") for row in part["rows"])
+    assert all(row["generic"] + row["specific"] <= WIDTH for row in part["rows"])

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL
+from support.records import write_runs
 
 from experiments import stand_ins
-from experiments.dry_run import dry_run
-from experiments.plan import GPUS, UTILISATION, seconds_of, table, wall_seconds
+from experiments.dry_run import UTILISATION, dry_run
+from experiments.plan import GPUS, main, seconds_of, table, wall_seconds
+from experiments.report.planned import Planned, sentences
 from experiments.stand_ins import SIZES, KnownShape
 from staff.models.spec import ModelSpec
 
@@ -68,11 +70,14 @@ def test_a_plan_counts_the_stages_of_a_sweep_once_and_their_flops_as_the_records
 def test_a_plan_of_a_preset_takes_the_command_of_the_sweep_and_prints_hours_and_memory(tmp_path: Path):
     command = [sys.executable, "-m", "experiments.plan", "-m", "experiment=table1", "family=tiny", "seed=0"]
     command += ["method=random,full", f"results_dir={tmp_path}", *SMALL[:-1], "--gpu", "h100"]
+    before = write_runs(tmp_path / "before", {"random": 0.0, "staff": 0.5})
+    command += ["--measured", str(before), "--effect", "0.5"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     lines = {line[:30].rstrip(): line for line in said.stdout.splitlines()}
     assert lines["fine-tune target on N samples"[:30]].split()[-4] == "6", "five rates, and the whole pool once"
     assert "fine-tuning target takes about" in said.stdout
+    assert "seeds for 0.5 points of ROUGE-L on dialogsum: " in said.stdout
     wrong = subprocess.run([*command, "method=nobody"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1].startswith("plan: method=nobody is unknown")
 
@@ -141,3 +146,37 @@ def test_a_plan_needs_no_hub_for_the_shipped_families_and_tasks(tmp_path: Path, 
     planned = dry_run([*asked, "tracking=none", f"results_dir={tmp_path}"])
     assert "7,473 samples of" in planned.sizes[0] and "1,319 test prompts" in planned.sizes[0]
     assert len(planned.replaced) == 3 and not any(stage.exact for stage in planned.stages.values())
+
+
+def test_a_plan_says_the_seeds_for_an_effect_from_the_variances_that_were_measured(tmp_path: Path):
+    write_runs(tmp_path, {"random": 0.0, "ccs": 0.3, "staff": 0.5}, seeds=4)
+
+    def said(effect: float, rates: set[float], task: str = "dialogsum", samples: int = 40) -> str:
+        sweep = Planned("gemma", task, "rougeL", samples, rates, {(0, 0), (1, 1)})
+        (sentence,) = sentences([sweep], tmp_path, effect)
+        return sentence
+
+    def counts(sentence: str) -> list[int]:
+        return [int(part.split()[0]) for part in sentence.split(": ", 1)[1].split(" (")[0].split(", ")]
+
+    near = said(0.3, {0.5, 0.9})
+    assert near.startswith("seeds for 0.3 points of ROUGE-L on dialogsum: ")
+    assert "at pruning rate 0.5" in near and "at pruning rate 0.9 (the sweep has 2)" in near
+    assert "by the variances between methods of dialogsum, tiny family with 4 seeds" in near, "another family's"
+    assert min(counts(near)) > max(counts(said(1.0, {0.5, 0.9}))) >= 2
+    assert counts(said(0.3, {0.9})) == counts(near)[1:], "of the rates that are planned"
+    assert "unknown, since" in said(1.0, {0.9}, task="gsm8k") and "--measured" in said(1.0, {0.9}, task="gsm8k")
+
+
+def test_more_test_samples_need_fewer_seeds_and_with_too_few_no_seeds_suffice():
+    sweeps = [Planned("tiny", "dialogsum", "rougeL", samples, {0.9}) for samples in (250, 3000, 30)]
+    few, many, none = (said.split(": ")[1] for said in sentences(sweeps, ROOT / "results/tiny", 1.0))
+    assert 3 < int(many.split()[0]) < int(few.split()[0])
+    assert none.startswith("no number up to 1,000 (too few test samples) at pruning rate 0.9")
+
+
+def test_an_effect_that_is_none_is_refused_before_anything_is_planned(monkeypatch: pytest.MonkeyPatch):
+    for effect in ("0", "-1", "nan"):
+        monkeypatch.setattr(sys, "argv", ["staff-plan", "method=nobody", f"--effect={effect}"])
+        with pytest.raises(SystemExit, match=f"^plan: --effect {effect} must be a number above 0, in the metric's"):
+            main()

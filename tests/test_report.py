@@ -121,6 +121,7 @@ def test_a_report_of_real_and_copied_runs_is_whole_and_every_file_can_be_read(re
         "break-even",
         "similarity",
         "verdicts",
+        "specific",
     } | (names & {"savings"})
     for tex in tmp_path.glob("tables/*.tex"):
         assert r"\toprule" in tex.read_text() and r"\caption{" in tex.read_text()

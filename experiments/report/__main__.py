@@ -12,7 +12,7 @@ import pandas as pd
 
 from experiments.console import pipeable
 from experiments.recorded import recorded_runs
-from experiments.report import ablations, cautions, contrasts, overhead, performance, verdicts
+from experiments.report import ablations, cautions, contrasts, floors, overhead, performance, verdicts
 from experiments.report.browse import browse
 from experiments.report.comparisons import pairs
 from experiments.report.records import collect, contexts
@@ -31,7 +31,7 @@ def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, opti
     """
     from experiments.report import figures, forest, page
 
-    flat = table.drop(columns="stages").assign(warnings=table["warnings"].str.join(" "))
+    flat = table.drop(columns=["stages", "floors"]).assign(warnings=table["warnings"].str.join(" "))
     flat.to_csv(results / "metrics.csv", index=False)
     paper = pd.read_csv(PAPER)
     sections, every = [], contexts(table, results)
@@ -40,6 +40,7 @@ def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, opti
         tables = [
             *verdicts.tables(context, question),
             *performance.tables(context, found, paper, question),
+            floors.recorded(context),
             ablations.table(context, [each for each in every if each.title.startswith(f"{context.title}: ")]),
             *overhead.tables(context),
             similarity(context),

@@ -37,7 +37,9 @@ const draw = () => {
     row.className = rows[i][chosen] ? "row selected" : "row";
     row.style.top = `${(first + k) * HEIGHT}px`;
     row.append(...rows[i].map((value, c) => cell(columns[c].kind, written(value, columns[c].kind))));
+    row.tabIndex = 0;
     row.addEventListener("click", () => open(i));
+    onKey(row, () => open(i));
     return row;
   }));
 };
@@ -47,8 +49,16 @@ const open = i => {
     title.textContent = columns[c].name;
     return [title, cell("text", written(value, columns[c].kind))];
   }));
+  const close = document.createElement("button");
+  close.textContent = "Close";
+  close.addEventListener("click", () => whole.close());
+  whole.prepend(close);
   whole.showModal();
+  whole.scrollTop = 0;
 };
+const onKey = (element, act) => element.addEventListener("keydown", event => {
+  if (event.key === "Enter" || event.key === " ") { event.preventDefault(); act(); }
+});
 columns.forEach((column, c) => {
   const made = cell(column.kind, column.name);
   made.tabIndex = 0;
@@ -61,10 +71,10 @@ columns.forEach((column, c) => {
     choose();
   };
   made.addEventListener("click", sort);
-  made.addEventListener("keydown", event => { if (event.key === "Enter") sort(); });
+  onKey(made, sort);
   head.append(made);
 });
-const texts = { prompt: ["18rem", "3fr"], answer: ["12rem", "2fr"] };
+const texts = { prompt: ["16rem", "3fr"], answer: ["11rem", "2fr"] };
 const least = ({ name }) => texts[name]?.[0] ?? `${Math.max(6, 2 + name.length * .6)}rem`;
 table.style.setProperty("--columns", columns.map(c => texts[c.name] ? `minmax(${least(c)}, ${texts[c.name][1]})` : least(c)).join(" "));
 table.style.setProperty("--least", `calc(${columns.map(least).join(" + ")})`);

@@ -29,8 +29,8 @@ def table(context: Context) -> Table | None:
         return None
     caption = (
         f"Results on {context.title} to be read with care. A fine-tuning of few optimiser steps, or that moved no "
-        "weight, leaves the model nearly or exactly as it was. Seeds that give the same answers say nothing of how "
-        "results vary by seed."
+        "weight, leaves the model nearly or exactly as it was. Answers that score less than a constant one tell "
+        "little of their prompts. Seeds that give the same answers say nothing of how results vary by seed."
     )
     return Table(f"warnings-{context.name}", caption, pd.DataFrame(rows))
 

@@ -19,10 +19,11 @@ import pandas as pd
 from experiments.report.comparisons import REFERENCES, Comparison
 from experiments.report.records import Context, collect, contexts
 from experiments.report.statistics import Difference, t_interval
-from experiments.report.tables import NONE, SHOWN_AS, Table
+from experiments.report.tables import NONE, Table, shown_as
 from staff.data import Task
 from staff.errors import UserError
 from staff.evaluation.floors import Specificity, best_constant, specificity
+from staff.evaluation.metrics import named_metric
 
 COMMAND = "staff-floors"
 
@@ -49,6 +50,47 @@ def answered(context: Context, rate: float) -> Iterator[Answered]:
             references = [tuple(group) for group in table["references"]]
             seeds = int(run["selection_seed"]), int(run["finetune_seed"])
             yield Answered(variant, seeds, [*table["prediction"]], references, [*map(str, table["id"])])
+
+
+def recorded(context: Context) -> Table | None:
+    """Score, shuffled and specific score of every method by every metric of answers, as the runs recorded them when
+    they ended, and the best constant answer; None where no run did."""
+    rows = []
+    for metric in dict.fromkeys(name for found in context.runs["floors"] for name in found):
+        known = {
+            cell: floors
+            for cell, runs in context.cells.items()
+            if (floors := [found[metric] for found in runs["floors"] if metric in found])
+        }
+        constants = {(floor["constant_answer"], floor["constant"]) for each in known.values() for floor in each}
+        for text, score in sorted(constants):
+            name = f'constant answer "{_shortened(text)}"'
+            rows.append({"metric": metric, "answers of": name, "pruning rate": NONE, "score": f"{score:.2f}"})
+        for (variant, rate), floors in sorted(
+            known.items(), key=lambda kv: (context.variants.index(kv[0][0]), kv[0][1])
+        ):
+            score, shuffled, constant = (
+                float(np.mean([floor[name] for floor in floors])) for name in ("score", "shuffled", "constant")
+            )
+            row = {"metric": metric, "answers of": variant, "pruning rate": f"{rate:g}", "score": f"{score:.2f}"}
+            row |= {"shuffled": f"{shuffled:.2f}", "specific": f"{score - shuffled:+.2f}"}
+            rows.append({**row, "floor": "below the constant answer" if score < constant else ""})
+    if not rows:
+        return None
+    error = max(floor["error"] for found in context.runs["floors"] for floor in found.values())
+    caption = (
+        f"Floors on {context.title}, by every metric of answers; means over seeds of the samples' own values. "
+        "Shuffled: the same answers against other samples' references, which keeps template, length and style "
+        f"(Monte Carlo error at most {error:.2f}). Specific: score minus shuffled, what is said of the prompt. The "
+        "constant answer is the best of frequent openings, endings and whole answers and a medoid of the pool's "
+        "answers, chosen on these."
+    )
+    return Table(f"specific-{context.name}", caption, pd.DataFrame(rows).fillna(NONE))
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def task_of(context: Context) -> dict[str, Any]:
@@ -92,7 +134,7 @@ def table(context: Context, rate: float, training: list[str], metric: str) -> Ta
     error = max(s.error for s in split)
     pairs = "every pair of samples" if error == 0 else f"20 derangements, Monte Carlo error at most {error:.2f}"
     caption = (
-        f"{SHOWN_AS.get(metric, metric)} on {context.title} ({len(runs[0].ids)} test samples), pruning rate "
+        f"{shown_as(metric)} on {context.title} ({len(runs[0].ids)} test samples), pruning rate "
         f"{rate:g}, by what it says of the prompt. Score: against the sample's own references. Others: against "
         f"those of another sample ({pairs}), which keeps template, length and style. Specific: score minus others. "
         "Means over seeds, ± 95 % t-interval over seeds; differences with the errors of seeds and of test samples. "
@@ -106,10 +148,8 @@ def table(context: Context, rate: float, training: list[str], metric: str) -> Ta
 def _constants(metric: str, training: list[str], run: Answered) -> Iterator[dict[str, str]]:
     for chosen, judges in (("chosen on training answers", None), ("in hindsight", run.references)):
         constant = best_constant(metric, training, judges)
-        text = " ".join(constant.text.split())
-        shown = text if len(text) <= 60 else f"{text[:60]}..."
         split = specificity(metric, [constant.text] * len(run.ids), run.references, run.ids)
-        name = f'constant {chosen} ({constant.kind}): "{shown}"'
+        name = f'constant {chosen} ({constant.kind}): "{_shortened(constant.text)}"'
         yield {"answers of": name, "seeds": NONE, **_means([split])}
 
 
@@ -149,7 +189,7 @@ def main() -> None:
             if context.varied != "method" or arguments.rate not in context.rates:
                 continue
             task, metric = task_of(context), arguments.metric or context.metric
-            if metric not in task["metrics"]:
+            if metric not in task["metrics"] or named_metric(metric).needs != "answers":
                 continue
             made = table(context, arguments.rate, training_answers(task, arguments.data), metric)
             if made is not None:

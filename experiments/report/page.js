@@ -1,5 +1,5 @@
 const key = (row, i) => {
-  const text = row.cells[i].textContent.trim(), number = parseFloat(text.replace(/^[~<\s]+/, "").replace(/,/g, ""));
+  const text = row.cells[i].textContent.trim(), number = parseFloat(text.replace(/^[~<\[\s]+/, "").replace(/,/g, ""));
   return Number.isNaN(number) ? text : number;
 };
 // Numbers come before what is none, whichever way they are sorted.
@@ -12,7 +12,7 @@ document.querySelectorAll("table.sortable th").forEach(th => {
     body.append(...[...body.rows].sort((a, b) => compare(key(a, i), key(b, i), up ? 1 : -1)));
   };
   th.addEventListener("click", sort);
-  th.addEventListener("keydown", event => { if (event.key === "Enter") sort(); });
+  th.addEventListener("keydown", event => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); sort(); } });
 });
 // A link to what is folded opens it, and paper shows everything.
 const unfold = () => {
@@ -20,5 +20,7 @@ const unfold = () => {
   if (target) { target.open = true; target.scrollIntoView(); }
 };
 addEventListener("hashchange", unfold);
+// A second click on the same link changes no hash.
+document.querySelectorAll("a[href^='#']").forEach(a => a.addEventListener("click", () => setTimeout(unfold)));
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(one => one.open = true));
 addEventListener("load", unfold);

@@ -21,6 +21,7 @@ from experiments.report.tables import Table, is_text, metric
 from experiments.report.verdicts import DEFAULT, Question
 
 SAMPLES = 3  # test samples whose answers are shown
+FOOT = "seeds for "  # how a row begins that stands below a table's own
 ROWS = 100  # of a table; its file has the others
 FIGURE_BYTES = 3_000_000  # of all figures in the page; the others lie in their files
 
@@ -131,8 +132,10 @@ def _table(table: Table) -> dict[str, Any]:
         ]
         for i, row in enumerate(table.cells.to_dict("records"))
     ]
+    foot = [row for row in rows if str(row[0]["value"]).startswith(FOOT)]  # which is no row to be sorted
+    rows = [row for row in rows if row not in foot]
     left = f"{len(rows) - ROWS:,} more rows in tables/{table.name}.md. " if len(rows) > ROWS else ""
-    return {"heads": list(kinds.items()), "rows": rows[:ROWS], "caption": left + table.caption}
+    return {"heads": list(kinds.items()), "rows": rows[:ROWS], "foot": foot, "caption": left + table.caption}
 
 
 def _answers(context: Context, runs: dict[str, RecordedRun]) -> list[dict[str, Any]]:

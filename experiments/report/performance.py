@@ -9,7 +9,7 @@ from experiments.report.comparisons import Mean, Pair, mean, of_finetuning, outs
 from experiments.report.power import MOST, seeds_needed
 from experiments.report.records import Context
 from experiments.report.statistics import seed_variance
-from experiments.report.tables import NONE, Table, basis, metric, p_value, rate_column, seeds, value
+from experiments.report.tables import INTERVAL_OVER, NONE, Table, basis, metric, p_value, rate_column, seeds, value
 from experiments.report.verdicts import DEFAULT, Question
 from staff.evaluation.metrics import named_metric
 
@@ -79,7 +79,7 @@ def differences(context: Context, found: list[Pair], effect: float = 1.0) -> Tab
             "difference": f"{pair.difference.mean:+.2f} ± {pair.difference.half:.2f}",
             "p": p_value(pair.difference.p),
             "p (Holm)": p_value(pair.p),
-            "interval over": "seeds and samples" if pair.difference.seeds > 1 else "samples alone",
+            "interval over": INTERVAL_OVER[pair.difference.seeds > 1],
             "seeds": str(pair.difference.seeds),
             f"seeds for {effect:g}": str(seeds_needed(pair.difference, effect) or NONE),
         }

@@ -46,6 +46,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
         **record["counts"],
         "stages": record["overhead"]["stages"],
         "warnings": record.get("warnings", []),
+        "floors": record.get("floors", {}),
         **{name: record["provenance"][name] for name in ("git_commit", "git_dirty", "concurrent_workers")},
         "answers": record["evaluation"]["fingerprint"],
         "selects": record["config"]["method"]["_target_"],

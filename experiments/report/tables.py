@@ -12,6 +12,8 @@ from experiments.report.comparisons import mean
 from experiments.report.records import Context
 
 NONE = "–"
+INTERVAL_OVER = {True: "seeds and samples", False: "samples alone"}
+"""What the interval of a difference holds the errors of, by whether there are two seeds or more."""
 LATEX = str.maketrans(
     {**{c: f"\\{c}" for c in "%_&#${}"}, "~": r"\textasciitilde{}", "^": r"\^{}", "\\": r"\textbackslash{}"}
 )
@@ -101,7 +103,13 @@ def p_value(p: float | None) -> str:
 
 
 def metric(context: Context) -> str:
-    return SHOWN_AS.get(context.metric, context.metric)
+    return shown_as(context.metric)
+
+
+def shown_as(metric: str) -> str:
+    """Such as ROUGE-L (zh)."""
+    name, _, tokenizer = metric.partition("_")
+    return f"{SHOWN_AS[name]} ({tokenizer})" if tokenizer and name in SHOWN_AS else SHOWN_AS.get(metric, metric)
 
 
 def value(context: Context, variant: str, rate: float) -> float | None:

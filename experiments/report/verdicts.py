@@ -14,7 +14,7 @@ from experiments.report.power import MOST, seeds_needed, seeds_to_decide
 from experiments.report.records import Context
 from experiments.report.sequential import PLANNED, progress
 from experiments.report.statistics import LEVEL, Difference, holm
-from experiments.report.tables import NONE, Table, basis, metric, p_value
+from experiments.report.tables import INTERVAL_OVER, NONE, Table, basis, metric, p_value
 from staff.evaluation.metrics import named_metric
 
 
@@ -127,6 +127,7 @@ def table(context: Context, question: Question = DEFAULT) -> Table | None:
             "pruning rate": f"{outcome.rates[0]:g}" if len(outcome.rates) == 1 else f"mean of {len(outcome.rates)}",
             "difference": f"{difference:+.2f}",
             "95 % interval": f"[{low:+.2f}, {high:+.2f}]",
+            "interval over": INTERVAL_OVER[outcome.seeds > 1],
             "p (Holm)": NONE if verdict.p is None else p_value(verdict.p),
             "verdict": verdict.words,
             "seeds": str(outcome.seeds),
@@ -138,8 +139,8 @@ def table(context: Context, question: Question = DEFAULT) -> Table | None:
     best = f" Best other: of {', '.join(several.others)}." if several else ""
     caption = (
         f"Registered contrasts in {metric(context)} ({named_metric(context.metric).words}) on {context.title}: "
-        f"{by_default}; all other tables are exploratory. Intervals hold the errors of seeds and of test samples "
-        "(of one seed: of test samples alone) and are not widened for the number of contrasts; verdicts are, by "
+        f"{by_default}; all other tables are exploratory. Intervals are not widened for the number of contrasts; "
+        "verdicts are, by "
         f"Holm's correction over the {len(made)} rows. Equal within {margin:g}: by two one-sided tests. More seeds "
         "would decide: with power 0.8, if the measured difference and variances are the true ones. Seeds for "
         f"{effect:g}: how many find a true difference of {effect:g} four times in five, two-sided at 5 %, "

@@ -17,7 +17,7 @@ from staff.data.conversations import Layout, Turns, layout_of, plain_text
 from staff.data.files import Files, files_of
 from staff.data.hub import read_folder, read_hub
 from staff.data.rows import Rows, read_rows
-from staff.data.templates import check_template, checked_text, lookup, path_of, render, shortened, text_of
+from staff.data.templates import check_template, id_of, render, shortened, text_of, texts_of
 from staff.errors import UserError
 from staff.runtime import processes
 from staff.runtime.hub import Repository
@@ -36,6 +36,7 @@ class Sample:
     Attributes:
         turns: of a conversation, up to the assistant's last turn, which is the answer; prompt and answer are then
             its text in the plain prompt format.
+        choices: answers that a metric chooses among, of a test sample.
         group: the part of the data it belongs to, where the task has a `group_field`.
     """
 
@@ -45,6 +46,7 @@ class Sample:
     references: tuple[str, ...]
     turns: Turns = ()
     group: str | None = None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Task:
     id_field: str | None = None  # None: an id made from the sample's own text
     group_field: str | None = None  # field that says which group a sample belongs to; None: no groups
     references: Sequence[str] = ()  # fields of the test split with reference answers or lists; none: the answer
+    choices: Sequence[str] = ()  # answers that metrics of choices choose among, the same for every test sample
+    choices_field: str | None = None  # or a field of the test rows with a list of them
     too_long: str = "refuse"  # or "drop": samples whose answer does not fit the cut-off
     train_limit: int | None = None  # the first so many rows
     test_limit: int | None = None
@@ -108,7 +112,20 @@ class Task:
         for name in ("id_field", "group_field"):
             if not isinstance(field := getattr(self, name), str | None):
                 raise UserError(f"task.{name}={field!r} must be null or name a field of the rows.")
+        self._check_choices()
         self._check_source()
+
+    def _check_choices(self) -> None:
+        if self.choices and self.choices_field is not None:
+            raise UserError("task.choices and task.choices_field both list the choices: set one of them.")
+        if self.choices_field is not None and not isinstance(self.choices_field, str):
+            raise UserError(f"task.choices_field={self.choices_field!r} must be null or name a field of the rows.")
+        texts = isinstance(self.choices, list | tuple) and all(isinstance(text, str) for text in self.choices)
+        if not texts or (self.choices and not _are_choices(self.choices)):
+            raise UserError(
+                f"task.choices={self.choices!r} must be a list of two or more different texts, such as [yes, no], "
+                "in a file each in quotes."
+            )
 
     def _check_source(self) -> None:
         if self.data_dir is not None and not isinstance(self.data_dir, str):
@@ -171,10 +188,17 @@ class Task:
         White space at the start of the answer template belongs to every reference, as it does to training answers.
         In a conversation, the reference is the assistant's last turn.
         """
+        return self._answered((sample, sample.references) for sample in test)
+
+    def choice_samples(self, test: Iterable[Sample]) -> list[Sample]:
+        """A sample for each choice of the test samples, as `reference_samples`."""
+        return self._answered((sample, sample.choices) for sample in test)
+
+    def _answered(self, answers: Iterable[tuple[Sample, Sequence[str]]]) -> list[Sample]:
         samples = []
-        for sample in test:
+        for sample, texts in answers:
             space = _opening_space(sample.answer if self.answer is None else self.answer)
-            for k, text in enumerate(sample.references):
+            for k, text in enumerate(texts):
                 turns = (*sample.turns[:-1], ("assistant", text.strip())) if sample.turns else ()
                 samples.append(Sample(f"{sample.id}#{k}", sample.prompt, space + text.strip(), (text,), turns))
         return samples
@@ -239,15 +263,20 @@ class Task:
         turns: Turns = ()
         references: tuple[str, ...] = ()
         if split == "test" and self.references:
-            references = _references(row, self.references, where)
+            references = texts_of(row, self.references, where, "task.references")
         if layout is not None and layout.turns is not None:
             turns = layout.turns(row, where)
             prompt, answer = plain_text(turns)
         else:
             prompt, answer = self._texts(row, where, layout, references)
-        id = _id(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
+        id = id_of(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
         group = text_of(row, [self.group_field], where, "task.group_field") if self.group_field else None
-        return Sample(id, prompt, answer, references or (answer.strip(),), turns, group)
+        choices: tuple[str, ...] = tuple(self.choices) if split == "test" else ()
+        if split == "test" and self.choices_field is not None:
+            choices = texts_of(row, [self.choices_field], where, "task.choices_field")
+            if not _are_choices(choices):
+                raise UserError(f"{where}: the list of task.choices_field must have two or more different texts.")
+        return Sample(id, prompt, answer, references or (answer.strip(),), turns, group, choices)
 
     def _texts(
         self, row: Mapping[str, Any], where: str, layout: Layout | None, references: Sequence[str]
@@ -270,35 +299,17 @@ def _opening_space(text: str) -> str:
 
 
 def _asked_once(samples: Iterable[Sample]) -> list[Sample]:
-    by_prompt: dict[str, Sample] = {}
+    by_prompt: dict[tuple[str, ...], Sample] = {}
     for sample in samples:
-        if first := by_prompt.get(sample.prompt):
+        asked = (sample.prompt, *sample.choices)
+        if first := by_prompt.get(asked):
             sample = replace(first, references=tuple(dict.fromkeys((*first.references, *sample.references))))
-        by_prompt[sample.prompt] = sample
+        by_prompt[asked] = sample
     return list(by_prompt.values())
 
 
-def _references(row: Mapping[str, Any], fields: Sequence[str], where: str) -> tuple[str, ...]:
-    """The texts of these fields, and of the lists among them."""
-    texts: list[str] = []
-    for field in fields:
-        path = [field] if field in row else path_of(field, "task.references")
-        value = lookup(row, path, where, "task.references")
-        several = value if isinstance(value, list) else [value]
-        texts += [checked_text(one, path, where, "task.references") for one in several]
-    if not texts:
-        raise UserError(f"{where}: the lists of task.references are empty; remove the row, or give it an answer.")
-    return tuple(texts)
-
-
-def _id(row: Mapping[str, Any], field: str, where: str) -> str:
-    value = lookup(row, [field], where, "task.id_field")
-    if type(value) is int:
-        return str(value)
-    if value == "" or not isinstance(value, str):
-        kind = type(value).__name__ if value != "" else "empty"
-        raise UserError(f"{where}: field {field!r} is {kind}, not an id (wanted by task.id_field).")
-    return text_of(row, [field], where, "task.id_field")
+def _are_choices(texts: Sequence[str]) -> bool:
+    return len(texts) > 1 and len({text.strip() for text in texts} - {""}) == len(texts)
 
 
 def data_digest(samples: Sequence[Sample]) -> str:

@@ -176,3 +176,27 @@ def _joined(path: Sequence[str]) -> str:
 def shortened(text: str) -> str:
     """At most 200 characters of a text, for messages."""
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def texts_of(row: Mapping[str, Any], fields: Sequence[str], where: str, setting: str) -> tuple[str, ...]:
+    """The texts of these fields, and of the lists among them."""
+    texts: list[str] = []
+    for field in fields:
+        path = [field] if field in row else path_of(field, setting)
+        value = lookup(row, path, where, setting)
+        several = value if isinstance(value, list) else [value]
+        texts += [checked_text(one, path, where, setting) for one in several]
+    if not texts:
+        raise UserError(f"{where}: the lists of {setting} are empty; remove the row, or give it an answer.")
+    return tuple(texts)
+
+
+def id_of(row: Mapping[str, Any], field: str, where: str) -> str:
+    """The id in a field: a whole number or a text that is not empty."""
+    value = lookup(row, [field], where, "task.id_field")
+    if type(value) is int:
+        return str(value)
+    if value == "" or not isinstance(value, str):
+        kind = type(value).__name__ if value != "" else "empty"
+        raise UserError(f"{where}: field {field!r} is {kind}, not an id (wanted by task.id_field).")
+    return text_of(row, [field], where, "task.id_field")

@@ -15,7 +15,7 @@ import numpy as np
 
 from staff.draws import Draws
 from staff.evaluation.metrics import named_metric
-from staff.evaluation.rouge_matrix import rouge_l_matrix, tokenizer
+from staff.evaluation.rouge_matrix import rouge_l_matrix
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)  # words of an opening or an ending
 FREQUENT = 10  # candidates of a kind
@@ -62,9 +62,9 @@ def specificity(
     every = len(answers) - 1
     if not every:
         return Specificity(_scores(metric, answers, references), np.array([np.nan]), float("nan"))
-    partners = _partners(ids, min(shifts or (every if metric == "rougeL" else SHIFTS), every))
-    if metric == "rougeL":
-        matrix = rouge_l_matrix(answers, references)
+    partners = _partners(ids, min(shifts or (every if of_every_pair(metric) else SHIFTS), every))
+    if of_every_pair(metric):
+        matrix = rouge_l_matrix(answers, references, metric)
         own, scores = np.diag(matrix).copy(), matrix[np.arange(len(answers)), partners]
     else:
         own = _scores(metric, answers, references)
@@ -110,7 +110,7 @@ def best_constant(metric: str, training: Sequence[str], judges: References | Non
             hindsight, which no method could know.
     """
     texts = [text.strip() for text in training]
-    most = 10 * JUDGES if metric == "rougeL" else JUDGES
+    most = 10 * JUDGES if of_every_pair(metric) else JUDGES
     judges = judges or [(text,) for text in _drawn(texts, "judges", most)]
     found = candidates(metric, texts)
     means = _matrix(metric, list(found), judges).mean(axis=1)
@@ -142,6 +142,11 @@ def candidates(metric: str, training: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def of_every_pair(metric: str) -> bool:
+    """Whether every pair of answers and references is scored in a moment (`rouge_l_matrix`)."""
+    return metric.partition("_")[0] == "rougeL"
+
+
 def _frequent(texts: Iterable[str]) -> list[str]:
     """The most frequent, in an order that no order of the answers changes."""
     counts = Counter(texts)
@@ -156,18 +161,12 @@ def _drawn(texts: Sequence[str], purpose: str, count: int) -> list[str]:
 
 def _scores(metric: str, answers: Sequence[str], references: References) -> np.ndarray:
     """One value a sample; of a corpus metric the sentences' own."""
-    if metric not in ("rouge1", "rouge2"):
-        return np.array(named_metric(metric).measure(answers, references)[1], dtype=np.float64)
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer([metric], tokenizer=tokenizer())  # tokenizes each text once, not once a pair
-    found = [scorer.score_multi(targets, answer)[metric].fmeasure for answer, targets in zip(answers, references)]
-    return 100 * np.array(found)
+    return np.array(named_metric(metric).measure(answers, references)[1], dtype=np.float64)
 
 
 def _matrix(metric: str, answers: Sequence[str], references: References) -> np.ndarray:
     """One value for every answer and sample, shape (answers, samples)."""
-    if metric == "rougeL":
-        return rouge_l_matrix(answers, references)
+    if of_every_pair(metric):
+        return rouge_l_matrix(answers, references, metric)
     pairs = [answer for answer in answers for _ in references]
     return _scores(metric, pairs, [*references] * len(answers)).reshape(len(answers), -1)

@@ -1,6 +1,6 @@
 """ROUGE-L of many answers against many references at once, for what needs every pair.
 
-The numbers are those of rouge-score with Porter stemming, to the last digit. Only the longest common subsequence
+The numbers are those of rouge-score, to the last digit. Only the longest common subsequence
 is found in another way: by bits, with all references side by side in one integer (Crochemore et al., A fast and
 practical bit-vector algorithm for the longest common subsequence problem, 2001).
 """
@@ -8,19 +8,24 @@ practical bit-vector algorithm for the longest common subsequence problem, 2001)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from types import SimpleNamespace
 
 import numpy as np
 
+from staff.evaluation.metrics.rouge import tokenizer
 
-def rouge_l_matrix(answers: Sequence[str], references: Sequence[tuple[str, ...]]) -> np.ndarray:
+
+def rouge_l_matrix(
+    answers: Sequence[str], references: Sequence[tuple[str, ...]], metric: str = "rougeL"
+) -> np.ndarray:
     """ROUGE-L F1 of every answer against every sample's references, the best of these, from 0 to 100.
+
+    Args:
+        metric: `rougeL`, or with the ending of another tokenizer.
 
     Returns:
         Shape (answers, samples).
     """
-    tokenize = tokenizer().tokenize
+    tokenize = tokenizer(metric).tokenize
     texts = [text for group in references for text in group]
     starts = np.cumsum([0, *map(len, references)])[:-1]
     found = _Texts([tokenize(text) for text in texts])
@@ -66,18 +71,3 @@ class _Texts:
         precision, recall = shared[some] / len(tokens or [""]), shared[some] / self.lengths[some]
         scores[some] = 2 * precision * recall / (precision + recall)
         return scores
-
-
-class CachedTokenizer:
-    """The tokenizer of rouge-score with Porter stemming, each text and each word once."""
-
-    def __init__(self) -> None:
-        from nltk.stem.porter import PorterStemmer
-        from rouge_score.tokenize import tokenize
-
-        stemmer = SimpleNamespace(stem=cache(PorterStemmer().stem))
-        self.tokenize = lru_cache(maxsize=2**16)(lambda text: tokenize(text, stemmer))
-
-
-tokenizer = cache(CachedTokenizer)
-"""The one of this process."""

@@ -18,7 +18,7 @@ import pandas as pd
 from staff.data.tokens import TokenizedSamples
 from staff.evaluation.generator import Generator
 from staff.evaluation.metrics import measure
-from staff.evaluation.metrics.metric import Metric
+from staff.evaluation.metrics.metric import Choices, Metric
 from staff.models.flops import forward_flops
 from staff.models.state import ModelState
 from staff.scoring.stage import Score, read_scores
@@ -28,6 +28,7 @@ from staff.store.stage import Stage, identity, plain
 
 PREDICTIONS = "predictions.parquet"
 METRICS = "metrics.json"
+CHOICES, LOG_LIKELIHOODS = "choices", "log_likelihoods"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class Measure(Stage):
         references: by the sample's id.
         likelihood: the signal "nll" of every reference, in the order of the answers and of each one's references;
             None where no metric needs it.
+        choosing: the signal "nll" of every choice, likewise.
+        choices: by the sample's id; empty without `choosing`.
     """
 
     kind: ClassVar[str] = "metrics"
@@ -107,6 +110,8 @@ class Measure(Stage):
     metrics: Sequence[Metric]
     references: dict[str, tuple[str, ...]] = field(repr=False)
     likelihood: Score | None = None
+    choosing: Score | None = None
+    choices: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def label(self) -> str:
@@ -114,19 +119,29 @@ class Measure(Stage):
 
     @property
     def inputs(self) -> tuple[Stage, ...]:
-        return (self.answers,) if self.likelihood is None else (self.answers, self.likelihood)
+        return (self.answers, *self.scored)
+
+    @property
+    def scored(self) -> tuple[Score, ...]:
+        """The scores that the metrics read."""
+        return tuple(stage for stage in (self.likelihood, self.choosing) if stage is not None)
 
     def key(self) -> dict[str, Any]:
-        return {"metrics": [identity(metric) for metric in self.metrics], "references": plain(self.references)}
+        key = {"metrics": [identity(metric) for metric in self.metrics], "references": plain(self.references)}
+        return {**key, "choices": plain(self.choices)} if self.choices else key
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         answers = read_predictions(inputs[0])
         answers["references"] = [self.references[id] for id in answers["id"]]
-        nll = None
+        nll, scored = None, list(inputs[1:])
         if self.likelihood is not None:
-            nll = self._means(read_scores(inputs[1])["nll"], answers["id"].tolist())
+            nll = self._means(read_scores(scored.pop(0))["nll"], answers["id"].tolist())
+        if self.choosing is not None:
+            choices = [self.choices[id] for id in answers["id"]]
+            answers[CHOICES] = choices
+            answers[LOG_LIKELIHOODS] = self._sums(read_scores(scored.pop(0))["nll"], choices)
         texts = answers["prediction"].tolist(), answers["references"].tolist()
-        headline, per_sample = measure(self.metrics, *texts, nll)
+        headline, per_sample = measure(self.metrics, *texts, nll, choices_of(answers))
         answers.join(per_sample).to_parquet(folder / PREDICTIONS)
         (folder / METRICS).write_text(json.dumps(headline))
 
@@ -140,8 +155,21 @@ class Measure(Stage):
         with np.errstate(invalid="ignore"):
             return sums / counts[:, None]
 
+    def _sums(self, scores: np.ndarray, choices: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Log-likelihoods of the content of each answer's choices, in nats, (choices,) each."""
+        assert self.choosing is not None
+        sums = -scores[:, 0].astype(np.float64) * (self.choosing.samples.answer_lengths - 1)
+        return np.split(sums, np.cumsum([len(texts) for texts in choices])[:-1])
+
     def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         """Does nothing: a dry run has no answers."""
+
+
+def choices_of(answers: pd.DataFrame) -> Choices | None:
+    """The choices in a table of predictions; None where it has none."""
+    if CHOICES not in answers:
+        return None
+    return Choices([tuple(texts) for texts in answers[CHOICES]], [*answers[LOG_LIKELIHOODS]])
 
 
 def read_measured(measured: Artifact) -> tuple[dict[str, float], pd.DataFrame]:

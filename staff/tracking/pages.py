@@ -118,7 +118,7 @@ def _tables(folder: Path) -> dict[str, pd.DataFrame]:
         found["coreset"] = pd.read_csv(folder / "coreset.csv", **how)
     if (folder / "predictions.parquet").is_file():
         answers = pd.read_parquet(folder / "predictions.parquet")
-        found["predictions"] = answers.drop(columns="references", errors="ignore")
+        found["predictions"] = answers.drop(columns=["references", "choices", "log_likelihoods"], errors="ignore")
     return found
 
 

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from experiments.plan import UTILISATION, plan
+from experiments.dry_run import UTILISATION
+from experiments.plan import plan
 
 SWEEP = ("task.train_limit=200", "task.test_limit=16", "task.max_new_tokens=16", "finetune.epochs=1")
 
@@ -11,7 +12,7 @@ SWEEP = ("task.train_limit=200", "task.test_limit=16", "task.max_new_tokens=16",
 def test_calibrated_seconds_are_right_within_a_factor_of_one_and_a_half(run, tmp_path: Path):
     results = tmp_path / "results"
     overrides = [*SWEEP, "finetune.small_epochs=1", f"results_dir={results}", "tracking=none"]
-    stages, seconds, _ = plan(
+    stages, seconds, *_ = plan(
         [*overrides, "method=random,staff,el2n", "pruning_rate=0.5,0.9"], None, calibrate=True
     )
     for method in ("random", "staff", "el2n"):

@@ -25,6 +25,8 @@ from support.pools import sums
 
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
 from staff.data.views import DataView
+from staff.evaluation.floor_stages import FILE as FLOORS
+from staff.evaluation.floor_stages import ChooseConstant, Floors
 from staff.evaluation.generator import Greedy
 from staff.evaluation.metrics import NAMED as METRICS
 from staff.evaluation.metrics import named_metric
@@ -62,6 +64,7 @@ VARIANTS = [
 ]
 ANSWERS = ["the cat sat on the mats", "#### 7", "", "half of 14 is 7.0"]
 REFERENCES = [("the cats sat on a mat", "a cat sat"), ("it is 7\n#### 7",), ("nothing at all",), ("#### 8",)]
+TRAINING = ["the cat sat", "the cat ran", "a cat sat on the mat", "#### 7", "it is 7"] * 2
 ASKING_MORE = ("less", "less_paper", "delift", "delift_official", "data_whisperer")
 """Methods that ask for learning rates, pairs of samples, or answers in context."""
 Numbers = dict[str, Any]
@@ -136,11 +139,31 @@ def slices(folder: Path) -> Iterator[tuple[str, Slice]]:
     nll = np.random.default_rng(0).lognormal(size=(len(asked), 2))
     (scored := folder / "nll").mkdir()
     save_file({"nll": nll}, scored / FILE)
+    choices = {"a": ("a cat", "the cats sat"), "b": ("it is 7\n#### 7", "8"), "c": ("x", "nothing at all")}
+    choices |= {"d": ("#### 8", "7")}
+    offered = scoring(AnswerNll(), [f"{id}#{i}" for id, texts in choices.items() for i in range(len(texts))]).stage
+    save_file({"nll": np.random.default_rng(1).lognormal(size=(8, 2))}, folder / FILE)
     for metric in map(named_metric, METRICS):
         likelihood = scoring(AnswerNll(), asked).stage if metric.needs == "likelihood" else None
-        measure = Measure(generate, [metric], references, likelihood)
-        inputs = (folder,) if likelihood is None else (folder, scored)
-        yield f"metrics {metric.name}", Slice(measure, (metric,), of_metrics, inputs)
+        chosen: Any = (offered, choices) if metric.needs == "choices" else ()
+        measure = Measure(generate, [metric], references, likelihood, *chosen)  # type: ignore[arg-type]
+        others = {"likelihood": (scored,), "choices": (folder,)}.get(metric.needs, ())
+        yield f"metrics {metric.name}", Slice(measure, (metric,), of_metrics, (folder, *others))
+    constants = []
+    for name in ("rougeL", "chrf"):
+        constants.append(ChooseConstant(named_metric(name), TRAINING))
+        yield f"constant {name}", Slice(constants[-1], (), of_floors)
+        (folder / name).mkdir()
+        constants[-1].run(folder / name, Meter())
+    yield (
+        "floors",
+        Slice(
+            Floors(generate, tuple(constants), references),
+            (),
+            of_floors,
+            (folder, folder / "rougeL", folder / "chrf"),
+        ),
+    )
 
 
 def words(signal: Any) -> str:
@@ -246,6 +269,10 @@ def of_answers(answered: Any) -> Numbers:
 def of_metrics(measured: Any) -> Numbers:
     headline, table = read_measured(measured)
     return {name: {"headline": value, "samples": table[name].tolist()} for name, value in headline.items()}
+
+
+def of_floors(found: Any) -> Numbers:
+    return json.loads((found.path / FLOORS).read_text())
 
 
 def differences(first: Any, second: Any, tolerance: float, place: str = "") -> list[str]:

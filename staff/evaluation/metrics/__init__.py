@@ -11,7 +11,8 @@ import pandas as pd
 
 from staff.data.task import Sample
 from staff.errors import UserError
-from staff.evaluation.metrics.metric import Metric, References
+from staff.evaluation.metrics.metric import Choices, Metric, References
+from staff.evaluation.metrics.rouge import TOKENIZERS
 
 NAMED = {
     "rouge1": "rouge.Rouge",
@@ -23,8 +24,13 @@ NAMED = {
     "accuracy": "exact.Exact",
     "macro_f1": "classes.MacroF1",
     "exact_match": "numbers.ExactNumber",
+    "choice_accuracy": "classes.ChoiceAccuracy",
+    "choice_accuracy_norm": "classes.ChoiceAccuracy",
+    "choice_macro_f1": "classes.ChoiceMacroF1",
+    "choice_macro_f1_norm": "classes.ChoiceMacroF1",
     "nll": "likelihood.Nll",
     "nll_end": "likelihood.Nll",
+    **{f"{kind}_{name}": "rouge.Rouge" for kind in ("rouge1", "rouge2", "rougeL") for name in TOKENIZERS},
 }
 """The included metrics by name: module and class in this package."""
 
@@ -33,17 +39,23 @@ def named_metric(name: str) -> Metric:
     """The metric with this name, or with this dotted path to a class of your own, such as "mymetrics.Accuracy".
 
     Raises:
-        UserError: there is no such metric.
+        UserError: there is no such metric, or it has no direction.
     """
     path = f"staff.evaluation.metrics.{NAMED[name]}" if name in NAMED else name
     module, _, kind = path.rpartition(".")
     try:
-        return getattr(import_module(module), kind)(name)
+        metric = getattr(import_module(module), kind)(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"task.metrics names {name!r}, which is unknown: choose from {', '.join(NAMED)}, or give the dotted "
             f"path of a class of your own ({error})."
         ) from None
+    if not isinstance(metric, Metric) or not isinstance(metric.higher_is_better, bool):
+        raise UserError(
+            f"task.metrics names {name!r}, which has no direction: derive the class from "
+            "staff.evaluation.metrics.metric.Metric, and set higher_is_better to true or false."
+        )
+    return metric
 
 
 def check_metrics(names: Sequence[str], samples: Sequence[Sample] = ()) -> None:
@@ -69,22 +81,26 @@ def measure(
     predictions: Sequence[str],
     references: References,
     nll: np.ndarray | None = None,
+    choices: Choices | None = None,
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """The headline value of every metric, and a table with a row a sample and a column a metric.
 
     Args:
         nll: of the references, shape (N, 2), as in `Metric.measure_likelihood`.
+        choices: of the samples, as in `Metric.measure_choices`.
 
     Raises:
-        UserError: a metric of likelihood, without `nll`.
+        UserError: a metric of likelihood or of choices, without these.
     """
     values = {}
     for metric in metrics:
         if metric.needs == "answers":
             values[metric.name] = metric.measure(predictions, references)
-        elif nll is None:
-            raise UserError(f"{metric.name} needs the model that answered: run the experiment again with it.")
-        else:
+        elif metric.needs == "likelihood" and nll is not None:
             values[metric.name] = metric.measure_likelihood(nll)
+        elif metric.needs == "choices" and choices is not None:
+            values[metric.name] = metric.measure_choices(choices, references)
+        else:
+            raise UserError(f"{metric.name} needs the model that answered: run the experiment again with it.")
     headline = {name: float(value) for name, (value, _) in values.items()}
     return headline, pd.DataFrame({name: scores for name, (_, scores) in values.items()})

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, ClassVar
 
-from staff.evaluation.metrics.metric import Metric, References, Values, letters_of
-
-# Scripts without spaces between words, as Unicode names their characters.
-_UNSPACED = ("CJK ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATA", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ")
+from staff.evaluation.metrics.metric import Metric, References, Values, is_unspaced
 
 
 @dataclass(frozen=True)
@@ -47,10 +43,8 @@ class Bleu(Corpus):
 
         return BLEU(force=True), BLEU(effective_order=True)  # force: no warning about tokenised input
 
-    def unread_letters(self, text: str) -> float:
-        letters = letters_of(text)
-        unread = sum(unicodedata.name(character, "").startswith(_UNSPACED) for character in letters)
-        return unread / max(len(letters), 1)
+    def is_read(self, letter: str) -> bool:
+        return not is_unspaced(letter)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,17 @@ Values = tuple[float, list[float]]
 """The headline value, and a value for each sample."""
 
 UNREAD = 0.1
-"""A metric is refused if it cannot compare more than this fraction of a reference's letters."""
+"""A metric is refused if it cannot compare more than this fraction of the references' letters."""
+
+# Scripts without spaces between words, as Unicode names their characters.
+_UNSPACED = ("CJK ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATA", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ")
+
+
+class Choices(NamedTuple):
+    """What a model chose from, by sample: the texts, and the log-likelihood of each, in nats."""
+
+    texts: Sequence[Sequence[str]]
+    log_likelihoods: Sequence[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,9 @@ class Metric:
         version: raised when the numbers change.
         higher_is_better: the metric's direction.
         margin: the difference, in the metric's `unit`, up to which two methods count as equal by default.
-        needs: "answers", generated ones; "likelihood", that of the references under the model.
+        needs: "answers", generated ones; "likelihood", that of the references under the model; "choices", that of
+            each of a sample's choices.
+        alternatives: names of metrics that read more scripts, the nearest first.
     """
 
     version: ClassVar[int]
@@ -39,6 +52,10 @@ class Metric:
     needs: ClassVar[str] = "answers"
 
     name: str
+
+    @property
+    def alternatives(self) -> Sequence[str]:
+        return ("chrf",)
 
     @property
     def sign(self) -> int:
@@ -61,25 +78,43 @@ class Metric:
         """
         raise NotImplementedError
 
+    def measure_choices(self, choices: Choices, references: References) -> Values:
+        """The same from the log-likelihood of each of a sample's choices."""
+        raise NotImplementedError
+
     def check(self, samples: Sequence[Sample]) -> None:
         """Refuse samples that the metric cannot measure.
 
         Raises:
-            UserError: naming the sample's id.
+            UserError: naming a sample's id.
         """
-        for sample in samples:
-            unread = max((self.unread_letters(text) for text in sample.references), default=0.0)
-            if unread > UNREAD:
-                raise UserError(
-                    f"task.metrics {self.name} cannot compare {unread:.0%} of the letters in a reference of sample "
-                    f"{sample.id!r}: take chrf instead, which reads every script, or take the sample out."
-                )
+        unread = self.unread(samples)
+        if unread > UNREAD:
+            from staff.evaluation.metrics import named_metric
 
-    def unread_letters(self, text: str) -> float:
-        """The fraction of a text's letters that the metric cannot compare."""
-        return 0.0
+            worst = max(samples, key=lambda sample: self.unread([sample]))
+            others = (name for name in self.alternatives if named_metric(name).unread(samples) <= UNREAD)
+            raise UserError(
+                f"task.metrics {self.name} cannot compare {unread:.0%} of the letters in the references, such as "
+                f"those of sample {worst.id!r}: take {next(others)} instead."
+            )
+
+    def unread(self, samples: Sequence[Sample]) -> float:
+        """The fraction of the letters in the references that the metric cannot compare."""
+        counts = Counter(letter for sample in samples for text in sample.references for letter in letters_of(text))
+        unread = sum(count for letter, count in counts.items() if not self.is_read(letter))
+        return unread / max(counts.total(), 1)
+
+    def is_read(self, letter: str) -> bool:
+        """Whether the metric can compare a letter."""
+        return True
 
 
-def letters_of(text: str) -> list[str]:
-    """The letters and marks of a text (Unicode categories L and M)."""
-    return [character for character in text if unicodedata.category(character)[0] in "LM"]
+def letters_of(text: str, categories: str = "LM") -> list[str]:
+    """The characters of a text in these Unicode categories; by default letters and marks."""
+    return [character for character in text if unicodedata.category(character)[0] in categories]
+
+
+def is_unspaced(letter: str) -> bool:
+    """Whether a letter belongs to a script without spaces between words."""
+    return unicodedata.name(letter, "").startswith(_UNSPACED)

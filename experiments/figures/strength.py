@@ -1,0 +1,86 @@
+"""What a method gives by how strongly something is planted: `python -m experiments.figures.strength`.
+
+A line a method over a setting of the planted task, such as the share of wrong answers
+(`experiment=planted_strength`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.recorded import recorded_runs
+from experiments.report.drawing import Drawn, figure_of, save, styled
+from experiments.report.tables import shown_as
+from staff.errors import UserError
+
+SETTINGS = ("wrong", "repeats", "near", "rarity", "lengths", "size")
+
+
+def table(results: Path, setting: str, rate: float) -> pd.DataFrame:
+    """Method, strength, seed and first metric of every run on the planted task that is of `rate` or keeps all.
+
+    Raises:
+        UserError: the runs have a single value of the setting, or differ in another one too.
+    """
+    rows = []
+    for run in recorded_runs(results).values():
+        record = run.record()
+        about, task = record["run"], record["config"]["task"]
+        if task["_target_"].endswith("PlantedTask") and record["metrics"] and about["pruning_rate"] in (0, rate):
+            row = {"method": about["method"], "seed": str((about["selection_seed"], about["finetune_seed"]))}
+            metric = {"metric": about["metric"], "value": record["metrics"][about["metric"]]}
+            rows.append({**row, **{name: task[name] for name in SETTINGS}, **metric})
+    found = pd.DataFrame(rows, columns=["method", "seed", *SETTINGS, "metric", "value"])
+    if len(set(found[setting])) < 2:
+        raise UserError(
+            f"{results} holds no planted runs at pruning rate {rate:g} with two values of task.{setting}: carry "
+            "out experiment=planted_strength, or name other results, --rate or --setting."
+        )
+    others = [name for name in ("metric", *SETTINGS) if name != setting and len(set(found[name])) > 1]
+    if others:
+        raise UserError(
+            f"the planted runs in {results} also differ in {', '.join(others)}: name a folder for each."
+        )
+    return found
+
+
+def draw(found: pd.DataFrame, setting: str, file: Path, made_by: str) -> Drawn:
+    """The mean over seeds of each method by the setting's value; bars reach from the lowest to the highest seed."""
+    with styled():
+        figure, axes = figure_of(height=2.8)
+        for method, runs in found.groupby("method"):
+            means = runs.groupby(setting)["value"].agg(["mean", "min", "max"])
+            reach = [means["mean"] - means["min"], means["max"] - means["mean"]]
+            axes.errorbar(means.index, means["mean"], reach, marker="o", capsize=2, label=str(method))
+        axes.set(xlabel=f"task.{setting}", ylabel=shown_as(str(found["metric"].iloc[0])))
+        axes.set_ylim(bottom=min(0, found["value"].min()))
+        axes.legend(ncols=2)
+        seeds = len(set(found["seed"]))
+        caption = (
+            f"{setting} by method: means over {seeds} seed{'s' if seeds > 1 else ''}, bars from lowest to highest."
+        )
+        return save(figure, caption, file, made_by)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.figures.strength", description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="default: results")
+    parser.add_argument("--setting", choices=SETTINGS, default="wrong", help="of the planted task; default: wrong")
+    parser.add_argument("--rate", type=float, default=0.9, help="pruning rate; default: 0.9")
+    asked = parser.parse_args()
+    try:
+        found = table(asked.results, asked.setting, asked.rate)
+    except UserError as error:
+        sys.exit(f"strength: {error}")
+    command = f"python -m experiments.figures.strength --results {asked.results} --setting {asked.setting}"
+    drawn = draw(found, asked.setting, asked.results / "figures" / f"strength-{asked.setting}", command)
+    print(found.pivot_table(index="method", columns=asked.setting, values="value").round(1).to_string())
+    print(f"{drawn.file}.svg, {drawn.file}.png")
+
+
+if __name__ == "__main__":
+    main()
