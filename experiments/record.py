@@ -67,7 +67,7 @@ def write(run: Run, outcome: Outcome) -> Path:
             "dev": len(run.pool.slices["dev"].target) if run.splits.dev else 0,
             "budget": run.budget,
             "selected": len(coreset.indices),
-            "trained": len(coreset.indices) if tuned else 0,
+            "trained": len(coreset.trained) if tuned else 0,
             "test": len(answers),
             "test_dropped_too_long": len(run.splits.test) - len(answers),
             "test_prompts_in_pool": run.splits.test_prompts_in_pool,
@@ -208,7 +208,7 @@ def _full_finetuning(run: Run, tuned: Artifact | None) -> tuple[float | None, fl
     if tuned is None:
         return None, None, None
     training = json.loads((tuned.path / "training.json").read_text())
-    flops = full.epoch_flops(training["trainable_parameters"]) * full.epochs
+    flops = full.flops(training["trainable_parameters"])
     longer = flops / tuned.cost.flops
     return tuned.cost.seconds + training["seconds"] * (longer - 1), flops, "estimated from FLOPs"
 
