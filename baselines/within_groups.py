@@ -110,6 +110,12 @@ class GroupPool:
         if signal == "in_context_gain":  # of pairs, the pool's samples by column
             gains = self._pool.ask(signal, of, view=view)[:, self._members]
             return gains[self._members] if view == "pool" else gains
+        if signal == "in_context":  # of evaluations, whose demonstrations and queries are positions
+            shown, asked = options["demonstrations"], options["queries"]
+            options["demonstrations"] = np.where(shown >= 0, self._members[shown], -1)
+            if view == "pool":
+                options["queries"] = np.where(asked >= 0, self._members[asked % len(self._members)], -1)
+            return self._pool.ask(signal, of, view=view, **options)
         if view != "pool":
             return self._pool.ask(signal, of, at=at, view=view, **options)
         if at is not None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.tiny import method_named, tiny_pool
+from support.tiny import method_named, planted_pool, tiny_pool
 
 from staff.errors import UserError
+from staff.evaluation.in_context import AnswersInContext
+from staff.evaluation.metrics import named_metric
 from staff.pool import Select
 from staff.selection import Coreset
 
@@ -33,8 +37,30 @@ def test_a_method_that_needs_a_validation_slice_says_so_before_a_model_runs(name
     assert {folder.name for folder in tmp_path.iterdir()} <= {"locks", "tmp", "attempts"}
 
 
-def test_answers_in_context_are_not_generated_which_is_said_before_a_model_runs(tmp_path: Path):
+def test_demonstrations_that_do_not_fit_are_refused_with_how_many_do_before_a_model_runs(tmp_path: Path):
     pool = tiny_pool(tmp_path)
-    with pytest.raises(UserError, match=r"method=data_whisperer asks for generated answers .* from arrays alone"):
-        pool.store.get(Select(method_named("data_whisperer"), pool, 10))
+    with pytest.raises(UserError, match=r"^30 demonstrations, .* for (\d+) demonstrations of any length: ") as said:
+        pool.store.get(Select(replace(method_named("data_whisperer"), demonstrations=30), pool, 10))
     assert {folder.name for folder in tmp_path.iterdir()} <= {"locks", "tmp", "attempts"}
+    fit = int(str(said.value).rpartition("=")[2].rstrip("."))
+    samples, queries = pool.slices["pool"].target, pool.slices["dev"].target
+    every, separator = np.arange(len(queries))[None], pool.family.target.tokenizer()("\n\n")["input_ids"][1:]
+    for count in (fit, fit + 1):
+        longest = np.full((1, count), samples.lengths.argmax())
+        (state,) = pool.states("target")
+        stage = AnswersInContext(state, samples, queries, longest, every, named_metric("exact"), separator)
+        with nullcontext() if count == fit else pytest.raises(UserError, match=f"set method.demonstrations={fit}"):
+            stage.check()
+
+
+def test_data_whisperer_selects_by_the_answers_and_the_attention_of_the_raw_target(tmp_path: Path):
+    pool = planted_pool(tmp_path, size=12, dev=3)
+    method = replace(method_named("data_whisperer"), demonstrations=3, queries=2, rounds=1)
+    chosen = pool.store.get(Select(method, pool, 4))
+    coreset = Coreset.load(chosen.path)
+    assert len(coreset.indices) == 4 and np.isfinite(coreset.scores["in_context"]).all()
+    (charge,) = [charge for charge in chosen.charged().values() if charge.stage == "in_context"]
+    assert charge.label == "answer 8 queries in context, raw target" and charge.cost.flops > 0
+    assert (
+        len(Coreset.load(pool.store.get(Select(replace(method, queries_from="folds"), pool, 4)).path).indices) == 4
+    )
