@@ -246,10 +246,10 @@ class Pool:
         asked = self._slice(view)
         (state,) = self.states(of)
         small = state.spec is self.family.small
-        samples = [part.small if small else part.target for part in (self._slice("pool"), asked)]
-        at = np.where(queries >= 0, queries % len(samples[1]), -1)
+        shown, of_view = (part.small if small else part.target for part in (self._slice("pool"), asked))
+        at = np.where(queries >= 0, queries % len(of_view), -1)
         separator = separator_of(self.family, state.spec)
-        stage = AnswersInContext(state, *samples, demonstrations, at, named_metric(metric), separator, layer)
+        stage = AnswersInContext(state, shown, of_view, demonstrations, at, named_metric(metric), separator, layer)
         if self.store.find(stage) is None:
             stage.check()  # before the model is fine-tuned
         return read_in_context(self.store.get(stage))

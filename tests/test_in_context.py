@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_an_answer_ends_where_the_next_sample_would_begin():
 
 def test_what_cannot_be_read_in_context_is_refused_before_a_model_loads(tmp_path: Path):
     pool = planted_pool(tmp_path)
-    plan = {"demonstrations": np.array([[0]]), "queries": np.array([[1]])}
+    plan: dict[str, Any] = {"demonstrations": np.array([[0]]), "queries": np.array([[1]])}
     with pytest.raises(UserError, match=r"metric='nll' measures no answers"):
         pool.ask("in_context", of="target", metric="nll", **plan)
     for layer in (4, -1, "last"):

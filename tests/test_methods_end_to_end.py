@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.tiny import method_named, planted_pool, tiny_pool
 
+from baselines.data_whisperer import DataWhisperer
 from staff.errors import UserError
 from staff.evaluation.in_context import AnswersInContext
 from staff.evaluation.metrics import named_metric
@@ -40,7 +41,7 @@ def test_a_method_that_needs_a_validation_slice_says_so_before_a_model_runs(name
 def test_demonstrations_that_do_not_fit_are_refused_with_how_many_do_before_a_model_runs(tmp_path: Path):
     pool = tiny_pool(tmp_path)
     with pytest.raises(UserError, match=r"^30 demonstrations, .* for (\d+) demonstrations of any length: ") as said:
-        pool.store.get(Select(replace(method_named("data_whisperer"), demonstrations=30), pool, 10))
+        pool.store.get(Select(DataWhisperer(demonstrations=30), pool, 10))
     assert {folder.name for folder in tmp_path.iterdir()} <= {"locks", "tmp", "attempts"}
     fit = int(str(said.value).rpartition("=")[2].rstrip("."))
     samples, queries = pool.slices["pool"].target, pool.slices["dev"].target
@@ -55,7 +56,7 @@ def test_demonstrations_that_do_not_fit_are_refused_with_how_many_do_before_a_mo
 
 def test_data_whisperer_selects_by_the_answers_and_the_attention_of_the_raw_target(tmp_path: Path):
     pool = planted_pool(tmp_path, size=12, dev=3)
-    method = replace(method_named("data_whisperer"), demonstrations=3, queries=2, rounds=1)
+    method = DataWhisperer(demonstrations=3, queries=2, rounds=1, metric="exact")
     chosen = pool.store.get(Select(method, pool, 4))
     coreset = Coreset.load(chosen.path)
     assert len(coreset.indices) == 4 and np.isfinite(coreset.scores["in_context"]).all()

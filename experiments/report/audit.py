@@ -197,9 +197,9 @@ def _validity(context: Context, name: str, rate: float) -> Table | None:
 
 def _utility(lowest_over_highest: tuple[Difference, float | None] | None) -> str:
     """The verdict, by what is lost with the highest ranks rather than with the lowest."""
-    if lowest_over_highest is None or lowest_over_highest[1] is None:
+    difference, p = lowest_over_highest or (None, None)
+    if difference is None or p is None:
         return "One seed: no verdict."
-    difference, p = lowest_over_highest
     if p > LEVEL:
         return "It is not shown to tell utility: the third row's difference may be chance."
     if difference.mean > 0:

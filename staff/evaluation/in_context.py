@@ -158,7 +158,7 @@ class AnswersInContext(Stage):
                 answers = self._answers(model, tokenizer, prompts, meter)
                 at = [self.queries[e, i] for e, i in some]
                 texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-                references = [(self._reference(tokenizer, query),) for query in at]
+                references = [(self._reference(tokenizer, int(query)),) for query in at]
                 evaluations, which = some.T
                 values[evaluations, self.demonstrations.shape[1] + which] = self.metric.measure(texts, references)[
                     1
@@ -195,7 +195,7 @@ class AnswersInContext(Stage):
         return np.concatenate([row[:begin], *shown, row[begin:]]).astype(np.int64).tolist()
 
     def _reference(self, tokenizer: Any, query: int) -> str:
-        answer = self.asked.row(query)[int(self.asked.prompt_lengths[query]) :]
+        answer = self.asked.row(query)[self.asked.prompt_lengths[query] :]
         return tokenizer.decode(answer, skip_special_tokens=True).strip()
 
     def _answers(self, model: Any, tokenizer: Any, prompts: list[list[int]], meter: Meter) -> list[list[int]]:
