@@ -126,7 +126,7 @@ def slices(folder: Path) -> Iterator[tuple[str, Slice]]:
         method, pool = method_named(name), any_pool.pool_of(60)
         pool.seed = 3
         yield f"coreset {name}", Slice(Select(method, pool, 20), (method,), of_coreset)  # type: ignore[arg-type]
-    shown, queries = np.array([[0, 3], [5, -1]]), np.array([[1], [2]])
+    shown, queries = np.array([[0, 3], [5, 1]]), np.array([[1], [2]])
     evaluations = AnswersInContext(
         ModelState(TARGET), given_samples(), given_samples(4), shown, queries, named_metric("rougeL"), [30]
     )
