@@ -11,11 +11,13 @@ import pytest
 from support.tiny import method_named, planted_pool, tiny_pool
 
 from baselines.data_whisperer import DataWhisperer
+from baselines.less import LESS
+from baselines.s2l import S2L
 from staff.errors import UserError
 from staff.evaluation.in_context import AnswersInContext
 from staff.evaluation.metrics import named_metric
 from staff.pool import Select
-from staff.selection import Coreset
+from staff.selection import Coreset, SelectionMethod
 
 
 def test_a_method_selects_exactly_its_budget_and_is_charged_for_what_it_asked(tmp_path: Path):
@@ -65,3 +67,20 @@ def test_data_whisperer_selects_by_the_answers_and_the_attention_of_the_raw_targ
     assert (
         len(Coreset.load(pool.store.get(Select(replace(method, queries_from="folds"), pool, 4)).path).indices) == 4
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "said"),
+    [
+        (S2L(), "full", r"fine-tuning all weights keeps no model of epoch 1: choose finetune=lora"),
+        (LESS(dim=10**11), "lora", r"projected_gradient of 6 samples, .* takes 2,400 GB, .* lower method\.dim"),
+    ],
+)
+def test_what_was_not_kept_or_fits_no_memory_is_refused_before_a_model_loads(
+    method: SelectionMethod, kind: str, said: str, tmp_path: Path
+):
+    pool = tiny_pool(tmp_path)
+    pool = replace(pool, settings=replace(pool.settings, kind=kind))
+    with pytest.raises(UserError, match=said):
+        pool.store.get(Select(method, pool, 10))
+    assert {folder.name for folder in tmp_path.iterdir()} <= {"locks", "tmp", "attempts"}
