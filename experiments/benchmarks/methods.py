@@ -2,9 +2,10 @@
 
 `python -m experiments.benchmarks.methods` selects by every preset, each in a process of its own. Signals are drawn
 with seed 0, embeddings around centres of about twenty samples; drawing them is not measured. "seconds" is the wall
-time of `select`, "CPU seconds" its processor time over all cores. Peak memory is that of the process, with
-interpreter and signals. The bounds are 5 minutes and 4 GB, and 45 minutes for facility location. `delift` refuses
-pools of this size; `data_whisperer` is given attention and metrics. A benchmark that was interrupted goes on.
+time of `select`, "CPU seconds" its processor time over all cores, which other work disturbs less. Peak memory is
+that of the process, with interpreter and signals. The bounds are 5 minutes and 4 GB, and 45 minutes for facility
+location. `delift` refuses pools of this size; `data_whisperer` is given attention and metrics. A benchmark that was
+interrupted goes on.
 
 --python PATH names an interpreter with submodlib-py or apricot-select. Facility location of both is then measured
 beside ours on 5,000 samples, which their dense matrices allow. --shrink 100 divides sizes by 100. --only NAME,NAME.
