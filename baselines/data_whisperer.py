@@ -30,8 +30,10 @@ class DataWhisperer:
     It asks the pool for E evaluations at once: `ask("in_context", of, view=, demonstrations=, queries=)` takes
     positions in the pool, (E, b), -1 for none, and numbers of queries, (E, q), -1 for none, whose remainder by the
     size of the view is the position there. It gives the attention on a demonstration per token and the metric of
-    each answer, (E, b + q), NaN where an evaluation failed or there is none. `staff.pool.Pool` generates no answers
-    and refuses.
+    each answer, (E, b + q), NaN where an evaluation failed or there is none.
+
+    `staff.pool.Pool` gives every query a prompt of its own; the released code asks all of an evaluation in one and
+    parses the answers out of one text. The attention is the mean over the queries.
 
     Attributes:
         of: the model that answers.
@@ -39,6 +41,8 @@ class DataWhisperer:
         demonstrations: in one evaluation.
         queries: in one evaluation.
         rounds: how often each sample is a demonstration.
+        metric: of an answer, a name as in `task.metrics`.
+        layer: the block whose attention counts, from 0; None: the one at two fifths of the depth.
     """
 
     version: ClassVar[int] = 1
@@ -48,6 +52,8 @@ class DataWhisperer:
     demonstrations: int = 5
     queries: int = 3
     rounds: int = 3
+    metric: str = "rougeL"
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         check_choice(self, "of", MODELS)
@@ -59,7 +65,7 @@ class DataWhisperer:
         """Raises UserError for a sample whose every evaluation failed, by its id."""
         demonstrations, queries = self.plan(len(pool.ids), rng)
         view = "dev" if self.queries_from == "slice" else "pool"
-        asked = {"demonstrations": demonstrations, "queries": queries}
+        asked = {"demonstrations": demonstrations, "queries": queries, "metric": self.metric, "layer": self.layer}
         answers = np.asarray(pool.ask("in_context", of=self.of, view=view, **asked), dtype=np.float64)
         attention, metrics = np.split(answers, [self.demonstrations], axis=1)
         scores = aggregate(demonstrations, attention, metrics, len(pool.ids))

@@ -59,6 +59,10 @@ class RandomMatched:
         if "group" in self.match and pool.groups is None:
             raise UserError("method.match names group, but the samples have none: set task.group_field.")
         reference = self.reference.select(pool, budget, rng)
+        if reference.schedule is not None:
+            raise UserError(
+                "method.reference selects other samples for every epoch: choose one that selects one coreset."
+            )
         if len(reference.indices) != budget:
             raise UserError(
                 f"method.reference selects {len(reference.indices)} samples whatever the pruning rate: choose one "

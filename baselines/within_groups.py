@@ -41,7 +41,7 @@ class WithinGroups:
             raise UserError("method=within_groups needs the group of each sample: set task.group_field.")
         labels, group_of, sizes = np.unique(np.asarray(pool.groups), return_inverse=True, return_counts=True)
         quotas = largest_remainders(budget, sizes)
-        picked, tables, filled, notes = [], [], 0, {}
+        picked, schedules, tables, filled, notes = [], [], [], 0, {}
         scores: dict[str, np.ndarray] = {}
         for group, (label, quota) in enumerate(zip(labels, quotas)):
             if quota == 0:
@@ -55,6 +55,7 @@ class WithinGroups:
                     f"choose one that selects {quota}."
                 )
             picked.append(members[coreset.indices])
+            schedules += [] if coreset.schedule is None else [members[coreset.schedule]]
             regions = coreset.diagnostics if len(coreset.diagnostics) else pd.DataFrame({"budget": [quota]})
             tables.append(regions.assign(within=str(label), within_size=len(members), within_quota=quota))
             filled += coreset.filled
@@ -63,7 +64,8 @@ class WithinGroups:
                 scores.setdefault(name, np.full(len(pool.ids), np.nan))[members] = values
         if (quotas == 0).any():
             notes[f"{(quotas == 0).sum()} of {len(quotas)} groups are too small for a sample of their own."] = None
-        return Coreset(np.concatenate(picked), pd.concat(tables, ignore_index=True), scores, filled, tuple(notes))
+        told = pd.concat(tables, ignore_index=True), scores, filled, tuple(notes)
+        return Coreset(np.concatenate(picked), *told, schedule=np.hstack(schedules) if schedules else None)
 
 
 def largest_remainders(budget: int, sizes: np.ndarray) -> np.ndarray:
@@ -108,6 +110,12 @@ class GroupPool:
         if signal == "in_context_gain":  # of pairs, the pool's samples by column
             gains = self._pool.ask(signal, of, view=view)[:, self._members]
             return gains[self._members] if view == "pool" else gains
+        if signal == "in_context":  # of evaluations, whose demonstrations and queries are positions
+            shown, asked = options["demonstrations"], options["queries"]
+            options["demonstrations"] = np.where(shown >= 0, self._members[shown], -1)
+            if view == "pool":
+                options["queries"] = np.where(asked >= 0, self._members[asked % len(self._members)], -1)
+            return self._pool.ask(signal, of, view=view, **options)
         if view != "pool":
             return self._pool.ask(signal, of, at=at, view=view, **options)
         if at is not None:

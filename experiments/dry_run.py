@@ -203,7 +203,7 @@ def _estimate(job: list[str], cfg: DictConfig, choices: dict[str, Any], store: D
     store.certain |= {samples.fingerprint for samples in tokenized.values()}
     chosen, coreset = run.select()
     if all(charge.stage == "coreset" for charge in chosen.charged().values()):
-        store.certain.add(tokenized["target"].take(coreset.indices).fingerprint)
+        store.certain.add(tokenized["target"].take(coreset.trained).fingerprint)
     if run.generator is not None:
         answering = run.answering(run.finetuning(coreset))
         store.get(answering)

@@ -92,7 +92,7 @@ def _write(run: Run, outcome: Outcome) -> None:
             "selected": len(coreset.indices),
             "pool_tokens": int(run.pool.lengths.sum()),
             "selected_tokens": int(run.pool.lengths[coreset.indices].sum()),
-            "trained": len(coreset.indices) if tuned else 0,
+            "trained": len(coreset.trained) if tuned else 0,
             "test": len(answers),
             "test_dropped_too_long": len(run.splits.test) - len(answers),
             "test_prompts_in_pool": run.splits.test_prompts_in_pool,
@@ -290,7 +290,7 @@ def _full_finetuning(run: Run, tuned: Artifact | None) -> tuple[float | None, fl
     if tuned is None:
         return None, None, None
     training = json.loads((tuned.path / "training.json").read_text())
-    flops = full.epoch_flops(training["trainable_parameters"]) * full.epochs
+    flops = full.flops(training["trainable_parameters"])
     longer = flops / tuned.cost.flops
     return tuned.cost.seconds + training["seconds"] * (longer - 1), flops, "estimated from FLOPs"
 

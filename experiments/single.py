@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -237,11 +238,14 @@ class Run:
         """The target's fine-tuning on the coreset; None where that is empty."""
         if not len(coreset.indices):
             return None
-        return self._finetuning(self.tokenized["target"].take(coreset.indices), len(coreset.indices))
+        trained, schedule = coreset.trained, coreset.schedule
+        if schedule is not None:  # positions among the samples that are trained on
+            schedule = np.searchsorted(trained, schedule)
+        return self._finetuning(self.tokenized["target"].take(trained), len(coreset.indices), schedule)
 
-    def _finetuning(self, samples: TokenizedSamples, size: int) -> Finetune:
-        epochs = self.settings.coreset_epochs(size, len(self.pool.ids))
-        return Finetune(self.family.target, samples, self.settings, epochs, self.cfg.finetune_seed)
+    def _finetuning(self, samples: TokenizedSamples, size: int, schedule: np.ndarray | None = None) -> Finetune:
+        epochs, seed = self.settings.coreset_epochs(size, len(self.pool.ids)), self.cfg.finetune_seed
+        return Finetune(self.family.target, samples, self.settings, epochs, seed, schedule=schedule)
 
     def curve_of(self, training: dict[str, Any]) -> str:
         """The name of the curves of a fine-tuning, by its key: the same in every run that has such a fine-tuning.

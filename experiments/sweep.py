@@ -29,6 +29,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from hydra_plugins.staff_sweeper import in_cases
 from staff.errors import UserError
 from staff.runtime import processes
 from staff.store.manifest import digest
@@ -247,4 +248,4 @@ def jobs_of(config: DictConfig, overrides: Iterable[str]) -> list[list[str]]:
     parsed = OverridesParser.create().parse_overrides([*params, *overrides])
     # Private, as Hydra lists its jobs nowhere else; tests/test_sweep.py counts them beside those that ran.
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [list(job) for job in jobs]
+    return in_cases(jobs, config.hydra.sweeper.get("cases") or [])

@@ -16,6 +16,8 @@ import numpy as np
 from staff.data.tokens import TokenizedSamples
 from staff.data.views import DataView
 from staff.errors import UserError
+from staff.evaluation.in_context import AnswersInContext, read_in_context
+from staff.evaluation.metrics import named_metric
 from staff.models.family import Family
 from staff.models.spec import ModelSpec
 from staff.models.state import ModelState
@@ -23,7 +25,7 @@ from staff.scoring.in_context import in_context_gains, separator_of
 from staff.scoring.signal import Signal
 from staff.scoring.stage import Score, ScoringSettings, read_scores
 from staff.selection import Draws, SelectionMethod, run_method, run_method_for_tokens
-from staff.signals import PAIRS, named_all
+from staff.signals import EVALUATIONS, PAIRS, named_all
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage, identity, plain
@@ -117,8 +119,9 @@ class Pool:
     ) -> np.ndarray | list[np.ndarray]:
         """A signal of every sample, shape (N, ...), in the pool's order; for several signals, a list of arrays.
 
-        Several signals come out of one pass over the samples, and are charged as one. "in_context_gain" is of pairs
-        (`staff.scoring.in_context`): (N, pool size), the samples that are helped by those of the pool.
+        Several signals come out of one pass over the samples, and are charged as one. Two questions are not of
+        single samples. "in_context_gain" is of pairs (`staff.scoring.in_context`): (N, pool size), the samples that
+        are helped by those of the pool. "in_context" is of evaluations (`_in_context`).
 
         Args:
             signal: a name such as "loss", or a signal, or a sequence of these.
@@ -134,6 +137,8 @@ class Pool:
         """
         if isinstance(signal, str) and signal == PAIRS:
             return self._in_context_gains(of, view)
+        if isinstance(signal, str) and signal == EVALUATIONS:
+            return self._in_context(of, view, **options)
         several = not isinstance(signal, str | Signal)
         signals = named_all(signal if several else [signal], options)
         name, _, moment = of.partition("@")
@@ -220,6 +225,34 @@ class Pool:
 
         separator = separator_of(self.family, state.spec)
         return in_context_gains(distances, helped, examples, separator, state.spec.window())
+
+    def _in_context(
+        self,
+        of: str,
+        view: str,
+        demonstrations: np.ndarray,
+        queries: np.ndarray,
+        metric: str = "rougeL",
+        layer: int | None = None,
+    ) -> np.ndarray:
+        """The attention on each demonstration per token, and the metric of each answer: (E, b + q), NaN for none.
+
+        Args:
+            demonstrations: positions in the pool, (E, b), -1 for none.
+            queries: numbers of queries, (E, q), -1 for none: the remainder by the size of the view is the position.
+            metric: of an answer against that of the sample; a name as in `task.metrics`.
+            layer: as in `staff.evaluation.in_context.AnswersInContext`.
+        """
+        asked = self._slice(view)
+        (state,) = self.states(of)
+        small = state.spec is self.family.small
+        shown, of_view = (part.small if small else part.target for part in (self._slice("pool"), asked))
+        at = np.where(queries >= 0, queries % len(of_view), -1)
+        separator = separator_of(self.family, state.spec)
+        stage = AnswersInContext(state, shown, of_view, demonstrations, at, named_metric(metric), separator, layer)
+        if self.store.find(stage) is None:
+            stage.check()  # before the model is fine-tuned
+        return read_in_context(self.store.get(stage))
 
     def _stage(self, state: ModelState, samples: TokenizedSamples, signals: tuple[Signal, ...]) -> Score:
         seed = int(np.random.default_rng([self.seed, zlib.crc32(b"fresh adapter")]).integers(2**31))

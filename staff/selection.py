@@ -53,17 +53,22 @@ class SelectionMethod(Protocol):
         ...
 
 
+SCHEDULE = "schedule.npy"
+
+
 @dataclass(frozen=True)
 class Coreset:
     """The samples that a method selected.
 
     Attributes:
-        indices: sorted positions in the pool, shape (budget,), int64.
+        indices: sorted positions in the pool, shape (budget,), int64; with a `schedule`, those of its first epoch.
         diagnostics: a table that the method reports, such as a row for each region.
         scores: values of the samples that the selection is based on, each of shape (pool size,); NaN where not
             computed.
         filled: how many samples were selected to reach the budget rather than by the method's own rule.
         notes: what readers of the result should know, in sentences.
+        schedule: positions by epoch of fine-tuning, shape (epochs, budget), int64, for a method that selects anew
+            for every epoch; None: the same samples in every epoch.
     """
 
     indices: np.ndarray
@@ -71,16 +76,32 @@ class Coreset:
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     filled: int = 0
     notes: tuple[str, ...] = ()
+    schedule: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "indices", np.sort(np.asarray(self.indices, dtype=np.int64)))
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", np.sort(np.asarray(self.schedule, dtype=np.int64), axis=1))
+
+    @classmethod
+    def by_epoch(cls, schedule: np.ndarray, **others: Any) -> Coreset:
+        """A coreset with this `schedule`, (epochs, budget); `others` are its other attributes."""
+        return cls(schedule[0], schedule=schedule, **others)
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Sorted positions of all samples that fine-tuning sees."""
+        return self.indices if self.schedule is None else np.unique(self.schedule)
 
     def save(self, folder: Path, ids: Sequence[str]) -> None:
-        """Write samples.parquet (a row for each sample of the pool), regions.parquet and coreset.json."""
+        """Write samples.parquet (a row for each sample of the pool), regions.parquet, coreset.json and, for a
+        schedule, schedule.npy."""
         selected = np.isin(np.arange(len(ids)), self.indices)
         pd.DataFrame({"id": ids, "selected": selected, **self.scores}).to_parquet(folder / "samples.parquet")
         self.diagnostics.to_parquet(folder / "regions.parquet")
         (folder / "coreset.json").write_text(json.dumps({"filled": int(self.filled), "notes": self.notes}))
+        if self.schedule is not None:
+            np.save(folder / SCHEDULE, self.schedule)
 
     @classmethod
     def load(cls, folder: Path) -> Coreset:
@@ -93,6 +114,7 @@ class Coreset:
             {name: samples[name].to_numpy() for name in samples.columns[2:]},
             said["filled"],
             tuple(said["notes"]),
+            np.load(folder / SCHEDULE) if (folder / SCHEDULE).is_file() else None,
         )
 
 
@@ -173,7 +195,8 @@ def run_method_for_tokens(method: SelectionMethod, pool: ScorePool, tokens: int,
 
 
 def run_method(method: SelectionMethod, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
-    """The coreset that `method` selects: exactly `budget` distinct samples, or the method's own `fixed_size`.
+    """The coreset that `method` selects: exactly `budget` distinct samples, or the method's own `fixed_size`. One
+    with a schedule has as many in every epoch.
 
     All selection goes through this function, so methods need not check this themselves.
 
@@ -188,12 +211,21 @@ def run_method(method: SelectionMethod, pool: ScorePool, budget: int, rng: Draws
     coreset = method.select(pool, budget, rng)
     if not isinstance(coreset, Coreset):
         raise UserError(f"{name}.select returned a {type(coreset).__name__}: it must return a Coreset.")
-    outside = coreset.indices[(coreset.indices < 0) | (coreset.indices >= size)]
+    for chosen in [coreset.indices] if coreset.schedule is None else coreset.schedule:
+        _check_chosen(chosen, size, wanted, name)
+    if coreset.schedule is not None and not np.array_equal(coreset.indices, coreset.schedule[0]):
+        raise UserError(f"{name}.select names others than its schedule's first epoch: use Coreset.by_epoch.")
+    return coreset
+
+
+def _check_chosen(chosen: np.ndarray, size: int, wanted: int, name: str) -> None:
+    """Refuse positions that are not `wanted` distinct ones of a pool of this size."""
+    outside = chosen[(chosen < 0) | (chosen >= size)]
     if len(outside):
         raise UserError(
             f"{name}.select chose position {outside[0]}, but the pool's are 0 to {size - 1}: fix the method."
         )
-    positions, times = np.unique(coreset.indices, return_counts=True)
+    positions, times = np.unique(chosen, return_counts=True)
     if len(positions) and times.max() > 1:
         twice = positions[times.argmax()]
         raise UserError(f"{name}.select chose position {twice} {times.max()} times: choose each sample once.")
@@ -201,7 +233,6 @@ def run_method(method: SelectionMethod, pool: ScorePool, budget: int, rng: Draws
         raise UserError(
             f"{name}.select chose {len(positions)} samples, not the {wanted} of the budget: fix the method."
         )
-    return coreset
 
 
 def check_scores(scores: np.ndarray, ids: Sequence[str], name: str, minimum: float = -np.inf) -> np.ndarray:

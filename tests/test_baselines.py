@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,19 @@ from baselines.d2 import D2, nearest_neighbours
 from baselines.el2n import EL2N
 from baselines.grand import GraNd
 from baselines.random import Random
+from baselines.random_matched import RandomMatched
+from baselines.rs2 import RS2
+from baselines.within_groups import WithinGroups
 from staff import ArrayPool
 from staff.errors import UserError
-from staff.selection import SelectionMethod
+from staff.selection import Coreset, SelectionMethod
 from staff.signals.effort import Effort
 from staff.store.stage import identity
 
 VECTORS = {method: recorded(method) for method in ("ccs", "d2")}  # of the authors' code
 
 
-# ---------------------------------------------------------------- random, EL2N, GraNd
+# ---------------------------------------------------------------- random, RS2, EL2N, GraNd
 
 
 def test_random_is_uniform():
@@ -35,6 +39,57 @@ def test_random_is_uniform():
     for seed in range(1000):
         hits[select(Random(), pool, 5, seed).indices] += 1
     assert np.abs(hits - 250).max() < 56  # four standard deviations
+
+
+def test_rs2_is_uniform_in_every_epoch_and_draws_each_apart():
+    pool, hits, shared = AnyPool(20), np.zeros((2, 20)), []
+    for seed in range(1000):
+        first, second = select(RS2(2), pool, 5, seed).schedule  # type: ignore[misc]
+        hits[0, first] += 1
+        hits[1, second] += 1
+        shared.append(len(np.intersect1d(first, second)))
+    assert np.abs(hits - 250).max() < 60
+    assert abs(np.mean(shared) - 5 * 5 / 20) < 0.12  # four standard errors of a hypergeometric mean
+
+
+@given(st.integers(1, 40), st.integers(1, 8), st.data())
+def test_rs2_without_repeats_takes_no_sample_again_before_all_others(n: int, epochs: int, data: st.DataObject):
+    budget = data.draw(st.integers(1, n))
+    coreset = select(RS2(epochs, repeats=False), AnyPool(n), budget)
+    assert coreset.schedule is not None and coreset.schedule.shape == (epochs, budget)
+    times = np.bincount(coreset.schedule.ravel(), minlength=n)
+    assert times.max() - times.min() <= 1 and times.sum() == epochs * budget
+    assert coreset.scores["epochs"].tolist() == times.tolist()
+    assert coreset.indices.tolist() == coreset.schedule[0].tolist()
+    assert coreset.trained.tolist() == np.flatnonzero(times).tolist()
+
+
+def test_rs2_within_groups_keeps_the_quotas_in_every_epoch_and_a_schedule_is_stored(tmp_path: Path):
+    pool = AnyPool(50)
+    coreset = select(WithinGroups(RS2(3)), pool, 10)
+    assert coreset.schedule is not None and (np.diff(coreset.schedule) > 0).all()
+    for chosen in coreset.schedule:
+        assert np.unique(pool.groups[chosen], return_counts=True)[1].tolist() == [2, 8]
+    coreset.save(tmp_path, pool.ids)
+    assert Coreset.load(tmp_path).schedule.tolist() == coreset.schedule.tolist()  # type: ignore[union-attr]
+
+
+def test_a_schedule_that_breaks_the_budget_in_any_epoch_is_refused_and_no_twin_of_one_is_drawn():
+    @dataclass(frozen=True)
+    class Broken:
+        schedule: Any
+
+        def select(self, pool: Any, budget: int, rng: Any) -> Coreset:
+            return Coreset.by_epoch(np.array(self.schedule))
+
+    with pytest.raises(UserError, match="chose position 4 2 times"):
+        select(Broken([[1, 2], [4, 4]]), AnyPool(5), 2)
+    with pytest.raises(UserError, match="chose 3 samples, not the 2"):
+        select(Broken([[1, 2, 3]]), AnyPool(5), 2)
+    with pytest.raises(UserError, match=r"method.reference selects other samples for every epoch"):
+        select(RandomMatched(RS2(2)), AnyPool(20), 5)
+    with pytest.raises(UserError, match=r"method.epochs=0 must be a whole number of at least 1"):
+        RS2(0)
 
 
 @dataclass(frozen=True)

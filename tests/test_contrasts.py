@@ -1,12 +1,22 @@
 """Registered contrasts, their verdicts, and a design with several looks."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
+from support.records import Invented, invented
 
+from experiments.campaign import pack
+from experiments.report import audit
 from experiments.report.contrasts import Contrast, Outcome, parse
+from experiments.report.records import collect, contexts
 from experiments.report.sequential import nominal_levels, progress
 from experiments.report.statistics import Difference
+from experiments.report.tables import Table
 from experiments.report.verdicts import Question, verdicts
 from staff.errors import UserError
 
@@ -176,3 +186,75 @@ def test_seeds_beyond_a_look_do_not_change_it():
     gains = dict(enumerate(np.random.default_rng(5).normal(size=9)))
     early = {seed: gains[seed] for seed in range(5)}
     assert progress({"a": gains}).decisions == progress({"a": early}).decisions
+
+
+# ---------------------------------------------------------------- audits
+
+
+@dataclass(frozen=True)
+class Audited(Invented):
+    """A run of an audit: with the configuration of its method, and `finetune.match`."""
+
+    method: Mapping[str, Any] = field(default_factory=dict)
+    match: str = "epochs"
+
+    def record(self) -> dict[str, Any]:
+        record = super().record()
+        record["config"] |= {"method": dict(self.method), "finetune": {"match": self.match}}
+        return record
+
+
+OURS = {"_target_": "mine.Ours", "k": 3}
+PARTS: dict[str, tuple[dict[str, Any], str]] = {
+    "random": ({"_target_": "baselines.random.Random"}, "epochs"),
+    "ours": (OURS, "epochs"),
+    "twin": ({"_target_": audit.TWIN, "reference": OURS, "match": ["length"]}, "epochs"),
+    "random at steps": ({"_target_": "baselines.random.Random"}, "steps"),
+    "ours at steps": (OURS, "steps"),
+    "highest": ({"_target_": audit.LEFT_OUT, "reference": OURS, "out": "highest"}, "epochs"),
+    "lowest": ({"_target_": audit.LEFT_OUT, "reference": OURS, "out": "lowest"}, "epochs"),
+}
+
+
+def audited(effects: Mapping[str, float], results: Path) -> list[Table]:
+    """The tables of runs with these effects by part, of three seeds."""
+    runs = {}
+    for run in invented(effects, rates=(0.9,)):
+        method, match = PARTS[run.about["method"]]
+        about = {
+            **run.about,
+            "method": {"twin": "random_matched"}.get(run.about["method"], run.about["method"].split()[0]),
+        }
+        runs[run.name] = Audited(run.name, about, run.answers, run.texts, run.pool, method, match)
+    pack(runs, results)
+    return [table for context in contexts(collect(results), results) for table in audit.tables(context)]
+
+
+def test_an_audit_tells_what_is_left_of_a_gain_beyond_length_and_steps(tmp_path: Path):
+    effects = {"random": 0.0, "ours": 8.0, "twin": 6.0, "random at steps": 10.0, "ours at steps": 10.0}
+    (table,) = audited(effects, tmp_path)
+    rows = table.cells.set_index("gain")
+    assert float(rows.loc["over random", "difference"]) == pytest.approx(8, abs=0.7)
+    assert float(rows.loc["beyond answer lengths", "difference"]) == pytest.approx(2, abs=0.7)
+    assert int(rows.loc["beyond answer lengths", "left of the gain"].rstrip("%")) in range(15, 35)
+    assert abs(float(rows.loc["over random at equal steps", "difference"])) < 0.7
+    assert (
+        "A gain of ours is left beyond answer lengths. No gain is shown over random at equal steps."
+        in table.caption
+    )
+
+
+def test_no_gain_is_divided_where_none_is_shown(tmp_path: Path):
+    (table,) = audited({"random": 0.0, "ours": 0.0, "twin": 0.0}, tmp_path)
+    assert set(table.cells["left of the gain"]) == {"–"} and "No gain over random is shown" in table.caption
+
+
+@pytest.mark.parametrize(
+    ("highest", "lowest", "said"),
+    [(-6, 0, "It tells utility:"), (0, -6, "the wrong way round"), (0, 0, "It is not shown to tell utility")],
+)
+def test_a_score_tells_utility_if_its_highest_ranks_are_missed_more(
+    highest: float, lowest: float, said: str, tmp_path: Path
+):
+    (table,) = audited({"random": 0.0, "highest": highest, "lowest": lowest}, tmp_path)
+    assert said in table.caption and table.name.startswith("score-validity-Ours-p0.9")

@@ -18,6 +18,7 @@ from staff.models.spec import ModelSpec
 from staff.scoring.passes import score_samples
 from staff.scoring.positions import token_losses
 from staff.signals.effort import Effort
+from staff.store.cost import Meter
 from staff.training import trainer
 from staff.training.settings import SCHEDULERS
 from staff.training.stage import Finetune, read_online_efforts
@@ -216,3 +217,36 @@ def test_the_callers_random_state_is_left_alone_by_a_fresh_adapter():
     one, two = (fresh_lora(SPEC.load(), LoraSpec(4, 8), seed).state_dict() for seed in (0, 0))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert farthest(one, two) == 0
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_every_epoch_of_a_schedule_passes_over_its_own_samples_and_costs_what_these_do(
+    samples, tmp_path, grouped, monkeypatch
+):
+    seen: list[list[int]] = []
+    compute = trainer.AnswerTrainer.compute_loss
+
+    def watched(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["row"].tolist())
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.AnswerTrainer, "compute_loss", watched)
+    schedule = np.array([[0, 2, 4, 6, 8, 10], [1, 2, 3, 4, 5, 11], [0, 1, 2, 9, 10, 11]])
+    stage = Finetune(SPEC, samples, replace(SETTINGS, length_grouped=grouped), 2.5, 0, schedule=schedule)
+    with Meter() as meter:
+        stage.run(tmp_path, meter)
+    assert [len(batch) for batch in seen] == [4, 2, 4, 2, 4]
+    assert [sorted(seen[i] + seen[i + 1]) for i in (0, 2)] == schedule[:2].tolist()
+    assert set(seen[4]) < set(schedule[2])
+    tokens = [samples.lengths[rows].sum() for rows in schedule]
+    assert meter.cost.tokens_backward == round(tokens[0] + tokens[1] + tokens[2] / 2)
+    trained = history(tmp_path)["trainable_parameters"]
+    apart = [Finetune(SPEC, samples.take(rows), SETTINGS, 1, 0).flops(trained) for rows in schedule]
+    assert stage.flops(trained) == pytest.approx(apart[0] + apart[1] + apart[2] / 2)
+
+
+def test_a_schedule_belongs_to_the_key_and_must_reach_to_the_last_epoch(samples):
+    plain, scheduled = (Finetune(SPEC, samples, SETTINGS, 2, 0, schedule=s) for s in (None, np.array([[0], [1]])))
+    assert plain.key() == {k: v for k, v in scheduled.key().items() if k != "schedule"} != scheduled.key()
+    with pytest.raises(UserError, match=r"takes 3 epochs, .* has samples for 2: set method\.epochs=3"):
+        Finetune(SPEC, samples, SETTINGS, 2.5, 0, schedule=np.array([[0], [1]]))

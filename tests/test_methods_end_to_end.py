@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.tiny import method_named, tiny_pool
+from support.tiny import method_named, planted_pool, tiny_pool
 
+from baselines.data_whisperer import DataWhisperer
+from baselines.less import LESS
+from baselines.s2l import S2L
 from staff.errors import UserError
+from staff.evaluation.in_context import AnswersInContext
+from staff.evaluation.metrics import named_metric
 from staff.pool import Select
-from staff.selection import Coreset
+from staff.selection import Coreset, SelectionMethod
 
 
 def test_a_method_selects_exactly_its_budget_and_is_charged_for_what_it_asked(tmp_path: Path):
@@ -33,8 +40,47 @@ def test_a_method_that_needs_a_validation_slice_says_so_before_a_model_runs(name
     assert {folder.name for folder in tmp_path.iterdir()} <= {"locks", "tmp", "attempts"}
 
 
-def test_answers_in_context_are_not_generated_which_is_said_before_a_model_runs(tmp_path: Path):
+def test_demonstrations_that_do_not_fit_are_refused_with_how_many_do_before_a_model_runs(tmp_path: Path):
     pool = tiny_pool(tmp_path)
-    with pytest.raises(UserError, match=r"method=data_whisperer asks for generated answers .* from arrays alone"):
-        pool.store.get(Select(method_named("data_whisperer"), pool, 10))
+    with pytest.raises(UserError, match=r"^30 demonstrations, .* for (\d+) demonstrations of any length: ") as said:
+        pool.store.get(Select(DataWhisperer(demonstrations=30), pool, 10))
+    assert {folder.name for folder in tmp_path.iterdir()} <= {"locks", "tmp", "attempts"}
+    fit = int(str(said.value).rpartition("=")[2].rstrip("."))
+    samples, queries = pool.slices["pool"].target, pool.slices["dev"].target
+    every, separator = np.arange(len(queries))[None], pool.family.target.tokenizer()("\n\n")["input_ids"][1:]
+    for count in (fit, fit + 1):
+        longest = np.full((1, count), samples.lengths.argmax())
+        (state,) = pool.states("target")
+        stage = AnswersInContext(state, samples, queries, longest, every, named_metric("exact"), separator)
+        with nullcontext() if count == fit else pytest.raises(UserError, match=f"set method.demonstrations={fit}"):
+            stage.check()
+
+
+def test_data_whisperer_selects_by_the_answers_and_the_attention_of_the_raw_target(tmp_path: Path):
+    pool = planted_pool(tmp_path, size=12, dev=3)
+    method = DataWhisperer(demonstrations=3, queries=2, rounds=1, metric="exact")
+    chosen = pool.store.get(Select(method, pool, 4))
+    coreset = Coreset.load(chosen.path)
+    assert len(coreset.indices) == 4 and np.isfinite(coreset.scores["in_context"]).all()
+    (charge,) = [charge for charge in chosen.charged().values() if charge.stage == "in_context"]
+    assert charge.label == "answer 8 queries in context, raw target" and charge.cost.flops > 0
+    assert (
+        len(Coreset.load(pool.store.get(Select(replace(method, queries_from="folds"), pool, 4)).path).indices) == 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "said"),
+    [
+        (S2L(), "full", r"fine-tuning all weights keeps no model of epoch 1: choose finetune=lora"),
+        (LESS(dim=10**11), "lora", r"projected_gradient of 6 samples, .* takes 2,400 GB, .* lower method\.dim"),
+    ],
+)
+def test_what_was_not_kept_or_fits_no_memory_is_refused_before_a_model_loads(
+    method: SelectionMethod, kind: str, said: str, tmp_path: Path
+):
+    pool = tiny_pool(tmp_path)
+    pool = replace(pool, settings=replace(pool.settings, kind=kind))
+    with pytest.raises(UserError, match=said):
+        pool.store.get(Select(method, pool, 10))
     assert {folder.name for folder in tmp_path.iterdir()} <= {"locks", "tmp", "attempts"}

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
 from support.sweeps import (
     PARALLEL,
     check_left_behind,
@@ -21,7 +23,9 @@ from support.sweeps import (
 
 from experiments.report import means
 from experiments.report.__main__ import main as report
-from experiments.sweep import FOLDER, end, name
+from experiments.sweep import FOLDER, end, jobs_of, name
+from hydra_plugins.staff_sweeper import in_cases
+from staff.errors import UserError
 from staff.tracking import write_record
 
 GRID = ("method=full,staff,ccs", "pruning_rate=0.5,0.75")
@@ -163,3 +167,28 @@ def test_the_report_averages_over_seeds_alone_and_names_what_is_missing(
     (missing,) = [line for line in out.splitlines() if line.startswith("missing:")]
     assert str(status).startswith("0 failed, 1 missing") and missing.endswith("method=ccs pruning_rate=0.75")
     assert reported("--results", results, "--allow-missing")[0] is None
+
+
+def test_a_sweep_in_cases_runs_every_case_with_every_value_of_its_parameters():
+    jobs = [["candidate=ifd", "seed=0"], ["candidate=ifd", "seed=1"]]
+    last = {"when": "group", "run": "method=<candidate> 'a=[b, c]'"}
+    cases = ["method=raw", {"when": None, "run": "method=d2"}, last]
+    expected = [[*case, f"seed={s}"] for s in (0, 1) for case in (["method=raw"], ["method=ifd", "a=[b, c]"])]
+    assert in_cases(jobs, cases) == expected
+    assert in_cases(jobs, []) == jobs
+    with pytest.raises(UserError, match=r"cases names <model>: set hydra.sweeper.params.model"):
+        in_cases(jobs, ["method=<model>"])
+
+
+@pytest.mark.parametrize(("task", "count"), [("planted", 9), ("dialogsum", 7)])
+def test_an_audit_matches_groups_where_the_task_has_them_and_every_job_composes(task: str, count: int):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        overrides = ["experiment=audit", f"task={task}", "candidate=ifd", "seed=0"]
+        cfg = compose("config", overrides=overrides, return_hydra_config=True)
+        jobs = jobs_of(cfg, overrides)
+        composed = [compose("config", overrides=job) for job in jobs]
+    assert len(jobs) == count and all(cfg.candidate is None for cfg in composed)
+    matched = [cfg.method for cfg in composed if "reference" in cfg.method]
+    assert {method.reference._target_ for method in matched} == {"baselines.ifd.IFD"}
+    assert [list(method.match) for method in matched][:2] == [["length"], ["tokens"]]
+    assert [cfg.finetune.match for cfg in composed].count("steps") == 2

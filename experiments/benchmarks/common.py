@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
+from omegaconf import DictConfig, open_dict
 from scipy.stats import rankdata
 
 from experiments.run import CONF
@@ -50,6 +50,12 @@ def configured(*settings: str) -> Run:
     with open_dict(cfg):
         del cfg["hydra"]
     return Run(cfg, choices)
+
+
+def configured_method(name: str) -> DictConfig:
+    """The configuration of this preset."""
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose("config", [f"method={name}"]).method
 
 
 def clock() -> float:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from experiments.console import pipeable
 from experiments.recorded import recorded_runs
-from experiments.report import ablations, cautions, contrasts, floors, overhead, performance, verdicts
+from experiments.report import ablations, audit, cautions, contrasts, floors, overhead, performance, verdicts
 from experiments.report.browse import browse
 from experiments.report.comparisons import pairs
 from experiments.report.records import collect, contexts
@@ -39,6 +39,7 @@ def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, opti
         found = pairs(context)
         tables = [
             *verdicts.tables(context, question),
+            *audit.tables(context),
             *performance.tables(context, found, paper, question),
             floors.recorded(context),
             ablations.table(context, [each for each in every if each.title.startswith(f"{context.title}: ")]),

@@ -19,6 +19,9 @@ BEST = "best"
 TWINS = ("random_length", "random_matched")
 """Methods that draw at random what is as long as another's coreset."""
 
+CONTROLS = (*TWINS, "leave_out")
+"""Methods that say something of another one, and are no rivals."""
+
 
 @dataclass(frozen=True)
 class Contrast:
@@ -150,7 +153,7 @@ def _runs_of(context: Context, *methods: str) -> list[str]:
 
 def _rivals(context: Context, method: str) -> tuple[str, ...]:
     """Every other method that selects, but for twins, which are controls, and for STAFF's presets beside STAFF."""
-    apart = {method, *_runs_of(context, *REFERENCES, *TWINS)}
+    apart = {method, *_runs_of(context, *REFERENCES, *CONTROLS)}
     kin = {v for v in context.variants if context.is_staff(v)} if context.is_staff(method) else set()
     return tuple(v for v in context.variants if v not in apart | kin)
 

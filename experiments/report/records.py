@@ -81,6 +81,7 @@ class Context:
         results: the results folder.
         recorded: the runs in it, by name.
         varied: what the variants are: methods, or the values of this setting of one method (an ablation).
+        all_runs: of the comparison of methods, the runs of its ablations too; None for an ablation.
     """
 
     title: str
@@ -90,6 +91,7 @@ class Context:
     results: Path
     recorded: Mapping[str, RecordedRun]
     varied: str = "method"
+    all_runs: pd.DataFrame | None = None
     _values: dict[str, pd.Series] = field(default_factory=dict)
     _texts: dict[str, str] = field(default_factory=dict)
 
@@ -183,7 +185,7 @@ def contexts(table: pd.DataFrame, results: Path) -> list[Context]:
         metric, title, name = runs["metric"].iloc[0], f"{task}{part}, {family} family", f"{family}-{task}{part}"
         compared, ablated = ablations(runs)
         compared = compared.assign(variant=variants(compared))
-        found.append(Context(title, _file_name(name), metric, compared, results, recorded))
+        found.append(Context(title, _file_name(name), metric, compared, results, recorded, all_runs=runs))
         for each in ablated:
             own, file = f"{title}: {each.title}", _file_name(f"{name}-{each.title}")
             found.append(Context(own, file, metric, each.runs, results, recorded, each.setting))

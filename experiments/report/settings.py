@@ -14,12 +14,17 @@ SEEDS = ["seed", "selection_seed", "finetune_seed"]
 NAMES = ["family", "task", "method", "pruning_rate"]
 # Settings that change no number but by rounding, have a column of their own, or are known better by content.
 UNTOLD = (
-    *("tracking", "results_dir", "store_dir", "memory_check", "pruning_rate", "budget", *SEEDS),
+    *("candidate", "tracking", "results_dir", "store_dir", "memory_check", "pruning_rate", "budget", *SEEDS),
     *("scoring.batch_tokens", "scoring.one_at_a_time", "evaluation.batch_tokens"),
     *("finetune.device_batch_size", "finetune.gradient_checkpointing", "finetune.fsdp"),
     *(f"task.{name}" for name in ("data_dir", "train_file", "test_file", "dev_file", "deduplicate")),
     *("identity.data.source", "method._target_"),
 )
+
+
+def is_untold(setting: str) -> bool:
+    """Whether runs that differ in this setting alone are the same to a report."""
+    return any(setting == untold or setting.startswith(f"{untold}.") for untold in UNTOLD)
 
 
 def told_apart(table: pd.DataFrame) -> list[str]:
@@ -32,7 +37,7 @@ def told_apart(table: pd.DataFrame) -> list[str]:
     groups = pd.concat([texts(table, name) for name in NAMES], axis=1).agg("|".join, axis=1)
     for column in (str(c) for c in table.columns if str(c).startswith("setting.")):
         name = column.removeprefix("setting.")
-        if any(name == untold or name.startswith(f"{untold}.") for untold in UNTOLD):
+        if is_untold(name):
             continue
         finer = groups + "|" + texts(table, column)
         if finer.nunique() > groups.nunique():

@@ -58,6 +58,10 @@ class ModelState:
     training: Training | None = None
     checkpoint: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.training is not None and self.checkpoint is not None:
+            self.training.checkpoint(Path(), self.checkpoint)  # refuses one that is not kept, before it is trained
+
     @property
     def inputs(self) -> tuple[Stage, ...]:
         """The stages whose artefacts `load` is given."""

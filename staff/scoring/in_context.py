@@ -35,8 +35,8 @@ def in_context_gains(
     longest = int(helped.lengths.max() + examples.lengths.max()) + len(separator or [])
     if window is not None and longest > window:
         raise UserError(
-            f"method=delift reads samples in pairs of up to {longest} tokens, and the model has {window} "
-            "positions: lower finetune.max_length to half of them with task.too_long=drop."
+            f"a sample behind an example takes up to {longest} tokens, and the model has {window} positions: "
+            "lower finetune.max_length to half of them with task.too_long=drop."
         )
     alone, rows = score(helped), []
     size = max(1, PAIRS_AT_ONCE // len(examples))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from staff.errors import UserError
 from staff.models.adapters import LoraSpec, shapes
 from staff.models.spec import ARCHITECTURES, PRECISIONS
 from staff.models.state import FreshAdapter, ModelState, check_mergeable
+from staff.runtime.machine import free_ram
 from staff.scoring.signal import Signal, gradient_of
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
@@ -121,11 +123,19 @@ class Score(Stage):
         return kind not in ARCHITECTURES if wanted is None else wanted
 
     def check(self) -> None:
-        """Refuse, from shapes alone, a model that cannot be differentiated as the signals need.
+        """Refuse, from shapes alone, what cannot be scored.
 
         Raises:
-            UserError: it has no such parameters.
+            UserError: values larger than memory, or a model without the parameters to differentiate by.
         """
+        config = self.state.spec.config().get_text_config()
+        for signal in self.signals:
+            one = math.prod(signal.shape(config)) * np.dtype(signal.dtype).itemsize
+            if (needed := one * len(self.samples)) > (free := free_ram()):
+                raise UserError(
+                    f"{signal.name} of {len(self.samples)} samples, {signal.shape(config)} each, takes "
+                    f"{needed / 1e9:,.0f} GB, and {free / 1e9:,.0f} GB are free: lower method.dim."
+                )
         from staff.scoring.gradients import gradient_layers, gradient_parameters
 
         if gradient := gradient_of(self.signals):

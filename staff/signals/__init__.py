@@ -36,6 +36,9 @@ NAMED = {
 PAIRS = "in_context_gain"
 """What a pool answers of every pair of samples (`staff.scoring.in_context`)."""
 
+EVALUATIONS = "in_context"
+"""What a pool answers of evaluations that a method plans (`staff.evaluation.in_context`)."""
+
 
 def named(signal: str | Signal, **options: Any) -> Signal:
     """The signal with this name, or the signal itself, with these fields.
@@ -69,11 +72,6 @@ def named_all(signals: Sequence[str | Signal], options: Mapping[str, Any]) -> tu
 def _plain(signal: str | Signal) -> Signal:
     if not isinstance(signal, str):
         return signal
-    if signal == "in_context":
-        raise UserError(
-            "method=data_whisperer asks for generated answers and their attention, which no pool measures: it "
-            "selects from arrays alone, by the functions of baselines/data_whisperer.py."
-        )
     if signal not in NAMED:
         raise UserError(f"signal={signal!r} is unknown: choose one of {', '.join(NAMED)}.")
     module, _, name = NAMED[signal].partition(".")

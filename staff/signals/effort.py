@@ -10,6 +10,7 @@ import numpy as np
 
 from staff.errors import UserError
 from staff.models.adapters import LoraSpec
+from staff.models.spec import ARCHITECTURES
 from staff.scoring.signal import GradientOf, Signal
 
 if TYPE_CHECKING:
@@ -64,4 +65,6 @@ class Effort(Signal):
     def flops(self, model: Any, lengths: np.ndarray, answer_lengths: np.ndarray) -> float:
         from staff.scoring.flops import contraction_flops
 
-        return contraction_flops(model, lengths, answer_lengths) if self.parameters == "all_linear" else 0.0
+        if self.parameters != "all_linear" and model.config.model_type not in ARCHITECTURES:
+            return 0.0  # by plain autograd, which has the gradients themselves
+        return contraction_flops(model, lengths, answer_lengths, self.parameters)

@@ -19,6 +19,7 @@ from staff.errors import UserError
 from staff.models.adapters import shapes
 from staff.models.spec import ARCHITECTURES, ModelSpec
 from staff.runtime import processes
+from staff.runtime.machine import free_ram
 from staff.training.settings import FinetuneSettings
 
 log = logging.getLogger(__name__)
@@ -122,12 +123,11 @@ def _weight_bytes(model: Any, quantization: str | None) -> int:
 
 def available_memory() -> int:
     """Free bytes on the GPU, or without a GPU in RAM, divided among the processes that share it."""
-    import psutil
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available // processes.local_world_size()
+    return free_ram()
 
 
 def check_fits(spec: ModelSpec, samples: TokenizedSamples, settings: FinetuneSettings) -> None:

@@ -47,6 +47,8 @@ class Finetune(Training):
         online: None, or the parameters whose gradients give every sample's effort in the last epoch
             (`staff.training.online`).
         moments: keep the optimiser's moments at the end of every epoch.
+        schedule: positions in `samples` by epoch, (epochs, m), for a training on other samples in every epoch;
+            None: on all of them in each.
     """
 
     kind: ClassVar[str] = "finetune"
@@ -59,8 +61,14 @@ class Finetune(Training):
     seed: int
     online: str | None = None
     moments: bool = False
+    schedule: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        if self.schedule is not None and len(self.schedule) < math.ceil(self.epochs):
+            raise UserError(
+                f"fine-tuning takes {math.ceil(self.epochs)} epochs, and the coreset has samples for "
+                f"{len(self.schedule)}: set method.epochs={math.ceil(self.epochs)}."
+            )
         if self.moments and self.settings.kind != "lora":
             raise UserError(
                 f"Adam's moments are kept of adapters: they need finetune=lora, not {self.settings.kind}."
@@ -72,7 +80,8 @@ class Finetune(Training):
     @property
     def label(self) -> str:
         online = ", scoring online" if self.online else ""
-        return f"fine-tune {self.spec.name} on {len(self.samples)} samples{online}"
+        anew = "" if self.schedule is None else f", {self.schedule.shape[1]} in every epoch"
+        return f"fine-tune {self.spec.name} on {len(self.samples)} samples{anew}{online}"
 
     @property
     def adapter(self) -> LoraSpec | None:
@@ -88,6 +97,7 @@ class Finetune(Training):
             "online": self.online,
             # Only where they are kept, so that every other fine-tuning is known as before there were any.
             **({"moments": True} if self.moments else {}),
+            **({} if self.schedule is None else {"schedule": self.schedule.tolist()}),
         }
 
     def checkpoint(self, folder: Path, epoch: int) -> Path:
@@ -128,6 +138,7 @@ class Finetune(Training):
             ids=samples.ids,
             objective=settings.objective,
             efforts=efforts,
+            schedule=self.schedule,
             warmup_start=settings.warmup_start,
             args=self._arguments(work),
             train_dataset=_rows(samples),
@@ -169,18 +180,32 @@ class Finetune(Training):
         log = [{"epoch": k, "learning_rate": self.settings.learning_rate} for k in range(1, int(self.epochs) + 1)]
         (folder / HISTORY).write_text(json.dumps({"log": log}))
 
-    def epoch_flops(self, trained: int) -> float:
-        """FLOPs of one epoch, with this number of trained parameters.
+    def flops(self, trained: int) -> float:
+        """FLOPs of all epochs, with this number of trained parameters.
 
         Logits are counted at label positions. The last block is counted at all positions, though it runs at fewer.
         """
         adapter_parameters = None if self.adapter is None else trained
-        lengths, answers = self.samples.lengths, self.samples.answer_lengths
-        return training_flops(self.spec.config(), lengths, answers, adapter_parameters=adapter_parameters)
+        return sum(
+            part
+            * training_flops(
+                self.spec.config(),
+                self.samples.lengths[rows],
+                self.samples.answer_lengths[rows],
+                adapter_parameters=adapter_parameters,
+            )
+            for rows, part in self._passes()
+        )
+
+    def _passes(self) -> list[tuple[Any, float]]:
+        """The samples that are passed over, and how often; a last epoch may be in part."""
+        if self.schedule is None:
+            return [(slice(None), self.epochs)]
+        return [(rows, min(1.0, self.epochs - k)) for k, rows in enumerate(self.schedule) if k < self.epochs]
 
     def _count(self, meter: Meter, trained: int) -> None:
-        tokens = round(int(self.samples.lengths.sum()) * self.epochs)
-        meter.add(flops=self.epoch_flops(trained) * self.epochs, tokens_forward=tokens, tokens_backward=tokens)
+        tokens = round(sum(int(self.samples.lengths[rows].sum()) * part for rows, part in self._passes()))
+        meter.add(flops=self.flops(trained), tokens_forward=tokens, tokens_backward=tokens)
 
     def _write_history(
         self, folder: Path, state: Any, result: Any, seconds: float, model: Any, moved: bool
@@ -203,7 +228,8 @@ class Finetune(Training):
         from transformers import TrainingArguments
 
         settings = self.settings
-        steps = math.ceil(settings.steps(len(self.samples)) * self.epochs)
+        size = len(self.samples) if self.schedule is None else self.schedule.shape[1]
+        steps = math.ceil(settings.steps(size) * self.epochs)
         at_once, accumulated = settings.on_each_device(processes.world_size())
         return TrainingArguments(
             output_dir=str(checkpoints),

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from staff.data.tokens import IGNORED
 from staff.errors import UserError
@@ -66,6 +66,35 @@ class ShardedBatches(Sampler[list[int]]):
         return whole * self._batches(self._step) + self._batches(rest)
 
 
+class ScheduledOrder(Sampler[int]):
+    """The samples of each epoch by a schedule, in random order.
+
+    Args:
+        schedule: positions by epoch, (epochs, m).
+        lengths: tokens of every sample, (N,), to group samples of similar length; None: uniformly random.
+        batch_size: samples of an optimiser step.
+    """
+
+    def __init__(self, schedule: np.ndarray, lengths: Sequence[int] | None, batch_size: int) -> None:
+        self._schedule, self._lengths, self._batch = schedule, lengths, batch_size
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        # Drawn by torch's global generator, whose state `Checkpoints` restores.
+        rows = self._schedule[self._epoch].tolist()
+        if self._lengths is None:
+            order = torch.randperm(len(rows)).tolist()
+        else:
+            order = get_length_grouped_indices([self._lengths[row] for row in rows], self._batch)
+        return iter([rows[i] for i in order])
+
+    def __len__(self) -> int:
+        return self._schedule.shape[1]
+
+
 class ShardingTrainer(Trainer):
     """A `Trainer` whose steps hold the same samples in several processes as in one.
 
@@ -73,9 +102,11 @@ class ShardingTrainer(Trainer):
 
     Args:
         warmup_start: of the learning rate, as in `staff.training.settings.FinetuneSettings`.
+        schedule: as in `staff.training.stage.Finetune`.
     """
 
-    def __init__(self, *, warmup_start: str, **settings: Any) -> None:
+    def __init__(self, *, warmup_start: str, schedule: np.ndarray | None = None, **settings: Any) -> None:
+        self._schedule = schedule
         super().__init__(**settings)
         self._warmup_start = warmup_start
 
@@ -91,17 +122,32 @@ class ShardingTrainer(Trainer):
         if processes.world_size() == 1:
             return super().get_train_dataloader()
         args, rows = self.args, cast(Any, self.train_dataset)
-        device_batch = args.per_device_train_batch_size
-        step = device_batch * args.gradient_accumulation_steps * processes.world_size()
-        if args.train_sampling_strategy == "group_by_length":
-            order: Any = LengthGroupedSampler(step, dataset=rows, lengths=list(rows["length"]))
+        if self._schedule is not None:
+            order: Any = self._scheduled_order()
+        elif args.train_sampling_strategy == "group_by_length":
+            order = LengthGroupedSampler(self._step_samples, dataset=rows, lengths=list(rows["length"]))
         else:
             order = SeedableRandomSampler(rows, data_seed=args.data_seed)
-        batches: Any = ShardedBatches(order, step, device_batch)
+        batches: Any = ShardedBatches(order, self._step_samples, args.per_device_train_batch_size)
         loader = DataLoader(
             rows, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=args.dataloader_pin_memory
         )
         return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+    @property
+    def _step_samples(self) -> int:
+        """Samples of an optimiser step, over all processes."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.world_size()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self._schedule is None else self._scheduled_order()
+
+    def _scheduled_order(self) -> ScheduledOrder:
+        assert self._schedule is not None
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        lengths = list(cast(Any, self.train_dataset)["length"]) if grouped else None
+        return ScheduledOrder(self._schedule, lengths, self._step_samples)
 
 
 def rising_from_first_step(scheduler: Any, warmup: int) -> LambdaLR:

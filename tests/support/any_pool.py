@@ -110,7 +110,9 @@ class AnyPool:
         rng = np.random.default_rng(zlib.crc32(question.encode()))
         return rng.normal(size=shape) if signal in VECTORS else rng.lognormal(0, 0.5, shape)
 
-    def _in_context(self, of: str, view: str, demonstrations: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    def _in_context(
+        self, of: str, view: str, demonstrations: np.ndarray, queries: np.ndarray, **options: Any
+    ) -> np.ndarray:
         """Attention in proportion to a demonstration's loss, and as metric the probability of each query."""
         loss, metric = (self._answer(s, of, v, {}) for s, v in (("loss", "pool"), ("probability", view)))
         attention = np.where(demonstrations >= 0, loss[demonstrations], np.nan)

@@ -28,6 +28,7 @@ from staff.data.views import DataView
 from staff.evaluation.floor_stages import FILE as FLOORS
 from staff.evaluation.floor_stages import ChooseConstant, Floors
 from staff.evaluation.generator import Greedy
+from staff.evaluation.in_context import AnswersInContext, read_in_context
 from staff.evaluation.metrics import NAMED as METRICS
 from staff.evaluation.metrics import named_metric
 from staff.evaluation.stage import Generate, Measure, read_measured, read_predictions
@@ -128,6 +129,14 @@ def slices(folder: Path) -> Iterator[tuple[str, Slice]]:
         method, pool = method_named(name), any_pool.pool_of(60)
         pool.seed = 3
         yield f"coreset {name}", Slice(Select(method, pool, 20), (method,), of_coreset)  # type: ignore[arg-type]
+    shown, queries = np.array([[0, 3], [5, 1]]), np.array([[1], [2]])
+    evaluations = AnswersInContext(
+        ModelState(TARGET), given_samples(), given_samples(4), shown, queries, named_metric("rougeL"), [30]
+    )
+    yield (
+        "in_context",
+        Slice(evaluations, (evaluations.metric,), lambda answered: of_array(read_in_context(answered))),
+    )
     generate = Generate(ModelState(TARGET), given_samples(4), Greedy(), 12)
     yield "evaluation", Slice(generate, (generate.generator,), of_answers)
     table = pd.DataFrame({"id": list("abcd"), "prediction": ANSWERS, "tokens": [6, 3, 0, 5]})
@@ -189,6 +198,8 @@ def finetunings() -> Iterator[tuple[str, Slice]]:
     ):
         stage = Finetune(SMALL, given_samples(), kind, epochs, 5, online)
         yield f"finetune {name}", Slice(stage, (settings.objective,), of_training)
+    stage = Finetune(SMALL, given_samples(), settings, 2, 5, schedule=np.array([[0, 1, 2, 3], [2, 5, 7, 9]]))
+    yield "finetune by epoch", Slice(stage, (settings.objective,), of_training)
 
 
 def scoring(signal: Any, ids: Sequence[str] | None = None) -> Slice:

@@ -43,3 +43,14 @@ def tiny_pool(store: Path | Store, size: int = 40, dev: bool = True, seed: int =
     if not dev:
         del slices["dev"]
     return Pool(slices, family, settings, store if isinstance(store, Store) else Store(store), seed)
+
+
+def planted_pool(store: Path, size: int = 12, dev: int = 4) -> Pool:
+    """Short planted questions: `size` of them are the pool, `dev` others the validation slice."""
+    cfg = composed("task=planted", "task.size=300")
+    family, settings, task = (instantiate(cfg[part], _convert_="all") for part in ("family", "finetune", "task"))
+    rows = task.load("train")[: size + dev]
+    small, target = (tokenize(rows, spec.tokenizer()) for spec in (family.small, family.target))
+    parts = {"pool": np.arange(size), "dev": np.arange(size, size + dev)}
+    slices = {name: Slice(small.take(at), target.take(at)) for name, at in parts.items()}
+    return Pool(slices, family, settings, Store(store), 0)
