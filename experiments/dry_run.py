@@ -204,10 +204,10 @@ def _estimate(job: list[str], cfg: DictConfig, choices: dict[str, Any], store: D
     chosen, coreset = run.select()
     if all(charge.stage == "coreset" for charge in chosen.charged().values()):
         store.certain.add(tokenized["target"].take(coreset.trained).fingerprint)
-    if run.generator is not None:
-        answering = run.answering(run.finetuning(coreset))
+    if run.evaluation is not None:
+        answering = run.evaluation.answering(run.state(run.finetuning(coreset)))
         store.get(answering)
-        for scored in run.measuring(answering).scored:
+        for scored in run.evaluation.measuring(answering).scored:
             store.certain.add(scored.samples.fingerprint)
             store.get(scored)
     _compare(run, planned.compared)

@@ -18,7 +18,7 @@ from staff import tracking
 from staff.data.planted import PlantedTask
 from staff.errors import UserError
 from staff.evaluation.floor_stages import read_floors, warnings
-from staff.evaluation.metrics import measure
+from staff.evaluation.metrics import measure, named_metric
 from staff.evaluation.stage import choices_of, read_measured
 from staff.runtime import processes
 from staff.selection import Coreset
@@ -130,9 +130,9 @@ def _below_floor(floors: dict[str, Any], answers: pd.DataFrame, tuned: Artifact 
 
 def _metrics_by_group(run: Run, answers: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Test samples and every metric, by the group of the test samples; a corpus metric is that of the group."""
-    table = {}
+    table, named = {}, [named_metric(name) for name in run.task.metrics]
     for group, part in answers.groupby("group"):
-        stored = [metric for metric in run.metrics if metric.needs != "likelihood"]
+        stored = [metric for metric in named if metric.needs != "likelihood"]
         texts = part["prediction"].tolist(), part["references"].tolist()
         metrics, _ = measure(stored, *texts, choices=choices_of(part))
         others = {name: part[name].mean() for name in run.task.metrics if name not in metrics}

@@ -8,9 +8,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,7 +23,11 @@ from experiments.console import reader_gone
 from staff.errors import UserError
 from staff.runtime import preemption, processes
 from staff.store.events import listening
+from staff.store.locks import file_lock
 from staff.tracking.mirror import Mirror
+
+if TYPE_CHECKING:
+    from experiments.single import Run
 
 log = logging.getLogger("staff")
 
@@ -41,7 +45,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     page = Mirror()
     with listening(page):
         this = Run(cfg, choices)
-        with this.locked(), this.failure_noted():
+        with _locked(this), _failure_noted(this):
             if processes.broadcast_from_main(lambda: this.recorded):
                 log.info("%s: recorded already", this.name)
                 return this.folder
@@ -59,6 +63,29 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
                 folder = processes.broadcast_from_main(lambda: record.write(this, outcome))
             page.finish(lambda: record.tables(this, outcome))
             return folder
+
+
+def _locked(this: Run) -> AbstractContextManager[Any]:
+    """Keeps two workers of a sweep from carrying out the same run side by side."""
+    this.folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = this.folder.parent / f".{this.name}.lock"
+    return file_lock(lock) if processes.is_main_process() else nullcontext()
+
+
+@contextmanager
+def _failure_noted(this: Run) -> Iterator[None]:
+    """Write the traceback of a failure to where the record would be, and remove that of an earlier one."""
+    note = this.folder / "failure.txt"
+    if processes.is_main_process():
+        note.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception:
+        if processes.claims_error_report():
+            with suppress(OSError):  # a full disk does not hide what failed
+                note.parent.mkdir(parents=True, exist_ok=True)
+                note.write_text(traceback.format_exc())
+        raise
 
 
 @contextmanager

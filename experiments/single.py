@@ -5,9 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -20,26 +17,22 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
+from experiments.evaluating import Evaluation
 from experiments.reader import Reader
 from staff.data.splits import load_splits
-from staff.data.task import Sample, Task, data_digest
+from staff.data.task import Task, data_digest
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.evaluation.floor_stages import ChooseConstant, Floors, with_floors
 from staff.evaluation.generator import Generator
-from staff.evaluation.metrics import check_metrics, named_metric
-from staff.evaluation.metrics.metric import Metric
-from staff.evaluation.stage import Generate, Measure
+from staff.evaluation.metrics import check_metrics
 from staff.models.family import Family
 from staff.models.prepare import prepare
 from staff.models.spec import check_quantization
 from staff.models.state import ModelState
 from staff.pool import Pool, Select
 from staff.runtime import processes
-from staff.scoring.stage import Score, ScoringSettings
+from staff.scoring.stage import ScoringSettings
 from staff.selection import Coreset, SelectionMethod, budget_for, budget_of, check_flags, tokens_of
-from staff.signals.nll import AnswerNll
-from staff.store.locks import file_lock
 from staff.store.manifest import Artifact, digest
 from staff.store.store import Store
 from staff.tracking import mirror
@@ -112,10 +105,6 @@ class Run:
         return float(1 - Fraction(budget_of(self.method, self.cfg.pruning_rate, pool, self.cfg.budget), pool))
 
     @cached_property
-    def metrics(self) -> list[Metric]:
-        return [named_metric(name) for name in self.task.metrics]
-
-    @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration; a budget, or a method's own size, shows the pruning rate that it comes to."""
         config = OmegaConf.to_container(self.cfg, resolve=True)
@@ -125,11 +114,13 @@ class Run:
     @cached_property
     def fingerprint(self) -> str:
         """Of the stages that the run ends in: the selection, and the answers of the target fine-tuned on it."""
-        if self.generator is None:
+        if self.evaluation is None:
             return digest({"run": [self.selection.fingerprint]})
         planned = PlannedSamples(self.selection.fingerprint)
         tuned = self._finetuning(planned, self.budget) if self.budget else None  # type: ignore[arg-type]
-        return digest({"run": [self.selection.fingerprint, self.answering(tuned).fingerprint]})
+        return digest(
+            {"run": [self.selection.fingerprint, self.evaluation.answering(self.state(tuned)).fingerprint]}
+        )
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -200,16 +191,19 @@ class Run:
         """The pool as the small model, the target, and the target of the family that selects (as a rule the same)
         read it; and the test samples as the target does."""
         tokenized = self.reader.trained(self.splits.pool)
-        if self.generator is not None:
-            tokenized["test"] = self.reader.asked(self.splits.test)
-            if "choices" in {metric.needs for metric in self.metrics}:
-                tokenized["choices"] = self.reader.choices(self._answered_samples(tokenized["test"]))
+        if self.evaluation is not None:
+            tokenized["test"] = self.evaluation.asked
+            if "choices" in self.evaluation.needs:
+                tokenized["choices"] = self.evaluation.choices
         return tokenized
 
-    def _answered_samples(self, asked: TokenizedSamples) -> list[Sample]:
-        """The test samples that fit."""
-        ids = set(asked.ids)
-        return [sample for sample in self.splits.test if sample.id in ids]
+    @cached_property
+    def evaluation(self) -> Evaluation | None:
+        """How the target is evaluated; None for a run that ends with its coreset."""
+        if self.generator is None:
+            return None
+        how = self.task, self.splits, self.reader, self.generator, self.scoring, self.settings.lora
+        return Evaluation(*how)
 
     @cached_property
     def pool(self) -> Pool:
@@ -267,57 +261,9 @@ class Run:
         settings, samples = self.settings, self.tokenized["target"]
         return Finetune(self.family.target, samples, settings, settings.epochs, self.cfg.finetune_seed)
 
-    def answering(self, tuned: Finetune | None) -> Generate:
-        """The answers of the fine-tuned target, or of the raw one."""
-        assert self.generator is not None
-        state = ModelState(self.family.target, tuned)
-        return Generate(state, self.tokenized["test"], self.generator, self.task.max_new_tokens)
-
-    def measuring(self, answering: Generate) -> Measure:
-        references = {sample.id: sample.references for sample in self.splits.test}
-        needs = {metric.needs for metric in self.metrics}
-        likelihood = self._likelihood(answering.state, self.reference_tokens) if "likelihood" in needs else None
-        if "choices" not in needs:
-            return Measure(answering, self.metrics, references, likelihood)
-        choosing = self._likelihood(answering.state, self.tokenized["choices"])
-        choices = {sample.id: sample.choices for sample in self.splits.test}
-        return Measure(answering, self.metrics, references, likelihood, choosing, choices)
-
-    def floors(self, answering: Generate) -> Floors | None:
-        """The floors under the metrics of answers; None where there are none."""
-        answers = [sample.answer for sample in self.splits.pool]
-        constants = tuple(ChooseConstant(metric, answers) for metric in with_floors(self.metrics))
-        references = {sample.id: sample.references for sample in self.splits.test}
-        return Floors(answering, constants, references) if constants else None
-
-    def _likelihood(self, state: ModelState, samples: TokenizedSamples) -> Score:
-        """The negative log-likelihood of every answer under the model."""
-        return Score(state, samples, (AnswerNll(),), self.scoring, self.settings.lora, 0)
-
-    @cached_property
-    def reference_tokens(self) -> TokenizedSamples:
-        return self.reader.references(self._answered_samples(self.tokenized["test"]))
-
-    def locked(self) -> AbstractContextManager[Any]:
-        """Keeps two workers of a sweep from carrying out the same run side by side."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = self.folder.parent / f".{self.name}.lock"
-        return file_lock(lock) if processes.is_main_process() else nullcontext()
-
-    @contextmanager
-    def failure_noted(self) -> Iterator[None]:
-        """Write the traceback of a failure to where the record would be, and remove that of an earlier one."""
-        note = self.folder / "failure.txt"
-        if processes.is_main_process():
-            note.unlink(missing_ok=True)
-        try:
-            yield
-        except Exception:
-            if processes.claims_error_report():
-                with suppress(OSError):  # a full disk does not hide what failed
-                    note.parent.mkdir(parents=True, exist_ok=True)
-                    note.write_text(traceback.format_exc())
-            raise
+    def state(self, tuned: Finetune | None) -> ModelState:
+        """The fine-tuned target, or the raw one."""
+        return ModelState(self.family.target, tuned)
 
     def check_machine(self) -> None:
         """Refuse, before a model loads, what this machine cannot do, or what no coreset can be."""
@@ -336,14 +282,14 @@ class Run:
     def carry_out(self) -> Outcome:
         """Run every stage, or read it."""
         chosen, coreset = self.select()
-        if self.generator is None:
+        if (evaluation := self.evaluation) is None:
             return Outcome(chosen, coreset)
         tuning = self.finetuning(coreset)
         tuned = None if tuning is None else self.store.get(tuning)
-        answering = self.answering(tuning)
+        answering = evaluation.answering(self.state(tuning))
         answered = self.store.get(answering)
-        measured = self.store.get(self.measuring(answering))
-        floors = self.floors(answering)
+        measured = self.store.get(evaluation.measuring(answering))
+        floors = evaluation.floors(answering)
         return Outcome(chosen, coreset, tuned, answered, measured, floors and self.store.get(floors))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -101,14 +101,6 @@ class Pool:
         """The group of each sample of the validation slice; None if the task has no groups."""
         return self._slice("dev").groups
 
-    @overload
-    def ask(
-        self, signal: Asked, of: str, at: np.ndarray | None = None, view: str = "pool", **options: Any
-    ) -> np.ndarray: ...
-    @overload
-    def ask(
-        self, signal: Sequence[Asked], of: str, at: np.ndarray | None = None, view: str = "pool", **options: Any
-    ) -> list[np.ndarray]: ...
     def ask(
         self,
         signal: Asked | Sequence[Asked],
@@ -116,7 +108,7 @@ class Pool:
         at: np.ndarray | None = None,
         view: str = "pool",
         **options: Any,
-    ) -> np.ndarray | list[np.ndarray]:
+    ) -> Any:
         """A signal of every sample, shape (N, ...), in the pool's order; for several signals, a list of arrays.
 
         Several signals come out of one pass over the samples, and are charged as one. Two questions are not of
