@@ -20,16 +20,27 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, run_shrunk
+from support.records import invented, write_runs
 
 from experiments.benchmarks.common import configured
 from experiments.campaign import pack
 from experiments.recorded import recorded_runs
-from experiments.report import ablations, cautions, floors, forest, overhead, overview, performance, verdicts
+from experiments.report import (
+    ablations,
+    cautions,
+    floors,
+    forest,
+    groups,
+    overhead,
+    overview,
+    performance,
+    verdicts,
+)
 from experiments.report.__main__ import left_over, main, summary, write
 from experiments.report.comparisons import mean, of_finetuning, pairs
 from experiments.report.contrasts import registered
 from experiments.report.figures import _spread_labels, overlap, pareto
-from experiments.report.records import Context, collect, contexts
+from experiments.report.records import Context, as_table, collect, contexts
 from experiments.report.settings import told_apart, variants
 from experiments.report.similarity import region_similarity, similarity
 from experiments.report.statistics import t_interval
@@ -159,6 +170,31 @@ def test_short_fine_tunings_and_seeds_with_the_same_answers_are_shown(real: Path
     assert short in page and short in (tmp_path / "tables/warnings-tiny-dialogsum.md").read_text()
     alike, other = (mean(only_context(tmp_path), method, 0.5) for method in ("random", "staff"))
     assert alike is not None and (alike.half, alike.units) == (None, 1) and other is not None and other.units == 3
+
+
+def test_coresets_and_metrics_are_shown_by_group_where_the_task_has_groups(tmp_path: Path):
+    how = {"effects": {"random": 0.0, "staff": 1.0}, "rates": (0.9,), "seeds": 2}
+    write_runs(tmp_path, **how)
+    records = [run.record() for run in invented(**how)]
+    for record in records:
+        many = 8 if record["run"]["method"] == "staff" else 4
+        record["coreset"]["groups"] = {"a": {"pool": 30, "coreset": 10 - many}, "b": {"pool": 10, "coreset": many}}
+        parts = {"pool": {"wrong": 0.25}, "coreset": {"wrong": many / 10}}
+        record["coreset"]["planted"] = parts
+        record["metrics_by_group"] = {
+            "a": {"samples": 30, "rougeL": 3.0},
+            "b": {"samples": 10, "rougeL": many + 0.5},
+        }
+    (context,) = contexts(as_table(records), tmp_path)
+    made_of, measured = groups.tables(context)
+    assert made_of.cells.set_index("method").to_dict("index") == {
+        "the pool": {"a": "75.0", "b": "25.0", "wrong": "25.0"},
+        "random": {"a": "60.0", "b": "40.0", "wrong": "40.0"},
+        "staff": {"a": "20.0", "b": "80.0", "wrong": "80.0"},
+    }
+    assert measured.cells.set_index("method")["b"].to_dict() == {"random": "4.5", "staff": "8.5"}
+    (plain,) = contexts(as_table(run.record() for run in invented(**how)), tmp_path)
+    assert groups.tables(plain) == []
 
 
 def test_a_run_of_few_steps_says_so_in_its_record_and_in_the_table_at_its_end(real: Path):

@@ -12,7 +12,17 @@ import pandas as pd
 
 from experiments.console import pipeable
 from experiments.recorded import recorded_runs
-from experiments.report import ablations, audit, cautions, contrasts, floors, overhead, performance, verdicts
+from experiments.report import (
+    ablations,
+    audit,
+    cautions,
+    contrasts,
+    floors,
+    groups,
+    overhead,
+    performance,
+    verdicts,
+)
 from experiments.report.browse import browse
 from experiments.report.comparisons import pairs
 from experiments.report.records import collect, contexts
@@ -31,7 +41,8 @@ def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, opti
     """
     from experiments.report import figures, forest, page
 
-    flat = table.drop(columns=["stages", "floors"]).assign(warnings=table["warnings"].str.join(" "))
+    nested = ["stages", "floors", "groups", "planted", "by_group"]
+    flat = table.drop(columns=nested).assign(warnings=table["warnings"].str.join(" "))
     flat.to_csv(results / "metrics.csv", index=False)
     paper = pd.read_csv(PAPER)
     sections, every = [], contexts(table, results)
@@ -42,6 +53,7 @@ def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, opti
             *audit.tables(context),
             *performance.tables(context, found, paper, question),
             floors.recorded(context),
+            *groups.tables(context),
             ablations.table(context, [each for each in every if each.title.startswith(f"{context.title}: ")]),
             *overhead.tables(context),
             similarity(context),
