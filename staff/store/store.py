@@ -5,6 +5,7 @@
     root/locks/                   a lock file for each artefact
     root/attempts/                stages that were started and not finished (`staff.store.attempts`)
     root/checkpoints/             checkpoints of long stages, to resume from
+    root/samples/                 the samples of large data files, once read (`staff.data.stored`)
 
 An artefact is written to a temporary folder, its manifest last, and published by one rename under its lock. So a
 folder with a manifest is complete, and a process that dies leaves nothing that is read. The manifest records the
@@ -53,7 +54,8 @@ log = logging.getLogger(__name__)
 VISIBLE = 60.0
 """Seconds within which a published folder must be visible to every process of its run."""
 
-RESERVED = ("tmp", "locks", "attempts", "checkpoints")
+SAMPLES = "samples"
+RESERVED = ("tmp", "locks", "attempts", "checkpoints", SAMPLES)
 """Folders of the store that hold no artefacts."""
 
 _STORAGE_ERRORS = {
