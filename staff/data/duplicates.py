@@ -80,7 +80,9 @@ def duplicates(pool: Sequence[Sample], held_out: Sequence[Sample], near: bool | 
     if near and not near_available():
         raise UserError("task.deduplicate=near needs datasketch: pip install 'staff-coresets[duplicates]'.")
     first: dict[bytes, int] = {}
-    repeated = np.array([at for at, s in enumerate(pool) if first.setdefault(_content_digest(s), at) < at], np.int64)
+    repeated = np.array(
+        [at for at, s in enumerate(pool) if first.setdefault(_content_digest(s), at) < at], np.int64
+    )
     asked = {normalised(sample.prompt) for sample in held_out}
     exposed = [at for at, sample in enumerate(pool) if normalised(sample.prompt) in asked] if asked else []
     found = Duplicates(repeated, np.array(exposed, np.int64))

@@ -26,7 +26,7 @@ import numpy as np
 
 from staff.data import conversations, duplicates, files, rows, templates
 from staff.data.duplicates import Duplicates
-from staff.data.task import Sample, Task, data_digest, several_answers
+from staff.data.task import Sample, Task, computed_digest, several_answers
 
 if TYPE_CHECKING:
     from staff.data.splits import Splits
@@ -90,7 +90,7 @@ def write_samples(samples: Sequence[Sample], file: Path) -> None:
     text = pa.string()
     turns = pa.list_(pa.struct({"role": text, "text": text}))
     kinds = {"references": pa.list_(text), "choices": pa.list_(text), "turns": turns}
-    facts = {"digest": data_digest(samples), "several_answers": several_answers(samples)}
+    facts = {"digest": computed_digest(samples), "several_answers": several_answers(samples)}
     names = [field.name for field in fields(Sample)]
     schema = pa.schema([(name, kinds.get(name, text)) for name in names], {"facts": json.dumps(facts)})
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:

@@ -321,11 +321,16 @@ def several_answers(samples: Iterable[Sample]) -> bool:
 
 def data_digest(samples: Sequence[Sample]) -> str:
     """SHA-256 of what the samples are, wherever they were read from; an empty field or None changes nothing."""
-    return getattr(samples, "digest", None) or _digest(tuple(samples))
+    return getattr(samples, "digest", None) or _remembered(tuple(samples))
 
 
 @lru_cache(maxsize=8)  # the runs of a sweep share their samples
-def _digest(samples: tuple[Sample, ...]) -> str:
+def _remembered(samples: tuple[Sample, ...]) -> str:
+    return computed_digest(samples)
+
+
+def computed_digest(samples: Iterable[Sample]) -> str:
+    """`data_digest`, without remembering the samples."""
     digest = hashlib.sha256(b"[")
     for at, sample in enumerate(samples):
         row = json.dumps({name: value for name, value in vars(sample).items() if value})

@@ -30,7 +30,7 @@ IGNORED = -100
 
 LABELLED = "labelled.npy"
 
-BLOCK = 10_000
+BLOCK = 2_000
 """Samples whose texts or positions are in memory at once; a tokenizer's threads share the work within a block."""
 
 
@@ -295,9 +295,7 @@ def tokenize(
                     answers = [piece.answer for piece in of_one]
                     masks.append(np.repeat(answers, [len(part) for part in parts]))
             ids = [sample.id for sample in some]
-            blocks.append(
-                TokenizedSamples.of_rows(ids, rows, prompt_lengths, len(begin), masks if every else None)
-            )
+            blocks.append(TokenizedSamples.of_rows(ids, rows, prompt_lengths, len(begin), masks if every else None))
             bar.update(len(some))
     return _joined(blocks, labelled=several)
 
@@ -324,4 +322,4 @@ def _prompt_and_answer(sample: Sample) -> list[Piece]:
 
 def _tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Token ids of each text, without special tokens; not verbose, since `fitting` reports what is too long."""
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
