@@ -1,8 +1,8 @@
 """The nearest neighbours of every sample in an embedding space, exact or approximate.
 
 The exact search takes N^2 times dimensions operations. The approximate one looks only into the cells nearest to a
-sample, which takes N^1.5 times dimensions: an inverted file as by Jégou et al. 2011, "Product Quantization for Nearest
-Neighbor Search", without their quantisation (IndexIVFFlat of faiss).
+sample, which takes N^1.5 times dimensions: an inverted file as in Jégou et al. 2011, "Product Quantization for
+Nearest Neighbor Search", without their quantisation (IndexIVFFlat of faiss).
 """
 
 from __future__ import annotations

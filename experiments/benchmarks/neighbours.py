@@ -3,9 +3,9 @@
 `python -m experiments.benchmarks.neighbours --cases 100000x64,1000000x64` runs D2 at a pruning rate of 0.9 on
 clustered embeddings drawn with seed 0, for each N x dimensions, every case in a process of its own. "recall" is the
 part of the true five nearest neighbours of 1,000 samples that the approximate search finds. "same coreset" is the
-part of the exact search's coreset that is also in the approximate one's, where --exact runs both: N up to that.
-Seconds are those of `select`, on the clock and on the processor. Peak memory is that of the process, with interpreter
-and embeddings. `method.search=approximate` needs faiss.
+part of the exact search's coreset that is also in the approximate one's, for N up to --exact. Seconds are those of
+`select`, on the clock and on the processor. Peak memory is that of the process, with interpreter and embeddings.
+`method.search=approximate` needs faiss.
 """
 
 from __future__ import annotations
