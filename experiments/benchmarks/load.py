@@ -9,9 +9,9 @@ sixty tokens for each size, and runs each stage by the code that a run uses:
 - select by ...: every method of --methods at a pruning rate of 0.5, and the coreset saved. Given numbers stand for
   every score of a model, and random embeddings of 128 dimensions for its own.
 - run: a whole run by imported scores, without evaluation, up to its record.
-- export: that run's coreset as JSON Lines.
-- report: tables, figures and page over a record of each of these methods. The records are those of runs on --shrunk
-  samples, with the scores and regions of the large pool in place of their own.
+- export: in a new process, that run's coreset as JSON Lines.
+- report: in a new process, tables, figures and page over a record of each of these methods. The records are those
+  of runs on --shrunk samples, with the scores and regions of the large pool in place of their own.
 - start again: a new process, from its own start until another run on the same pool knows its pool and its name.
 
 Seconds are processor time over all cores, which other work on the machine disturbs little; "by the clock" they are
@@ -131,8 +131,6 @@ def composed(folder: Path, *overrides: str) -> DictConfig:
 
 def measure(size: int, methods: Sequence[str], shrunk: int, folder: Path) -> dict[str, Measured]:
     """Every stage, in the order of a run."""
-    from experiments.report.__main__ import write
-    from experiments.report.records import collect
     from experiments.single import Run
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -162,14 +160,27 @@ def measure(size: int, methods: Sequence[str], shrunk: int, folder: Path) -> dic
         if len(coreset.diagnostics):
             coreset.diagnostics.to_csv(runs[name] / "regions.csv", index=False)
         del coreset, samples
-    with stages("report"):
-        write(folder, collect(folder))
     pd.DataFrame({"id": pool.ids, "score": stand_in.scores}).to_parquet(folder / "scores.parquet")
     del this, pool, stand_in
     with stages("run"):
-        recorded = run(alone, {"family": "tiny", "task": "file", "method": "imported"})
+        run(alone, {"family": "tiny", "task": "file", "method": "imported"})
+    return stages.measured
+
+
+def hand_on(folder: Path) -> dict[str, Measured]:
+    stages = Stages()
     with stages("export"):
-        export(recorded, "jsonl")
+        export(next(folder.glob("runs/*imported*/metrics.json")).parent, "jsonl")
+    return stages.measured
+
+
+def report(folder: Path) -> dict[str, Measured]:
+    from experiments.report.__main__ import write
+    from experiments.report.records import collect
+
+    stages = Stages()
+    with stages("report"):
+        write(folder, collect(folder))
     return stages.measured
 
 
@@ -205,7 +216,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             methods = options.methods.split(",")
             measured[size] = _in_a_process(measure, size, methods, options.shrunk, Path(folder))
-            measured[size] |= _in_a_process(start_again, Path(folder))
+            for stage in (hand_on, report, start_again):
+                measured[size] |= _in_a_process(stage, Path(folder))
         seconds = table(measured, lambda stage: f"{stage.seconds:.1f}", lambda stage: stage.seconds)
         memory = table(
             measured, lambda stage: f"{stage.peak / 1e6:,.0f} ({stage.before / 1e6:,.0f})", lambda stage: stage.peak
