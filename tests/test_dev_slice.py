@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def task_of(folder: Path, train: list[Row], test: list[Row] | None = None, **set
     return replace(TASK, data_dir=str(folder), **settings)
 
 
-def ids(samples: list[Sample]) -> list[str]:
+def ids(samples: Sequence[Sample]) -> list[str]:
     return [sample.id for sample in samples]
 
 

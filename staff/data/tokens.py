@@ -179,7 +179,7 @@ class TokenizedSamples:
         """SHA-256 of ids, tokens and labels."""
         digest = hashlib.sha256(json.dumps([list(self.ids), self.begin]).encode())
         for array, kind in ((self.tokens, np.int32), (self.offsets, np.int64), (self.prompt_lengths, np.int64)):
-            digest.update(np.ascontiguousarray(array, dtype=kind))
+            digest.update(np.ascontiguousarray(array, dtype=kind).data)
         if self.labelled is not None:
             digest.update(np.packbits(self.labelled).tobytes())
         return digest.hexdigest()
