@@ -19,7 +19,7 @@ from staff.runtime.progress import progress
 SEARCHES = ("exact", "approximate")
 BLOCK_ROWS = 256
 """Samples per block of the exact search: 100 MB of distances at N = 100,000."""
-PROBES = 16
+PROBES = 64
 """Cells of the approximate search that are looked into for each sample."""
 
 
