@@ -41,6 +41,8 @@ def job(cfg):
     stages = [Sleep(f"{name} {cfg.seed}", seconds) for name, seconds in SHARED[cfg.chain].items()]
     own = f"{cfg.chain} {cfg.pruning_rate} {cfg.seed}"
     stages += [Sleep(f"finetune {own}", 2 * (1 - cfg.pruning_rate)), Sleep(f"evaluate {own}", 0.4)]
+    slower = max(1, HydraConfig.get().launcher.workers / 4)  # so that processes start in a small part of the time
+    stages = [Sleep(stage.name, slower * stage.seconds) for stage in stages]
     for stage in stages:
         store.get(stage)
     told = {"began": began, "ended": time.time(), "stages": {stage.name: stage.seconds for stage in stages}}
