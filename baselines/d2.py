@@ -6,25 +6,21 @@ x_i + sum over neighbours of exp(-d_ij) x_j. Then the sample with the highest va
 neighbours are reduced, x_j -= exp(-gamma d_ij) x_i, until the budget is spent.
 
 No N x N matrix is formed: distances are computed for a block of rows at a time, and the graph is sparse. The search
-is exact; its N^2 times dimensions operations dominate the cost of D2. results/benchmarks/selection.md has times and
-memory, also in comparison with N x N matrices.
+for neighbours dominates the cost of D2. results/benchmarks/selection.md has times and memory of the exact one, also
+in comparison with N x N matrices; results/benchmarks/neighbours.md has those of the approximate one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isqrt
 from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
 from baselines.el2n import VARIANTS
-from staff.runtime.progress import progress
+from baselines.neighbours import SEARCHES, check_search, nearest_neighbours
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
-
-BLOCK_ROWS = 256
-"""Samples per block of the neighbour search: 100 MB of distances at N = 100,000."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,7 @@ class D2:
         features: "normalised" to L2 norm 1, or "raw". At the scale of raw hidden states exp(-d) vanishes, and D2
             selects the same samples as EL2N.
         variant: variant of EL2N, see `baselines.el2n.el2n_scores`.
+        search: for neighbours, "exact", or "approximate" by an index of faiss, for pools of a million.
     """
 
     version: ClassVar[int] = 1
@@ -45,12 +42,15 @@ class D2:
     gamma: float = 0.1
     features: str = "normalised"
     variant: str = "standard"
+    search: str = "exact"
 
     def __post_init__(self) -> None:
         check_range(self, "num_neighbors", 1, whole=True)
         check_range(self, "gamma", 0)
         check_choice(self, "features", ("normalised", "raw"))
         check_choice(self, "variant", VARIANTS)
+        check_choice(self, "search", SEARCHES)
+        check_search(self.search)
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """The coreset of `budget` samples.
@@ -67,7 +67,7 @@ class D2:
         importance, features = np.maximum(el2n[order], 1e-7), features[order]
         if self.features == "normalised":
             features /= np.where(norms > 0, norms, 1)[order, None].astype(np.float32)
-        graph = Graph.of_neighbours(*nearest_neighbours(features, self.num_neighbors))
+        graph = Graph.of_neighbours(*nearest_neighbours(features, self.num_neighbors, self.search))
         density = importance + graph.gather(np.exp(-graph.distances), importance)
         picked = pick_and_charge(density, graph, np.exp(-self.gamma * graph.distances), budget)
 
@@ -129,80 +129,3 @@ def pick_and_charge(values: np.ndarray, graph: Graph, charges: np.ndarray, budge
         values[graph.ends[edges]] -= charges[edges] * values[best]
         values[best] = -np.inf
     return picked
-
-
-def nearest_neighbours(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and distances of the exact k nearest neighbours of each sample, both (N, k).
-
-    A pool of k samples or fewer has fewer neighbours.
-
-    Args:
-        features: (N, dimensions), float32.
-    """
-    k = min(k, len(features) - 1)
-    if k == 0:
-        return np.empty((1, 0), dtype=np.int64), np.empty((1, 0))
-    positions, distances, settled = _search(features, np.arange(len(features)), k, np.float32)
-    doubtful = np.flatnonzero(~settled)
-    if len(doubtful):
-        positions[doubtful], distances[doubtful], _ = _search(features, doubtful, k, np.float64)
-    return positions, distances
-
-
-def _search(
-    features: np.ndarray, rows: np.ndarray, k: int, dtype: type
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions and distances of the k nearest neighbours of `rows`, and whether they are certain, for each row.
-
-    Squared distances come from a matrix product, as |y|^2 - 2xy without the row's own |x|^2. Its rounding can
-    change the order of near neighbours. So the distances of 2k candidates are computed again from differences in
-    float64. A row is certain if no rounding error can have excluded a nearer candidate.
-    """
-    n, dimensions = features.shape
-    count = min(2 * k, n - 1)
-    group = isqrt(n // count)
-    columns = -(-n // group) * group
-    # Centring does not change distances and reduces rounding errors. The columns of padding are infinitely far.
-    points = np.zeros((columns, dimensions), dtype)
-    np.subtract(features, features.mean(0, dtype=np.float64).astype(dtype), out=points[:n])
-    squares = np.full(columns, np.inf, dtype)
-    squares[:n] = np.einsum("nd,nd->n", points[:n], points[:n], dtype=np.float64)
-    # Twice the largest rounding error of a dot product, plus the rounding of the points themselves.
-    slack = (dimensions + 16) * np.finfo(dtype).eps * squares[:n].max()
-    positions, distances = np.empty((len(rows), k), dtype=np.int64), np.empty((len(rows), k))
-    settled = np.empty(len(rows), dtype=bool)
-    with progress(len(rows), "nearest neighbours") as bar:
-        for start in range(0, len(rows), BLOCK_ROWS):
-            here = slice(start, start + BLOCK_ROWS)
-            block = rows[here]
-            near = points[block] @ points.T
-            near *= -2
-            near += squares
-            near[np.arange(len(block)), block] = np.inf
-            candidates = smallest(near, count, group)
-            bound = np.take_along_axis(near, candidates, 1).max(1) + squares[block] - slack
-            difference = features[candidates].astype(np.float64) - features[block, None]
-            exact = np.sqrt(np.einsum("bcd,bcd->bc", difference, difference))
-            nearest = np.argsort(exact, axis=1, kind="stable")[:, :k]
-            positions[here] = np.take_along_axis(candidates, nearest, 1)
-            distances[here] = np.take_along_axis(exact, nearest, 1)
-            settled[here] = (count == n - 1) | (distances[here, -1] ** 2 <= bound)
-            bar.update(len(block))
-    return positions, distances, settled
-
-
-def smallest(values: np.ndarray, count: int, group: int) -> np.ndarray:
-    """Columns of the `count` smallest values in each row, shape (rows, count).
-
-    They are in the `count` groups with the smallest minima, so only these are sorted.
-
-    Args:
-        values: (rows, columns).
-        group: columns per group; it divides the number of columns, which is at least group x count.
-    """
-    grouped = values.reshape(len(values), group, -1)
-    best = np.argpartition(grouped.min(1), count - 1)[:, :count]
-    members = grouped.shape[2] * np.arange(group)
-    columns = (best[:, None, :] + members[:, None]).reshape(len(values), -1)
-    inside = np.argpartition(np.take_along_axis(values, columns, 1), count - 1)[:, :count]
-    return np.take_along_axis(columns, inside, 1)

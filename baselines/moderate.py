@@ -66,6 +66,10 @@ class Moderate(Embedded):
         return Coreset(picked, scores={"distance": distances, "class": labels})
 
 
+ROWS, COLUMNS = 65_536, 16
+"""Of the embeddings, copied at once."""
+
+
 def distances_to_median(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """|x - coordinate-wise median of its class|, (N,), float64.
 
@@ -76,8 +80,12 @@ def distances_to_median(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
     distances = np.empty(len(points))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        difference = points[members] - np.median(points[members], axis=0).astype(points.dtype)
-        distances[members] = np.sqrt(np.einsum("nd,nd->n", difference, difference, dtype=np.float64))
+        columns = (points[members, at : at + COLUMNS] for at in range(0, points.shape[1], COLUMNS))
+        median = np.concatenate([np.median(some, axis=0) for some in columns]).astype(points.dtype)
+        for start in range(0, len(members), ROWS):
+            rows = members[start : start + ROWS]
+            difference = points[rows] - median
+            distances[rows] = np.sqrt(np.einsum("nd,nd->n", difference, difference, dtype=np.float64))
     return distances
 
 

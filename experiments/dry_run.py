@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import sweep
 from experiments.configuration import CONF, check_size, composed
 from experiments.report.planned import Planned
+from experiments.schedule import starting_order
 from experiments.single import Run
 from experiments.stand_ins import with_stand_ins
 from staff.models.adapters import shapes
@@ -74,6 +75,7 @@ class DryRun:
     Attributes:
         stages: those that compute with a model, by fingerprint.
         jobs: the fingerprints of every job's stages, in order.
+        order: in which the jobs start.
         memory: bytes that fine-tuning takes, by the model's name; without models of a type that has no estimate.
         sizes: what was counted with, in words.
         replaced: what is not at hand and was replaced by what is known of it, in words.
@@ -83,6 +85,7 @@ class DryRun:
 
     stages: dict[str, PlannedStage] = field(default_factory=dict)
     jobs: list[list[str]] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
     sizes: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
@@ -185,10 +188,13 @@ def dry_run(overrides: Sequence[str], config_dir: str | None = None) -> DryRun:
     """
     store: DryRunStore | None = None
     with tempfile.TemporaryDirectory() as folder:
+        jobs = []
         for job, cfg, choices in _jobs(overrides, config_dir):
             store = store or DryRunStore(Path(folder), Store(sweep.folder_of(cfg, "store_dir")))
             _estimate(job, cfg, choices, store)
+            jobs.append(job)
     assert store is not None
+    store.planned.order = starting_order(jobs)
     return store.planned
 
 

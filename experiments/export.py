@@ -41,6 +41,7 @@ from staff.data.splits import load_splits
 from staff.data.task import Sample, Task, data_digest
 from staff.errors import UserError
 from staff.runtime.spreadsheets import csv_of
+from staff.store.store import SAMPLES
 
 PUSHED = ("datasets", *export_model.FORMS)
 """Formats that the hub has a place for."""
@@ -147,7 +148,7 @@ def _plain(name: Any, value: float) -> float | int | None:
     return int(value) if name == "region" else float(value)
 
 
-def training_samples(run: RecordedRun) -> list[Sample]:
+def training_samples(run: RecordedRun) -> Sequence[Sample]:
     """The training samples that a run selected from, read anew from its own data.
 
     Raises:
@@ -156,12 +157,14 @@ def training_samples(run: RecordedRun) -> list[Sample]:
     return _task_and_pool(run)[1]
 
 
-def _task_and_pool(run: RecordedRun) -> tuple[Task, list[Sample]]:
+def _task_and_pool(run: RecordedRun) -> tuple[Task, Sequence[Sample]]:
     record = run.record()
     task: Task = instantiate(OmegaConf.create(record["config"]["task"]), _convert_="all")
     if source := record["identity"]["data"]["source"]:
         task = replace(task, revision=source["commit"])
-    samples = load_splits(task, evaluated=record["evaluation"] is not None).pool
+    store = Path(str(record["config"]["store_dir"])).absolute()
+    kept = store / SAMPLES if store.is_dir() else None
+    samples = load_splits(task, record["evaluation"] is not None, kept).pool
     if data_digest(samples) != record["identity"]["data"]["train"]:
         raise UserError(
             f"the training samples of task {task.name!r} are no longer those that {run.name} was selected from: "

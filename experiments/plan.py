@@ -12,7 +12,6 @@ themselves on a few samples on this machine. Ranking (such as the neighbours of 
 from __future__ import annotations
 
 import argparse
-import heapq
 import logging
 import re
 import sys
@@ -28,6 +27,7 @@ from experiments import sweep
 from experiments.console import pipeable
 from experiments.dry_run import UTILISATION, DryRun, PlannedStage, calibrated, dry_run
 from experiments.report.planned import checked_effect, sentences
+from experiments.schedule import wall_seconds
 
 
 class Gpu(NamedTuple):
@@ -82,24 +82,6 @@ def table(stages: Sequence[PlannedStage], seconds: Sequence[float]) -> pd.DataFr
     )
 
 
-def wall_seconds(jobs: Sequence[Sequence[str]], seconds: dict[str, float], workers: int) -> float:
-    """Seconds until the last job ends, where `workers` take the jobs in order.
-
-    A worker carries out the stages of its job one after the other, and waits for one that another worker runs.
-
-    Args:
-        jobs: the stages of every job, in order.
-        seconds: of every stage.
-    """
-    free, done = [0.0] * workers, dict[str, float]()
-    for job in jobs:
-        now = heapq.heappop(free)
-        for stage in job:
-            now = done[stage] = max(now, done[stage]) if stage in done else now + seconds[stage]
-        heapq.heappush(free, now)
-    return max(free)
-
-
 def duration(seconds: float) -> str:
     """Such as "4 min", or "30 s"."""
     unit, of = next(((unit, of) for unit, of in (("h", 3600), ("min", 60)) if seconds >= 1.5 * of), ("s", 1))
@@ -128,7 +110,7 @@ def report(planned: DryRun, seconds: dict[str, float], gpu: str | None, gpus: in
     lines.append(f"storage: about {stored / 1e9:.2g} GB of adapters and scores")
     left = {known: 0.0 if planned.stages[known].made else time for known, time in seconds.items()}
     if not any(np.isnan(time) for time in left.values()):
-        wall = duration(wall_seconds(planned.jobs, left, gpus))
+        wall = duration(wall_seconds(planned.jobs, left, gpus, planned.order))
         chain = duration(max(sum(left[stage] for stage in job) for job in planned.jobs))
         lines.append(f"wall time: about {wall} with {gpus} at work; the longest run alone takes {chain}")
     else:

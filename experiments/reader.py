@@ -60,8 +60,10 @@ class Reader:
 
     def slice(self, samples: Sequence[Sample], read: Mapping[str, TokenizedSamples]) -> Slice:
         """What methods see of the samples, `read` as by `trained`; with groups where the task knows them."""
-        group_of = {sample.id: sample.group for sample in samples}
-        groups = np.array([group_of[id] for id in read["selecting"].ids]) if self.task.group_field else None
+        groups = None
+        if self.task.group_field:
+            group_of = {sample.id: sample.group for sample in samples}
+            groups = np.array([group_of[id] for id in read["selecting"].ids])
         return Slice(read["small"], read["selecting"], groups)
 
     def asked(self, test: Sequence[Sample]) -> TokenizedSamples:

@@ -24,6 +24,7 @@ from staff.errors import UserError
 from staff.runtime import preemption, processes
 from staff.store.events import listening
 from staff.store.locks import file_lock
+from staff.store.turns import Busy
 from staff.tracking.mirror import Mirror
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ def _failing(page: Mirror) -> Iterator[None]:
     """End the page with the reason if the block fails."""
     try:
         yield
+    except Busy:
+        page.pause()
+        raise
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         page.fail("interrupted" if interrupted else sweep.sentence_of(error) or repr(error))

@@ -34,7 +34,7 @@ from staff.runtime import processes
 from staff.scoring.stage import ScoringSettings
 from staff.selection import Coreset, SelectionMethod, budget_for, budget_of, check_flags, tokens_of
 from staff.store.manifest import Artifact, digest
-from staff.store.store import Store
+from staff.store.store import SAMPLES, Store
 from staff.tracking import mirror
 from staff.training.memory import check_fits
 from staff.training.settings import FinetuneSettings
@@ -84,11 +84,11 @@ class Run:
         if self.by_rate:
             budget_for(cfg.pruning_rate, sys.maxsize)  # refuses what is no rate before any data is read
         self.task = task.pinned()
-        self.splits = load_splits(self.task, evaluated=self.generator is not None)
+        self.store = store or Store(sweep.folder_of(cfg, "store_dir"), workers=sweep.workers())
+        self.splits = load_splits(self.task, self.generator is not None, self.store.root / SAMPLES)
         check_metrics(self.task.metrics, self.splits.test)
         if self.budget_tokens is None:
             budget_of(self.method, cfg.pruning_rate, len(self.splits.pool), cfg.budget)  # refuses a bad rate
-        self.store = store or Store(sweep.folder_of(cfg, "store_dir"), workers=sweep.workers())
         loading = (self.settings.quantization, self.settings.fsdp)
         self.family = prepare(family, self.store).with_loading(*loading)
         self.selecting = prepare(selecting, self.store).with_loading(*loading) if selecting else self.family

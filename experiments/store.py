@@ -31,7 +31,7 @@ from staff.pool import Select
 from staff.scoring.stage import Score
 from staff.store.attempts import failed_attempts
 from staff.store.manifest import check_contents, check_sizes, read_manifest
-from staff.store.store import RESERVED, Store
+from staff.store.store import RESERVED, SAMPLES, Store
 from staff.training.stage import Finetune
 
 STAGES = (ConvertGguf, Tokens, Finetune, Score, Select, Generate, Measure, ChooseConstant, Floors)
@@ -149,6 +149,8 @@ def prune(store: Path, results: Sequence[Path], really: bool) -> None:
     unfinished = [folder for folder in sorted(store.glob("checkpoints/*")) if any(folder.iterdir())]
     for folder in unfinished:
         print(f"not finished: checkpoints of {folder.name[:8]} ({folder})")
+    if (samples := store / SAMPLES).is_dir():
+        print(f"samples of large files, to be read again when they are needed ({samples})")
     if not really:
         print(f"{_sum(doomed)} to remove; nothing is removed without --yes")
         return
@@ -160,6 +162,7 @@ def prune(store: Path, results: Sequence[Path], really: bool) -> None:
         shared.remove(entry.folder)
     for folder in unfinished:
         shutil.rmtree(folder)
+    shutil.rmtree(samples, ignore_errors=True)
     print(f"{_sum(doomed)} removed")
 
 

@@ -15,12 +15,14 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
 from hydra import version
 from hydra.core.utils import JobReturn, JobStatus, env_override, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
@@ -29,12 +31,21 @@ from omegaconf import DictConfig, open_dict
 
 from experiments import threads
 from experiments.configuration import register_resolvers
+from experiments.schedule import Queue, starting_order
 from staff.errors import UserError
 from staff.runtime import preemption
+from staff.store.locks import file_lock
+from staff.store.turns import Busy, Turn, turn
 
 log = logging.getLogger(__name__)
 
 register_resolvers()
+
+LOOK = 0.1
+"""Seconds after which it is seen whether a stage that a job waits for has ended."""
+
+TURNS = 20
+"""After so many turns without waiting for others, a job waits on its worker."""
 
 PATIENCE = 30.0
 """Seconds that a worker has, once its sweep is ended, to finish a step and save a checkpoint."""
@@ -75,21 +86,29 @@ class LocalLauncher(Launcher):
         count = self.workers or len(gpus) or 1
         log.info("Launching %d jobs in %d worker processes", len(job_overrides), count)
         workers = [_Worker(n, environment(n, count, gpus), self) for n in range(count)]
-        waiting = deque(enumerate(job_overrides, initial_job_idx))
-        returns: dict[int, JobReturn] = {}
+        queue: Queue[Path] = Queue(starting_order(job_overrides))
+        turns = [Turn(may_wait=count == 1)] * len(job_overrides)
+        put_back, returns = Counter[int](), dict[int, JobReturn]()
         try:
-            while waiting or any(worker.job for worker in workers):
+            while queue or any(worker.job for worker in workers):
                 for worker in workers:
-                    if waiting and not worker.job:
-                        number, overrides = waiting.popleft()
+                    if not worker.job and (at := queue.take(_is_free)) is not None:
+                        overrides, number = job_overrides[at], initial_job_idx + at
                         log.info("\t#%d : %s", number, " ".join(filter_overrides(overrides)))
-                        worker.start_job(self._compose(number, overrides, count))
+                        worker.start_job(self._compose(number, overrides, count), turns[at])
                 busy = [worker for worker in workers if worker.job]
-                wait([worker.connection for worker in busy], timeout=1)
+                wait([worker.connection for worker in busy], timeout=LOOK if queue.held else 1)
                 for worker in busy:
                     job = worker.job
-                    if job and (result := worker.result()):
+                    if not job or (result := worker.result()) is None:
+                        continue
+                    if not isinstance(result, Busy):
                         returns[job.hydra.job.num] = result
+                        continue
+                    at = job.hydra.job.num - initial_job_idx
+                    put_back[at] += 1
+                    turns[at] = Turn(put_back[at] >= TURNS, result.computed)
+                    queue.put_back(at, result.lock)
         finally:
             for worker in workers:
                 worker.stop()
@@ -131,6 +150,14 @@ def failed_job(context: HydraContext, config: DictConfig, number: int, error: Us
     return failure
 
 
+def _is_free(lock: Path) -> bool:
+    try:
+        with file_lock(lock, timeout=0):
+            return True
+    except Timeout:
+        return False
+
+
 class _Worker:
     """Runs one job at a time in a process of its own, started for its first job, and again after it has died."""
 
@@ -141,12 +168,12 @@ class _Worker:
         self.connection: Any = None
         self.job: DictConfig | None = None
 
-    def start_job(self, job: DictConfig) -> None:
+    def start_job(self, job: DictConfig, turn: Turn) -> None:
         if self.process is None or not self.process.is_alive():
             self._start()
         self.job = job
         with suppress(BrokenPipeError):  # it has just died, as `result` will find
-            self.connection.send(job)
+            self.connection.send((job, turn))
 
     def _start(self) -> None:
         known = " ".join(f"{name}={value}" for name, value in self.environment.items())
@@ -165,8 +192,9 @@ class _Worker:
             self.process.start()
         theirs.close()
 
-    def result(self) -> JobReturn | None:
-        """The result of the job, after which the worker is free for another; None while the job is running."""
+    def result(self) -> JobReturn | Busy | None:
+        """The result of the job, or what it would wait for, after which the worker is free for another; None while
+        the job is running."""
         alive = self.process.is_alive()
         try:
             result = self.connection.recv() if self.connection.poll() else None
@@ -224,19 +252,23 @@ def _work(number: int, connection: Connection, context: HydraContext, task: Task
     setup_globals()
     while True:
         try:
-            config = connection.recv()
+            config, this = connection.recv()
         except EOFError:
             return
         _prefix_log_lines(f"[worker {number}, job {config.hydra.job.num}]")
-        connection.send(
-            run_job(
+        turn.set(this)
+        try:
+            result: JobReturn | Busy = run_job(
                 task_function=task,
                 config=config,
                 job_dir_key="hydra.sweep.dir",
                 job_subdir_key="hydra.sweep.subdir",
                 hydra_context=context,
             )
-        )
+        except Busy as busy:
+            log.info("%s: another worker is at it; this one takes another job meanwhile", busy.stage)
+            result = busy
+        connection.send(result)
 
 
 def _end_with_parent() -> None:

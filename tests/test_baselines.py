@@ -15,9 +15,10 @@ from support.contract import AnyPool, select
 from support.golden import recorded
 
 from baselines.ccs import CCS
-from baselines.d2 import D2, nearest_neighbours
+from baselines.d2 import D2
 from baselines.el2n import EL2N
 from baselines.grand import GraNd
+from baselines.neighbours import nearest_neighbours
 from baselines.random import Random
 from baselines.random_matched import RandomMatched
 from baselines.rs2 import RS2
@@ -238,6 +239,39 @@ def test_nearest_neighbours_are_those_of_all_distances(
     np.fill_diagonal(everything, np.inf)
     np.testing.assert_allclose(distances, np.sort(everything, 1)[:, : min(k, n - 1)], rtol=1e-12)
     assert all(len({i, *row}) == len(row) + 1 for i, row in enumerate(positions.tolist()))
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    n=st.integers(1, 400), k=st.integers(1, 8), kind=st.sampled_from(["plain", "duplicates"]), seed=st.integers(0)
+)
+def test_approximate_neighbours_are_k_others_at_their_true_distances(n: int, k: int, kind: str, seed: int):
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(n, 8)).astype(np.float32)
+    features = features[rng.integers(0, n, n)] if kind == "duplicates" else features
+    positions, distances = nearest_neighbours(features, k, "approximate")
+    assert all(len({i, *row}) == len(row) + 1 for i, row in enumerate(positions.tolist()))
+    everything = cdist(features.astype(np.float64), features.astype(np.float64))
+    np.testing.assert_allclose(np.take_along_axis(everything, positions, 1), distances, rtol=1e-12)
+    assert np.isfinite(distances).all()
+
+
+def test_approximate_neighbours_are_nearly_all_the_nearest_ones_and_the_same_ones_again():
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(250, 32))
+    features = (centres[rng.integers(0, 250, 5000)] + rng.normal(size=(5000, 32))).astype(np.float32)
+    exact, found, again = (nearest_neighbours(features, 5, how)[0] for how in ("exact", *["approximate"] * 2))
+    recall = np.mean([len({*one} & {*other}) / 5 for one, other in zip(exact.tolist(), found.tolist())])
+    assert 0.9 < recall < 1, "it looks into a part of the cells, and that is enough"
+    np.testing.assert_array_equal(found, again)
+
+
+def test_an_approximate_search_without_faiss_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"method.search=approximate needs faiss: pip install 'staff-cor"):
+        D2(search="approximate")
 
 
 def test_neighbours_that_float32_cannot_tell_apart_are_found():

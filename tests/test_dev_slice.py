@@ -2,19 +2,24 @@
 
 import importlib.util
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from experiments.configuration import check_size
+from staff.data import duplicates as duplicates_module
+from staff.data import splits as splits_module
+from staff.data import stored
 from staff.data.duplicates import duplicates, normalised
-from staff.data.splits import load_splits
-from staff.data.task import Sample, Task
+from staff.data.splits import Splits, load_splits
+from staff.data.task import Sample, Task, data_digest, several_answers
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.selection import Coreset, budget_of
@@ -34,7 +39,7 @@ def task_of(folder: Path, train: list[Row], test: list[Row] | None = None, **set
     return replace(TASK, data_dir=str(folder), **settings)
 
 
-def ids(samples: list[Sample]) -> list[str]:
+def ids(samples: Sequence[Sample]) -> list[str]:
     return [sample.id for sample in samples]
 
 
@@ -193,6 +198,81 @@ def test_duplicates_are_counted_told_in_one_line_recorded_and_dropped_where_aske
         load_splits(task_of(tmp_path, [row(1)], [row(1)], deduplicate="exact"))
     with pytest.raises(UserError, match=r"task.deduplicate='some' is unknown: choose 'none', 'exact' or 'near'"):
         replace(TASK, deduplicate="some")
+
+
+def test_beyond_the_limit_near_duplicates_are_looked_for_only_if_asked_and_a_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    for module in (duplicates_module, splits_module):
+        monkeypatch.setattr(module, "NEAR_LIMIT", 4)
+        monkeypatch.setattr(module, "near_available", lambda: True)
+    found = load_splits(task_of(tmp_path, [row(number) for number in range(5)])).duplicates
+    assert found is not None and found.near_repeated is None
+    assert "near duplicates are not looked for among 5 training samples, more than 4" in caplog.text
+
+
+# Samples of large files, kept for other processes
+
+
+SAMPLES = [
+    Sample("a", "Wie geht's?", " gut 𝔘\n", ("gut 𝔘",)),
+    Sample("b", "p", "a", ("one", "two"), (("system", "s"), ("user", "u"), ("assistant", "x")), "g", ("x", "y")),
+    Sample("c", "p", "a", ("a",), (("user", "u"), ("assistant", "x"), ("user", "v"), ("assistant", "y"))),
+    *(Sample(str(number), f"{number}?", str(number), (str(number),)) for number in range(30)),
+]
+
+
+@pytest.mark.parametrize("samples", [SAMPLES, SAMPLES[:2], []], ids=["all", "one answer each", "none"])
+def test_kept_samples_are_those_that_were_read(samples: list[Sample], tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(stored, "ROWS", 7)
+    stored.write_samples(samples, tmp_path / "pool.arrow")
+    kept = stored.StoredSamples(tmp_path / "pool.arrow")
+    assert list(kept) == samples and len(kept) == len(samples)
+    assert [kept[at] for at in range(-len(samples), len(samples))] == samples * 2
+    assert (kept[1:20], kept[::-2], kept[5:2]) == (samples[1:20], samples[::-2], samples[5:2])
+    assert data_digest(kept) == data_digest(samples) and several_answers(kept) == several_answers(samples)
+    with pytest.raises(IndexError):
+        kept[len(samples)]
+
+
+def test_samples_of_large_files_are_read_once_for_all_processes_and_again_when_a_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    rows = [row(number % 18) for number in range(20)]
+    task = task_of(tmp_path, rows, [row(0), row(900)], dev_size=3, deduplicate="exact")
+    read, keep = load_splits(task), tmp_path / "samples"
+    monkeypatch.setattr(stored, "LARGE", 100)
+
+    def in_a_new_process() -> Splits:
+        monkeypatch.setattr(splits_module, "_last", {})
+        caplog.clear()
+        return load_splits(task, folder=keep)
+
+    for turn in range(2):
+        splits = in_a_new_process()
+        assert (list(splits.pool), splits.dev, splits.test) == (read.pool, read.dev, read.test)
+        assert splits.dropped == read.dropped == 3 and splits.test_prompts_in_pool == 0
+        assert splits.duplicates is not None and read.duplicates is not None
+        assert splits.duplicates.counts() == read.duplicates.counts()
+        assert "2 repeat" in caplog.text, "every process says what was found"
+        if turn == 0:
+            monkeypatch.setattr(Task, "rows", lambda *_: pytest.fail("read again"))
+    monkeypatch.undo()
+    monkeypatch.setattr(stored, "LARGE", 100)
+    task_of(tmp_path, [row(30), *rows], [row(0), row(900)])
+    assert len(in_a_new_process().pool) == len(read.pool) + 1
+
+
+def test_samples_that_cannot_be_kept_are_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stored, "LARGE", 1)
+    task = task_of(tmp_path, [row(number) for number in range(5)])
+    (tmp_path / "file").touch()
+    assert len(load_splits(task, folder=tmp_path / "file").pool) == 5
+    monkeypatch.setattr(splits_module, "_last", {})
+    monkeypatch.setattr(stored, "write_samples", Mock(side_effect=OSError(28, "No space left on device")))
+    assert len(load_splits(task, folder=tmp_path / "samples").pool) == 5
+    assert [*(tmp_path / "samples").glob("*.lock")] == [*(tmp_path / "samples").iterdir()]
 
 
 # Without evaluation, and a budget as a count

@@ -43,6 +43,8 @@ ALONE = {
     "speculative": {"draws", "errors", "regions", "selection"},
 }
 """What stands beside the layers, and all of staff/ that each imports."""
+WITHIN_METHODS = {"precomputed.py": {"torch"}, "neighbours.py": {"faiss"}}
+"""Libraries for files of other tools, and for an option."""
 FOR_METHODS = {
     *("staff.selection", "staff.draws", "staff.regions", "staff.errors", "staff.speculative"),
     *("staff.runtime.progress", "staff.runtime.paths", "staff.runtime.spreadsheets"),
@@ -119,7 +121,7 @@ def test_a_method_imports_numpy_the_interface_of_methods_and_other_methods_alone
         others = {module for module in imports(tree, inside=False) if module.partition(".")[0] not in roots}
         assert others <= FOR_METHODS, file
         inside = {module.partition(".")[0] for module in imports(tree)} - roots - {"staff"}
-        assert inside <= ({"torch"} if file == "precomputed.py" else set()), "which reads files of torch"
+        assert inside <= WITHIN_METHODS.get(file, set()), file
 
 
 def test_importing_the_library_and_every_method_loads_no_model_library():

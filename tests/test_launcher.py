@@ -68,8 +68,8 @@ hydra:
 """
 
 
-def start(folder: Path, *overrides: str, **environment: str) -> subprocess.Popen:
-    (folder / "app.py").write_text(APPLICATION)
+def start(folder: Path, *overrides: str, application: str = APPLICATION, **environment: str) -> subprocess.Popen:
+    (folder / "app.py").write_text(application)
     (folder / "app.yaml").write_text(CONFIGURATION)
     free = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "CUDA_"))}
     pipe = subprocess.PIPE
@@ -82,6 +82,45 @@ def start(folder: Path, *overrides: str, **environment: str) -> subprocess.Popen
         text=True,
         start_new_session=True,
     )
+
+
+STAGED = """
+import json, time
+from dataclasses import dataclass
+from pathlib import Path
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from staff.store.stage import Stage
+from staff.store.store import Store
+
+HERE = Path(__file__).parent
+
+@dataclass(frozen=True)
+class Named(Stage):
+    name: str
+    kind = "named"
+    version = 1
+
+    def key(self):
+        return {"name": self.name}
+
+    def run(self, folder, meter):
+        until = time.monotonic() + 30
+        while self.name == "long" and not (HERE / "2.ended").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+
+def job(cfg):
+    store = Store(HERE / "store")
+    names = cfg.do.split(".")
+    order = [store.get(Named(name)).fingerprint for name in names]
+    computed = [name for name, known in zip(names, order) if known in store.computed]
+    late = (HERE / "store" / "named" / Named("long").fingerprint[:32]).exists()
+    number = HydraConfig.get().job.num
+    (HERE / f"{number}.ended").write_text(json.dumps({"computed": computed, "after the long one": late}))
+
+if __name__ == "__main__":
+    hydra.main(config_path=str(HERE), config_name="app", version_base="1.3")(job)()
+"""
 
 
 def told(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -138,6 +177,23 @@ def test_every_line_of_the_log_names_worker_and_job(ended):
     lines = re.findall(r"\[worker ([01]), job (\d)\] (\w+) begins", out)
     assert sorted((number, job) for _, number, job in lines) == [(str(n), job) for n, job in enumerate(JOBS)]
     assert {worker for worker, _, _ in lines} == {"0", "1"}
+
+
+def test_a_worker_takes_another_job_while_a_stage_is_run_elsewhere_and_the_job_that_waits_is_ended_later(
+    tmp_path: Path,
+):
+    jobs = "do=first.long.a,second.long.b,other"
+    arguments = (tmp_path, jobs, "hydra.launcher.workers=2", "~hydra.callbacks.listener")
+    with start(*arguments, application=STAGED, CUDA_VISIBLE_DEVICES="") as sweep:
+        out, err = sweep.communicate(timeout=60)
+    assert sweep.returncode == 0, err
+    assert out.count("this one takes another job meanwhile") == 1
+    first, second, other = told(tmp_path, "ended")
+    assert (first["after the long one"], second["after the long one"]) == (True, True)
+    assert not other["after the long one"], "it ran while both others needed the long stage"
+    computed = sorted(first["computed"] + second["computed"])
+    assert computed == ["a", "b", "first", "long", "second"], "each once, also before the job was put back"
+    assert not list((tmp_path / "store" / "attempts").iterdir()), "to be put back is no failed attempt"
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import permutations, product
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from support.records import write_runs
 
 from experiments import stand_ins
 from experiments.dry_run import UTILISATION, dry_run
-from experiments.plan import GPUS, main, seconds_of, table, wall_seconds
+from experiments.plan import GPUS, main, seconds_of, table
 from experiments.report.planned import Planned, sentences
+from experiments.schedule import starting_order, wall_seconds
 from experiments.stand_ins import SIZES, KnownShape
 from staff.models.spec import ModelSpec
 
@@ -109,14 +111,47 @@ def test_what_a_stage_leaves_in_the_store_is_counted(run, tmp_path: Path):
     )
 
 
-def test_workers_wait_for_a_stage_that_another_runs_and_the_last_job_ends_the_sweep():
+def test_workers_take_other_jobs_while_a_stage_runs_elsewhere_and_the_last_job_ends_the_sweep():
     seconds = {"small": 10.0, "a": 1.0, "b": 2.0, "c": 4.0}
     jobs = [["small", "a"], ["small", "b"], ["c"]]
     assert wall_seconds(jobs, seconds, workers=1) == 17
-    assert wall_seconds(jobs, seconds, workers=2) == 15, "the third job follows the first"
+    assert wall_seconds(jobs, seconds, workers=2) == 12, "the third job runs while the second waits"
     assert wall_seconds(jobs, seconds, workers=3) == 12
+    assert wall_seconds(jobs, seconds, 1, order=[2, 0, 1]) == 17
 
 
+def test_jobs_with_other_first_stages_start_first():
+    jobs = [[f"method={m}", f"pruning_rate={p}", f"seed={s}"] for m in "ab" for p in (0.5, 0.9) for s in (0, 1)]
+    assert starting_order(jobs) == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+@pytest.mark.parametrize("workers", [2, 4, 8])
+@pytest.mark.parametrize("axes", [*permutations(("method", "rate", "seed"))], ids="-".join)
+def test_a_grid_takes_at_most_1_3_times_what_work_and_longest_chain_allow(workers: int, axes: tuple[str, ...]):
+    """With the times, in seconds, of the tiny family on two cores: six methods, five rates, three seeds."""
+    values = {"method": CHAINS, "rate": (0.2, 0.3, 0.5, 0.7, 0.9), "seed": (0, 1, 2)}
+    seconds, jobs, overrides = {}, [], []
+    for combination in product(*(values[axis] for axis in axes)):
+        job = dict(zip(axes, combination))
+        method, rate, seed = (job[axis] for axis in ("method", "rate", "seed"))
+        stages = {f"{name}{seed}": time for name, time in CHAINS[method].items()}
+        coreset = f"{'el2n' if method == 'ccs' and rate == 0.2 else method} {rate} {seed}"
+        stages |= {f"finetune {coreset}": 20 * (1 - rate), f"evaluate {coreset}": 4.0}
+        seconds |= stages
+        jobs.append([*stages])
+        overrides.append([f"{'pruning_rate' if axis == 'rate' else axis}={job[axis]}" for axis in axes])
+    bound = max(sum(seconds.values()) / workers, max(sum(seconds[s] for s in job) for job in jobs))
+    assert bound <= wall_seconds(jobs, seconds, workers, starting_order(overrides)) < 1.3 * bound
+
+
+CHAINS = {
+    "random": {},
+    "el2n": {"full": 20.0, "el2n": 3.0},
+    "grand": {"full": 20.0, "grand": 6.0},
+    "ccs": {"full": 20.0, "el2n": 3.0},
+    "d2": {"full": 20.0, "el2n and embedding": 4.0},
+    "staff": {"small": 5.0, "effort": 1.0},
+}
 PUBLISHED = {
     "google/gemma-7b": 8_537_680_896,
     "google/gemma-2b": 2_506_172_416,

@@ -7,6 +7,7 @@ browser, without a network. The texts are read again from the run's own data, an
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def page(run: RecordedRun) -> str:
     )
 
 
-def rows(pool: pd.DataFrame, regions: pd.DataFrame | None, samples: list[Sample]) -> pd.DataFrame:
+def rows(pool: pd.DataFrame, regions: pd.DataFrame | None, samples: Sequence[Sample]) -> pd.DataFrame:
     """The samples of a pool with their texts: at most `MOST`, those that were selected before others.
 
     Args:
@@ -77,7 +78,8 @@ def rows(pool: pd.DataFrame, regions: pd.DataFrame | None, samples: list[Sample]
         chosen = chosen[:MOST]
         spread = np.linspace(0, len(others) - 1, MOST - len(chosen)).astype(int)
         pool = pool.iloc[np.sort([*chosen, *others[spread]])]
-    by_id = {sample.id: sample for sample in samples}
+    wanted = set(pool["id"])
+    by_id = {sample.id: sample for sample in samples if sample.id in wanted}
     found = [by_id[id] for id in pool["id"]]
     table = pd.DataFrame({"selected": pool["selected"].to_numpy(), "id": pool["id"].to_numpy()})
     table["prompt"], table["answer"] = [s.prompt for s in found], [s.answer.strip() for s in found]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEAST = 4  # verified samples of a region, below which its rank correlation says nothing
+MOST = 20_000  # points of a kind in a scatter plot, evenly spread over the pool
 Made = tuple["Figure", str] | None
 
 
@@ -78,17 +79,28 @@ def overlap(context: Context) -> Made:
     return figure, caption
 
 
-def _coresets(context: Context, variant: str, rate: float) -> dict[int, set[str]]:
-    """The ids of the samples that were selected, by selection seed."""
+def _coresets(context: Context, variant: str, rate: float) -> dict[int, np.ndarray]:
+    """Hashes of 64 bits of the ids of the samples that were selected, by selection seed."""
     runs = context.cells[variant, rate].set_index("selection_seed")["name"]
-    tables = {int(str(seed)): context.recorded[str(name)].samples() for seed, name in runs.items()}
-    return {seed: set(t.loc[t["selected"], "id"]) for seed, t in tables.items() if t is not None}
+    tables = {int(str(seed)): _selected(context.recorded[str(name)].samples()) for seed, name in runs.items()}
+    return {seed: table for seed, table in tables.items() if table is not None}
 
 
-def _shared(a: dict[int, set[str]], b: dict[int, set[str]], apart: bool) -> float:
+def _selected(samples: pd.DataFrame | None) -> np.ndarray | None:
+    if samples is None:
+        return None
+    return np.unique(pd.util.hash_array(samples.loc[samples["selected"], "id"].to_numpy(), categorize=False))
+
+
+def _shared(a: dict[int, np.ndarray], b: dict[int, np.ndarray], apart: bool) -> float:
     """The mean Jaccard index of coresets of different seeds, or else of the same."""
-    shares = [len(x & y) / len(x | y) for i, x in a.items() for j, y in b.items() if (i != j) == apart]
+    shares = [_jaccard(x, y) for i, x in a.items() for j, y in b.items() if (i != j) == apart]
     return float(np.mean(shares)) if shares else float("nan")
+
+
+def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    both = len(np.intersect1d(a, b, assume_unique=True))
+    return both / (len(a) + len(b) - both)
 
 
 def length(context: Context) -> Made:
@@ -100,11 +112,10 @@ def length(context: Context) -> Made:
         if samples is None or "answer_tokens" not in samples:
             continue
         score = next((c for c in samples if c not in ("id", "selected", "answer_tokens")), None)
-        if score is not None and samples[score].notna().sum() >= LEAST:
-            panels.append((variant, score, samples))
+        if score is not None and samples[score].notna().sum() >= LEAST and len(panels) < 8:
+            panels.append((variant, score, samples[["selected", "answer_tokens", score]]))
     if not panels:
         return None
-    panels = panels[:8]
     rows = (len(panels) + 1) // 2
     columns = min(2, len(panels))
     figure, axes = figure_of(rows, columns, height=0.5 + 1.5 * rows, squeeze=False)
@@ -112,6 +123,7 @@ def length(context: Context) -> Made:
         rho = spearman(samples["answer_tokens"], samples[score])
         for part, colour, size in ((~samples["selected"], "0.7", 3), (samples["selected"], "#0072B2", 5)):
             shown = samples[part]
+            shown = shown[:: 1 + len(shown) // MOST]
             place.scatter(shown["answer_tokens"], shown[score], s=size, color=colour, linewidth=0, rasterized=True)
         place.set_title(f"{variant}: Spearman {rho:.2f}", fontsize=7)
         place.set(ylabel=score)

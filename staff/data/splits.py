@@ -7,10 +7,12 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from staff.data.duplicates import Duplicates, content, duplicates
+from staff.data import stored
+from staff.data.duplicates import NEAR_LIMIT, Duplicates, content, duplicates, near_available
 from staff.data.task import Sample, Task
 from staff.errors import UserError
 
@@ -29,7 +31,7 @@ class Splits:
         dropped: samples of the training rows that were dropped as duplicates.
     """
 
-    pool: list[Sample]
+    pool: Sequence[Sample]
     dev: list[Sample] = field(default_factory=list)
     test: list[Sample] = field(default_factory=list)
     duplicates: Duplicates | None = None
@@ -38,39 +40,55 @@ class Splits:
     @property
     def test_prompts_in_pool(self) -> int:
         """Test samples whose prompt is also in the pool: they measure memory, not learning."""
-        prompts = {sample.prompt for sample in self.pool}
-        return sum(sample.prompt in prompts for sample in self.test)
+        asked = {sample.prompt for sample in self.test}
+        found = {sample.prompt for sample in self.pool if sample.prompt in asked} if asked else set()
+        return sum(sample.prompt in found for sample in self.test)
 
 
 _last: dict[str, Splits] = {}
 """The splits that were read last, by what they were read from."""
 
 
-def load_splits(task: Task, evaluated: bool = True) -> Splits:
+def load_splits(task: Task, evaluated: bool = True, folder: Path | None = None) -> Splits:
     """Read a task's splits, drop duplicates from the pool where asked, and carve the validation slice.
 
     The runs of a sweep share one reading: what was read last is kept until a file changes.
 
     Args:
         evaluated: False: no test split is read.
+        folder: where the samples of large files are kept for other processes (`staff.data.stored`); None: nowhere.
 
     Raises:
         UserError: bad data, or a validation slice that shares samples with the pool or leaves none.
     """
     has_dev = task.dev_file is not None or task.dev_split is not None
     splits = ["train", *(["test"] if evaluated else []), *(["dev"] if has_dev else [])]
-    known = f"{type(task)} {task} {[(split, task.stamps(split)) for split in splits]}"
+    stamps = [(split, task.stamps(split)) for split in splits]
+    known = f"{type(task)} {task} {stamps} near: {near_available()}"
     if known not in _last:
         _last.clear()
-        _last[known] = _splits(task, {split: task.load(split) for split in splits})
+
+        def read() -> Splits:
+            return _splits(task, {split: task.load(split) for split in splits})
+
+        large = sum(size for _, files in stamps for _, _, size in files) >= stored.LARGE
+        found = _last[known] = stored.kept(folder, task, known, read) if folder and large else read()
+        _tell(found)
     return _last[known]
+
+
+def _tell(splits: Splits) -> None:
+    size, found = len(splits.pool) + splits.dropped, splits.duplicates
+    if found and (words := found.words()):
+        log.warning("duplicates among %d training samples: %s", size, words)
+    if found and found.near_repeated is None and size > NEAR_LIMIT and near_available():
+        said = "near duplicates are not looked for among %d training samples, more than %d: set %s to look for them"
+        log.info(said, size, NEAR_LIMIT, "task.deduplicate=near")
 
 
 def _splits(task: Task, read: Mapping[str, list[Sample]]) -> Splits:
     rows, test, dev = read["train"], read.get("test", []), read.get("dev", [])
     found = duplicates(rows, [*test, *dev], near={"near": True}.get(task.deduplicate))
-    if words := found.words():
-        log.warning("duplicates among %d training samples: %s", len(rows), words)
     dropped = found.to_drop(task.deduplicate)
     pool = [rows[at] for at in np.setdiff1d(np.arange(len(rows)), dropped)]
     if not pool:

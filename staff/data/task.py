@@ -256,8 +256,7 @@ class Task:
 
     def reading(self, samples: Iterable[Sample]) -> dict[str, str]:
         """How training samples are read, beside `Family.reading`; only conversations of several answers differ."""
-        several = any(sum(role == "assistant" for role, _ in sample.turns) > 1 for sample in samples)
-        return {"loss_on": "all"} if several and self.loss_on == "all" else {}
+        return {"loss_on": "all"} if self.loss_on == "all" and several_answers(samples) else {}
 
     def _sample(self, row: Mapping[str, Any], where: str, split: str, layout: Layout | None) -> Sample:
         turns: Turns = ()
@@ -312,15 +311,32 @@ def _are_choices(texts: Sequence[str]) -> bool:
     return len(texts) > 1 and len({text.strip() for text in texts} - {""}) == len(texts)
 
 
+def several_answers(samples: Iterable[Sample]) -> bool:
+    """Whether any of the samples is a conversation in which the assistant speaks more than once."""
+    known = getattr(samples, "several_answers", None)
+    if known is not None:
+        return known
+    return any(sum(role == "assistant" for role, _ in sample.turns) > 1 for sample in samples)
+
+
 def data_digest(samples: Sequence[Sample]) -> str:
     """SHA-256 of what the samples are, wherever they were read from; an empty field or None changes nothing."""
-    return _digest(tuple(samples))
+    return getattr(samples, "digest", None) or _remembered(tuple(samples))
 
 
 @lru_cache(maxsize=8)  # the runs of a sweep share their samples
-def _digest(samples: tuple[Sample, ...]) -> str:
-    rows = [{name: value for name, value in vars(sample).items() if value} for sample in samples]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+def _remembered(samples: tuple[Sample, ...]) -> str:
+    return computed_digest(samples)
+
+
+def computed_digest(samples: Iterable[Sample]) -> str:
+    """`data_digest`, without remembering the samples."""
+    digest = hashlib.sha256(b"[")
+    for at, sample in enumerate(samples):
+        row = json.dumps({name: value for name, value in vars(sample).items() if value})
+        digest.update(f"{', ' if at else ''}{row}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def _content_id(prompt: str, answer: str) -> str:

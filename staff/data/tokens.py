@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +29,9 @@ IGNORED = -100
 
 
 LABELLED = "labelled.npy"
+
+BLOCK = 2_000
+"""Samples whose texts or positions are in memory at once; a tokenizer's threads share the work within a block."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,15 +116,25 @@ class TokenizedSamples:
     def take(self, indices: Iterable[int] | np.ndarray) -> TokenizedSamples:
         """The samples at these positions, in this order."""
         at = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
-        positions, offsets = _positions(self.offsets[at], self.lengths[at])
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[at])]).astype(np.int64)
         return replace(
             self,
             ids=[self.ids[i] for i in at.tolist()],
-            tokens=np.asarray(self.tokens[positions]),
+            tokens=self._taken(self.tokens, at, offsets),
             offsets=offsets,
             prompt_lengths=self.prompt_lengths[at],
-            labelled=None if self.labelled is None else np.asarray(self.labelled[positions]),
+            labelled=None if self.labelled is None else self._taken(self.labelled, at, offsets),
         )
+
+    def _taken(self, values: np.ndarray, at: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """The values of the tokens of some samples. In blocks, since the positions of tokens take twice the memory
+        of the tokens."""
+        taken = np.empty(offsets[-1], values.dtype)
+        for start in range(0, len(at), BLOCK):
+            block = at[start : start + BLOCK]
+            positions, _ = _positions(self.offsets[block], self.lengths[block])
+            taken[offsets[start] : offsets[start + len(block)]] = values[positions]
+        return taken
 
     def without_prompts(self) -> TokenizedSamples:
         """The answers, after the begin tokens."""
@@ -165,7 +179,7 @@ class TokenizedSamples:
         """SHA-256 of ids, tokens and labels."""
         digest = hashlib.sha256(json.dumps([list(self.ids), self.begin]).encode())
         for array, kind in ((self.tokens, np.int32), (self.offsets, np.int64), (self.prompt_lengths, np.int64)):
-            digest.update(np.ascontiguousarray(array, dtype=kind).tobytes())
+            digest.update(np.ascontiguousarray(array, dtype=kind).data)
         if self.labelled is not None:
             digest.update(np.packbits(self.labelled).tobytes())
         return digest.hexdigest()
@@ -255,19 +269,24 @@ def tokenize(
         )
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end, every = tokenizer.eos_token_id, loss_on == "all"
-    if prompt_format == "chat":
-        template = ChatTemplate(tokenizer, date, template_options)
+    template = ChatTemplate(tokenizer, date, template_options) if prompt_format == "chat" else None
+    if template is not None:
         begin, end = [], template.end  # the template includes the begin token
-        pieces = [template.pieces(s.id, s.turns or _one_turn(s), every) for s in samples]
-    else:
-        pieces = [plain_pieces(s.turns) if s.turns else _prompt_and_answer(s) for s in samples]
-    rows, prompt_lengths, masks = [], [], []
+
+    def pieces_of(sample: Sample) -> Sequence[Piece]:
+        if template is not None:
+            return template.pieces(sample.id, sample.turns or _one_turn(sample), every)
+        return plain_pieces(sample.turns) if sample.turns else _prompt_and_answer(sample)
+
+    blocks = [TokenizedSamples.of_rows([], [], [], len(begin), [] if every else None)]
+    several, left = False, iter(samples)
     with progress(len(samples), "tokenise") as bar:
-        # In chunks, because a tokenizer needs far more memory for the texts of one call than their tokens do.
-        for start in range(0, len(samples), 1000):
-            some = pieces[start : start + 1000]
-            tokens = iter(_tokens([piece.text for of_one in some for piece in of_one], tokenizer))
-            for of_one in some:
+        while some := list(islice(left, BLOCK)):
+            pieces = [pieces_of(sample) for sample in some]
+            several |= every and any(sum(piece.answer for piece in of_one) > 1 for of_one in pieces)
+            tokens = iter(_tokens([piece.text for of_one in pieces for piece in of_one], tokenizer))
+            rows, prompt_lengths, masks = [], [], []
+            for of_one in pieces:
                 parts = [next(tokens) + [end] * piece.ends for piece in of_one]
                 parts[0] = begin + parts[0]
                 rows.append(np.array([token for part in parts for token in part], dtype=np.int32))
@@ -275,10 +294,22 @@ def tokenize(
                 if every:
                     answers = [piece.answer for piece in of_one]
                     masks.append(np.repeat(answers, [len(part) for part in parts]))
+            ids = [sample.id for sample in some]
+            blocks.append(TokenizedSamples.of_rows(ids, rows, prompt_lengths, len(begin), masks if every else None))
             bar.update(len(some))
-    several = every and any(sum(piece.answer for piece in of_one) > 1 for of_one in pieces)
-    ids = [s.id for s in samples]
-    return TokenizedSamples.of_rows(ids, rows, prompt_lengths, len(begin), masks if several else None)
+    return _joined(blocks, labelled=several)
+
+
+def _joined(blocks: Sequence[TokenizedSamples], labelled: bool) -> TokenizedSamples:
+    """The samples of all blocks, one after the other."""
+    return TokenizedSamples(
+        [id for block in blocks for id in block.ids],
+        np.concatenate([block.tokens for block in blocks]),
+        np.cumsum(np.concatenate([[0], *(block.lengths for block in blocks)]), dtype=np.int64),
+        np.concatenate([block.prompt_lengths for block in blocks]),
+        blocks[0].begin,
+        np.concatenate([block.labelled for block in blocks if block.labelled is not None]) if labelled else None,
+    )
 
 
 def _one_turn(sample: Sample) -> Turns:
@@ -291,4 +322,4 @@ def _prompt_and_answer(sample: Sample) -> list[Piece]:
 
 def _tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Token ids of each text, without special tokens; not verbose, since `fitting` reports what is too long."""
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from staff.store.cost import Meter
+from staff.store.turns import Busy
 
 BEAT = 5.0
 """Seconds between two updates of the file."""
@@ -32,12 +33,13 @@ def attempt(file: Path, meter: Meter) -> Iterator[list[dict[str, Any]]]:
     """
     earlier = failed_attempts(file)
     this: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+    attempts = [*earlier, this]
     done = threading.Event()
 
     def write() -> None:
         this["seconds"] = meter.unsaved
         draft = file.with_suffix(".draft")
-        draft.write_text(json.dumps([*earlier, this]))
+        draft.write_text(json.dumps(attempts))
         os.replace(draft, file)
 
     def beat() -> None:
@@ -51,14 +53,19 @@ def attempt(file: Path, meter: Meter) -> Iterator[list[dict[str, Any]]]:
     heart.start()
     try:
         yield earlier
+    except Busy:  # not failed, and done again from its start
+        attempts.remove(this)
+        raise
     except BaseException as error:
         this["error"] = type(error).__name__
         raise
+    else:
+        attempts.clear()
     finally:
         done.set()
         heart.join()
         with suppress(OSError):
-            write() if "error" in this else file.unlink()
+            write() if attempts else file.unlink()
 
 
 def failed_attempts(file: Path) -> list[dict[str, Any]]:

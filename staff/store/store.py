@@ -5,6 +5,7 @@
     root/locks/                   a lock file for each artefact
     root/attempts/                stages that were started and not finished (`staff.store.attempts`)
     root/checkpoints/             checkpoints of long stages, to resume from
+    root/samples/                 the samples of large data files, once read (`staff.data.stored`)
 
 An artefact is written to a temporary folder, its manifest last, and published by one rename under its lock. So a
 folder with a manifest is complete, and a process that dies leaves nothing that is read. The manifest records the
@@ -47,13 +48,15 @@ from staff.store.manifest import (
     write_manifest,
 )
 from staff.store.stage import Stage
+from staff.store.turns import Busy, turn
 
 log = logging.getLogger(__name__)
 
 VISIBLE = 60.0
 """Seconds within which a published folder must be visible to every process of its run."""
 
-RESERVED = ("tmp", "locks", "attempts", "checkpoints")
+SAMPLES = "samples"
+RESERVED = ("tmp", "locks", "attempts", "checkpoints", SAMPLES)
 """Folders of the store that hold no artefacts."""
 
 _STORAGE_ERRORS = {
@@ -87,8 +90,8 @@ class Store:
     def __init__(self, root: Path | str, workers: int | None = 1) -> None:
         self.root = Path(root).absolute()
         self.workers = workers
-        self.computed: set[str] = set()
-        """Fingerprints of the artefacts that this object computed instead of reading them."""
+        self.computed: set[str] = set(turn.get().computed)
+        """Fingerprints of the artefacts that this object, or its job in an earlier turn, computed."""
         self.used: set[str] = set()
         """Fingerprints of the artefacts that this object gave, and of all that these were made from."""
         self._begun = False
@@ -101,6 +104,7 @@ class Store:
 
         Raises:
             UserError: the store's folder cannot be used, or the artefact in it is damaged.
+            Busy: another process is computing it, and this one may not wait (`staff.store.turns`).
         """
         name = f"{stage.label} ({stage.kind} {stage.fingerprint[:8]})"
         frames = _frames.get()
@@ -115,7 +119,7 @@ class Store:
             def look() -> Artifact | None:
                 artifact = self._read(stage)
                 if artifact is None:
-                    held.enter_context(self._lock(stage.fingerprint, name))
+                    held.enter_context(self._lock(stage.fingerprint, name, turn.get().may_wait))
                     artifact = self._read(stage)
                 return artifact
 
@@ -273,13 +277,15 @@ class Store:
             _frames.reset(outer)
 
     @contextmanager
-    def _lock(self, fingerprint: str, name: str) -> Iterator[None]:
+    def _lock(self, fingerprint: str, name: str, may_wait: bool = True) -> Iterator[None]:
         locks = self.root / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         lock = file_lock(locks / f"{fingerprint[:32]}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if not may_wait:
+                raise Busy(name, Path(lock.lock_file), self.computed) from None
             log.info("%s: waiting for another process", name)
             lock.acquire()
         try:

@@ -185,6 +185,10 @@ class Mirror:
         """End the page as failed, with the reason in a sentence."""
         self._end(f"failed: {reason}", 1)
 
+    def pause(self) -> None:
+        """End the page for now: the same run goes on with it."""
+        self._end("waiting", 0)
+
     def _show_record(self, tables: Mapping[str, pd.DataFrame]) -> None:
         record = json.loads((self._folder / "metrics.json").read_text(encoding="utf-8"))
         if (self._folder / "training.csv").is_file():
