@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, Any
 
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.runtime.hub import Repository
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 SIZES = Path(__file__).parent / "sizes"
 TOKEN = r" ?[A-Za-z]{1,10}|\d| ?[^\s\w]{1,2}|\s+|\w{1,2}"
