@@ -38,7 +38,7 @@ class Memory:
 
     weights: int
     training: int
-    """Adapters, Adam's two moments, gradients as far as they are there, and autocast's copies of trained weights."""
+    """Adapters, Adam's two moments, gradients that are there by then, and autocast's copies of trained weights."""
     activations: int
     """Tensors of the blocks that are kept for the backward pass."""
     logits: int
