@@ -40,7 +40,7 @@ PIECES = {
     "finetuning": ("gpu_speed", 240),
     "generation": ("gpu_speed", 210),
     "memory": ("gpu_checks", 120),
-    "plan": ("gpu_plan", 240),
+    "plan": ("gpu_checks", 240),
 }
 """The module of each piece, and the seconds after which it starts no further case: 22 minutes together."""
 LIMIT = 480
