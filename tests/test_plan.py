@@ -78,7 +78,7 @@ def test_a_plan_of_a_preset_takes_the_command_of_the_sweep_and_prints_hours_and_
     lines = {line[:30].rstrip(): line for line in said.stdout.splitlines()}
     assert lines["fine-tune target on N samples"[:30]].split()[-4] == "6", "five rates, and the whole pool once"
     assert "fine-tuning target takes about" in said.stdout
-    assert "assumed: the speed of a h100 at fine-tuning 3" in said.stdout
+    assert "assumed: the speed of a h100 at fine-tuning 2.56 M parameters in float32, " in said.stdout
     assert "seeds for 0.5 points of ROUGE-L on dialogsum: " in said.stdout
     wrong = subprocess.run([*command, "method=nobody"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1].startswith("plan: method=nobody is unknown")
