@@ -22,7 +22,7 @@ from experiments import sweep
 from experiments.configuration import CONF, check_size, composed
 from experiments.report.planned import Planned
 from experiments.single import Run
-from experiments.speeds import ASSUMED, line
+from experiments.speeds import ANSWER, ASSUMED, line
 from experiments.stand_ins import with_stand_ins
 from staff.models.adapters import shapes
 from staff.models.spec import ARCHITECTURES, ModelSpec
@@ -50,6 +50,7 @@ class PlannedStage:
         speed: what stages with the same speed have in common.
         precision: that it computes in.
         parameters: of its model.
+        constants: how often it takes the constant of its speed, by `experiments.speeds.Speed`.
         exact: its FLOPs do not depend on scores or answers.
         made: the sweep's own store has it already.
         bytes: that it leaves in the store, roughly.
@@ -60,6 +61,7 @@ class PlannedStage:
     speed: str
     precision: str
     parameters: int
+    constants: float
     cost: Cost
     exact: bool
     made: bool
@@ -130,6 +132,7 @@ class DryRunStore(Store):
                 speed_of(stage),
                 precision_of(stage),
                 parameters_of(stage),
+                getattr(stage, "max_new_tokens", ANSWER) / ANSWER,
                 cost,
                 exact,
                 made,

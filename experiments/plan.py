@@ -40,7 +40,7 @@ def seconds_of(stage: PlannedStage, gpu: str | None, speeds: dict[str, tuple[flo
     if gpu is None:
         return float("nan")
     speed = speed_on(gpu, stage.stage, stage.precision, stage.parameters)
-    return speed.seconds(stage.cost.flops, GPUS[gpu].peak(stage.precision))
+    return speed.seconds(stage.cost.flops, GPUS[gpu].peak(stage.precision), stage.constants)
 
 
 def assumed(stages: Sequence[PlannedStage], gpu: str, speeds: dict[str, tuple[float, float]]) -> list[str]:

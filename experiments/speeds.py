@@ -18,6 +18,8 @@ FILE = Path(__file__).parent / "sizes/speeds.json"
 ASSUMED = {"finetune": 0.4, "scores": 0.24, "evaluation": 0.05}
 """Fractions of the peak where nothing was measured. Decoding is bound by memory, not by arithmetic. A model too
 small to fill the GPU reaches less."""
+ANSWER = 64
+"""New tokens of the answers that were measured."""
 NEAR = 2.0
 """A model counts as measured up to so many times more or fewer parameters than those that were."""
 
@@ -47,14 +49,17 @@ GPUS = {
 
 
 class Speed(NamedTuple):
-    """Seconds of a stage: a constant, such as for loading the model, and its FLOPs at a fraction of the peak."""
+    """Seconds of a stage: a constant, such as for loading the model, and its FLOPs at a fraction of the peak.
+
+    The constant of answers is that of `ANSWER` new tokens, whose steps take their time however few the prompts are.
+    """
 
     constant: float
     utilisation: float
     measured: bool
 
-    def seconds(self, flops: float, peak: float) -> float:
-        return self.constant + flops / (peak * self.utilisation)
+    def seconds(self, flops: float, peak: float, constants: float = 1.0) -> float:
+        return constants * self.constant + flops / (peak * self.utilisation)
 
 
 def speed_on(gpu: str, stage: str, precision: str, parameters: float) -> Speed:

@@ -32,7 +32,7 @@ from experiments.benchmarks.shapes import (
     random_tokens,
     released,
 )
-from experiments.speeds import GPUS, keep, line
+from experiments.speeds import ANSWER, GPUS, keep, line
 from staff.data.tokens import TokenizedSamples
 from staff.evaluation.generator import Greedy
 from staff.evaluation.stage import Generate, read_predictions
@@ -259,7 +259,7 @@ def _stage(spec: Any, kind: str, count: int, tiny: bool) -> tuple[Stage, float]:
     elif kind == "finetune":
         stage = Finetune(spec, samples, FinetuneSettings(lora=LORA, precision=spec.dtype), 1, 0)
     else:
-        stage = Generate(ModelState(spec), samples, Greedy(), 4 if tiny else 64)
+        stage = Generate(ModelState(spec), samples, Greedy(), 4 if tiny else ANSWER)
     with TemporaryDirectory() as folder, Meter() as meter:
         stage.estimate(Path(folder), meter)
     return stage, meter.cost.flops
