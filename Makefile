@@ -4,7 +4,7 @@ PYTHONS := python3.11 python3.12 python3.13
 PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c 'import venv' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test stress slurm mutations audit format smollm2 reproduce-tiny slice
+.PHONY: demo test stress gpu slurm mutations audit format smollm2 reproduce-tiny slice
 demo: .venv/installed
 	$(BIN)/staff experiment=demo
 
@@ -17,6 +17,12 @@ test: .venv/installed
 # What takes minutes to hours: thirty kills, long fuzzing.
 stress: .venv/installed
 	$(BIN)/pytest -s tests/stress
+
+# What a GPU is measured by, in 25 minutes, or one piece: make gpu PIECE=scoring. By the Python that has torch, since
+# such a machine may have no network: nothing is installed. make gpu TINY=1 shrinks all of it for a processor.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+gpu:
+	$(GPU_PYTHON) -m experiments.benchmarks.gpu $(PIECE) $(if $(TINY),--tiny)
 
 # Sweeps on a SLURM cluster of one node, which the tests start and stop. It needs root and Debian's slurm-wlm and munge,
 # or says so.

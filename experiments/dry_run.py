@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
@@ -24,9 +23,10 @@ from experiments.configuration import CONF, check_size, composed
 from experiments.report.planned import Planned
 from experiments.schedule import starting_order
 from experiments.single import Run
+from experiments.speeds import ANSWER, ASSUMED, line
 from experiments.stand_ins import with_stand_ins
 from staff.models.adapters import shapes
-from staff.models.spec import ARCHITECTURES
+from staff.models.spec import ARCHITECTURES, ModelSpec
 from staff.runtime.progress import progress
 from staff.scoring.stage import Score
 from staff.store.cost import Cost, Meter
@@ -36,9 +36,6 @@ from staff.store.store import Store
 from staff.training.memory import finetuning_memory
 from staff.training.stage import Finetune
 
-UTILISATION = {"finetune": 0.4, "scores": 0.24, "evaluation": 0.05}
-"""Fractions of the peak. Scores: measured with Gemma-7b's shape on an H200, over batches seen before. The others
-are assumed; decoding is bound by memory, not by arithmetic. A model too small to fill the GPU reaches less."""
 VALUES = ("pruning_rate", "budget", "budget_tokens", "seed", "selection_seed", "finetune_seed")
 """Settings that choose no file of the configuration: Hydra, which is slow, composes the jobs that differ in them
 once."""
@@ -53,6 +50,8 @@ class PlannedStage:
     Attributes:
         speed: what stages with the same speed have in common.
         precision: that it computes in.
+        parameters: of its model.
+        constants: how often it takes the constant of its speed, by `experiments.speeds.Speed`.
         exact: its FLOPs do not depend on scores or answers.
         made: the sweep's own store has it already.
         bytes: that it leaves in the store, roughly.
@@ -62,6 +61,8 @@ class PlannedStage:
     label: str
     speed: str
     precision: str
+    parameters: int
+    constants: float
     cost: Cost
     exact: bool
     made: bool
@@ -119,7 +120,7 @@ class DryRunStore(Store):
         artifact = super().get(stage)
         if stage.kind == "coreset":
             self._asked = 0
-        if stage.kind in UTILISATION:
+        if stage.kind in ASSUMED:
             exact = stage.kind != "evaluation" and stage.key()["samples"] in self.certain and not second
             self._list(stage, artifact.cost, exact and not self.planned.replaced)
         return artifact
@@ -129,7 +130,16 @@ class DryRunStore(Store):
         if known not in self.planned.stages:
             made = self.real.find(stage) is not None
             self.planned.stages[known] = PlannedStage(
-                stage.kind, stage.label, speed_of(stage), precision_of(stage), cost, exact, made, bytes_of(stage)
+                stage.kind,
+                stage.label,
+                speed_of(stage),
+                precision_of(stage),
+                parameters_of(stage),
+                getattr(stage, "max_new_tokens", ANSWER) / ANSWER,
+                cost,
+                exact,
+                made,
+                bytes_of(stage),
             )
         if known not in job:
             job.append(known)
@@ -144,7 +154,7 @@ class TimedStore(Store):
 
     def get(self, stage: Stage) -> Artifact:
         artifact = super().get(stage)
-        if stage.kind in UTILISATION and artifact.computed:
+        if stage.kind in ASSUMED and artifact.computed:
             self.times.append((speed_of(stage), artifact.cost))
         return artifact
 
@@ -163,6 +173,16 @@ def precision_of(stage: Stage) -> str:
     settings = key.get("settings", {"kind": "lora", "precision": "float32"})
     narrow = settings["precision"] == "bfloat16" or (settings["kind"] == "lora" and narrow)
     return "bfloat16" if narrow else "float32"
+
+
+def parameters_of(stage: Any) -> int:
+    """Parameters of the model that a stage trains or runs, without adapters."""
+    return _parameters(stage.spec if isinstance(stage, Finetune) else stage.state.spec)
+
+
+@lru_cache(maxsize=32)
+def _parameters(spec: ModelSpec) -> int:
+    return shapes(spec).num_parameters()
 
 
 def bytes_of(stage: Stage) -> int:
@@ -266,17 +286,7 @@ def calibrated(planned: DryRun, config_dir: str | None = None) -> dict[str, tupl
             at_full_length = {stage.speed: stage.cost.flops for stage in stages if stage.stage == "evaluation"}
             for speed, cost in real.times:
                 points[speed].append((at_full_length.get(speed, cost.flops), cost.seconds))
-    return {speed: _line(np.array(measured)) for speed, measured in points.items()}
-
-
-def _line(points: np.ndarray) -> tuple[float, float]:
-    """Constant and slope, neither negative, through (FLOPs, seconds), (n, 2)."""
-    flops, seconds = points.T
-    slope = float(np.polyfit(flops, seconds, 1)[0]) if np.ptp(flops) > 0 else 0.0
-    constant = float((seconds - slope * flops).mean())
-    if slope <= 0 or constant < 0:
-        return 0.0, float(seconds.sum() / flops.sum())
-    return constant, slope
+    return {speed: line(measured) for speed, measured in points.items()}
 
 
 def _jobs(

@@ -5,8 +5,9 @@ estimated from shapes instead of run. No weights are loaded, and a stage that ru
 
 Scores are placeholders, so two things are not exact, and marked `~`: STAFF's verification is counted at its most,
 K b_v samples, and a coreset that scores choose as one of average samples. Answers, marked `~` too, are counted at
-full length. Seconds come from a GPU's peak and an assumed utilisation, or, with --calibrate, from the stages
-themselves on a few samples on this machine. Ranking (such as the neighbours of D2) is not in them.
+full length. Seconds come from a GPU's peak and the utilisation measured there by kind of stage and size of model
+(`experiments.speeds`), or, with --calibrate, from the stages themselves on a few samples on this machine. What was
+not measured is said to be assumed. Ranking (such as the neighbours of D2) is not in them.
 """
 
 from __future__ import annotations
@@ -18,44 +19,39 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from experiments import sweep
 from experiments.console import pipeable
-from experiments.dry_run import UTILISATION, DryRun, PlannedStage, calibrated, dry_run
+from experiments.dry_run import DryRun, PlannedStage, calibrated, dry_run
 from experiments.report.planned import checked_effect, sentences
 from experiments.schedule import wall_seconds
+from experiments.speeds import GPUS, speed_on
 
 
-class Gpu(NamedTuple):
-    """Dense FLOP/s in bfloat16 and in float32 (plain, as torch computes by default), and bytes of memory, by the
-    vendor's data sheet."""
-
-    bfloat16: float
-    float32: float
-    memory: float
-
-
-GPUS = {
-    "h100": Gpu(989e12, 67e12, 80e9),
-    "h200": Gpu(989e12, 67e12, 141e9),
-    "a100": Gpu(312e12, 19.5e12, 80e9),
-    "l40s": Gpu(362e12, 91.6e12, 48e9),
-    "rtx4090": Gpu(165e12, 82.6e12, 24e9),
-}
-
-
-def seconds_of(stage: PlannedStage, gpu: Gpu | None, speeds: dict[str, tuple[float, float]]) -> float:
+def seconds_of(stage: PlannedStage, gpu: str | None, speeds: dict[str, tuple[float, float]]) -> float:
+    """Seconds of a stage on a GPU, or as calibrated; NaN if neither is known."""
     if stage.speed in speeds:
         constant, slope = speeds[stage.speed]
         return constant + slope * stage.cost.flops
     if gpu is None:
         return float("nan")
-    peak = gpu.bfloat16 if stage.precision == "bfloat16" else gpu.float32
-    return stage.cost.flops / (peak * UTILISATION[stage.stage])
+    speed = speed_on(gpu, stage.stage, stage.precision, stage.parameters)
+    return speed.seconds(stage.cost.flops, GPUS[gpu].peak(stage.precision), stage.constants)
+
+
+def assumed(stages: Sequence[PlannedStage], gpu: str, speeds: dict[str, tuple[float, float]]) -> list[str]:
+    """What was not measured on this GPU, in words."""
+    words = {"finetune": "fine-tuning", "scores": "scoring with", "evaluation": "answers of"}
+    unknown = {
+        f"{words[stage.stage]} {stage.parameters / 1e6:,.3g} M parameters in {stage.precision}": None
+        for stage in stages
+        if stage.speed not in speeds and not speed_on(gpu, stage.stage, stage.precision, stage.parameters).measured
+    }
+    return list(unknown)
 
 
 def table(stages: Sequence[PlannedStage], seconds: Sequence[float]) -> pd.DataFrame:
@@ -88,7 +84,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / of:.2g} {unit}" if seconds < 99.5 * of else f"{seconds / of:.0f} {unit}"
 
 
-def report(planned: DryRun, seconds: dict[str, float], gpu: str | None, gpus: int) -> str:
+def report(
+    planned: DryRun, seconds: dict[str, float], gpu: str | None, gpus: int, speeds: dict[str, tuple[float, float]]
+) -> str:
     """What a plan tells, in lines."""
     sums = table(list(planned.stages.values()), list(seconds.values()))
     shown = sums.drop(columns="exact").assign(
@@ -115,6 +113,8 @@ def report(planned: DryRun, seconds: dict[str, float], gpu: str | None, gpus: in
         lines.append(f"wall time: about {wall} with {gpus} at work; the longest run alone takes {chain}")
     else:
         lines.append("hours: name a GPU (--gpu) or measure this machine (--calibrate)")
+    if gpu is not None and (unknown := assumed(list(planned.stages.values()), gpu, speeds)):
+        lines.append(f"assumed: the speed of a {gpu} at {', '.join(unknown)}; no measurement")
     return "\n".join(lines)
 
 
@@ -122,7 +122,7 @@ def report(planned: DryRun, seconds: dict[str, float], gpu: str | None, gpus: in
 def main() -> None:
     parser = argparse.ArgumentParser(prog="staff-plan", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="as for the sweep itself")
-    parser.add_argument("--gpu", choices=GPUS, help="hours on this GPU, at an assumed utilisation")
+    parser.add_argument("--gpu", choices=GPUS, help="hours on this GPU; cpu: on one core")
     parser.add_argument("--gpus", type=int, default=1, help="so many of them, a run on each (default: 1)")
     parser.add_argument("--calibrate", action="store_true", help="hours on this machine, measured on a few samples")
     parser.add_argument(
@@ -147,9 +147,8 @@ def main() -> None:
         if sentence := sweep.sentence_of(error):
             sys.exit(f"plan: {sentence}")
         raise
-    gpu = GPUS.get(asked.gpu)
-    seconds = {known: seconds_of(stage, gpu, speeds) for known, stage in planned.stages.items()}
-    print("\n".join([report(planned, seconds, asked.gpu, asked.gpus), *seeds]))
+    seconds = {known: seconds_of(stage, asked.gpu, speeds) for known, stage in planned.stages.items()}
+    print("\n".join([report(planned, seconds, asked.gpu, asked.gpus, speeds), *seeds]))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, Any
 
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.runtime.hub import Repository
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 SIZES = Path(__file__).parent / "sizes"
 TOKEN = r" ?[A-Za-z]{1,10}|\d| ?[^\s\w]{1,2}|\s+|\w{1,2}"
@@ -41,7 +42,7 @@ class KnownShape(ModelSpec):
     def config(self) -> Any:
         from transformers import AutoConfig
 
-        return AutoConfig.for_model(**_known("models")[self.path])
+        return AutoConfig.for_model(**sizes_of("models")[self.path])
 
     def tokenizer(self) -> Any:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -74,10 +75,10 @@ def with_stand_ins(cfg: DictConfig, folder: Path) -> list[str]:
     families = [cfg.family, *([cfg.selection_family] if cfg.get("selection_family") else [])]
     for spec in [family[role] for family in families for role in ("target", "small")]:
         cut_from_target = (spec.get("from_target") or {}).get("keep_layers") is not None
-        if spec.path in _known("models") and not cut_from_target and not _has_model(spec.path, spec.revision):
+        if spec.path in sizes_of("models") and not cut_from_target and not _has_model(spec.path, spec.revision):
             replaced.append(f"the model {spec.path}: its shape is known, its tokens are estimated")
             spec["_target_"] = f"{KnownShape.__module__}.{KnownShape.__qualname__}"
-    of_hub = cfg.task.get("hub") in _known("tasks") and cfg.task.data_dir is None and cfg.task.train_file is None
+    of_hub = cfg.task.get("hub") in sizes_of("tasks") and cfg.task.data_dir is None and cfg.task.train_file is None
     if of_hub and not _has_data(cfg.task.hub, cfg.task.revision):
         replaced.append(f"the data set {cfg.task.hub}: the number and the lengths of its samples are known")
         cfg.task.data_dir = str(_data(cfg.task.hub, folder))
@@ -85,7 +86,7 @@ def with_stand_ins(cfg: DictConfig, folder: Path) -> list[str]:
 
 
 @cache
-def _known(kind: str) -> dict[str, Any]:
+def sizes_of(kind: str) -> dict[str, Any]:
     return json.loads((SIZES / f"{kind}.json").read_text())
 
 
@@ -109,7 +110,7 @@ def _has_data(hub: str, revision: str | None) -> bool:
 
 
 def _data(hub: str, folder: Path) -> Path:
-    into, known = folder / hub.replace("/", "--"), _known("tasks")[hub]
+    into, known = folder / hub.replace("/", "--"), sizes_of("tasks")[hub]
     if into.is_dir():
         return into
     into.mkdir()

@@ -60,6 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """`run_shrunk`, by default with its results in a folder of the test."""
+    pytest.importorskip("hydra")
 
     def run(*overrides: str, results: Path = tmp_path / "results", tracking: str = "none") -> dict[str, Any]:
         return run_shrunk(results, f"tracking={tracking}", *overrides)

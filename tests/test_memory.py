@@ -1,12 +1,11 @@
 """The memory that fine-tuning needs: what autograd really keeps, and the sentence where it does not fit."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.tuning import SETTINGS
+from support.tuning import SETTINGS, drawn, told_and_peak
 
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
@@ -17,18 +16,8 @@ from staff.training import memory
 from staff.training.memory import check_fits, finetuning_memory
 from staff.training.trainer import checkpoint_blocks
 
-SIZES = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-SIZES |= {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 100}
 SAMPLES, TOKENS, ANSWERS = 2, 256, 8
 LENGTHS = np.full(SAMPLES, TOKENS), np.full(SAMPLES, ANSWERS)
-
-
-def make(architecture: str, dtype: str, folder: Path) -> ModelSpec:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **SIZES, **special)).save_pretrained(folder)
-    return ModelSpec(str(folder), dtype=dtype, attention="eager" if architecture == "gemma2" else "sdpa")
 
 
 def kept_for_backward(spec: ModelSpec, settings) -> int:
@@ -61,7 +50,7 @@ def kept_for_backward(spec: ModelSpec, settings) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma", "gemma2", "gemma3_text"])
 def test_activations_are_what_autograd_keeps_within_a_fifth(architecture, dtype, kind, tmp_path):
-    spec = make(architecture, dtype, tmp_path)
+    spec = drawn(architecture, dtype, tmp_path)
     settings = replace(SETTINGS, precision=dtype, kind=kind, batch_size=SAMPLES, device_batch_size=SAMPLES)
     told = finetuning_memory(spec, settings, *LENGTHS)
     copies = spec.shapes().num_parameters() * 2 if (kind, dtype) == ("full", "bfloat16") else 0
@@ -71,15 +60,27 @@ def test_activations_are_what_autograd_keeps_within_a_fifth(architecture, dtype,
     assert finetuning_memory(spec, again, *LENGTHS).activations < 0.5 * told.activations
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "checkpointing"),
+    [("lora", "bfloat16", False), ("full", "float32", True)],  # all others: tests/stress/test_families.py
+)
+def test_the_estimate_is_the_measured_peak_within_a_tenth(kind, dtype, checkpointing, tmp_path, monkeypatch):
+    changes = {"kind": kind, "gradient_checkpointing": checkpointing}
+    told, peak = told_and_peak("llama", dtype, tmp_path, monkeypatch, **changes)
+    assert told == pytest.approx(peak, rel=0.1)
+
+
 def test_weights_adapters_and_optimiser_are_counted_from_shapes():
     target = ModelSpec("pkg://staff/assets/tiny/target")
     model = target.load()
     told = finetuning_memory(target, SETTINGS, *LENGTHS)
     assert told.weights == 4 * model.num_parameters()
     adapters = sum(p.numel() for p in fresh_lora(model, SETTINGS.lora, 0).parameters() if p.requires_grad)
-    assert told.training == 16 * adapters
+    assert told.training == 12 * adapters, "gradients come when activations go"
     full = finetuning_memory(target, replace(SETTINGS, kind="full"), *LENGTHS)
-    assert full.training == 12 * target.load().num_parameters()
+    assert full.training == 8 * target.shapes().num_parameters()
+    in_parts = replace(SETTINGS, batch_size=8, device_batch_size=4)
+    assert finetuning_memory(target, in_parts, *LENGTHS).training == 16 * adapters, "of the earlier parts"
     four_bits = finetuning_memory(replace(target, quantization="nf4"), SETTINGS, *LENGTHS)
     assert 0.125 < four_bits.weights / told.weights < 0.5, "embeddings, which are much of so small a model, stay"
 

@@ -11,10 +11,11 @@ from conftest import ROOT, SMALL
 from support.records import write_runs
 
 from experiments import stand_ins
-from experiments.dry_run import UTILISATION, dry_run
-from experiments.plan import GPUS, main, seconds_of, table
+from experiments.dry_run import dry_run
+from experiments.plan import main, seconds_of, table
 from experiments.report.planned import Planned, sentences
 from experiments.schedule import starting_order, wall_seconds
+from experiments.speeds import ASSUMED, FILE, GPUS, line, speed_on
 from experiments.stand_ins import SIZES, KnownShape
 from staff.models.spec import ModelSpec
 
@@ -32,7 +33,7 @@ def test_a_plan_counts_the_stages_of_a_sweep_once_and_their_flops_as_the_records
         planned = dry_run(sweep)
     stages, memory = list(planned.stages.values()), planned.memory
     assert not results.exists(), "a plan leaves nothing behind"
-    assert all(seconds_of(stage, GPUS["h100"], {}) > 0 for stage in stages) and set(memory) == {"small", "target"}
+    assert all(seconds_of(stage, "h100", {}) > 0 for stage in stages) and set(memory) == {"small", "target"}
     assert len(planned.jobs) == len(METHODS) * len(RATES)
     assert {stage.precision for stage in stages} == {"float32"}
 
@@ -40,7 +41,7 @@ def test_a_plan_counts_the_stages_of_a_sweep_once_and_their_flops_as_the_records
         for rate in RATES:
             run(f"method={method}", f"pruning_rate={rate}")
     manifests = [json.loads(file.read_text()) for file in results.glob("artifacts/*/*/manifest.json")]
-    done = [manifest for manifest in manifests if manifest["stage"] in UTILISATION]
+    done = [manifest for manifest in manifests if manifest["stage"] in ASSUMED]
     assert len(stages) == len(done)
     exact = [stage for stage in stages if stage.exact]
     assert {stage.label for stage in exact} == {
@@ -79,6 +80,7 @@ def test_a_plan_of_a_preset_takes_the_command_of_the_sweep_and_prints_hours_and_
     lines = {line[:30].rstrip(): line for line in said.stdout.splitlines()}
     assert lines["fine-tune target on N samples"[:30]].split()[-4] == "6", "five rates, and the whole pool once"
     assert "fine-tuning target takes about" in said.stdout
+    assert "assumed: the speed of a h100 at fine-tuning 2.56 M parameters in float32, " in said.stdout
     assert "seeds for 0.5 points of ROUGE-L on dialogsum: " in said.stdout
     wrong = subprocess.run([*command, "method=nobody"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1].startswith("plan: method=nobody is unknown")
@@ -88,7 +90,7 @@ def test_hours_follow_the_precision_that_a_stage_computes_in():
     def planned(*settings: str) -> tuple[dict[str, str], dict[str, float]]:
         common = ("pruning_rate=0.5", "method=random", "tracking=none", *SMALL)
         stages = list(dry_run((*settings, *common)).stages.values())
-        return {s.stage: s.precision for s in stages}, {s.stage: seconds_of(s, GPUS["h100"], {}) for s in stages}
+        return {s.stage: s.precision for s in stages}, {s.stage: seconds_of(s, "h100", {}) for s in stages}
 
     precision, wide = planned()
     assert precision == {"finetune": "float32", "evaluation": "float32", "scores": "float32"}
@@ -99,6 +101,39 @@ def test_hours_follow_the_precision_that_a_stage_computes_in():
     of_answers = {"evaluation": "bfloat16", "scores": "bfloat16"}
     assert planned(*frozen)[0] == {"finetune": "bfloat16", **of_answers}
     assert planned(*frozen, "finetune=full")[0] == {"finetune": "float32", **of_answers}
+
+
+def test_speeds_are_interpolated_in_the_logarithm_between_measured_sizes_and_assumed_beyond():
+    points = json.loads(FILE.read_text())["h200"]["speeds"]
+    known = {p["parameters"]: p["utilisation"] for p in points if (p["stage"], p["precision"]) == SCORES}
+    (low, at_low), (high, at_high) = sorted(known.items())[-2:]
+    assert all(speed_on("h200", *SCORES, size)[1:] == pytest.approx((part, True)) for size, part in known.items())
+    between = speed_on("h200", *SCORES, (low * high) ** 0.5)
+    assert between.measured and between.utilisation == pytest.approx((at_low * at_high) ** 0.5)
+    assert speed_on("h200", *SCORES, 1.9 * high) == (0.0, pytest.approx(at_high), True)
+    assert speed_on("h200", *SCORES, 2.1 * high) == (0.0, pytest.approx(at_high), False)
+    assert speed_on("a100", *SCORES, low) == (0.0, ASSUMED["scores"], False)
+    assert speed_on("h200", *SCORES, high).seconds(1e15, GPUS["h200"].bfloat16) == pytest.approx(
+        1 / 0.989 / at_high
+    )
+
+
+SCORES = "scores", "bfloat16"
+
+
+def test_a_line_through_measured_seconds_has_no_negative_part():
+    assert line([(1.0, 3.0), (2.0, 5.0)]) == pytest.approx((1.0, 2.0))
+    assert line([(1.0, 1.0), (2.0, 3.0)]) == pytest.approx((0.0, 4 / 3)), "it would start below zero"
+    assert line([(1.0, 3.0), (2.0, 2.0)]) == pytest.approx((0.0, 5 / 3)), "it would fall"
+    assert line([(2.0, 3.0)]) == (0.0, 1.5)
+
+
+def test_every_measured_speed_names_its_machine_and_is_a_fraction_of_the_peak():
+    for gpu, entry in json.loads(FILE.read_text()).items():
+        assert gpu in GPUS and entry["machine"]
+        for point in entry["speeds"]:
+            assert point["stage"] in ASSUMED and point["precision"] in ("float32", "bfloat16")
+            assert point["constant"] >= 0 and 0 < point["utilisation"] <= 1 and point["parameters"] > 0
 
 
 def test_what_a_stage_leaves_in_the_store_is_counted(run, tmp_path: Path):
@@ -153,6 +188,7 @@ CHAINS = {
     "staff": {"small": 5.0, "effort": 1.0},
 }
 PUBLISHED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
     "google/gemma-7b": 8_537_680_896,
     "google/gemma-2b": 2_506_172_416,
     "google/gemma-3-1b-it": 999_885_952,

@@ -10,18 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, open_dict
 from scipy.stats import rankdata
 
-from experiments.run import CONF
-from experiments.single import Run
 from staff.runtime.machine import processor_name
+
+if TYPE_CHECKING:  # Hydra is imported where it is used: the benchmarks of a GPU do without
+    from omegaconf import DictConfig
+
+    from experiments.single import Run
 
 FOLDER = Path("results/benchmarks")
 
@@ -44,6 +45,12 @@ def arguments(doc: str | None, **defaults: int | str) -> tuple[argparse.Namespac
 
 def configured(*settings: str) -> Run:
     """The run that these settings compose, with its data, models and store. Nothing of it is carried out yet."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import open_dict
+
+    from experiments.configuration import CONF
+    from experiments.single import Run
+
     with initialize_config_dir(CONF, version_base="1.3"):
         cfg = compose("config", list(settings), return_hydra_config=True)
     choices = dict(cfg.hydra.runtime.choices)
@@ -54,6 +61,10 @@ def configured(*settings: str) -> Run:
 
 def configured_method(name: str) -> DictConfig:
     """The configuration of this preset."""
+    from hydra import compose, initialize_config_dir
+
+    from experiments.configuration import CONF
+
     with initialize_config_dir(CONF, version_base="1.3"):
         return compose("config", [f"method={name}"]).method
 

@@ -23,21 +23,28 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 from experiments.benchmarks.common import alternating, arguments, configured, row, table, write
-from experiments.single import Run
 from staff.store.store import Store
+
+if TYPE_CHECKING:
+    from experiments.single import Run
+
+
+def logits_everywhere() -> Any:
+    """A context in which no architecture is known to the trainer: it is transformers' own."""
+    return patch("staff.training.trainer.ARCHITECTURES", ())
 
 
 def efforts(run: Run, *, everywhere: bool = False, grouped: bool = False, online: bool = False) -> np.ndarray:
     """Efforts of the small model after its fine-tuning, computed in a store of their own: (N,)."""
     settings = replace(run.settings, length_grouped=grouped)
-    # No architecture is known to the trainer: it computes logits at all positions.
-    trainer = patch("staff.training.trainer.ARCHITECTURES", ()) if everywhere else nullcontext()
+    trainer = logits_everywhere() if everywhere else nullcontext()
     with TemporaryDirectory() as folder:
         pool = replace(run.pool, settings=settings, store=Store(Path(folder)))
         with trainer:

@@ -10,12 +10,14 @@ the answers that are the same, token by token.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from experiments.benchmarks.common import alternating, arguments, configured, row, table, write
-from experiments.single import Run
+
+if TYPE_CHECKING:
+    from experiments.single import Run
 
 
 def plain(model: Any, tokenizer: Any, prompts: list[list[int]], new: int) -> list[list[int]]:

@@ -32,7 +32,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,7 +41,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from experiments.benchmarks.common import alternating, arguments, clock, configured, row, table, write
-from experiments.single import Run
 from staff.data.tokens import TokenizedSamples
 from staff.models.adapters import LoraSpec, fresh_lora
 from staff.models.flops import forward_flops
@@ -51,6 +50,9 @@ from staff.scoring.passes import default_batch_tokens, padded, score_samples
 from staff.scoring.positions import Positions
 from staff.signals.effort import Effort
 from staff.store.cost import Meter
+
+if TYPE_CHECKING:
+    from experiments.single import Run
 
 ADAPTER = LoraSpec(rank=81, alpha=16, dropout=0.0, targets=("q_proj", "v_proj"))
 Load = Callable[[ModelSpec], Any]

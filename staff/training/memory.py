@@ -30,11 +30,15 @@ NF4_BYTES = 0.5 + 0.127 / 8
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak memory of fine-tuning in bytes, after the forward pass of the longest samples."""
+    """Memory of fine-tuning in bytes at its peak.
+
+    That is after the forward pass of the longest samples, when the first block is recomputed in the backward pass,
+    or after the backward pass, when all gradients are there.
+    """
 
     weights: int
     training: int
-    """Adapters, gradients, Adam's two moments, and autocast's copies of trained weights."""
+    """Adapters, Adam's two moments, gradients that are there by then, and autocast's copies of trained weights."""
     activations: int
     """Tensors of the blocks that are kept for the backward pass."""
     logits: int
@@ -61,22 +65,29 @@ def finetuning_memory(
         weights = weights // processes.world_size() + 2 * weights // config.num_hidden_layers
     adapted = shapes(spec, settings.lora) if lora else model
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    batch, _ = settings.on_each_device(processes.world_size())
+    batch, accumulated = settings.on_each_device(processes.world_size())
     longest = int(min(lengths.max(), settings.max_length))
     tokens, answers = min(batch, len(lengths)) * longest, int(np.sort(answer_lengths)[-batch:].sum())
     kept = _Kept.by(model, 2 if settings.precision == "bfloat16" else 4, longest, lora)
     depth = config.num_hidden_layers
-    if settings.gradient_checkpointing:
-        activations = tokens * (depth * kept.residual + kept.attention + kept.mlp)
-    else:  # the last block's MLP runs at the answer tokens alone
-        activations = tokens * (depth * kept.attention + (depth - 1) * kept.mlp) + answers * kept.mlp
+    held, gradients = trained * (12 if lora else 8), 4 * trained
+    copies = kept.element * trained if not lora and kept.element < 4 else 0
+    if accumulated > 1:  # the gradients of earlier batches of the step
+        held, gradients = held + gradients, 0
     logit = 12 + (kept.element if kept.element < 4 else 0)
-    return Memory(
-        weights=weights,
-        training=trained * ((16 if lora else 12) + (0 if lora or kept.element == 4 else kept.element)),
-        activations=int(activations),
-        logits=answers * config.vocab_size * logit,
-    )
+    logits = answers * config.vocab_size * logit
+    # The last block's MLP runs at the answer tokens alone.
+    last = tokens * kept.attention + answers * kept.mlp
+    moments = [Memory(weights, held + gradients, 0, 0)]
+    if settings.gradient_checkpointing:
+        inputs = tokens * (depth - 1) * kept.residual
+        again = inputs + tokens * (kept.attention + kept.mlp + kept.gradients)
+        moments.append(Memory(weights, held + copies, inputs + last, logits))
+        moments.append(Memory(weights, held + gradients // depth, again, 0))
+    else:
+        activations = tokens * (depth - 1) * (kept.attention + kept.mlp) + last
+        moments.append(Memory(weights, held + copies, activations, logits))
+    return max(moments, key=lambda memory: memory.total)
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,8 @@ class _Kept:
     """The block's input."""
     attention: int
     mlp: int
+    gradients: int
+    """Gradients of the MLP's two inner products, while what the block keeps is still there."""
 
     @classmethod
     def by(cls, model: Any, element: int, length: int, frozen: bool) -> _Kept:
@@ -106,7 +119,7 @@ class _Kept:
         if model.config._attn_implementation == "eager":
             attention += 8 * heads * length
         mlp = element * (shared[1] * width + 4 * inner) + around // 2
-        return cls(element, element * width, attention, mlp)
+        return cls(element, element * width, attention, mlp, 2 * element * inner)
 
 
 def _weight_bytes(model: Any, quantization: str | None) -> int:

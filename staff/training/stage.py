@@ -141,7 +141,7 @@ class Finetune(Training):
             schedule=self.schedule,
             warmup_start=settings.warmup_start,
             args=self._arguments(work),
-            train_dataset=_rows(samples),
+            train_dataset=_Rows(samples),
             callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)
@@ -276,21 +276,22 @@ def read_learning_rates(trained: Artifact, epochs: int) -> np.ndarray:
     return np.interp(np.arange(1, epochs + 1), known, means)
 
 
-def _rows(samples: TokenizedSamples) -> Any:
-    """The samples as a `datasets.Dataset`, which shares their token ids."""
-    import pyarrow as pa
-    from datasets import Dataset
+class _Rows:
+    """The samples as a map-style data set, which shares their token ids. By "length", the lengths of all."""
 
-    offsets = pa.array(samples.offsets, pa.int64())
-    columns = {
-        "input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(samples.tokens)),
-        "prompt_length": pa.array(samples.prompt_lengths),
-        "length": pa.array(samples.lengths),
-        "row": pa.array(np.arange(len(samples))),
-    }
-    if samples.labelled is not None:
-        columns["labelled"] = pa.LargeListArray.from_arrays(offsets, pa.array(samples.labelled))
-    return Dataset(pa.table(columns))
+    def __init__(self, samples: TokenizedSamples) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, at: int | str) -> Any:
+        samples = self._samples
+        if at == "length":
+            return samples.lengths.tolist()
+        i = int(at)
+        row = {"input_ids": samples.row(i).tolist(), "prompt_length": int(samples.prompt_lengths[i]), "row": i}
+        return row if samples.labelled is None else {**row, "labelled": samples.label_mask(i).tolist()}
 
 
 def _trainable(model: Any) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support.families import FAMILIES, FUSED, save_model
+from support.tuning import told_and_peak
 
 METHODS = ("random", "staff", "el2n", "grand", "d2", "s2l", "k_center")
 
@@ -44,3 +45,16 @@ def test_a_gradient_that_a_family_does_not_have_is_refused_before_anything_is_fi
     with pytest.raises(UserError, match="choose gradient=all_lora"):
         run(f"family.target.path={folder}", f"family.small.path={folder}", "method=staff")
     assert not list((tmp_path / "results" / "artifacts").glob("finetune/*"))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma", "gemma2", "gemma3_text"])
+def test_the_estimate_of_memory_is_the_measured_peak_within_a_tenth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, dtype: str, kind: str, checkpointing: bool
+):
+    changes = {"kind": kind, "gradient_checkpointing": checkpointing}
+    told, peak = told_and_peak(architecture, dtype, tmp_path, monkeypatch, **changes)
+    print(f"{architecture}, {dtype}, {changes}: {told / peak:.3f} of the measured peak")
+    assert told == pytest.approx(peak, rel=0.1)

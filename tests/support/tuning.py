@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file
 
 from staff.data.task import Sample
 from staff.data.tokens import TokenizedSamples, tokenize
 from staff.models.spec import ModelSpec
 from staff.store.cost import Meter
+from staff.training.memory import finetuning_memory
 from staff.training.settings import FinetuneSettings
 from staff.training.stage import Finetune
 
@@ -75,3 +77,28 @@ def difference(first: dict[str, Any], second: dict[str, Any]) -> float:
 
 STILL = replace(SETTINGS, learning_rate=1e-12)
 """Weights stay where they are."""
+
+SIZES = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+SIZES |= {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 100}
+
+
+def drawn(architecture: str, dtype: str, folder: Path) -> ModelSpec:
+    """A model of four blocks with random weights, without a tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **SIZES, **special)).save_pretrained(folder)
+    return ModelSpec(str(folder), dtype=dtype, attention="eager" if architecture == "gemma2" else "sdpa")
+
+
+def told_and_peak(architecture: str, dtype: str, folder: Path, monkeypatch: Any, **changes: Any) -> tuple[int, int]:
+    """The estimate of a fine-tuning's memory, and the most bytes that its tensors take, of two steps."""
+    from experiments.benchmarks.shapes import peak_memory
+
+    spec, tokenizer = drawn(architecture, dtype, folder / "model"), SPEC.tokenizer()
+    monkeypatch.setattr(ModelSpec, "tokenizer", lambda _: tokenizer)
+    rows = np.random.default_rng(0).integers(3, 100, (8, 256)).tolist()
+    samples = TokenizedSamples.of_rows([str(i) for i in range(8)], rows, [248] * 8)
+    settings = replace(SETTINGS, precision=dtype, **changes)
+    told = finetuning_memory(spec, settings, samples.lengths, samples.answer_lengths).total
+    return told, peak_memory(lambda: Finetune(spec, samples, settings, 1, 0).run(folder, Meter()))
