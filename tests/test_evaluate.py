@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
@@ -49,7 +50,7 @@ OF_ANSWERS = [name for name in NAMED if named_metric(name).needs == "answers"]
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(CONFIG)
+    return LlamaForCausalLM(copy.deepcopy(CONFIG))
 
 
 @torch.no_grad()

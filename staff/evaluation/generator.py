@@ -87,9 +87,8 @@ def generate(
     Args:
         model: a causal language model, with or without adapters.
         prompts: token ids of each prompt.
-        batch_tokens: the limit of (longest prompt + max_new_tokens) x batch size; a longer prompt is a batch of its
-            own. None: 32768 on a GPU; 8192 on a processor, where in larger batches more prompts wait for the
-            longest answer (results/benchmarks/generation.md).
+        batch_tokens: the limit of (longest prompt + max_new_tokens) x batch size; a longer prompt goes alone. None:
+            32768 on a GPU, 8192 on a processor (results/benchmarks/generation.md).
         end_tokens: further end tokens, such as a chat template's end of turn.
         meter: tokens without padding, and FLOPs of a forward pass over prompts and answers with logits at the
             generated tokens, are added to it. This is exact for linear layers. Attention counts up to twice its
@@ -110,11 +109,15 @@ def generate(
     try:
         budget = batch_tokens or (8192 if base.device.type == "cpu" else 32768)
         apart = not is_sharded(base)
-        with processes.raise_on_all_ranks(apart), torch.inference_mode(), without_cudnn_attention():
-            with progress(len(processes.shard(prompts)), "answers") as bar:
-                for i, answer in _answers(base, config, stop, prompts, budget):
-                    answers[i] = answer
-                    bar.update(1)
+        with (
+            processes.raise_on_all_ranks(apart),
+            torch.inference_mode(),
+            without_cudnn_attention(),
+            progress(len(processes.shard(prompts)), "answers") as bar,
+        ):
+            for i, answer in _answers(base, config, stop, prompts, budget):
+                answers[i] = answer
+                bar.update(1)
     finally:
         base.generation_config = own
         base.train(was_training)
