@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 if TYPE_CHECKING:
     from staff.scoring.positions import Positions
+
+NARROWED = ("sdpa", "eager")
+"""Attention implementations whose queries run at some positions only."""
 
 WEIGHTS_BYTES = 2**29
 """Attention weights are kept for the backward pass up to this size in float32."""
@@ -24,7 +26,7 @@ def attention_at(attention: Any, positions: Positions) -> Iterator[None]:
 
     Attention kernels other than PyTorch's and the plain products run in full, and their output is gathered.
     """
-    if attention.config._attn_implementation not in ("sdpa", "eager"):
+    if attention.config._attn_implementation not in NARROWED:
         with attention.o_proj.register_forward_pre_hook(lambda _, args: (positions.gather(args[0]),)):
             yield
         return
@@ -51,6 +53,8 @@ def _attended(
     **others: Any,
 ) -> Tensor:
     """As `forward` of the attention of `ARCHITECTURES`, with queries at these positions: (B, T, D) -> (1, L, D)."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     module = sys.modules[type(attention).__module__]
     batch, length = hidden_states.shape[:2]
     rotate = module.apply_rotary_pos_emb
