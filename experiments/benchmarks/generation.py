@@ -4,8 +4,8 @@
 
 takes settings of a run, with `--` between cases. The target answers the first --samples test prompts in interleaved
 rounds. Ours (`staff/evaluation/decoding.py`) starts the longest prompts first, and puts the next prompts in the
-place of answers that have ended, under a token budget. Times are processor time. "equal" counts the answers that are
-the same, token by token.
+place of answers that have ended, under a token budget. Times are processor time. "equal" counts the answers that
+are the same, token by token.
 """
 
 from __future__ import annotations
