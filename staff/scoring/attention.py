@@ -81,7 +81,7 @@ def _attended(
     caps = {"softcap": attention.attn_logit_softcapping} if attention.config.model_type == "gemma2" else {}
     dropout = attention.attention_dropout if attention.training else 0.0
     output = attend(attention, queries, keys, values, seen, dropout=dropout, scaling=attention.scaling, **caps)[0]
-    return attention.o_proj(output[at.filled].flatten(1)[None])
+    return attention.o_proj(at.gather_spread(output.flatten(2)))
 
 
 def _heads(attention: Any, kind: str, hidden: Tensor) -> Tensor:

@@ -257,7 +257,7 @@ def loss_slopes(logits: Tensor, at: Positions) -> Tensor:
     """
     slopes = widened(logits).softmax(-1)
     slopes.scatter_add_(-1, at.targets[:, None], slopes.new_full((len(slopes), 1), -1.0))
-    slopes /= at.counts.repeat_interleave(at.counts)[:, None]
+    slopes /= at.counts.index_select(0, at.samples)[:, None]
     return slopes.to(logits.dtype)
 
 

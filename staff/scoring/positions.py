@@ -42,7 +42,8 @@ class Positions:
     @classmethod
     def where(cls, mask: Tensor, labels: Tensor) -> Positions:
         """The positions where `mask` (B, T) is true, with their labels from `labels` (B, T)."""
-        return cls(mask.flatten().nonzero()[:, 0], labels[mask], mask.sum(1))
+        index = mask.flatten().nonzero()[:, 0]
+        return cls(index, labels.flatten().index_select(0, index), mask.sum(1))
 
     @classmethod
     def of_answers(cls, labels: Tensor) -> Positions:
@@ -81,15 +82,35 @@ class Positions:
 
     def spread(self, gathered: Tensor) -> Tensor:
         """Gathered values by sample, padded with zeros: (1, L, D) -> (B, max counts, D)."""
-        filled = self.filled
-        spread = gathered.new_zeros(*filled.shape, gathered.shape[-1])
-        spread[filled] = gathered[0]
-        return spread
+        zeros = gathered.new_zeros(len(self.counts) * self._width, gathered.shape[-1])
+        spread = zeros.index_copy(0, self._slots, gathered.squeeze(0))
+        return spread.unflatten(0, (len(self.counts), self._width))
+
+    def gather_spread(self, spread: Tensor) -> Tensor:
+        """The values that `spread` put in their places: (B, max counts, D) -> (1, L, D)."""
+        return spread.flatten(0, 1).index_select(0, self._slots)[None]
+
+    # Integer places instead of masks: a mask has the host wait for the device in every use.
 
     @cached_property
-    def filled(self) -> Tensor:
-        """Where `spread` puts values, (B, max counts)."""
-        return torch.arange(int(self.counts.max()), device=self.counts.device) < self.counts[:, None]
+    def samples(self) -> Tensor:
+        """The sample of each position, (L,)."""
+        samples = torch.arange(len(self.counts), device=self.counts.device)
+        return samples.repeat_interleave(self.counts, output_size=len(self.index))
+
+    @cached_property
+    def _width(self) -> int:
+        return int(self.counts.max())
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        """The place of each position in (B x max counts), (L,)."""
+        before = (
+            self.counts.cumsum(0)
+            - self.counts
+            - self._width * torch.arange(len(self.counts), device=self.counts.device)
+        )
+        return torch.arange(len(self.index), device=self.index.device) - before.index_select(0, self.samples)
 
     def by_sample(self, hidden: Tensor) -> Tensor:
         """`spread` of a layer's values at these positions; values of the whole batch (B, T, D) stay as they are."""
@@ -97,7 +118,7 @@ class Positions:
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each sample's positions: (L, ...) -> (B, ...), NaN for a sample without any."""
-        return torch.segment_reduce(values, "mean", lengths=self.counts, axis=0)
+        return torch.segment_reduce(values, "mean", lengths=self.counts, axis=0, unsafe=True)
 
 
 def widened(tensor: Tensor) -> Tensor:
