@@ -21,9 +21,8 @@ the same ratio of FLOPs: what it would be if both ran at the same speed. It is b
 head, a product of the head's size, costs more than the last block saves. "error" is the largest relative difference
 of our scores from the authors'.
 
-The second table compares floor and ours alone, over three times as many rounds. "bound" is the floor's speed, times
-the FLOPs of a forward pass over those of exact scores, both counted as if the last block ran at all positions: what
-scores would cost that save nothing there. "of the bound" is our speed over it.
+The second table compares floor and ours alone, over three times as many rounds. "bound" is the floor's speed
+times "FLOPs bound", and "of the bound" is our speed over it.
 
 The third table shows where the time goes: milliseconds by torch's profiler, for the floor and for ours. The fourth
 shows throughput and peak memory as the number of samples grows. Times are processor time; on a GPU they are wall
@@ -166,7 +165,7 @@ def against_bound(run: Run, which: str, options: Namespace, load: Load) -> str:
         "ours": partial(ours, model, samples, budget, pad),
     }
     seconds, _ = alternating(ways, 3 * options.rounds)
-    of_floor, bound = seconds["floor"] / seconds["ours"], forward_over_whole(model, samples)
+    of_floor, bound = seconds["floor"] / seconds["ours"], flops_bound(model, samples)
     return row(
         f"{run.choices['family']} {which}, {run.choices['task']}",
         len(samples) / seconds["floor"],
@@ -175,15 +174,6 @@ def against_bound(run: Run, which: str, options: Namespace, load: Load) -> str:
         f"{of_floor:.2f}",
         f"{of_floor / bound:.2f}",
     )
-
-
-def forward_over_whole(model: Any, samples: TokenizedSamples) -> float:
-    """FLOPs of a forward pass over those of exact scores, with the last block at all positions and logits at label
-    positions."""
-    lengths, labels = samples.lengths, samples.answer_lengths
-    head = 2 * model.config.hidden_size * model.config.vocab_size * int((lengths - labels).sum())
-    whole = scoring_flops(model, lengths, lengths, [Effort()]) - 2 * head
-    return flops_bound(model, samples) * scoring_flops(model, lengths, labels, [Effort()]) / whole
 
 
 def compare(run: Run, which: str, options: Namespace, load: Load) -> tuple[str, list[str]]:
