@@ -27,6 +27,7 @@ difference of a logged loss from ours.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from argparse import Namespace
@@ -112,8 +113,8 @@ class Peers:
 
     def trl(self, padding_free: bool) -> np.ndarray:
         from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
+        trl: Any = importlib.import_module("trl")
         rows = Dataset.from_list(
             [
                 {
@@ -128,9 +129,9 @@ class Peers:
             plain = self.stage.training_arguments(folder)
             shared = {field.name: getattr(plain, field.name) for field in fields(plain) if field.init}
             own = {"completion_only_loss": True, "max_length": None, "padding_free": padding_free}
-            return SFTConfig(**shared, **own)
+            return trl.SFTConfig(**shared, **own)
 
-        return self._losses(SFTTrainer, arguments, rows, processing_class=self.stage.spec.tokenizer())
+        return self._losses(trl.SFTTrainer, arguments, rows, processing_class=self.stage.spec.tokenizer())
 
     def _losses(self, kind: Any, arguments: Any, rows: Any, **settings: Any) -> np.ndarray:
         model = fresh_lora(self.stage.spec.load(), self.stage.settings.lora, self.stage.seed)

@@ -58,7 +58,8 @@ class Slots(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shape, self.rows, self.at, self.width = (0, 0), slice(0), None, 0
+        self.shape, self.rows, self.width = (0, 0), slice(0), 0
+        self.at: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:

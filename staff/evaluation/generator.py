@@ -113,7 +113,7 @@ def generate(
             processes.raise_on_all_ranks(apart),
             torch.inference_mode(),
             without_cudnn_attention(),
-            progress(len(processes.shard(prompts)), "answers") as bar,
+            progress(len(processes.shard(list(prompts))), "answers") as bar,
         ):
             for i, answer in _answers(base, config, stop, prompts, budget):
                 answers[i] = answer
