@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
@@ -16,16 +17,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
 from staff.data.task import Sample
 from staff.errors import UserError
 from staff.evaluation import metrics
+from staff.evaluation.decoding import can_decode
 from staff.evaluation.generator import generate
 from staff.evaluation.metrics import NAMED, check_metrics, named_metric
 from staff.evaluation.metrics.numbers import final_number
 from staff.models.flops import forward_flops
+from staff.models.spec import ARCHITECTURES
 from staff.store.cost import Meter
 
 CONFIG = LlamaConfig(
@@ -47,7 +50,7 @@ OF_ANSWERS = [name for name in NAMED if named_metric(name).needs == "answers"]
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(CONFIG)
+    return LlamaForCausalLM(copy.deepcopy(CONFIG))
 
 
 @torch.no_grad()
@@ -119,19 +122,53 @@ def test_adapters_take_part_in_generation(model):
         assert generate(adapted, TOKENIZER, PROMPTS, max_new_tokens=8, batch_tokens=100) != expected
 
 
-def test_batches_keep_to_the_token_budget(model, monkeypatch):
-    shapes = []
-    forward = type(model).generate
+@pytest.mark.parametrize("window", [16, 64])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_answers_as_greedy_decoding_one_at_a_time(architecture, window):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8, "vocab_size": 97}
+    config = AutoConfig.for_model(
+        architecture, **shape, num_hidden_layers=2, num_key_value_heads=2, pad_token_id=0, initializer_range=0.3
+    )
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = window  # shorter or longer than the longest prompt and answer
+    torch.manual_seed(0)
+    # Gemma 2 caps attention's logits, which PyTorch's kernels cannot.
+    attention = "eager" if architecture == "gemma2" else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    slides = window == 16 and architecture in ("mistral", "gemma3_text")
+    assert can_decode(model, 30) == (not slides and architecture != "gemma2")
+    expected = [one_at_a_time(model, prompt, {2}, 12) for prompt in PROMPTS[:6]]
+    assert generate(model, TOKENIZER, PROMPTS[:6], max_new_tokens=12, batch_tokens=90) == expected
 
-    def spy(self: Any, **inputs: Any) -> Any:
-        shapes.append(tuple(inputs["input_ids"].shape))
-        return forward(self, **inputs)
 
-    monkeypatch.setattr(type(model), "generate", spy)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_passes_keep_to_the_token_budget(model, attention):
+    """Of our own loop, and of `model.generate`, which answers with attention that is not PyTorch's."""
+    model.set_attn_implementation(attention)
+    prefills, steps = [], []
+
+    def watch(_: Any, args: Any, inputs: Any) -> None:
+        rows, width = inputs["input_ids"].shape
+        seen = width if inputs.get("attention_mask") is None else inputs["attention_mask"].shape[-1]
+        (steps if width == 1 else prefills).append((rows, seen))
+
+    model.register_forward_pre_hook(watch, with_kwargs=True)
     generate(model, TOKENIZER, PROMPTS, max_new_tokens=4, batch_tokens=50)
-    assert sum(rows for rows, _ in shapes) == len(PROMPTS)
-    assert all(rows * (width + 4) <= 50 for rows, width in shapes)
-    assert max(rows for rows, _ in shapes) > 1
+    assert sum(rows for rows, _ in prefills) == len(PROMPTS)
+    assert all(rows * width <= 50 for rows, width in prefills + steps)
+    assert max(rows for rows, _ in steps) > 1
+
+
+def test_answers_that_have_ended_take_no_part_in_further_steps(model):
+    end = one_at_a_time(model, PROMPTS[0], set(), 12)[5]
+    expected = [one_at_a_time(model, prompt, {end, 2}, 12) for prompt in PROMPTS]
+    generated = [min(len(answer) + 1, 12) for answer in expected]
+    assert len(set(generated)) > 2
+    rows = []
+    model.register_forward_pre_hook(lambda _, args, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True)
+    tokenizer = SimpleNamespace(eos_token_id=end, pad_token_id=0)
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_tokens=100) == expected
+    assert sum(rows) == sum(generated)
 
 
 def test_the_meter_hears_of_real_tokens_only(model):

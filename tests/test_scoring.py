@@ -37,16 +37,16 @@ BROKEN_TOKEN = 60
 
 def random_llama(**changes: Any) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        **changes,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+    }
+    config = LlamaConfig(**settings | changes)
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -357,10 +357,10 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("layers", "tied"), [(2, False), (2, True), (1, False)])
 @pytest.mark.parametrize("signal", [*SIGNALS, Effort("all_linear")], ids=repr)
-def test_the_meter_is_told_what_was_computed(signal: Any, tied: bool) -> None:
-    model = random_llama(attn_implementation="eager", tie_word_embeddings=tied)
+def test_the_meter_is_told_what_was_computed(signal: Any, layers: int, tied: bool) -> None:
+    model = random_llama(attn_implementation="eager", tie_word_embeddings=tied, num_hidden_layers=layers)
     if signal != Effort("all_linear"):
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     rows = np.random.default_rng(0).integers(1, 60, (4, 40)).tolist()

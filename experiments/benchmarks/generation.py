@@ -3,8 +3,9 @@
     python -m experiments.benchmarks.generation task=dialogsum task.data_dir=FOLDER -- task=gsm8k ...
 
 takes settings of a run, with `--` between cases. The target answers the first --samples test prompts in interleaved
-rounds. Our batches have prompts of similar length, under a token budget. Times are processor time. "equal" counts
-the answers that are the same, token by token.
+rounds. Ours (`staff/evaluation/decoding.py`) starts the longest prompts first, and puts the next prompts in the
+place of answers that have ended, under a token budget. Times are processor time. "equal" counts the answers that
+are the same, token by token.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _timed(way: Callable[[], Any]) -> float:
 
 
 def _scored(spec: Drawn) -> dict[str, Any]:
-    model, pad = with_adapter(spec, Drawn.load), spec.tokenizer().pad_token_id
+    model, pad = with_adapter(spec, lambda drawn: drawn.load()), spec.tokenizer().pad_token_id
     few = dialogues(8, spec, seed=1)
     theirs = authors(model, few, pad, 2)  # warms up
     seconds_theirs = _timed(partial(authors, model, few, pad, 2)) / len(few)
@@ -149,7 +149,7 @@ def _tuned(spec: Drawn, samples: Any, settings: FinetuneSettings, peer: bool = F
 
 def _forward(spec: Drawn, samples: Any, settings: FinetuneSettings) -> tuple[float, float]:
     """Wall seconds of a forward pass over the samples, and the FLOPs of training over its own."""
-    model = with_adapter(spec, Drawn.load)
+    model = with_adapter(spec, lambda drawn: drawn.load())
     batches = batches_of(samples, 8 * int(samples.lengths.max()), spec.tokenizer().pad_token_id, model.device)
     floor(model, batches[:1])
     with Meter() as meter:

@@ -134,7 +134,8 @@ def main() -> None:
     # Imported here, so that the measured processes, which import this file, do not load torch.
     from hydra.utils import instantiate
 
-    from experiments.benchmarks.common import CONF, FOLDER, arguments, configured_method, row, table, write
+    from experiments.benchmarks.common import FOLDER, arguments, configured_method, row, table, write
+    from experiments.configuration import CONF
 
     options, _ = arguments(__doc__, shrink=1, python="", only="")
     size, budget = SIZE // options.shrink, BUDGET // options.shrink

@@ -21,9 +21,12 @@ the same ratio of FLOPs: what it would be if both ran at the same speed. It is b
 head, a product of the head's size, costs more than the last block saves. "error" is the largest relative difference
 of our scores from the authors'.
 
-The second table shows where the time goes: milliseconds by torch's profiler, for the floor and for ours. The third
+The second table compares floor and ours alone, over three times as many rounds. "bound" is the floor's speed
+times "FLOPs bound", and "of the bound" is our speed over it.
+
+The third table shows where the time goes: milliseconds by torch's profiler, for the floor and for ours. The fourth
 shows throughput and peak memory as the number of samples grows. Times are processor time; on a GPU they are wall
-time, and there is no second table.
+time, and there is no third table. With --authors 0 there is the second table alone.
 """
 
 from __future__ import annotations
@@ -153,8 +156,30 @@ def flops_bound(model: Any, samples: TokenizedSamples) -> float:
     return forward / scoring_flops(model, lengths, answers, [Effort()])
 
 
+def against_bound(run: Run, which: str, options: Namespace, load: Load) -> str:
+    """A row of the second table."""
+    spec = getattr(run.family, which)
+    samples = run.tokenized[which].take(np.arange(options.samples))
+    model, pad = with_adapter(spec, load), spec.tokenizer().pad_token_id
+    budget = run.scoring.batch_tokens or default_batch_tokens(model)
+    ways = {
+        "floor": partial(floor, model, batches_of(samples, budget, pad, model.device)),
+        "ours": partial(ours, model, samples, budget, pad),
+    }
+    seconds, _ = alternating(ways, 3 * options.rounds)
+    of_floor, bound = seconds["floor"] / seconds["ours"], flops_bound(model, samples)
+    return row(
+        f"{run.choices['family']} {which}, {run.choices['task']}",
+        len(samples) / seconds["floor"],
+        bound * len(samples) / seconds["floor"],
+        len(samples) / seconds["ours"],
+        f"{of_floor:.2f}",
+        f"{of_floor / bound:.2f}",
+    )
+
+
 def compare(run: Run, which: str, options: Namespace, load: Load) -> tuple[str, list[str]]:
-    """Rows of the first and the second table, for the "small" model or the "target"."""
+    """Rows of the first and the third table, for the "small" model or the "target"."""
     spec = getattr(run.family, which)
     samples = run.tokenized[which].take(np.arange(options.samples))
     model, pad = with_adapter(spec, load), spec.tokenizer().pad_token_id
@@ -188,7 +213,7 @@ def compare(run: Run, which: str, options: Namespace, load: Load) -> tuple[str, 
 
 
 def growth(run: Run, count: int, load: Load) -> list[str]:
-    """Rows of the third table: 1, 4 and 16 times the samples, scored by the small model."""
+    """Rows of the fourth table: 1, 4 and 16 times the samples, scored by the small model."""
     spec, whole = run.family.small, run.tokenized["small"]
     model, pad, rows = with_adapter(spec, load), spec.tokenizer().pad_token_id, []
     budget = run.scoring.batch_tokens
@@ -207,7 +232,7 @@ def growth(run: Run, count: int, load: Load) -> list[str]:
 
 
 def main() -> None:
-    options, cases = arguments(__doc__, samples=192, rounds=3, bf16=0, growth=128, drawn=0)
+    options, cases = arguments(__doc__, samples=192, rounds=3, bf16=0, growth=128, drawn=0, authors=1)
     load = drawn_at_random if options.drawn else ModelSpec.load
     lines = table(
         *("model, data", "authors", "authors, once", "floor", "ours", "ours / authors", "ours / once"),
@@ -215,15 +240,23 @@ def main() -> None:
     )
     spent = table("model, data: way", *KINDS, "all else")
     growing = table("model, data", "samples", "samples/s", "peak memory, MB")
+    bounds = table("model, data", "floor", "bound", "ours", "of the floor", "of the bound")
     for case in cases:
         run = configured(*case, f"task.train_limit={max(options.samples, 17 * options.growth)}")
         for which in ("small", "target"):
+            bounds.append(against_bound(run, which, options, load))
+            print(bounds[-1], flush=True)
+            if not options.authors:
+                continue
             compared, profiles = compare(run, which, options, load)
             lines.append(compared)
             spent += profiles
             print(compared, *profiles, sep="\n", flush=True)
-        growing += growth(run, options.growth, load)
-    write(options.name or "scoring", __doc__, lines, *([] if torch.cuda.is_available() else [spent]), growing)
+        if options.authors:
+            growing += growth(run, options.growth, load)
+    on_processor = [] if torch.cuda.is_available() else [spent]
+    tables = [lines, bounds, *on_processor, growing] if options.authors else [bounds]
+    write(options.name or "scoring", __doc__, *tables)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,14 @@ def _composition(context: Context, rate: float) -> Table | None:
     shown = _largest(pool)
 
     def shares(run: pd.Series) -> dict[str, float]:
-        kept = {group: run["groups"][group]["coreset"] for group in pool} if run["groups"] else {}
+        groups: Any = run["groups"]
+        kept = {group: groups[group]["coreset"] for group in pool} if groups else {}
         total = sum(kept.values())
         found = {group: 100 * kept[group] / total for group in shown} if total else {}
-        return {**found, **{part: 100 * share for part, share in run["planted"].get("coreset", {}).items()}}
+        planted: Any = run["planted"]
+        return {**found, **{part: 100 * share for part, share in planted.get("coreset", {}).items()}}
 
-    planted = next((run["planted"]["pool"] for _, run in context.runs.iterrows() if run["planted"]), {})
+    planted: Any = next((run["planted"]["pool"] for _, run in context.runs.iterrows() if run["planted"]), {})
     first = {group: 100 * pool[group] / sum(pool.values()) for group in shown}
     first |= {part: 100 * share for part, share in planted.items()}
     rows = [{"method": "the pool", **_texts(first)}, *_rows(context, rate, shares)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from staff.errors import UserError
 from staff.models.spec import is_sharded
@@ -13,6 +13,7 @@ from staff.runtime.attention import without_cudnn_attention
 from staff.runtime.progress import progress
 
 if TYPE_CHECKING:
+    from staff.evaluation.decoding import Answer
     from staff.store.cost import Meter
 
 
@@ -86,9 +87,8 @@ def generate(
     Args:
         model: a causal language model, with or without adapters.
         prompts: token ids of each prompt.
-        batch_tokens: the limit of (longest prompt + max_new_tokens) x batch size; a longer prompt is a batch of its
-            own. None: 32768 on a GPU; 8192 on a processor, where in larger batches more prompts wait for the
-            longest answer (results/benchmarks/generation.md).
+        batch_tokens: the limit of (longest prompt + max_new_tokens) x batch size; a longer prompt goes alone. None:
+            32768 on a GPU, 8192 on a processor (results/benchmarks/generation.md).
         end_tokens: further end tokens, such as a chat template's end of turn.
         meter: tokens without padding, and FLOPs of a forward pass over prompts and answers with logits at the
             generated tokens, are added to it. This is exact for linear layers. Attention counts up to twice its
@@ -109,12 +109,15 @@ def generate(
     try:
         budget = batch_tokens or (8192 if base.device.type == "cpu" else 32768)
         apart = not is_sharded(base)
-        with processes.raise_on_all_ranks(apart), torch.inference_mode(), without_cudnn_attention():
-            batches = _batches(prompts, max_new_tokens, budget, together=is_sharded(base))
-            with progress(sum(map(len, batches)), "answers") as bar:
-                for batch in batches:
-                    answers |= _answered(base, config, stop, {i: prompts[i] for i in batch})
-                    bar.update(len(batch))
+        with (
+            processes.raise_on_all_ranks(apart),
+            torch.inference_mode(),
+            without_cudnn_attention(),
+            progress(len(processes.shard(list(prompts))), "answers") as bar,
+        ):
+            for i, answer in _answers(base, config, stop, prompts, budget):
+                answers[i] = answer
+                bar.update(1)
     finally:
         base.generation_config = own
         base.train(was_training)
@@ -130,16 +133,28 @@ def generate(
     return [answers[i].tokens for i in range(len(prompts))]
 
 
-class Answer(NamedTuple):
-    """Token ids without end and padding tokens, and the number of generated tokens with the end token."""
+def _answers(
+    base: Any, config: Any, stop: set[int], prompts: Sequence[Sequence[int]], budget: int
+) -> Iterator[tuple[int, Answer]]:
+    """The answers to this process's prompts, by the prompts' positions: by our own loop where it is exact, else by
+    `model.generate` on batches of similar length. The longest prompts come first, so that memory runs out at the
+    start, if at all."""
+    from staff.evaluation.decoding import can_decode, decode
 
-    tokens: list[int]
-    generated: int
+    new, order = config.max_new_tokens, sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    if prompts and can_decode(base, len(prompts[order[0]]) + new):
+        mine = {i: prompts[i] for i in processes.shard(order)}
+        yield from decode(base, mine, max_new_tokens=new, stop=stop, batch_tokens=budget)
+    else:
+        for batch in _batches(prompts, order, new, budget, together=is_sharded(base)):
+            yield from _answered(base, config, stop, {i: prompts[i] for i in batch}).items()
 
 
 def _answered(base: Any, config: Any, stop: set[int], prompts: dict[int, Sequence[int]]) -> dict[int, Answer]:
     """The answers to a batch of prompts, by the prompts' keys."""
     import torch
+
+    from staff.evaluation.decoding import Answer
 
     width = max(len(prompt) for prompt in prompts.values())
     ids = torch.full((len(prompts), width), config.pad_token_id, device=base.device)
@@ -170,14 +185,12 @@ def _greedy(tokenizer: Any, own: Any, max_new_tokens: int, end_tokens: Iterable[
 
 
 def _batches(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens: int, together: bool
+    prompts: Sequence[Sequence[int]], order: list[int], max_new_tokens: int, batch_tokens: int, together: bool
 ) -> list[list[int]]:
     """Positions of this process's prompts, in batches of similar length.
 
-    The longest prompts come first, so that memory runs out in the first batch, if at all. With `together` all
-    processes get the same number of batches; the last ones repeat the shortest prompt.
+    With `together` all processes get the same number of batches; the last ones repeat the shortest prompt.
     """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     left, batches = processes.shard(order), []
     while left:
         size = max(1, batch_tokens // (len(prompts[left[0]]) + max_new_tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,26 +41,36 @@ def scoring_flops(
     if one_at_a_time:
         adapters = 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
         return _in_full(config, lengths, gradient) + adapters * (1 if gradient is None else 3) + own
-    labels = int(answer_lengths.sum())
     reads = {signal.reads for signal in signals}
-    at = tokens if "tokens" in reads else labels + (len(lengths) if len(reads) == 2 else 0)
-    width = _attention_width(config)
-    attention = 4 * width * int(np.square(lengths).sum())
-    after_attention = 2 * config.hidden_size * (width + 3 * config.intermediate_size)
+    read = lengths if "tokens" in reads else answer_lengths + (len(reads) == 2)
+    at, pairs = int(read.sum()), int(np.square(lengths).sum())
+    # Queries of the last block, and what follows its attention, run at `at` positions.
+    at_queries, read_pairs = (at, int((read * lengths).sum())) if _narrows(config) else (tokens, pairs)
+    width, hidden = _attention_width(config), config.hidden_size
+    after_attention = 2 * hidden * (width + 3 * config.intermediate_size)
     head_positions = at if gradient or any(signal.logits for signal in signals) else 0
-    adapters = _adapters(model)
-    at_last = 2 * adapters["last"] * at
+    adapters = _Adapters.of(model)
     forward = forward_flops(config, lengths, head_positions) - after_attention * (tokens - at)
-    forward += 2 * tokens * (adapters["first_a"] + adapters["others"]) + at_last
+    forward -= 2 * hidden * width * (tokens - at_queries) + 4 * width * (pairs - read_pairs)
+    forward += 2 * (tokens * adapters.others + at_queries * adapters.last_queries + at * adapters.last)
     if gradient is None:
         return forward + own
     if gradient.parameters == "last_v_b":
-        head = 2 * config.hidden_size * config.vocab_size
-        return forward + at * (after_attention + head) + at_last + attention // 2 + own
-    backward = forward + config.num_hidden_layers * attention - 2 * tokens * adapters["first_a"]
+        head = 2 * hidden * config.vocab_size
+        return forward + at * (after_attention + head + 2 * adapters.last) + 2 * width * read_pairs + own
+    first_queries = at_queries if config.num_hidden_layers == 1 else tokens
+    backward = forward + 4 * width * ((config.num_hidden_layers - 1) * pairs + read_pairs)
+    backward -= 2 * (first_queries * adapters.first_a_queries + tokens * adapters.first_a_others)
     if not (gradient.parameters == "all_linear" and _is_tied(model)):
-        backward -= 2 * tokens * config.hidden_size * _inputs_width(config)
+        keys_and_values = _inputs_width(config) - width
+        backward -= 2 * hidden * (first_queries * width + tokens * keys_and_values)
     return forward + backward + own
+
+
+def _narrows(config: Any) -> bool:
+    from staff.scoring.attention import NARROWED
+
+    return config._attn_implementation in NARROWED
 
 
 def _attention_width(config: Any) -> int:
@@ -78,18 +89,43 @@ def _is_tied(model: Any) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def _adapters(model: Any) -> dict[str, int]:
-    """Parameters of adapters: "last", those after the last block's attention, which run at few positions;
-    "first_a", the first factors on q, k and v of the first block, which pass no gradient on; and "others"."""
-    count = {"last": 0, "first_a": 0, "others": 0}
-    last = f".layers.{model.config.get_text_config().num_hidden_layers - 1}."
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            of_inputs = any(f".{projection}." in name for projection in ("q_proj", "k_proj", "v_proj"))
-            first = ".layers.0." in name and of_inputs and ".lora_A." in name
-            part = "first_a" if first else "last" if last in name and not of_inputs else "others"
-            count[part] += parameter.numel()
-    return count
+@dataclass
+class _Adapters:
+    """Parameters of adapters.
+
+    Attributes:
+        last_queries, last: those on queries and after the attention in the last block, which run at few positions.
+        others: all others.
+        first_a_queries, first_a_others: of all these, the first factors on q, and on k and v, of the first block,
+            which pass no gradient on.
+    """
+
+    last_queries: int = 0
+    last: int = 0
+    others: int = 0
+    first_a_queries: int = 0
+    first_a_others: int = 0
+
+    @classmethod
+    def of(cls, model: Any) -> _Adapters:
+        found, last = cls(), f".layers.{model.config.get_text_config().num_hidden_layers - 1}."
+        for name, parameter in model.named_parameters():
+            if ".lora_" not in name:
+                continue
+            count, queries = parameter.numel(), ".q_proj." in name
+            of_inputs = queries or ".k_proj." in name or ".v_proj." in name
+            if last in name and queries:
+                found.last_queries += count
+            elif last in name and not of_inputs:
+                found.last += count
+            else:
+                found.others += count
+            if ".layers.0." in name and of_inputs and ".lora_A." in name:
+                if queries:
+                    found.first_a_queries += count
+                else:
+                    found.first_a_others += count
+        return found
 
 
 def _in_full(config: Any, lengths: np.ndarray, gradient: GradientOf | None) -> float:
@@ -108,8 +144,8 @@ def _in_full(config: Any, lengths: np.ndarray, gradient: GradientOf | None) -> f
 def contraction_flops(model: Any, lengths: np.ndarray, answer_lengths: np.ndarray, parameters: str) -> float:
     """FLOPs of the squared norms of the gradients of linear layers, without biases.
 
-    The head, and what follows the last block's attention, run at answer tokens alone. A head that shares its weight
-    with the embedding needs two more products.
+    The head, the last block's queries and what follows its attention run at answer tokens alone. A head that shares
+    its weight with the embedding needs two more products.
 
     Args:
         parameters: one of `staff.scoring.signal.PARAMETERS`.
@@ -117,11 +153,11 @@ def contraction_flops(model: Any, lengths: np.ndarray, answer_lengths: np.ndarra
     from staff.scoring.gradients import gradient_layers, gram_is_cheaper
 
     last, head = f".layers.{model.config.get_text_config().num_hidden_layers - 1}.", model.get_output_embeddings()
-    total = 0.0
+    narrows, total = _narrows(model.config.get_text_config()), 0.0
     for name, layer in gradient_layers(model, parameters).items():
         wide, tall = layer.in_features, layer.out_features
-        inputs = any(f".{projection}" in name for projection in ("q_proj", "k_proj", "v_proj"))
-        few = layer is head or (last in f".{name}" and not inputs)
+        whole = (".k_proj", ".v_proj") if narrows else (".q_proj", ".k_proj", ".v_proj")
+        few = layer is head or (last in f".{name}" and not any(part in name for part in whole))
         seen = (answer_lengths if few else lengths).astype(float)
         gram = gram_is_cheaper(int(seen.max()), wide, tall)
         total += 2 * float((np.square(seen) * (wide + tall) if gram else seen * wide * tall).sum())

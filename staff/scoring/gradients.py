@@ -172,7 +172,7 @@ def batch_gradients(
         stack.enter_context(last_block_at(model, at))
         for layer in (*layers.values(), *([embedding] if tied else [])):
             stack.enter_context(layer.register_forward_hook(captured))
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[0]
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.squeeze(0)
         if unused := [name for name, layer in layers.items() if layer not in captured.outputs]:
             raise UserError(
                 f"{model_name(model)} does not use {unused[0]} (a merged or inactive adapter?): activate it."
@@ -257,7 +257,7 @@ def loss_slopes(logits: Tensor, at: Positions) -> Tensor:
     """
     slopes = widened(logits).softmax(-1)
     slopes.scatter_add_(-1, at.targets[:, None], slopes.new_full((len(slopes), 1), -1.0))
-    slopes /= at.counts.repeat_interleave(at.counts)[:, None]
+    slopes /= at.counts.index_select(0, at.samples)[:, None]
     return slopes.to(logits.dtype)
 
 

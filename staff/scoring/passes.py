@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from staff.data.tokens import IGNORED, TokenizedSamples
 from staff.errors import UserError
@@ -265,11 +264,20 @@ def _run_alone(
 
 def padded(batch: TokenizedSamples, pad_token_id: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids and labels, both (B, T) and padded on the right, and lengths (B,)."""
-    rows = [torch.from_numpy(batch.row(i).astype(np.int64)) for i in range(len(batch))]
-    answers = [torch.from_numpy(batch.labels(i)) for i in range(len(batch))]
-    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id).to(device)
-    labels = pad_sequence(answers, batch_first=True, padding_value=IGNORED).to(device)
-    return input_ids, labels, torch.as_tensor(batch.lengths, device=device)
+    columns = np.arange(int(batch.lengths.max()))
+    real = columns < batch.lengths[:, None]
+    ids = np.full(real.shape, pad_token_id, np.int64)
+    ids[real] = batch.tokens
+    if batch.labelled is None:
+        labelled = real & (columns >= batch.prompt_lengths[:, None])
+    else:
+        labelled = np.zeros_like(real)
+        labelled[real] = batch.labelled
+    host = (torch.from_numpy(array) for array in (ids, np.where(labelled, ids, IGNORED), batch.lengths))
+    if torch.device(device).type == "cuda":  # from pinned memory the copies do not hold up the host
+        host = (tensor.pin_memory() for tensor in host)
+    input_ids, labels, lengths = (tensor.to(device, non_blocking=True) for tensor in host)
+    return input_ids, labels, lengths
 
 
 @contextmanager

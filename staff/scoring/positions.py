@@ -1,7 +1,7 @@
 """Label positions of a padded batch, and a last block that runs at these positions only.
 
-Nothing after the last block's attention mixes positions. So its output projection and MLP, the final norm and the
-head can run only where their outputs are read, with the same results.
+Only the keys and values of the last block are read at all positions. Its queries, output projection and MLP, the
+final norm and the head can run only where their outputs are read, with the same results.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from staff.data.tokens import IGNORED
 from staff.errors import UserError
 from staff.models.spec import ARCHITECTURES
+from staff.scoring.attention import attention_at
 
 READS = ("predictions", "answers", "tokens")
 """Where a signal can read: at the positions that predict answer tokens, at the answer tokens, or at all tokens."""
@@ -40,7 +42,8 @@ class Positions:
     @classmethod
     def where(cls, mask: Tensor, labels: Tensor) -> Positions:
         """The positions where `mask` (B, T) is true, with their labels from `labels` (B, T)."""
-        return cls(mask.flatten().nonzero()[:, 0], labels[mask], mask.sum(1))
+        index = mask.flatten().nonzero()[:, 0]
+        return cls(index, labels.flatten().index_select(0, index), mask.sum(1))
 
     @classmethod
     def of_answers(cls, labels: Tensor) -> Positions:
@@ -79,10 +82,35 @@ class Positions:
 
     def spread(self, gathered: Tensor) -> Tensor:
         """Gathered values by sample, padded with zeros: (1, L, D) -> (B, max counts, D)."""
-        filled = torch.arange(int(self.counts.max()), device=self.counts.device) < self.counts[:, None]
-        spread = gathered.new_zeros(*filled.shape, gathered.shape[-1])
-        spread[filled] = gathered[0]
-        return spread
+        zeros = gathered.new_zeros(len(self.counts) * self._width, gathered.shape[-1])
+        spread = zeros.index_copy(0, self._slots, gathered.squeeze(0))
+        return spread.unflatten(0, (len(self.counts), self._width))
+
+    def gather_spread(self, spread: Tensor) -> Tensor:
+        """The values that `spread` put in their places: (B, max counts, D) -> (1, L, D)."""
+        return spread.flatten(0, 1).index_select(0, self._slots)[None]
+
+    # Integer places instead of masks: a mask has the host wait for the device in every use.
+
+    @cached_property
+    def samples(self) -> Tensor:
+        """The sample of each position, (L,)."""
+        samples = torch.arange(len(self.counts), device=self.counts.device)
+        return samples.repeat_interleave(self.counts, output_size=len(self.index))
+
+    @cached_property
+    def _width(self) -> int:
+        return int(self.counts.max())
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        """The place of each position in (B x max counts), (L,)."""
+        before = (
+            self.counts.cumsum(0)
+            - self.counts
+            - self._width * torch.arange(len(self.counts), device=self.counts.device)
+        )
+        return torch.arange(len(self.index), device=self.index.device) - before.index_select(0, self.samples)
 
     def by_sample(self, hidden: Tensor) -> Tensor:
         """`spread` of a layer's values at these positions; values of the whole batch (B, T, D) stay as they are."""
@@ -90,7 +118,7 @@ class Positions:
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each sample's positions: (L, ...) -> (B, ...), NaN for a sample without any."""
-        return torch.segment_reduce(values, "mean", lengths=self.counts, axis=0)
+        return torch.segment_reduce(values, "mean", lengths=self.counts, axis=0, unsafe=True)
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -117,11 +145,11 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def last_block_at(model: nn.Module, positions: Positions) -> Iterator[None]:
-    """Run everything after the last block's attention at these positions only. Logits are then (1, L, V).
+def last_block_at(model: Any, positions: Positions) -> Iterator[None]:
+    """Run the last block at these positions only, except for its keys and values. Logits are then (1, L, V).
 
     The block gets the gathered positions as its input. Its first norm gets the whole sequence instead, so that
-    attention sees all positions, and the attention's output is gathered before `o_proj`.
+    attention sees all positions.
     """
     block = last_block(model)
     whole: list[Tensor] = []
@@ -133,7 +161,7 @@ def last_block_at(model: nn.Module, positions: Positions) -> Iterator[None]:
     with (
         block.register_forward_pre_hook(narrow),
         block.input_layernorm.register_forward_pre_hook(lambda _, args: (whole.pop(),)),
-        block.self_attn.o_proj.register_forward_pre_hook(lambda _, args: (positions.gather(args[0]),)),
+        attention_at(block.self_attn, positions),
     ):
         yield
 

@@ -140,7 +140,7 @@ class Finetune(Training):
             efforts=efforts,
             schedule=self.schedule,
             warmup_start=settings.warmup_start,
-            args=self._arguments(work),
+            args=self.training_arguments(work),
             train_dataset=_Rows(samples),
             callbacks=callbacks,
         )
@@ -223,7 +223,8 @@ class Finetune(Training):
         }
         (folder / HISTORY).write_text(json.dumps(history, indent=1))
 
-    def _arguments(self, checkpoints: Path) -> Any:
+    def training_arguments(self, checkpoints: Path) -> Any:
+        """The `TrainingArguments` of these settings."""
         import torch
         from transformers import TrainingArguments
 

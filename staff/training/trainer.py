@@ -222,7 +222,7 @@ class AnswerTrainer(ShardingTrainer):
             return positions.gather(outputs.logits)[0]
         with last_block_at(plain, positions):
             # No attention mask: padding is on the right of all labels, so a causal model does not attend to it.
-            return model(input_ids=inputs["input_ids"], use_cache=False).logits[0]
+            return model(input_ids=inputs["input_ids"], use_cache=False).logits.squeeze(0)
 
     def _refuse(self, losses: Tensor, rows: Tensor) -> None:
         name = self.ids[int(rows[int((~torch.isfinite(losses)).nonzero()[0])])]
