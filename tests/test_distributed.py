@@ -74,7 +74,7 @@ def test_two_processes_fine_tune_to_the_weights_of_one(results):
         alone, together = load_file(one), load_file(two)
         for name, weights in alone.items():
             # Adam's first step divides each gradient by its own size: where that is nearly zero, rounding is seen.
-            assert np.linalg.norm(together[name] - weights) <= 3e-4 * np.linalg.norm(weights), name
+            assert np.linalg.norm(together[name] - weights) <= 1e-3 * np.linalg.norm(weights), name
 
 
 @pytest.mark.parametrize("interrupted", ["one", "two"])
@@ -113,7 +113,7 @@ def test_the_work_of_both_processes_is_charged(results):
         alone, together = json.loads(one.read_text()), json.loads(two.read_text())
         for name in ("flops", "tokens_forward", "tokens_backward"):
             assert together["cost"][name] == alone["cost"][name]
-        shared = alone["stage"] not in ("tokens", "metrics")
+        shared = alone["stage"] in ("finetune", "scores", "coreset", "evaluation")
         assert (alone["processes"], together["processes"]) == (1, 2 if shared else 1)
         assert together["inputs"].keys() == alone["inputs"].keys()
 
@@ -205,7 +205,7 @@ def test_a_sweep_under_torchrun_is_refused_once_with_what_to_do_instead(tmp_path
     )
     assert (first, second) == (1, 1)
     refusal = "staff: torchrun is for one run: start `torchrun --no-python ... staff` once a configuration"
-    assert (said + also_said).startswith(refusal) and (said + also_said).count("\n") == 1
+    assert (said + also_said).count(refusal) == 1 and (said + also_said).splitlines()[-1].startswith(refusal)
     assert not list(tmp_path.glob("runs/*"))
 
 
@@ -213,7 +213,7 @@ def test_the_cluster_launcher_starts_a_task_for_each_gpu():
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", ["hydra/launcher=cluster"], return_hydra_config=True)
     launcher = cfg.hydra.launcher
-    assert launcher._target_.endswith("SlurmLauncher") and launcher.tasks_per_node == launcher.gpus_per_node
+    assert launcher._target_.endswith("ClusterLauncher") and launcher.tasks_per_node == launcher.gpus_per_node
 
 
 @pytest.mark.parametrize(("devices", "at_once"), [(1, (4, 2)), (2, (4, 1)), (4, (2, 1)), (8, (1, 1))])

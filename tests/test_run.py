@@ -280,10 +280,10 @@ def test_a_quoted_override_gives_its_text_through_the_shell_and_hydra(text: str)
     ],
 )
 def test_an_override_without_quotes_is_one_line_of_every_command(override: str, sentence: str):
-    from experiments.plan import plan
+    from experiments.dry_run import dry_run
 
     with pytest.raises(HydraException) as refused:
-        plan([override], None, calibrate=False)
+        dry_run([override])
     assert sentence in (sentence_of(refused.value) or "")
 
 

@@ -29,13 +29,13 @@ class LoraSpec:
     targets: str | Sequence[str] = "all-linear"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(self.targets))
         if type(self.rank) is not int or self.rank < 1:
             raise UserError(f"LoRA rank={self.rank!r} must be a whole number of at least 1.")
         names = [self.targets] if isinstance(self.targets, str) else self.targets
         if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
             raise UserError(f"LoRA targets={self.targets!r} must be names of linear layers, or all-linear.")
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))  # hashable, since shapes are cached by it
         for name, high in (("alpha", 1e9), ("dropout", 1.0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:

@@ -100,7 +100,8 @@ class Positions:
 
     @cached_property
     def _width(self) -> int:
-        return int(self.counts.max())
+        # At least one, for the batch of a process that has nothing to do: kernels refuse an empty axis.
+        return max(1, int(self.counts.max()))
 
     @cached_property
     def _slots(self) -> Tensor:
