@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -210,12 +212,23 @@ def dry_run(overrides: Sequence[str], config_dir: str | None = None) -> DryRun:
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
         for job, cfg, choices in _jobs(overrides, config_dir):
+            if store is not None:  # what the first run warns of, the others would repeat
+                logging.disable(logging.WARNING)
             store = store or DryRunStore(Path(folder), Store(sweep.folder_of(cfg, "store_dir")))
             _estimate(job, cfg, choices, store)
             jobs.append(job)
     assert store is not None
     store.planned.order = starting_order(jobs)
     return store.planned
+
+
+@contextmanager
+def _first_warnings() -> Iterator[None]:
+    """Log what was logged before, afterwards."""
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _estimate(job: list[str], cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> None:

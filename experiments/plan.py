@@ -136,7 +136,7 @@ def main() -> None:
     asked = parser.parse_intermixed_args()
     if asked.gpus < 1:
         sys.exit(f"plan: --gpus={asked.gpus} must be at least 1.")
-    logging.getLogger("staff").setLevel(logging.ERROR)
+    logging.getLogger("staff").setLevel(logging.WARNING)
     warnings.simplefilter("ignore", FutureWarning)
     try:
         effect = None if asked.effect is None else checked_effect(asked.effect)

@@ -47,6 +47,9 @@ class Artifact:
     computed: bool
     """Whether this call computed it, instead of reading it."""
 
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
     def charged(self) -> Charges:
         """Charges of the artefact and all its inputs. Merge such dictionaries to count every artefact once."""
         return {**self.inputs, self.fingerprint: Charge(self.stage, self.label, self.cost)}
