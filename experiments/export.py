@@ -162,8 +162,8 @@ def _task_and_pool(run: RecordedRun) -> tuple[Task, Sequence[Sample]]:
     task: Task = instantiate(OmegaConf.create(record["config"]["task"]), _convert_="all")
     if source := record["identity"]["data"]["source"]:
         task = replace(task, revision=source["commit"])
-    store = Path(str(record["config"]["store_dir"])).absolute()
-    kept = store / SAMPLES if store.is_dir() else None
+    store = record["config"].get("store_dir")  # records of before have none
+    kept = Path(str(store)).absolute() / SAMPLES if store and Path(str(store)).is_dir() else None
     samples = load_splits(task, record["evaluation"] is not None, kept).pool
     if data_digest(samples) != record["identity"]["data"]["train"]:
         raise UserError(

@@ -58,8 +58,8 @@ def test_dialogsum_is_the_excerpt_beside_the_embedded_models_and_the_whole_for_e
 def test_a_family_of_the_hub_without_a_network_says_how_to_give_the_data_before_a_model_is_asked_for(
     run, monkeypatch
 ):
-    monkeypatch.setattr(ModelSpec, "commit", lambda self: pytest.fail("a model was asked for"))
-    with pytest.raises(UserError, match=r"task.hub=knkarthick/dialogsum .* give task.data_dir=FOLDER"):
+    monkeypatch.setattr(ModelSpec, "pinned", lambda self: pytest.fail("a model was asked for"))
+    with pytest.raises(UserError, match=r"'knkarthick/dialogsum' cannot be had .* give task.data_dir=FOLDER"):
         run("experiment=table1", "family=gemma", "method=random")
 
 

@@ -168,6 +168,7 @@ def an_exported_coreset_comes_back_and_stays_in_its_folder(
             Sample(id, prompt, answer, (), turns=(("user", prompt), ("assistant", answer)) if talk else ()),
             number,
             {"id": id, "question": prompt, "answer": answer},
+            {"region": number},
         )
         for number, (id, prompt, answer) in enumerate(samples, start=1)
     ]
