@@ -136,10 +136,10 @@ def main() -> None:
     asked = parser.parse_intermixed_args()
     if asked.gpus < 1:
         sys.exit(f"plan: --gpus={asked.gpus} must be at least 1.")
-    logging.getLogger("staff").setLevel(logging.WARNING)
-    warnings.simplefilter("ignore", FutureWarning)
     try:
         effect = None if asked.effect is None else checked_effect(asked.effect)
+        logging.getLogger("staff").setLevel(logging.WARNING)
+        warnings.simplefilter("ignore", FutureWarning)
         planned = dry_run(asked.overrides, asked.config_dir)
         seeds = [] if effect is None else [*sentences([*planned.compared.values()], asked.measured, effect)]
         speeds = calibrated(planned, asked.config_dir) if asked.calibrate else {}

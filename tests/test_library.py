@@ -20,7 +20,9 @@ from staff import ArrayPool, Coreset, FinetuneSettings, ModelSpec, Staff, UserEr
 from staff.pool import Select
 
 TINY = ROOT / "staff/assets/tiny"
-OF_DATASET, OF_OBJECTS, OF_SCORES = re.findall(r"```python\n(.*?)```", (ROOT / "staff/README.md").read_text(), re.S)
+*_, OF_DATASET, OF_OBJECTS, OF_SCORES = re.findall(
+    r"```python\n(.*?)```", (ROOT / "staff/README.md").read_text(), re.S
+)
 ROWS = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(8)]
 
 

@@ -255,7 +255,12 @@ def test_secrets_are_used_and_never_written_down(tmp_path: Path, server: str):
     """Of two jobs one is recorded, though W&B refuses its key, and one fails, as the hub refuses its token."""
     environment = {**os.environ, **SECRETS, "WANDB_BASE_URL": server, "HF_ENDPOINT": server, "HF_HUB_OFFLINE": "0"}
     environment |= {"WANDB_MODE": "online", "WANDB_INIT_TIMEOUT": "5", "HF_HOME": str(tmp_path / "hub")}
-    jobs = ("method=raw", "family=tiny,gemma", f"results_dir={tmp_path / 'results'}")
+    jobs = (
+        "method=raw",
+        "family=tiny,gemma",
+        "task.data_dir=pkg://staff/assets/dialogsum",
+        f"results_dir={tmp_path}/results",
+    )
     command = [sys.executable, "-m", "experiments.run", "-m", *SMALL, *jobs]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert "1 of 2 jobs failed" in done.stdout and "it is gated" in done.stdout, done.stdout + done.stderr
