@@ -209,7 +209,7 @@ def dry_run(overrides: Sequence[str], config_dir: str | None = None) -> DryRun:
         UserError: bad configuration or data.
     """
     store: DryRunStore | None = None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _first_warnings():
         jobs = []
         for job, cfg, choices in _jobs(overrides, config_dir):
             if store is not None:  # what the first run warns of, the others would repeat
@@ -224,7 +224,7 @@ def dry_run(overrides: Sequence[str], config_dir: str | None = None) -> DryRun:
 
 @contextmanager
 def _first_warnings() -> Iterator[None]:
-    """Log what was logged before, afterwards."""
+    """Log again after the block, where it has ended warnings."""
     try:
         yield
     finally:
