@@ -71,6 +71,8 @@ def with_stand_ins(cfg: DictConfig, folder: Path) -> list[str]:
     Returns:
         what is replaced, in words.
     """
+    from omegaconf import OmegaConf
+
     replaced = []
     families = [cfg.family, *([cfg.selection_family] if cfg.get("selection_family") else [])]
     for spec in [family[role] for family in families for role in ("target", "small")]:
@@ -81,7 +83,9 @@ def with_stand_ins(cfg: DictConfig, folder: Path) -> list[str]:
     of_hub = cfg.task.get("hub") in sizes_of("tasks") and cfg.task.data_dir is None and cfg.task.train_file is None
     if of_hub and not _has_data(cfg.task.hub, cfg.task.revision):
         replaced.append(f"the data set {cfg.task.hub}: the number and the lengths of its samples are known")
-        cfg.task.data_dir = str(_data(cfg.task.hub, folder))
+        # Resolved before, since a task may name other fields where it reads files.
+        task = OmegaConf.create(OmegaConf.to_container(cfg.task, resolve=True))
+        cfg.task = OmegaConf.merge(task, {"data_dir": str(_data(cfg.task.hub, folder))})
     return replaced
 
 

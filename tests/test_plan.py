@@ -251,3 +251,18 @@ def test_an_effect_that_is_none_is_refused_before_anything_is_planned(monkeypatc
         monkeypatch.setattr(sys, "argv", ["staff-plan", "method=nobody", f"--effect={effect}"])
         with pytest.raises(SystemExit, match=f"^plan: --effect {effect} must be a number above 0, in the metric's"):
             main()
+
+
+def test_a_plan_of_the_papers_table_reads_the_whole_data_set_by_the_fields_of_the_hub(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(stand_ins, "_has_model", lambda *of: False)
+    monkeypatch.setattr(stand_ins, "_has_data", lambda *of: False)
+    asked = [
+        "experiment=table1",
+        "family=gemma",
+        "method=random",
+        "pruning_rate=0.9",
+        "seed=0",
+        "memory_check=false",
+    ]
+    planned = dry_run([*asked, "tracking=none", f"results_dir={tmp_path}"])
+    assert "12,459 samples of" in planned.sizes[0] and "500 test prompts" in planned.sizes[0]
