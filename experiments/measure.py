@@ -63,7 +63,7 @@ class MeasuredRun(RecordedRun):
 
 
 def measure_again(results: Path, names: Sequence[str]) -> int:
-    """Measure the answers of every run in `results` by these metrics too; how many runs there are.
+    """Measure the answers of every run in `results` by these metrics too; how many runs have answers.
 
     Raises:
         UserError: no run, or an unknown metric.
@@ -77,10 +77,10 @@ def measure_again(results: Path, names: Sequence[str]) -> int:
         answers = measured.predictions()
         if answers is not None:
             answers.to_parquet(results / "runs" / name / "predictions.parquet")
-        tracking.write_record(results / "runs" / name, measured.record())
+            tracking.write_record(results / "runs" / name, measured.record())
     if packed:
         pack({name: MeasuredRun(run, metrics) for name, run in packed.items()}, results)
-    return len(folders | packed)
+    return sum(run.record()["evaluation"] is not None for run in (folders | packed).values())
 
 
 def main() -> None:

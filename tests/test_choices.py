@@ -80,8 +80,9 @@ def test_the_choice_of_a_run_is_the_one_that_transformers_finds_likeliest(run: C
     for name, chosen in (("choice_accuracy", best), ("choice_accuracy_norm", longest)):
         right = [100.0 * (text == row["a"]) for text, row in zip(chosen, ROWS)]
         assert table[name].tolist() == right and record["metrics"][name] == np.mean(right)
+    run("method=random", "evaluation=none")
     again = measuring.measure_again(tmp_path / "results", ["choice_macro_f1", "exact"])
-    assert again == 1, "stored choices are measured again without a model"
+    assert again == 1, "stored choices are measured again without a model; a run without answers is not counted"
     after = json.loads((record["folder"] / "metrics.json").read_text())["metrics"]
     assert after["choice_macro_f1"] == record["metrics"]["choice_macro_f1"] and "exact" in after
 
