@@ -263,7 +263,7 @@ class Pool:
         if name not in self.slices:
             raise UserError(
                 f"there is no {name} slice: make a validation slice with task.dev_size=200, task.dev_split or "
-                "task.dev_file."
+                "task.dev_file, and evaluate on the test split."
                 if name == "dev"
                 else f"view={name!r} is unknown: choose pool or dev."
             )

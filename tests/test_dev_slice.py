@@ -46,6 +46,25 @@ def ids(samples: Sequence[Sample]) -> list[str]:
 # The validation slice
 
 
+def test_settings_can_be_chosen_on_the_slice_without_a_look_at_the_test_split(tmp_path: Path):
+    rows = [row(number) for number in range(12)]
+    task = task_of(tmp_path, rows, dev_size=4, choices=["yes", "no"])
+    carved = load_splits(task)
+    (tmp_path / "test.jsonl").unlink()
+    chosen = load_splits(replace(task, evaluate_on="dev"))
+    assert ids(chosen.test) == ids(carved.dev) and ids(chosen.pool) == ids(carved.pool)
+    assert chosen.dev == [], "no method may read what it is judged by"
+    assert all(sample.choices == ("yes", "no") for sample in chosen.test)
+    assert load_splits(replace(task, evaluate_on="dev"), evaluated=False).test == []
+
+
+def test_an_evaluation_on_a_slice_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="set task.dev_size"):
+        replace(TASK, evaluate_on="dev")
+    with pytest.raises(UserError, match="evaluate_on='train' is unknown"):
+        replace(TASK, evaluate_on="train")
+
+
 def test_a_carved_slice_is_not_in_the_pool_and_depends_on_ids_alone(tmp_path: Path):
     rows = [row(number) for number in range(40)]
     first = load_splits(task_of(tmp_path, rows, dev_size=10, id_field="id"))

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,8 @@ class Splits:
 
     Attributes:
         pool: to choose from.
-        dev: the validation slice, in no method's pool; empty where the task has none.
-        test: for the evaluation; empty where there is none.
+        dev: the validation slice, in no method's pool; empty where the task has none or evaluates on it.
+        test: for the evaluation, of the test split or of the validation slice; empty where there is none.
         duplicates: as found in the pool, before any was dropped.
         dropped: samples of the training rows that were dropped as duplicates.
     """
@@ -62,14 +62,18 @@ def load_splits(task: Task, evaluated: bool = True, folder: Path | None = None) 
         UserError: bad data, or a validation slice that shares samples with the pool or leaves none.
     """
     has_dev = task.dev_file is not None or task.dev_split is not None
-    splits = ["train", *(["test"] if evaluated else []), *(["dev"] if has_dev else [])]
+    on_test = evaluated and task.evaluate_on == "test"
+    splits = ["train", *(["test"] if on_test else []), *(["dev"] if has_dev else [])]
     stamps = [(split, task.stamps(split)) for split in splits]
-    known = f"{type(task)} {task} {stamps} near: {near_available()}"
+    known = f"{type(task)} {task} {stamps} evaluated: {evaluated} near: {near_available()}"
     if known not in _last:
         _last.clear()
 
         def read() -> Splits:
-            return _splits(task, {split: task.load(split) for split in splits})
+            found = _splits(task, {split: task.load(split) for split in splits})
+            if task.evaluate_on == "test":
+                return found
+            return replace(found, dev=[], test=found.dev if evaluated else [])
 
         large = sum(size for _, files in stamps for _, _, size in files) >= stored.LARGE
         found = _last[known] = stored.kept(folder, task, known, read) if folder and large else read()

@@ -76,6 +76,7 @@ class Task:
     dev_size: int | None = None
     id_field: str | None = None  # None: an id made from the sample's own text
     group_field: str | None = None  # field that says which group a sample belongs to; None: no groups
+    evaluate_on: str = "test"  # or "dev": on the validation slice, to choose settings by
     references: Sequence[str] = ()  # fields of the test split with reference answers or lists; none: the answer
     choices: Sequence[str] = ()  # answers that metrics of choices choose among, the same for every test sample
     choices_field: str | None = None  # or a field of the test rows with a list of them
@@ -93,7 +94,14 @@ class Task:
             raise UserError(f"task.loss_on={self.loss_on!r} is unknown: choose 'all' or 'last'.")
         if self.deduplicate not in ("none", "exact", "near"):
             raise UserError(f"task.deduplicate={self.deduplicate!r} is unknown: choose 'none', 'exact' or 'near'.")
+        if self.evaluate_on not in ("test", "dev"):
+            raise UserError(f"task.evaluate_on={self.evaluate_on!r} is unknown: choose 'test' or 'dev'.")
         devs = [name for name in ("dev_file", "dev_split", "dev_size") if getattr(self, name) is not None]
+        if self.evaluate_on == "dev" and not devs:
+            raise UserError(
+                "task.evaluate_on=dev needs a validation slice: set task.dev_size=200, task.dev_file or "
+                "task.dev_split."
+            )
         if len(devs) > 1:
             raise UserError(f"task.{devs[0]} and task.{devs[1]} both name the validation slice: set one of them.")
         for name in ("max_new_tokens", "train_limit", "test_limit", "dev_size"):
@@ -270,8 +278,9 @@ class Task:
             prompt, answer = self._texts(row, where, layout, references)
         id = id_of(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
         group = text_of(row, [self.group_field], where, "task.group_field") if self.group_field else None
-        choices: tuple[str, ...] = tuple(self.choices) if split == "test" else ()
-        if split == "test" and self.choices_field is not None:
+        asked = split == "test" or self.evaluate_on == "dev"
+        choices: tuple[str, ...] = tuple(self.choices) if asked else ()
+        if asked and self.choices_field is not None:
             choices = texts_of(row, [self.choices_field], where, "task.choices_field")
             if not _are_choices(choices):
                 raise UserError(f"{where}: the list of task.choices_field must have two or more different texts.")
