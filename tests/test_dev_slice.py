@@ -59,7 +59,7 @@ def test_settings_can_be_chosen_on_the_slice_without_a_look_at_the_test_split(tm
 
 
 def test_an_evaluation_on_a_slice_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="set task.dev_size"):
+    with pytest.raises(UserError, match="needs a validation slice"):
         replace(TASK, evaluate_on="dev")
     with pytest.raises(UserError, match="evaluate_on='train' is unknown"):
         replace(TASK, evaluate_on="train")
