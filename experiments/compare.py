@@ -21,17 +21,19 @@ from staff.errors import UserError
 MACHINE = ("cpu", "gpus", "python", "versions")
 
 
-def compare(first: Path, again: Path) -> pd.DataFrame:
+def compare(first: Path, again: Path, part: bool = False) -> pd.DataFrame:
     """A row for every record under `first`: what the run of the same name under `again` came to.
 
+    With `part`, for every record under `again` instead: what it was under `first`.
+
     Columns: run; equal, whether coreset, answers and metrics are the same; machine, whether processor and versions
-    are; jaccard of the two coresets; the task's metric in both. Where the run was not made again, all but the
+    are; jaccard of the two coresets; the task's metric in both. Where one of the two lacks the run, all but the
     first are missing.
     """
-    others = recorded_runs(again)
+    was, now = recorded_runs(first), recorded_runs(again)
     rows = []
-    for name, run in recorded_runs(first).items():
-        rows.append({"run": name, **(_compared(run, others[name]) if name in others else {})})
+    for name in now if part else was:
+        rows.append({"run": name, **(_compared(was[name], now[name]) if name in was and name in now else {})})
     return pd.DataFrame(rows, columns=["run", "equal", "machine", "jaccard", "first", "again"])
 
 
@@ -69,19 +71,22 @@ def main() -> None:
     )
     parser.add_argument("first", type=Path, help="results folder with the runs that were there first")
     parser.add_argument("again", type=Path, help="results folder with the runs that were made again")
+    parser.add_argument("--part", action="store_true", help="compare only the runs that were made again")
     arguments = parser.parse_args()
     try:
-        table = compare(arguments.first, arguments.again)
+        table = compare(arguments.first, arguments.again, arguments.part)
     except UserError as error:
         sys.exit(f"compare: {error}")
     if table.empty:
-        sys.exit(f"{arguments.first} holds no record: name the results folder that is to be compared with.")
+        empty = arguments.again if arguments.part else arguments.first
+        sys.exit(f"{empty} holds no record: name a results folder with runs.")
     print(table.to_string(index=False, na_rep="-"))
     equal, machine = table["equal"].tolist(), table["machine"].tolist()
     missing = sum(found not in (True, False) for found in equal)
     elsewhere = sum(found is False and same is False for found, same in zip(equal, machine))
     differ = equal.count(False) - elsewhere
-    print(f"\n{equal.count(True)} of {len(equal)} runs equal, {missing} not made again", end="")
+    lacking = f"{missing} not in {arguments.first}" if arguments.part else f"{missing} not made again"
+    print(f"\n{equal.count(True)} of {len(equal)} runs equal, {lacking}", end="")
     print(f", {elsewhere} differ on another processor or other versions" if elsewhere else "")
     if missing or differ:
         sys.exit(f"{differ} runs differ on the same kind of machine.")

@@ -27,8 +27,8 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return results
 
 
-def command(first: Path, second: Path) -> subprocess.CompletedProcess:
-    arguments = [sys.executable, "-m", "experiments.compare", str(first), str(second)]
+def command(first: Path, second: Path, *options: str) -> subprocess.CompletedProcess:
+    arguments = [sys.executable, "-m", "experiments.compare", str(first), str(second), *options]
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -58,6 +58,9 @@ def test_a_comparison_names_runs_that_differ_and_runs_that_are_missing(again: Pa
     assert table.loc[changed.parent.name, "equal"] == False and table["equal"].isna().sum() == 1  # noqa: E712
     said = command(first, second)
     assert said.returncode == 1 and "0 of 2 runs equal, 1 not made again" in said.stdout
+    assert len(compare(first, second, part=True)) == 1, "a part of the runs is compared by itself"
+    said = command(second, first, "--part")
+    assert said.returncode == 1 and f"1 not in {second}" in said.stdout
 
     record["provenance"]["cpu"] = "another"
     changed.write_text(json.dumps(record))
