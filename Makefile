@@ -4,7 +4,7 @@ PYTHONS := python3.11 python3.12 python3.13
 PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c 'import venv' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test stress gpu slurm mutations audit format smollm2 reproduce-tiny slice
+.PHONY: demo test stress gpu slurm mutations audit format smollm2 reproduce slice
 demo: .venv/installed
 	$(BIN)/staff experiment=demo
 
@@ -45,8 +45,27 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What results/tiny holds, from nothing and then compared with it; hours. DATA has dialogsum/, bioinstruct/ and gsm8k/
-# as JSON Lines. It resumes; one thread a worker, on which the last digits depend.
+# A part of what is committed, from nothing and then compared with it: make reproduce PART=planted. It resumes; one
+# thread a worker, on which the last digits depend. Part tiny takes hours and needs DATA, with dialogsum/, bioinstruct/
+# and gsm8k/ as JSON Lines.
+PARTS = slice planted methods dialogsum tiny
+PART ?= slice
+reproduce:
+	@case " $(PARTS) " in *" $(PART) "*) ;; *) echo "PART=$(PART) is unknown: choose one of $(PARTS)."; exit 1;; esac
+	$(MAKE) reproduce-$(PART)
+
+CONTRASTS = random,random_length,ccs,staff,staff_debiased,staff_fast,full
+RUNS_slice = $(SLICE)
+RUNS_planted = experiment=planted_all method=$(CONTRASTS),oracle seed=10,11,12,13,14
+RUNS_methods = experiment=planted_all seed=10,11,12
+RUNS_dialogsum = -m method=$(CONTRASTS),raw seed=10,11,12,13,14 pruning_rate=0.9 task.dev_size=200 \
+	finetune.learning_rate=1e-3 finetune.epochs=8 finetune.small_epochs=4
+COMMITTED_slice = results/slice
+reproduce-slice reproduce-planted reproduce-methods reproduce-dialogsum: export OMP_NUM_THREADS = 1
+reproduce-slice reproduce-planted reproduce-methods reproduce-dialogsum: reproduce-%: .venv/installed
+	$(BIN)/staff $(RUNS_$*) tracking=none results_dir=$(REBUILT)/$* hydra/launcher=local hydra.launcher.workers=$(WORKERS)
+	$(BIN)/staff-compare --part $(or $(COMMITTED_$*),results/campaign2) $(REBUILT)/$*
+
 DATA ?= data
 REBUILT ?= results/rebuilt
 WORKERS ?= 2
