@@ -14,7 +14,7 @@ from experiments.campaign import pack
 from experiments.report import audit
 from experiments.report.contrasts import Contrast, Outcome, parse
 from experiments.report.records import collect, contexts
-from experiments.report.sequential import nominal_levels, progress
+from experiments.report.sequential import Contest, Progress, nominal_levels, progress
 from experiments.report.statistics import Difference
 from experiments.report.tables import Table
 from experiments.report.verdicts import Question, verdicts
@@ -136,12 +136,20 @@ def test_the_levels_of_looks_are_those_of_published_tables():
     assert bounds(7) == pytest.approx([1.960], abs=1e-3)
 
 
+def looked(gains: dict[Any, dict[int, float]], margin: float = 0.0) -> Progress:
+    """Of contrasts by themselves, each of a method with these gains over another."""
+    alone = {
+        name: Contest("a", "b", {"a": by_seed, "b": dict.fromkeys(by_seed, 0.0)}) for name, by_seed in gains.items()
+    }
+    return progress(alone, margin=margin)
+
+
 def test_looking_at_five_ten_and_twenty_seeds_finds_nothing_where_nothing_is_in_95_of_100_campaigns():
     rng = np.random.default_rng(1)
     trials, found = 2500, 0
     for _ in range(trials):
         gains = {name: dict(enumerate(rng.normal(size=20))) for name in "abc"}
-        decisions = progress(gains).decisions.values()
+        decisions = looked(gains).decisions.values()
         found += any(decision.verdict is not None for decision in decisions)
     assert found / trials <= 0.06, found / trials  # 2,500 campaigns: within 0.009 of the truth
 
@@ -150,8 +158,7 @@ def test_repeated_intervals_hold_the_truth_at_every_look_and_equality_is_rarely_
     rng = np.random.default_rng(2)
     trials = 1500
     wrong = sum(
-        progress({"a": dict(enumerate(rng.normal(1.0, 1.5, size=20)))}, margin=1.0).decisions["a"].verdict
-        == "equal"
+        looked({"a": dict(enumerate(rng.normal(1.0, 1.5, size=20)))}, margin=1.0).decisions["a"].verdict == "equal"
         for _ in range(trials)
     )
     assert wrong / trials <= 0.035, "a gain as large as the margin is equal in 2.5 % of campaigns at most"
@@ -161,7 +168,7 @@ def test_a_large_gain_is_decided_early_a_small_one_late_and_none_as_equal():
     rng = np.random.default_rng(3)
     noise = rng.normal(scale=0.5, size=20)
     shown = {mean: dict(enumerate(noise - noise.mean() + mean)) for mean in (100.0, 1.0, 0.0, -100.0)}
-    found = progress(shown, margin=1.0).decisions
+    found = looked(shown, margin=1.0).decisions
     assert (found[100.0].verdict, found[100.0].seeds) == ("better", 5)
     assert (found[-100.0].verdict, found[-100.0].seeds) == ("worse", 5)
     assert found[1.0].verdict == "better" and found[1.0].seeds > 5
@@ -171,21 +178,40 @@ def test_a_large_gain_is_decided_early_a_small_one_late_and_none_as_equal():
 def test_seeds_are_added_up_to_the_next_look_for_what_is_still_open():
     rng = np.random.default_rng(4)
     draws = rng.normal(size=20)
-    assert progress({"a": dict(enumerate(draws[:3]))}).add == (3, 4)
-    assert progress({"a": {0: 0.1, 2: -0.2, 7: 0.3}}).add == (1, 3)
-    assert progress({"a": dict(enumerate(draws[:5]))}).add == (5, 6, 7, 8, 9)
-    assert progress({"a": dict(enumerate(draws[:7]))}).add == (7, 8, 9)
-    assert progress({"a": dict(enumerate(draws))}).add == (), "the last look was taken"
+    assert looked({"a": dict(enumerate(draws[:3]))}).add == (3, 4)
+    assert looked({"a": {0: 0.1, 2: -0.2, 7: 0.3}}).add == (1, 3)
+    assert looked({"a": dict(enumerate(draws[:5]))}).add == (5, 6, 7, 8, 9)
+    assert looked({"a": dict(enumerate(draws[:7]))}).add == (7, 8, 9)
+    assert looked({"a": dict(enumerate(draws))}).add == (), "the last look was taken"
     decided = {seed: 30 + value for seed, value in enumerate(draws[:5])}
-    assert progress({"a": decided}).add == () and progress({"a": decided}).decisions["a"].verdict == "better"
-    both = progress({"a": decided, "b": dict(enumerate(draws[:10]))})
+    assert looked({"a": decided}).add == () and looked({"a": decided}).decisions["a"].verdict == "better"
+    both = looked({"a": decided, "b": dict(enumerate(draws[:10]))})
     assert both.add == tuple(range(10, 20)), "the decided contrast needs no more"
+
+
+def test_methods_that_ran_beside_a_contrast_tell_how_seeds_vary_and_so_decide_it_earlier():
+    rng = np.random.default_rng(6)
+    trials, wrong, found, alone = 300, 0, 0, 0
+    for _ in range(trials):
+        means = {name: dict(enumerate(rng.normal(size=20))) for name in "abcdef"}
+        wrong += progress({"null": Contest("a", "b", means)}).decisions["null"].verdict is not None
+        early = {name: {seed: means[name][seed] + 8 * (name == "a") for seed in range(5)} for name in means}
+        found += progress({"gain": Contest("a", "b", early)}).decisions["gain"].verdict == "better"
+        two = {name: early[name] for name in "ab"}
+        alone += progress({"gain": Contest("a", "b", two)}).decisions["gain"].verdict == "better"
+    assert wrong / trials <= 0.08, "300 campaigns: within 0.025 of 5 %"
+    assert found > 0.9 * trials > 2 * alone, (found, alone)
+
+
+def test_seeds_that_are_added_follow_those_there_are():
+    gains = {seed: float(value) for seed, value in zip(range(10, 15), np.random.default_rng(7).normal(size=5))}
+    assert looked({"a": gains}).add == (15, 16, 17, 18, 19)
 
 
 def test_seeds_beyond_a_look_do_not_change_it():
     gains = dict(enumerate(np.random.default_rng(5).normal(size=9)))
     early = {seed: gains[seed] for seed in range(5)}
-    assert progress({"a": gains}).decisions == progress({"a": early}).decisions
+    assert looked({"a": gains}).decisions == looked({"a": early}).decisions
 
 
 # ---------------------------------------------------------------- audits

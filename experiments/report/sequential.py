@@ -4,14 +4,16 @@ Looking three times at 5 % each finds something in 11 % of cases where nothing i
 looks: by the fraction t of the planned seeds, each side has spent 2 - 2 Phi(z / sqrt(t)) of its 2.5 %, where z is
 the normal quantile at 98.75 % (Lan and DeMets, 1983, after O'Brien and Fleming, 1979). Nearly all is left for the
 last look. The levels are found for normal statistics and applied to p-values of Student's t (Jennison and Turnbull,
-2000, section 3.8). Several contrasts share the level equally (Bonferroni).
+2000, section 3.8). Several contrasts share the level equally (Bonferroni). At a look, the variance between seeds is
+that of `experiments.report.variance`, pooled over the methods that have its seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,37 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from experiments.report.statistics import LEVEL
+from experiments.report.variance import between_seeds
 
 PLANNED = (5, 10, 20)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Method `a` against `b`, among methods that share the variance between seeds.
+
+    Attributes:
+        means: of each method, by selection seed; higher is better.
+    """
+
+    a: str
+    b: str
+    means: Mapping[str, Mapping[int, float]]
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """Those of both, ascending."""
+        return sorted(set(self.means[self.a]) & set(self.means[self.b]))
+
+    def at(self, seeds: int) -> tuple[float, float, float]:
+        """The difference over the lowest `seeds` seeds, its standard error, and the degrees of freedom of that."""
+        first = self.seeds[:seeds]
+        alike = [method for method, by_seed in self.means.items() if set(first) <= set(by_seed)]
+        values = np.array([[self.means[method][seed] for seed in first] for method in alike])
+        i, j = alike.index(self.a), alike.index(self.b)
+        between = between_seeds(values)
+        error = float(np.sqrt(between.variance[i, j] / seeds))
+        return float((values[i] - values[j]).mean()), error, float(between.freedom[i, j])
 
 
 @dataclass(frozen=True)
@@ -50,7 +81,7 @@ class Progress:
 
 
 def progress(
-    gains: Mapping[Any, Mapping[int, float]],
+    contests: Mapping[Any, Contest],
     planned: Sequence[int] = PLANNED,
     margin: float = 0.0,
     level: float = LEVEL,
@@ -62,33 +93,29 @@ def progress(
     samples, not that of the samples.
 
     Args:
-        gains: of each contrast, by selection seed; above zero where the method is better.
         planned: numbers of seeds at which to look, ascending; looks are taken at the lowest seeds.
         level: the size over all contrasts and looks.
     """
-    levels = nominal_levels(tuple(planned), level / max(1, len(gains)))
-    decisions = {name: _decision(by_seed, planned, levels, margin) for name, by_seed in gains.items()}
+    levels = nominal_levels(tuple(planned), level / max(1, len(contests)))
+    decisions = {name: _decision(contest, planned, levels, margin) for name, contest in contests.items()}
     open_ = [name for name, decision in decisions.items() if decision.verdict is None]
-    have = set.intersection(*(set(gains[name]) for name in open_)) if open_ else set()
+    have = set.intersection(*(set(contests[name].seeds) for name in open_)) if open_ else set()
     wanted = next((count for count in planned if count > len(have)), 0) if open_ else 0
-    seeds = (seed for seed in range(len(have) + wanted) if seed not in have)
-    return Progress(decisions, tuple(seed for seed, _ in zip(seeds, range(wanted - len(have)))))
+    new = (seed for seed in count(min(have, default=0)) if seed not in have)
+    return Progress(decisions, tuple(islice(new, max(0, wanted - len(have)))))
 
 
-def _decision(
-    gains: Mapping[int, float], planned: Sequence[int], levels: Sequence[float], margin: float
-) -> Decision:
-    values, decision = np.array([gains[seed] for seed in sorted(gains)]), Decision(None)
-    for count, level in zip(planned, levels):
-        if count > len(values) or decision.verdict is not None:
+def _decision(contest: Contest, planned: Sequence[int], levels: Sequence[float], margin: float) -> Decision:
+    decision = Decision(None)
+    for seeds, level in zip(planned, levels):
+        if seeds > len(contest.seeds) or decision.verdict is not None:
             break
-        taken = values[:count]
-        half = float(stats.t.isf(level / 2, count - 1) * taken.std(ddof=1) / np.sqrt(count))
-        mean = float(taken.mean())
+        mean, error, freedom = contest.at(seeds)
+        half = float(stats.t.isf(level / 2, freedom)) * error
         verdict = ("better" if mean > 0 else "worse") if abs(mean) > half else None
         if verdict is None and abs(mean) + half < margin:
             verdict = "equal"
-        decision = Decision(verdict, count, mean, half)
+        decision = Decision(verdict, seeds, mean, half)
     return decision
 
 

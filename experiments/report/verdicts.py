@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import pandas as pd
 
-from experiments.report.comparisons import comparison
+from experiments.report.comparisons import REFERENCES, comparison
 from experiments.report.contrasts import Contrast, Outcome, outcomes, registered
 from experiments.report.power import MOST, seeds_needed, seeds_to_decide
 from experiments.report.records import Context
-from experiments.report.sequential import PLANNED, progress
+from experiments.report.sequential import PLANNED, Contest, progress
 from experiments.report.statistics import LEVEL, Difference, holm
 from experiments.report.tables import INTERVAL_OVER, NONE, Table, basis, metric, p_value
 from staff.evaluation.metrics import named_metric
@@ -152,17 +153,16 @@ def table(context: Context, question: Question = DEFAULT) -> Table | None:
 
 def looks(context: Context, question: Question = DEFAULT) -> Table | None:
     """Where each contrast with a single other method stands in the sequential design, from its first look on."""
-    sign, gains = named_metric(context.metric).sign, {}
+    sign, contests = named_metric(context.metric).sign, {}
     for contrast in registered(context, question.contrasts):
         for rate in [rate for rate in context.rates if 0 < rate < 1 and len(contrast.others) == 1]:
-            answers = comparison(context, rate).answers
-            ours, theirs = (answers.get(v, {}) for v in (contrast.method, *contrast.others))
-            common = [seeds for seeds in ours if seeds in theirs]
-            by_run = pd.Series([sign * float((ours[s] - theirs[s]).mean()) for s in common], dtype=float)
-            if common:
-                gains[contrast.name, f"{rate:g}"] = by_run.groupby([selection for selection, _ in common]).mean()
+            means = {name: _by_seed(runs, sign) for name, runs in comparison(context, rate).answers.items() if runs}
+            pair = (contrast.method, *contrast.others)
+            kept = {name: by_seed for name, by_seed in means.items() if name in pair or name not in REFERENCES}
+            if set(pair) <= set(kept) and set(kept[pair[0]]) & set(kept[pair[1]]):
+                contests[contrast.name, f"{rate:g}"] = Contest(*pair, kept)
     margin = question.margin_of(context.metric)
-    made = progress({name: by_seed.to_dict() for name, by_seed in gains.items()}, margin=margin)
+    made = progress(contests, margin=margin)
     if not any(decision.seeds for decision in made.decisions.values()):
         return None
     rows = [
@@ -171,7 +171,8 @@ def looks(context: Context, question: Question = DEFAULT) -> Table | None:
             "pruning rate": rate,
             "looked at": f"{decision.seeds} seeds",
             "difference": NONE if not decision.seeds else f"{sign * decision.mean:+.2f} ± {decision.half:.2f}",
-            "verdict": decision.verdict or "open",
+            "verdict": decision.verdict
+            or ("open; not worse" if decision.mean - decision.half > -margin else "open"),
         }
         for (name, rate), decision in made.decisions.items()
     ]
@@ -180,6 +181,15 @@ def looks(context: Context, question: Question = DEFAULT) -> Table | None:
     caption = (
         f"Sequential looks at {planned} selection seeds on {context.title}: intervals hold the truth at all looks "
         "and contrasts of the table together (O'Brien and Fleming's spending, Bonferroni), with the error of seeds "
-        f"and not that of the test samples. A contrast that is decided needs no more seeds. {then}{basis(context)}"
+        f"and not that of the test samples. A contrast that is decided needs no more seeds. Not "
+        f"worse: by {margin:g}. {then}{basis(context)}"
     )
     return Table(f"looks-{context.name}", caption.strip(), pd.DataFrame(rows))
+
+
+def _by_seed(runs: Mapping[tuple[int, int], np.ndarray], sign: int) -> dict[int, float]:
+    """The mean over test samples by selection seed, over its fine-tuning seeds; higher is better."""
+    means: dict[int, list[float]] = {}
+    for (selection, _), values in runs.items():
+        means.setdefault(selection, []).append(sign * float(values.mean()))
+    return {seed: float(np.mean(found)) for seed, found in means.items()}
