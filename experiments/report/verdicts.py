@@ -157,7 +157,7 @@ def looks(context: Context, question: Question = DEFAULT) -> Table | None:
     for contrast in registered(context, question.contrasts):
         for rate in [rate for rate in context.rates if 0 < rate < 1 and len(contrast.others) == 1]:
             means = {name: _by_seed(runs, sign) for name, runs in comparison(context, rate).answers.items() if runs}
-            pair = (contrast.method, *contrast.others)
+            pair = contrast.method, contrast.others[0]
             kept = {name: by_seed for name, by_seed in means.items() if name in pair or name not in REFERENCES}
             if set(pair) <= set(kept) and set(kept[pair[0]]) & set(kept[pair[1]]):
                 contests[contrast.name, f"{rate:g}"] = Contest(*pair, kept)
