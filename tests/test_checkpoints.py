@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support.stores import wait_for
-from support.tuning import SETTINGS, SPEC, difference, history, samples_of
+from support.processes import wait_for
+from support.tiny import SETTINGS, SPEC, difference, history, samples_of
 from transformers import Trainer
 
 from staff.runtime import preemption

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.conversations import AGAIN, ASKED, SAID, SEVERAL, SYSTEM, messages
+from support.tiny import AGAIN, ASKED, SAID, SEVERAL, SYSTEM, messages
 
 from staff.data.conversations import plain_pieces
 from staff.data.task import Sample

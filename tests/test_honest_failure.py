@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from support.sweeps import PARALLEL, finish, records, start
+from support.processes import PARALLEL, finish, records, start
 
 METHODS = """
 import os, signal

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.pools import tiny_pool
-from support.tuning import SETTINGS
+from support.tiny import SETTINGS, pool_of_sums
 
 from baselines.el2n import EL2N
 from staff.errors import UserError
@@ -31,7 +30,7 @@ THREE_EPOCHS = replace(SETTINGS, small_epochs=3)
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
     """Whose small model is tuned for three epochs, with a validation slice of five samples."""
-    return tiny_pool(tmp_path_factory.mktemp("pool"), dev=5, settings=THREE_EPOCHS)
+    return pool_of_sums(tmp_path_factory.mktemp("pool"), dev=5, settings=THREE_EPOCHS)
 
 
 def test_a_signal_is_asked_of_all_samples_of_some_or_of_the_validation_slice(pool: Pool):
@@ -107,7 +106,7 @@ def test_what_cannot_be_asked_is_refused_with_what_can(pool: Pool, asked: dict[s
 
 def test_a_pool_without_a_validation_slice_says_how_to_make_one(tmp_path: Path):
     with pytest.raises(UserError, match=r"there is no dev slice: make a validation slice with task\.dev_size=200"):
-        tiny_pool(tmp_path).ask("loss", of="target", view="dev")
+        pool_of_sums(tmp_path).ask("loss", of="target", view="dev")
 
 
 def counted(cost: Cost) -> tuple[float, int, int]:
@@ -131,7 +130,7 @@ def test_an_estimate_of_a_scoring_counts_what_it_does_count(pool: Pool, tmp_path
 
 @pytest.mark.parametrize(("kind", "online"), [("lora", None), ("lora", "last_v_b"), ("full", None)])
 def test_an_estimate_of_a_fine_tuning_counts_what_it_does_count(tmp_path: Path, kind: str, online: str | None):
-    pool = tiny_pool(tmp_path / "store", 4, settings=replace(SETTINGS, kind=kind))
+    pool = pool_of_sums(tmp_path / "store", 4, settings=replace(SETTINGS, kind=kind))
     stage = pool.training("small", online)
     tuned, meter = pool.store.get(stage), Meter()
     stage.estimate(tmp_path, meter)
@@ -172,7 +171,7 @@ def test_a_selection_is_known_by_method_budget_seed_and_pool_and_charged_for_wha
 
 
 def test_what_one_method_asked_another_reads(tmp_path: Path):
-    pool = tiny_pool(Store(tmp_path))
+    pool = pool_of_sums(Store(tmp_path))
     pool.store.get(Select(Staff(num_regions=2, verification_budget=1), pool, 4))
     pool.store.computed.clear()
     again = Select(Staff(num_regions=2, verification_budget=1, pick="highest"), pool, 4)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.stores import KILLED_WHILE_WRITING, Job, flip_a_bit, run, wait_for
+from support.processes import KILLED_WHILE_WRITING, Job, flip_a_bit, run, wait_for
 
 from experiments import store as tool
 from experiments.campaign import pack

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
-from support.sweeps import (
+from support.processes import (
     PARALLEL,
     check_left_behind,
     check_store,

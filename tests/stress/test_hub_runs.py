@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL
-from support.hub_server import ROWS, Fault, Hub, serving
+from support.servers import ROWS, Fault, Hub, serving
 
 from staff.runtime.hub import IMPATIENCE
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import run_shrunk
-from support.tuning import SETTINGS, SPEC, samples_of
+from support.tiny import SETTINGS, SPEC, samples_of
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 

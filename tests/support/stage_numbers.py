@@ -21,7 +21,7 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 from support import any_pool
 from support.contract import METHODS, AnyPool, method_named
-from support.pools import sums
+from support.tiny import sums
 
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
 from staff.data.views import DataView

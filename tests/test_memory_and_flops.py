@@ -1,20 +1,39 @@
-"""The memory that fine-tuning needs: what autograd really keeps, and the sentence where it does not fit."""
+"""What passes cost and how they attend: memory, FLOPs, and the choice of an attention."""
 
+from __future__ import annotations
+
+import copy
+import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.tuning import SETTINGS, drawn, told_and_peak
+from support.families import FAMILIES, config_of
+from support.tiny import SETTINGS, drawn, told_and_peak
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.models.adapters import fresh_lora
+from staff.evaluation.generator import generate
+from staff.models.adapters import LoraSpec, fresh_lora
+from staff.models.flops import _counted, forward_flops
 from staff.models.spec import ModelSpec
+from staff.scoring.passes import score_samples
 from staff.scoring.positions import Positions, last_block_at, token_losses
+from staff.signals.loss import Loss
+from staff.store.store import Store
 from staff.training import memory
 from staff.training.memory import check_fits, finetuning_memory
+from staff.training.settings import FinetuneSettings
+from staff.training.stage import Finetune
 from staff.training.trainer import checkpoint_blocks
+
+# ---------------------------------------------------------------- memory
+
 
 SAMPLES, TOKENS, ANSWERS = 2, 256, 8
 LENGTHS = np.full(SAMPLES, TOKENS), np.full(SAMPLES, ANSWERS)
@@ -120,3 +139,82 @@ def test_a_run_that_does_not_fit_is_refused_before_a_model_loads(run, monkeypatc
     monkeypatch.setattr(memory, "available_memory", lambda: 0)
     with pytest.raises(UserError, match="and so would no other setting"):
         run("method=random")
+
+
+# ---------------------------------------------------------------- FLOPs
+
+
+WIDTHS = ("hidden_size", "intermediate_size", "n_embd", "ffn_dim", "moe_intermediate_size", "word_embed_proj_dim")
+
+
+def counted(config: Any, length: int) -> float:
+    """FLOPs of a real forward pass; of experts, one token after the other."""
+    config = copy.deepcopy(config)
+    config._experts_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.arange(5, 5 + length)[None], use_cache=False)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_flops_of_every_family_are_those_of_a_real_pass(family: str):
+    config = config_of(family)
+    assert forward_flops(config, [37]) == pytest.approx(counted(config, 37), rel=1e-6)
+    assert forward_flops(config, [20, 37]) == pytest.approx(counted(config, 20) + counted(config, 37), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe", "mamba"])
+def test_a_wider_model_takes_more_flops(family: str):
+    before = forward_flops(config_of(family), [30])
+    for width in WIDTHS:
+        if width in FAMILIES[family]:
+            wider = {width: 2 * FAMILIES[family][width]}
+            assert forward_flops(config_of(family, **wider), [30]) > 1.02 * before, width
+
+
+def test_flops_that_cannot_be_counted_are_unknown_and_not_a_number(monkeypatch: pytest.MonkeyPatch):
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("no meta kernel")
+
+    _counted.cache_clear()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", fails)
+    assert math.isnan(forward_flops(config_of("opt"), [30]))
+    _counted.cache_clear()
+
+
+# ---------------------------------------------------------------- attention
+
+
+TINY = ModelSpec("pkg://staff/assets/tiny/small")
+TWO_SAMPLES = TokenizedSamples.of_rows(["a", "b"], [[5, 6, 7, 8], [9, 10, 11]], [2, 1])
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> set[bool]:
+    """Whether cuDNN's attention is enabled, asked in every forward pass of a model."""
+    found: set[bool] = set()
+    forward = torch.nn.Embedding.forward
+
+    def asking(self: Any, ids: Any) -> Any:
+        found.add(torch.backends.cuda.cudnn_sdp_enabled())
+        return forward(self, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", asking)
+    return found
+
+
+def test_scoring_leaves_it_out(seen: set[bool]):
+    score_samples(TINY.load(), TWO_SAMPLES, [Loss()], batch_tokens=None, pad_token_id=0)
+    assert seen == {False} and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_fine_tuning_leaves_it_out(seen: set[bool], tmp_path: Path):
+    settings = FinetuneSettings(lora=LoraSpec(2, 4), batch_size=2, device_batch_size=2)
+    Store(tmp_path).get(Finetune(TINY, TWO_SAMPLES, settings, 1, 0))
+    assert seen == {False} and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_generation_leaves_it_out(seen: set[bool]):
+    generate(TINY.load(), TINY.tokenizer(), [[5, 6], [7]], max_new_tokens=2, batch_tokens=None)
+    assert seen == {False} and torch.backends.cuda.cudnn_sdp_enabled()
