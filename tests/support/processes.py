@@ -111,7 +111,7 @@ def check_left_behind(results: Path) -> None:
     assert not Store(results / "artifacts").held_locks()
 
 
-# ---------------------------------------------------------------- stages of little work, and processes that run them on one store
+# ---------------------------------------------------------------- stages of little work
 
 
 def write_scores(folder: Path, meter: Meter) -> None:
