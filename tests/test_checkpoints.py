@@ -44,9 +44,7 @@ def started(work: Callable[..., None], *arguments: Any) -> BaseProcess:
     A fork of this process, which other tests gave threads, may wait for one of them for ever.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["peft", "staff.training.trainer"]
-    )  # this file is on no path yet
+    context.set_forkserver_preload(["peft", "staff.training.trainer"])  # this file is on no path yet
     process = context.Process(target=work, args=arguments)
     process.start()
     return process

@@ -1,6 +1,7 @@
 """The library in a few lines, and scores of a file as a table in one command."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -150,6 +151,37 @@ def test_importing_the_library_imports_nothing_and_selecting_from_scores_no_torc
     done = subprocess.run([sys.executable, "-c", code, OF_SCORES], cwd=ROOT, capture_output=True, text=True)
     said = done.stdout.splitlines()
     assert (said[0], said[-1]) == ("set()", "False"), done.stderr
+
+
+WITHOUT = """
+import importlib, pkgutil, sys
+from importlib.machinery import PathFinder
+find, absent = PathFinder.find_spec, {"hydra", "omegaconf", "datasets", "wandb", "rouge_score", "nltk"}
+
+def of_others(cls, name, *where):
+    return None if name.partition(".")[0] in absent else find(name, *where)
+
+PathFinder.find_spec = classmethod(of_others)
+import staff
+for module in pkgutil.walk_packages(staff.__path__, "staff."):
+    importlib.import_module(module.name)
+from experiments.benchmarks import gpu
+try:
+    gpu.main()
+finally:
+    assert not absent & set(sys.modules), absent & set(sys.modules)
+"""
+
+
+def test_a_gpu_is_measured_and_the_library_imported_without_the_packages_of_a_run(tmp_path: Path):
+    """Every piece: tests/stress/test_long.py."""
+    command = [sys.executable, "-c", WITHOUT, "qlora", "--tiny"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "results/benchmarks/tiny/qlora.json").read_text())
+    assert "transformers" in told["machine"] and "accelerate" in told["machine"]
+    assert [row["result"].startswith("skipped: ") for row in told["rows"]] == [True]
 
 
 # ---------------------------------------------------------------- staff-score

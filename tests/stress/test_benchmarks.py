@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,41 +69,6 @@ def test_answers_are_those_of_plain_generate_in_every_case(benchmark: Benchmark)
     cases = "task.max_new_tokens=3", *TINY, "--", "task.max_new_tokens=2", "evaluation.batch_tokens=1"
     rows = benchmark("benchmarks.generation", "--samples=3", "--rounds=1", *cases)
     assert [row["equal"] for row in rows] == ["3 of 3"] * 2
-
-
-WITHOUT = """
-import importlib, pkgutil, sys
-from importlib.machinery import PathFinder
-find, absent = PathFinder.find_spec, {"hydra", "omegaconf", "datasets", "wandb", "rouge_score", "nltk"}
-
-def of_others(cls, name, *where):
-    return None if name.partition(".")[0] in absent else find(name, *where)
-
-PathFinder.find_spec = classmethod(of_others)
-import staff
-for module in pkgutil.walk_packages(staff.__path__, "staff."):
-    importlib.import_module(module.name)
-from experiments.benchmarks import gpu
-try:
-    gpu.main()
-finally:
-    assert not absent & set(sys.modules), absent & set(sys.modules)
-"""
-
-
-def test_a_gpu_is_measured_and_the_library_imported_without_the_packages_of_a_run(tmp_path: Path):
-    command = [sys.executable, "-c", WITHOUT, "generation", "qlora", "--tiny"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "results/benchmarks/tiny"
-    generation = json.loads((folder / "generation.json").read_text())
-    assert [row["precision"] for row in generation["rows"]] == ["float32", "bfloat16"] * 4
-    assert {row["equal"] for row in generation["rows"] if row["precision"] == "float32"} == {"8 of 8"}
-    assert "transformers" in generation["machine"] and "accelerate" in generation["machine"]
-    assert rows_of((folder / "generation.md").read_text())[0]["model"] == "SmolLM2-135M-Instruct"
-    (skipped,) = json.loads((folder / "qlora.json").read_text())["rows"]
-    assert skipped["result"].startswith("skipped: ")
 
 
 def test_selection_is_measured_at_every_size_and_d2_is_its_dense_form(benchmark: Benchmark):
