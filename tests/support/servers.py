@@ -278,7 +278,7 @@ def cluster(folder: Path) -> Iterator[None]:
     key.chmod(0o400)
     configuration = folder / "slurm.conf"
     host = socket.gethostname().partition(".")[0]
-    configuration.write_text(CONFIGURATION.format(folder=folder, host=host, ports=_free_ports(2)))
+    configuration.write_text(CONFIGURATION.format(folder=folder, host=host, ports=free_ports(2)))
     munge = {"key-file": key, "socket": folder / "munge.socket", "pid-file": folder / "munge.pid"}
     munge |= {"log-file": folder / "munge.log", "seed-file": folder / "munge.seed"}
     before = os.environ.get("SLURM_CONF")
@@ -317,7 +317,7 @@ def said(*command: str, check: bool = True) -> str:
     return subprocess.run(command, check=check, capture_output=True, text=True).stdout.strip()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
