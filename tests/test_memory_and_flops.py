@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.families import FAMILIES, config_of
-from support.tiny import SETTINGS, drawn, told_and_peak
+from support.tiny import FAMILIES, SETTINGS, config_of, drawn, told_and_peak
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 

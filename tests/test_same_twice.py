@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, SMALL
-from support.contract import METHODS, AnyPool, method_named, select
+from support.any_pool import METHODS, DrawnPool, method_named, select
 from support.tiny import pool_of_sums
 
 import staff.models.state
@@ -110,7 +110,7 @@ CHAINED = {"facility_location", "facility_location_official", "prototypes"}
 @pytest.mark.parametrize("name", METHODS)
 def test_rounding_of_the_scores_moves_a_sample_across_an_edge_and_no_more(name: str):
     size = 2_000 if name in CHAINED else 10_000
-    pool, moved = AnyPool(size), AnyPool(size)
+    pool, moved = DrawnPool(size), DrawnPool(size)
     moved.noise = 1e-5
     one, other = (select(method_named(name), p, size // 2).indices for p in (pool, moved))
     assert len(one) == 0 or jaccard(one, other) >= (0.9 if name in CHAINED else 0.99)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.contract import method_named
+from support.any_pool import method_named
 from support.golden import recorded
 
 from baselines.ccs import CCS

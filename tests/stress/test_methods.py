@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.families import FAMILIES, FUSED, save_model
-from support.tiny import CONF, method_named, tiny_pool, told_and_peak
+from support.tiny import CONF, FAMILIES, FUSED, method_named, save_model, tiny_pool, told_and_peak
 
 from staff.pool import Pool, Select
 from staff.selection import Coreset, budget_of

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
 from support import any_pool
-from support.contract import METHODS, AnyPool, method_named
+from support.any_pool import METHODS, DrawnPool, method_named
 from support.tiny import sums
 
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
@@ -182,7 +182,7 @@ def words(signal: Any) -> str:
     return " ".join([signal.name, *(f"{k}={v}" for k, v in options.items() if v != getattr(plain, k))])
 
 
-class GivenPool(AnyPool):
+class GivenPool(DrawnPool):
     """Has the fields of a pool that a selection reads."""
 
     seed = 3
