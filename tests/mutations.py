@@ -272,7 +272,7 @@ MUTATIONS = (
         name="formulas in CSV",
         place="staff/runtime/spreadsheets.py:inert",
         new="return text",
-        test="test_fuzz.py::test_what_fuzzing_found_stays_mended",
+        test="test_untrusted_inputs.py::test_what_fuzzing_found_stays_mended",
     ),
     Mutation(
         name="secrets in the record",
@@ -294,7 +294,7 @@ MUTATIONS = (
         place="experiments/sweep.py:sentence_of",
         old=" or _NO_MEMORY in str(error)",
         new="",
-        test="test_honest_failure.py::"
+        test="test_sweep.py::"
         "test_a_job_that_is_killed_raises_or_exhausts_memory_fails_alone_and_says_why_in_one_line",
     ),
     Mutation(
@@ -308,14 +308,14 @@ MUTATIONS = (
         place="experiments/sweep.py:Sweep.on_job_end",
         old="job_return.return_value, job_return.status = None, JobStatus.COMPLETED",
         new="pass",
-        test="test_honest_failure.py::test_the_same_command_runs_the_jobs_that_failed_and_no_other",
+        test="test_sweep.py::test_the_same_command_runs_the_jobs_that_failed_and_no_other",
     ),
     Mutation(
         name="failure ends well",
         place="experiments/run.py:main",
         old="sys.exit(1 if failed else 0)",
         new="sys.exit(0)",
-        test="test_honest_failure.py::"
+        test="test_sweep.py::"
         "test_a_job_that_is_killed_raises_or_exhausts_memory_fails_alone_and_says_why_in_one_line",
     ),
     Mutation(
@@ -351,7 +351,7 @@ MUTATIONS = (
         name="long work is silent",
         place="staff/runtime/progress.py:_Lines.display",
         new="pass",
-        test="test_progress.py::test_a_log_gets_a_line_now_and_then_of_what_takes_long_and_none_of_what_does_not",
+        test="test_runtime.py::test_a_log_gets_a_line_now_and_then_of_what_takes_long_and_none_of_what_does_not",
     ),
 )
 

@@ -155,7 +155,7 @@ def test_the_worked_example_of_a_method_keeps_the_contract_of_every_method(overr
 
 
 def test_the_worked_example_of_a_method_runs_as_written(run, overrides: list[str]):
-    """From a folder of one's own: test_installed.py."""
+    """From a folder of one's own: test_promises.py."""
     record = run(*overrides)
     assert record["run"]["method"] == "highest_loss" and record["counts"]["selected"] == 6
 

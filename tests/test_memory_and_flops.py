@@ -80,7 +80,7 @@ def test_activations_are_what_autograd_keeps_within_a_fifth(architecture, dtype,
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "checkpointing"),
-    [("lora", "bfloat16", False), ("full", "float32", True)],  # all others: tests/stress/test_families.py
+    [("lora", "bfloat16", False), ("full", "float32", True)],  # all others: tests/stress/test_methods.py
 )
 def test_the_estimate_is_the_measured_peak_within_a_tenth(kind, dtype, checkpointing, tmp_path, monkeypatch):
     changes = {"kind": kind, "gradient_checkpointing": checkpointing}

@@ -82,7 +82,7 @@ def test_the_same_command_again_does_nothing_and_says_so(undisturbed: tuple[Path
 def test_a_sweep_that_is_killed_and_given_again_ends_with_the_records_of_an_undisturbed_one(
     undisturbed: tuple[Path, str], killed: tuple[Path, str]
 ):
-    """Thirty kills at random moments, of the sweep alone and with its workers: tests/stress/test_killed.py."""
+    """Thirty kills at random moments, of the sweep alone and with its workers: tests/stress/test_sweeps.py."""
     results, output = killed
     assert "failed" not in output
     assert records(results) == records(undisturbed[0])

@@ -72,7 +72,7 @@ def test_the_tasks_of_a_cluster_job_carry_out_its_run_together_and_one_records_i
 
 
 def test_a_cluster_goes_on_past_a_failing_job_which_is_named_and_the_exit_status_is_an_error(tmp_path: Path):
-    """Under the other launchers: tests/test_honest_failure.py."""
+    """Under the other launchers: tests/test_sweep.py."""
     ended = sweep(tmp_path, "pruning_rate=2,0.5")
     assert ended.returncode == 1
     assert "pruning_rate=2 is outside [0, 1)" in ended.stdout and "1 of 2 jobs failed" in ended.stdout

@@ -1,6 +1,6 @@
 """Whatever comes in, a reader gives samples or one sentence, and a method selects its budget or says why not.
 
-Each property is tried quickly by tests/test_fuzz.py, and for minutes by tests/stress/test_fuzz_long.py.
+Each property is tried quickly by tests/test_untrusted_inputs.py, and for minutes by tests/stress/test_long.py.
 """
 
 from __future__ import annotations
