@@ -11,13 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from support.golden import recorded
-from support.tiny import tiny_pool
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.models.gemma3 import Gemma3TextConfig
-from transformers.models.llama import LlamaConfig
+from support.tiny import adapted, random_model, tiny_pool
+from torch import Tensor
 
 from baselines.less import adam_direction_official
 from staff.data.tokens import TokenizedSamples
@@ -38,33 +34,7 @@ from staff.training.stage import Finetune, read_learning_rates
 # ---------------------------------------------------------------- projected gradients
 
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SHAPE),
-    "gemma3": Gemma3TextConfig(**SHAPE, query_pre_attn_scalar=8, final_logit_softcapping=2.0),
-}
 ADAM = [case for case in recorded("less") if case.startswith("less_adam")]
-
-
-def adapted_model(architecture: str = "llama", **lora: Any) -> Any:
-    """A random model with adapters whose A and B are both away from zero."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture])
-    model = get_peft_model(model, LoraConfig(**{"r": 3, "target_modules": "all-linear", **lora}))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 def samples(n: int = 5) -> TokenizedSamples:
@@ -107,10 +77,10 @@ def by_autograd(
 @pytest.mark.parametrize("alone", [False, True], ids=["in batches", "one at a time"])
 @pytest.mark.parametrize("adam", [False, True], ids=["plain", "adam"])
 @pytest.mark.parametrize(
-    ("architecture", "lora"), [("llama", {}), ("gemma3", {}), ("llama", {"lora_bias": True})], ids=str
+    ("architecture", "lora"), [("llama", {}), ("gemma3_text", {}), ("llama", {"lora_bias": True})], ids=str
 )
 def test_projections_are_those_of_autograds_gradients(architecture: str, lora: dict, adam: bool, alone: bool):
-    model, given = adapted_model(architecture, **lora), samples()
+    model, given = adapted(random_model(architecture), **lora), samples()
     moments = moments_of(model) if adam else None
     expected = by_autograd(model, given, 70, moments)
     signal = ProjectedGradient(70, adam)
@@ -121,7 +91,7 @@ def test_projections_are_those_of_autograds_gradients(architecture: str, lora: d
 
 
 def test_other_signals_come_out_of_the_same_pass():
-    model, given = adapted_model(), samples()
+    model, given = adapted(random_model()), samples()
     asked = {"batch_tokens": 60, "pad_token_id": 0}
     together = score_samples(model, given, [ProjectedGradient(8), named("effort", parameters="all_lora")], **asked)
     for name, values in score_samples(model, given, [ProjectedGradient(8)], **asked).items():
@@ -179,7 +149,7 @@ def test_adams_direction_is_that_of_the_released_code(case: str):
 
 
 def test_the_projection_is_counted():
-    model, lengths = adapted_model(), np.array([20, 30])
+    model, lengths = adapted(random_model()), np.array([20, 30])
     flops = {dim: scoring_flops(model, lengths, np.array([4, 5]), [ProjectedGradient(dim)]) for dim in (64, 128)}
     parameters = sum(p.numel() for p in gradient_parameters(model, "all_lora").values())
     assert flops[128] - flops[64] == 2 * 2 * 64 * parameters

@@ -271,3 +271,52 @@ def save_model(family: str, folder: Path) -> Path:
     AutoModelForCausalLM.from_config(config_of(family)).save_pretrained(folder)
     ModelSpec("pkg://staff/assets/tiny/target").tokenizer().save_pretrained(folder)
     return folder
+
+
+# ---------------------------------------------------------------- random models of architectures with exact batches
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+WINDOWS = {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
+GEMMA = {**WINDOWS, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 1.0},
+    "gemma3_text": GEMMA,
+}
+
+
+def random_model(architecture: str = "llama", **changes: Any) -> Any:
+    """A model of two layers with random weights, the same at every call."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **SHAPE | ARCHITECTURES[architecture] | changes)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def adapted(model: Any, std: float = 0.2, **lora: Any) -> Any:
+    """The model with adapters whose A and B are both away from zero; with `std` 0 as they begin, B at zero."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(model, LoraConfig(**{"r": 3, "target_modules": "all-linear", **lora}))
+    for name, parameter in model.named_parameters():
+        if std and "lora_" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    return model

@@ -1,18 +1,76 @@
-"""STAFF on efforts times a power of the answer's length."""
+"""STAFF by the authors' code, against their vectors, and on efforts times a power of the answer's length."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
-from support.any_pool import AnyPool, select
+from support.any_pool import AnyPool, method_named, select
+from support.golden import recorded
 
 from baselines.staff_official import StaffOfficial, min_max
-from staff.arrays import ArrayPool
+from staff import ArrayPool
 from staff.errors import UserError
+from staff.selection import Draws, run_method
+from staff.signals.effort import Effort
 from staff.speculative import Staff, fitted_exponent
+
+# ---------------------------------------------------------------- the authors' code
+
+
+VECTORS = recorded("staff")
+OFFICIAL: Any = method_named("staff_official")
+
+
+class Recorded(Draws):
+    """Draws that fall as they did for the authors' code: the samples to verify, and those of the fill."""
+
+    def __init__(self, ids: list[str], **recorded: np.ndarray):
+        super().__init__(0, ids)
+        self.recorded = recorded
+
+    def choose(self, purpose: str, candidates: np.ndarray, count: int) -> np.ndarray:
+        chosen = np.intersect1d(candidates, self.recorded[purpose])
+        assert len(chosen) == count
+        return chosen
+
+
+@pytest.mark.parametrize("case", VECTORS)
+def test_agrees_with_the_authors_code(case: str):
+    golden = VECTORS[case]
+    effort, ids = Effort(**OFFICIAL.effort_options()), [f"sample {i}" for i in range(len(golden["overall"]))]
+    pool = ArrayPool(ids, {(effort, "small"): golden["overall"], (effort, "target"): golden["target"]})
+    fill = golden["coreset"][golden["n_before_fill"] :]
+    draws = Recorded(pool.ids, verification=golden["verify_idx"], fill=fill)
+    # The recorded scores are min-max normalised already.
+    method = replace(OFFICIAL, normalise=False)
+
+    regions, members = method.regions(golden["overall"], draws.all_but_highest(golden["overall"], 0.1))
+    region_of = np.full(len(pool.ids), -1)
+    for region, positions in zip(regions, members):
+        region_of[positions] = region
+    np.testing.assert_array_equal(region_of, golden["region_of"])
+
+    coreset = run_method(method, pool, len(golden["coreset"]), draws)
+    assert coreset.indices.tolist() == sorted(golden["coreset"])
+    assert coreset.filled == len(fill)
+    table = coreset.diagnostics
+    assert table["region"].tolist() == golden["order_region"].tolist()
+    assert table["size"].tolist() == golden["order_sizes"].tolist()
+    assert table["verified"].tolist() == golden["verify_count"].tolist()
+    assert table["budget"].tolist() == golden["budgets"].tolist()
+    np.testing.assert_allclose(table["ratio"], golden["V"], rtol=1e-6)
+
+
+def test_all_vectors_are_there():
+    assert len(VECTORS) == 12
+
+
+# ---------------------------------------------------------------- a power of the length
+
 
 N = 600
 LENGTHS = np.random.default_rng(0).integers(5, 120, N).astype(float)
