@@ -58,6 +58,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a real run of STAFF."""
+    results = tmp_path_factory.mktemp("real")
+    return run_shrunk(results, "task.test_limit=6", "method=staff", "pruning_rate=0.5")["folder"]
+
+
 def pytest_collection_finish() -> None:
     """Every fine-tuning collects garbage: a third of a second, if all that is imported may be garbage."""
     gc.collect()

@@ -529,3 +529,14 @@ def test_a_mistyped_mode_is_refused_with_the_choices():
     with pytest.raises(UserError, match=r"tracking\.mode='of'.*auto, online, offline, disabled"):
         check({"mode": "of"})
     check({"mode": "auto"})
+
+
+def test_a_replay_without_a_server_says_what_was_not_sent(real: Path):
+    import os
+
+    environment = {**os.environ, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    environment |= {"WANDB_INIT_TIMEOUT": "2", "WANDB_MODE": "online"}
+    command = [sys.executable, "-m", "experiments.replay", str(real)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 1 and "0 of 1 runs are online" in done.stdout
+    assert f"not sent: {real.name}" in done.stderr

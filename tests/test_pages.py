@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +22,7 @@ from experiments.report import browse as browsing
 from experiments.report import opening, page
 from experiments.report.__main__ import main, write
 from experiments.report.browse import browse
+from experiments.report.figures import _spread_labels
 from experiments.report.parts import WIDTH, parts
 from experiments.report.records import Context, collect, contexts
 from experiments.report.verdicts import DEFAULT
@@ -230,3 +233,18 @@ def test_a_score_that_is_not_known_is_null():
     pool["verified"] = [np.nan, np.inf, 0.123456789]
     values = [row[-1] for row in json.loads(browsing._json(browsing.rows(pool, None, samples)))["rows"]]
     assert values == [None, None, 0.123457]
+
+
+@pytest.mark.parametrize("low", [0.15, 0.02, 1e-6])
+def test_the_labels_of_a_logarithmic_axis_do_not_run_into_one_another(low: float):
+    figure, axes = plt.subplots(figsize=(3.4, 2))
+    axes.scatter(scores := pd.Series([low, 1.2]), scores)
+    axes.set_xscale("log")
+    _spread_labels(axes.xaxis, scores)
+    figure.canvas.draw()
+    labels = [label for label in axes.get_xticklabels(which="both") if label.get_text()]
+    places = sorted((label.get_window_extent() for label in labels), key=lambda place: place.x0)
+    left, right = axes.get_window_extent().intervalx
+    places = [place for place in places if left <= (place.x0 + place.x1) / 2 <= right]
+    assert len(places) > 2 and all(a.x1 < b.x0 for a, b in pairwise(places))
+    plt.close(figure)

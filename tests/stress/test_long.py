@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_shrunk
 from support.fuzzing_files import PROPERTIES, fuzz
-from support.records import write_runs
+from support.records import grid, write_runs
 
 from experiments.benchmarks.gpu import PIECES
 from experiments.dry_run import calibrated, dry_run
@@ -159,3 +159,13 @@ def test_a_thousand_runs_in_one_process_leave_nothing_behind(tmp_path: Path):
     assert grown < 1.1 and slower < 1.5
     assert max(handles[last]) <= max(handles[first]) and max(threads[last]) <= max(threads[first])
     assert len(children() - before) <= 1, "W&B's service, one for the process"
+
+
+def test_a_thousand_records_are_reported_in_seconds(real: Path, tmp_path: Path):
+    effects = {"full": 0.0, **{f"own{i}": 0.1 * i for i in range(5)}, "random": 0.0, "staff": 1.0}
+    grid(real, tmp_path, effects, seeds=28, rates=(0.2, 0.5, 0.7, 0.8, 0.9))
+    assert len(list(tmp_path.glob("runs/*"))) == 28 * (1 + 7 * 5)
+    started = time.process_time()
+    write(tmp_path, collect(tmp_path))
+    taken = time.process_time() - started
+    assert taken < 20, f"{taken:.1f} s of processor time"  # 10 on an idle machine

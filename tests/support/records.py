@@ -16,6 +16,8 @@ import pandas as pd
 
 from experiments.campaign import pack
 from experiments.recorded import RecordedRun
+from experiments.report.records import Context, collect, contexts
+from staff.tracking import write_record
 
 TARGETS = {"raw": "baselines.full.Raw", "full": "baselines.full.Full", "random": "baselines.random.Random"}
 TARGETS |= {"staff": "staff.speculative.Staff"}
@@ -142,3 +144,61 @@ def write_runs(results: Path, *args: Any, **kwargs: Any) -> Path:
     """The runs of `invented`, packed into the tables of a results folder."""
     pack({run.name: run for run in invented(*args, **kwargs)}, results)
     return results
+
+
+# ---------------------------------------------------------------- copies of a real run
+
+METHODS = {"raw": "baselines.full.Raw", "full": "baselines.full.Full", "random": "baselines.random.Random"}
+METHODS |= {"ccs": "baselines.ccs.CCS", "staff": "staff.speculative.Staff"}
+RATES = {"raw": (1.0,), "full": (0.0,)}
+
+
+def copied(
+    real: Path, results: Path, method: str, rate: float, seeds: tuple[int, int], answers: np.ndarray, **changes: Any
+) -> dict[str, Any]:
+    """Write what a run of `method` would leave, had it scored `answers`; `changes` by dotted name."""
+    record = json.loads((real / "metrics.json").read_text())
+    name = f"{method}-p{rate:g}-s{seeds[0]}-{seeds[1]}-" + "-".join(
+        re.sub(r"\W", "", f"{v}") for v in changes.values()
+    )
+    own = {"selection_seed": seeds[0], "finetune_seed": seeds[1], "pruning_rate": rate}
+    record["run"] |= {"name": name, "method": method, "seed": seeds[0], **own}
+    record["metrics"]["rougeL"] = float(answers.mean())
+    record["evaluation"]["fingerprint"] = str(hash(answers.tobytes()))
+    settings = record["config"]["method"] if method == "staff" else {}
+    record["config"] |= {**own, "method": {**settings, "_target_": METHODS.get(method, "baselines.own.Own")}}
+    record["identity"]["method"] = method
+    for path, value in changes.items():
+        *parents, leaf = path.split("__")
+        place = record
+        for parent in parents:
+            place = place[parent]
+        place[leaf] = value
+    folder = results / "runs" / name
+    write_record(folder, record)
+    table = pd.DataFrame({"id": [f"t{i}" for i in range(len(answers))], "prediction": [f"{a}" for a in answers]})
+    table.assign(references=[["a reference"]] * len(table), rougeL=answers).to_parquet(
+        folder / "predictions.parquet"
+    )
+    for file in ("samples.parquet", "regions.csv"):
+        (folder / file).write_bytes((real / file).read_bytes())
+    return record
+
+
+def grid(
+    real: Path, results: Path, effects: dict[str, float], seeds: int = 3, rates: tuple[float, ...] = (0.5, 0.9)
+) -> None:
+    """A sweep whose true differences are `effects`, in points."""
+    rng = np.random.default_rng(0)
+    hard = rng.normal(25, 5, size=60)
+    for method, effect in effects.items():
+        for rate in RATES.get(method, rates):
+            for seed in range(seeds):
+                chance = 0 if method == "raw" else rng.normal(0, 1, size=60) + rng.normal(0, 0.1)
+                copied(real, results, method, rate, (seed, seed), hard + effect + chance)
+
+
+def only_context(results: Path) -> Context:
+    context, *ablated = contexts(collect(results), results)
+    assert "method" not in [other.varied for other in ablated]
+    return context
