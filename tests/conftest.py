@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,19 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a real run of STAFF."""
     results = tmp_path_factory.mktemp("real")
     return run_shrunk(results, "task.test_limit=6", "method=staff", "pruning_rate=0.5")["folder"]
+
+
+@pytest.fixture
+def a_user_who_is_not_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import wandb
+
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    wandb.teardown()  # W&B reads its environment once a session
+    yield
+    wandb.teardown()
 
 
 def pytest_collection_finish() -> None:
