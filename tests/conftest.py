@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,14 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a real run of STAFF."""
     results = tmp_path_factory.mktemp("real")
     return run_shrunk(results, "task.test_limit=6", "method=staff", "pruning_rate=0.5")["folder"]
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on a copy of the embedded dialogues, which are in "data" beside "runs"."""
+    results = tmp_path_factory.mktemp("recorded")
+    shutil.copytree(ROOT / "staff/assets/dialogsum", results / "data")
+    return run_shrunk(results, "method=random", f"task.data_dir={results}/data")["folder"]
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""What a pool answers: signals of its models, and answers in context."""
+"""What a pool answers, and signals against what they are by definition."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from decimal import Decimal, getcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,27 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from support.any_pool import AnyPool
 from support.golden import recorded
-from support.tiny import SETTINGS, planted_pool, pool_of_sums, tiny_pool
+from support.tiny import SETTINGS, pool_of_sums, random_model
 
-from baselines.delift import distance_official
 from baselines.el2n import EL2N
-from baselines.within_groups import GroupPool
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.evaluation.in_context import before
-from staff.evaluation.metrics import named_metric
 from staff.pool import Pool, Select
-from staff.scoring import in_context
-from staff.scoring.passes import Pass
+from staff.scoring.passes import score_samples
 from staff.scoring.positions import Positions
 from staff.scoring.stage import Score, ScoringSettings
 from staff.selection import Coreset
-from staff.signals.distance import Distance
+from staff.signals import NAMED, named
 from staff.signals.effort import Effort
+from staff.signals.el2n import el2n_scores
 from staff.signals.embedding import Embedding
 from staff.signals.loss import Loss
 from staff.speculative import Staff
 from staff.store.cost import Cost, Meter
 from staff.store.store import Store
 
-# ---------------------------------------------------------------- signals
+# ---------------------------------------------------------------- a pool
 
 
 FRESH = {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}
@@ -199,136 +195,86 @@ def test_what_one_method_asked_another_reads(tmp_path: Path):
     ]
 
 
-# ---------------------------------------------------------------- answers in context
+# ---------------------------------------------------------------- EL2N
 
 
-DISTANCES = [case for case in recorded("delift") if "distance" in case]
-SAMPLES = TokenizedSamples.of_rows(["a", "b"], [[1, 5, 6, 7, 2], [1, 8, 9, 2]], [3, 2], begin=1)
+def test_el2n_equals_the_recorded_values() -> None:
+    golden = recorded("el2n")["a"]
+    logits, labels = torch.from_numpy(golden["logits"]), torch.from_numpy(golden["labels"])
+    predictions, answers = Positions.of_predictions(labels), Positions.of_answers(labels)
+    standard = el2n_scores(predictions.gather(logits)[0], predictions)
+    official = el2n_scores(answers.gather(logits)[0], answers, "official")
+    assert standard.item() == pytest.approx(float(golden["recommended_mean_token_norm"]), rel=1e-6)
+    assert official.item() == pytest.approx(float(golden["official"]), rel=1e-6)
+
+
+def exact_error_norm(logits: list[float], label: int) -> float:
+    """The textbook form in 60 digits."""
+    getcontext().prec = 60
+    powers = [Decimal(z).exp() for z in logits]
+    p = [power / sum(powers) for power in powers]
+    return float((sum(x * x for x in p) - 2 * p[label] + 1).sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_el2n_is_accurate_where_the_model_is_almost_sure(dtype: torch.dtype) -> None:
+    for gap in (0.5, 5.0, 10.0, 20.0, 40.0, 60.0):
+        logits = torch.tensor([[gap, 0.0, -1.5, 0.25, -3.0]], dtype=dtype)
+        positions = Positions(torch.tensor([0]), torch.tensor([0]), torch.tensor([1]))
+        expected = exact_error_norm(logits[0].tolist(), 0)
+        assert el2n_scores(logits, positions).item() == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------- means over the tokens of an answer
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    return tiny_pool(tmp_path_factory.mktemp("store"), size=4)
+def likely_model():
+    return random_model(initializer_range=0.5).eval()
 
 
-def distance(model, row: list[int], prompt: int) -> float:
-    """From one forward pass, in the formula of the released code."""
-    logits = model(torch.tensor([row])).logits.detach().double().numpy()
-    answer = (np.arange(len(row)) >= prompt)[None]
-    return float(distance_official(logits, np.array([row]), answer)[0])
+@pytest.fixture(scope="module")
+def samples(likely_model) -> TokenizedSamples:
+    """Answers of which the model predicts some tokens, and not others."""
+    rng, rows, prompts = np.random.default_rng(0), [], []
+    for prompt, answer in zip(rng.integers(1, 20, 9), rng.integers(1, 9, 9), strict=True):
+        row = rng.integers(1, 61, prompt).tolist()
+        for _ in range(answer):
+            likely = int(likely_model(torch.tensor([row])).logits[0, -1].argmax())
+            row.append(likely if rng.random() < 0.5 else int(rng.integers(1, 61)))
+        rows.append(row)
+        prompts.append(int(prompt))
+    return TokenizedSamples.of_rows([f"s{i}" for i in range(9)], rows, prompts)
 
 
-def test_a_sample_stands_behind_each_example_with_one_begin_token_and_its_own_answer():
-    pairs = SAMPLES.take([1]).after(SAMPLES, [30, 31])
-    assert [pairs.row(i).tolist() for i in range(2)] == [[1, 5, 6, 7, 30, 31, 8, 9, 2], [1, 8, 9, 30, 31, 8, 9, 2]]
-    assert list(pairs.ids) == ["b after a", "b after b"] and pairs.prompt_lengths.tolist() == [7, 6]
-    assert pairs.labels(0).tolist() == [-100] * 7 + [9, 2]
-    chat = SAMPLES.after(SAMPLES, None)
-    assert len(chat) == 4 and chat.row(1).tolist() == [1, 8, 9, 2, 5, 6, 7, 2]
+def expected(likely_model, samples: TokenizedSamples) -> dict[str, np.ndarray]:
+    """From the logits of one sample after the other, token by token."""
+    values: dict[str, list[float]] = {"margin": [], "probability": [], "correct": []}
+    for i in range(len(samples)):
+        row, first = samples.row(i).tolist(), int(samples.prompt_lengths[i])
+        logits = likely_model(torch.tensor([row])).logits[0].double().detach().numpy()
+        margins, probabilities, right = [], [], []
+        for position in range(first, len(row)):
+            z, y = logits[position - 1], row[position]
+            margins.append(z[y] - np.delete(z, y).max())
+            probabilities.append(np.exp(z[y] - z.max()) / np.exp(z - z.max()).sum())
+            right.append(z.argmax() == y)
+        for name, tokens in zip(values, (margins, probabilities, right), strict=True):
+            values[name].append(np.mean(tokens))
+    return {name: np.array(column) for name, column in values.items()}
 
 
-@pytest.mark.parametrize("case", DISTANCES)
-def test_the_distance_is_that_of_the_released_code(case: str):
-    vectors = recorded("delift")[case]
-    ids, response = torch.tensor(vectors["input_ids"]).long(), torch.tensor(vectors["token_type_ids"]).bool()
-    labels = torch.where(response, ids, -100)
-    answered = (labels[:, 1:] != -100).any(1)
-    at = Positions.of_predictions(labels)
-    batch = Pass(labels, torch.full((len(ids),), ids.shape[1]), at, at.gather(torch.tensor(vectors["logits"]))[0])
-    values = Distance().compute(batch)
-    np.testing.assert_allclose(values[answered], vectors["distance"][answered], atol=1e-6)
+@pytest.mark.parametrize("alone", [False, True], ids=["in batches", "one at a time"])
+def test_signals_of_answers_are_means_over_their_tokens(likely_model, samples: TokenizedSamples, alone: bool):
+    signals = [named(name) for name in ("margin", "probability", "correct")]
+    values = score_samples(likely_model, samples, signals, batch_tokens=50, pad_token_id=0, one_at_a_time=alone)
+    wanted = expected(likely_model, samples)
+    assert 0 < wanted["correct"].mean() < 1 and wanted["margin"].min() < 0 < wanted["margin"].max()
+    for name in wanted:
+        assert values[name].shape == (9,) and values[name].dtype == np.float64
+        np.testing.assert_allclose(values[name], wanted[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("view", ["pool", "dev"])
-def test_gains_are_the_fall_of_the_distance_behind_each_example(planted: Pool, view: str, monkeypatch):
-    monkeypatch.setattr(in_context, "PAIRS_AT_ONCE", 9)  # two samples at a time
-    gains = planted.ask("in_context_gain", of="target", view=view)
-    samples, helped = planted.slices["pool"].target, planted.slices[view].target
-    assert gains.shape == (len(helped), 4)
-    model, tokenizer = planted.family.target.load(), planted.family.target.tokenizer()
-    blank = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-    for i in (0, len(helped) - 1):
-        row, prompt = helped.row(i).tolist(), int(helped.prompt_lengths[i])
-        alone = distance(model, row, prompt)
-        for j in range(4):
-            before = [*samples.row(j).tolist()[:-1], *blank]
-            behind = distance(model, [*before, *row[helped.begin :]], len(before) + prompt - helped.begin)
-            assert gains[i, j] == pytest.approx(alone - behind, abs=1e-5)
-
-
-def test_a_pair_that_does_not_fit_the_model_is_refused_before_it_runs(planted: Pool, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(type(planted.family.target), "window", lambda spec: 150)
-    with pytest.raises(UserError, match=r"takes up to \d+ tokens, and the model has 150 positions: lower"):
-        replace(planted, store=type(planted.store)(tmp_path)).ask("in_context_gain", of="target")
-    assert not list(tmp_path.iterdir())
-
-
-def test_in_a_group_the_columns_are_those_of_its_samples():
-    whole, members = AnyPool(6), np.array([4, 1, 5])
-    gains, part = whole.ask("in_context_gain", "target"), GroupPool(whole, members)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(part.ask("in_context_gain", "target"), gains[np.ix_(members, members)])
-    of_slice = whole.ask("in_context_gain", "target", view="dev")
-    np.testing.assert_array_equal(part.ask("in_context_gain", "target", view="dev"), of_slice[:, members])
-
-
-# ---------------------------------------------------------------- answers and attention
-
-
-@pytest.mark.parametrize("view", ["pool", "dev"])
-def test_answers_and_attention_are_those_of_single_prompts(view: str, tmp_path: Path):
-    planted = planted_pool(tmp_path, size=6, dev=3)
-    shown, asked = np.array([[0, 4], [5, -1]]), np.array([[1, 2], [7, -1]])
-    found = planted.ask("in_context", of="target", view=view, demonstrations=shown, queries=asked, metric="rougeL")
-    assert found.shape == (2, 4) and np.isnan(found[1, 1]) and np.isnan(found[1, 3])
-    spec = planted.family.target
-    model, tokenizer = spec.load(), spec.tokenizer()
-    eager = replace(spec, attention="eager").load()
-    blank = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-    samples, of = planted.slices["pool"].target, planted.slices[view].target
-    for e, demonstrations in enumerate([[0, 4], [5]]):
-        attention = []
-        for i, query in enumerate(asked[e][asked[e] >= 0] % len(of)):
-            row, prompt = [samples.row(0)[0]], []
-            for j in demonstrations:
-                start = len(row)
-                row += [*samples.row(j)[1:-1], *blank]
-                prompt.append(range(start, len(row)))
-            row += of.row(query)[1 : of.prompt_lengths[query]].tolist()
-            tokens = torch.tensor([row])
-            new = int(max(of.answer_lengths[q] for q in asked[asked >= 0] % len(of)))
-            answer = model.generate(tokens, do_sample=False, max_new_tokens=new)[0, len(row) :].tolist()
-            answer = answer[: answer.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in answer else answer
-            text = tokenizer.decode(before(answer, blank)).strip()
-            reference = tokenizer.decode(of.row(query)[of.prompt_lengths[query] : -1]).strip()
-            assert found[e, 2 + i] == pytest.approx(named_metric("rougeL").measure([text], [(reference,)])[0])
-            answer = before(answer, blank)
-            weights = eager(torch.tensor([[*row, *answer]]), output_attentions=True).attentions[2][0]
-            received = weights[:, len(row) :].mean((0, 1)).detach().numpy()
-            attention.append([received[span].mean() for span in prompt])
-        np.testing.assert_allclose(found[e, : len(demonstrations)], np.mean(attention, axis=0), rtol=1e-4)
-
-
-def test_an_answer_ends_where_the_next_sample_would_begin():
-    assert before([5, 6, 30, 31, 7], [30, 31]) == [5, 6] and before([30, 31], [30, 31]) == []
-    assert before([5, 30], [30, 31]) == [5, 30] and before([5], None) == [5]
-
-
-def test_what_cannot_be_read_in_context_is_refused_before_a_model_loads(tmp_path: Path):
-    planted = planted_pool(tmp_path)
-    plan: dict[str, Any] = {"demonstrations": np.array([[0]]), "queries": np.array([[1]])}
-    with pytest.raises(UserError, match=r"metric='nll' measures no answers"):
-        planted.ask("in_context", of="target", metric="nll", **plan)
-    for layer in (4, -1, "last"):
-        with pytest.raises(UserError, match=r"is no block of target: choose 0 to 3, or null"):
-            planted.ask("in_context", of="target", layer=layer, **plan)
-    assert {folder.name for folder in tmp_path.iterdir()} <= {"locks", "tmp", "attempts"}
-
-
-def test_evaluations_inside_a_group_are_of_its_samples():
-    whole, members = AnyPool(6), np.array([4, 1, 5])
-    shown, asked = np.array([[0, 2], [1, -1]]), np.array([[3], [-1]])
-    part = GroupPool(whole, members)  # type: ignore[arg-type]
-    for view, queries in (("pool", [[4], [-1]]), ("dev", [[3], [-1]])):
-        ours = part.ask("in_context", "target", view=view, demonstrations=shown, queries=asked)
-        same = {"demonstrations": np.array([[4, 5], [1, -1]]), "queries": np.array(queries)}
-        np.testing.assert_array_equal(ours, whole.ask("in_context", "target", view=view, **same))
+def test_a_name_is_the_signals_own():
+    for name in NAMED:
+        assert named(name).name == name and isinstance(type(named(name)).version, int)
