@@ -19,9 +19,10 @@ from conftest import ROOT
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
-from mutations import MUTATIONS, Mutation
+from mutations import MUTATIONS
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from support.mutating import Mutation
 from support.processes import SHRUNK
 
 # ---------------------------------------------------------------- promises, pins and licences
