@@ -14,7 +14,7 @@ test: .venv/installed
 	$(BIN)/basedpyright
 	$(BIN)/pytest
 
-# What takes minutes to hours: thirty kills, long fuzzing.
+# What takes minutes to hours: thirty kills, long fuzzing, every benchmark at a tiny size, pages in a browser.
 stress: .venv/installed
 	$(BIN)/pytest -s tests/stress
 

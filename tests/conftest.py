@@ -48,8 +48,15 @@ def run_shrunk(results: Path, *overrides: str) -> dict[str, Any]:
 
 
 LONGEST = (
-    *("test_distributed.py", "test_sweep.py", "test_run.py", "test_honest_failure.py", "test_report.py"),
-    *("test_plan.py", "test_same_twice.py", "test_experiments.py"),
+    *(
+        "test_distributed.py",
+        "test_sweep.py",
+        "test_run.py",
+        "test_report.py",
+        "test_finetune.py",
+        "test_same_twice.py",
+    ),
+    *("test_checkpoints.py", "test_experiments.py", "test_report_tables.py", "test_plan.py", "test_promises.py"),
 )
 
 

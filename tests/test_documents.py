@@ -18,7 +18,7 @@ from conftest import ROOT, SMALL
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
-from support import contract
+from support import any_pool
 
 import baselines
 from experiments.figures import method
@@ -144,12 +144,12 @@ def overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
 def test_the_worked_example_of_a_method_keeps_the_contract_of_every_method(overrides: list[str]):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         method: SelectionMethod = instantiate(compose("config", overrides=overrides).method, _convert_="all")
-    for check in contract.OF_ANY_SCORES:
+    for check in any_pool.OF_ANY_SCORES:
         for constant in (False, True):
             check(method, constant)
-    for check in contract.OTHERS:
+    for check in any_pool.OTHERS:
         check(method)
-    pool = contract.AnyPool(150)
+    pool = any_pool.DrawnPool(150)
     hardest = np.argsort(-pool.ask("loss", of="target"))[:15]
     assert select(pool, method, pruning_rate=0.9).indices.tolist() == sorted(hardest)
 

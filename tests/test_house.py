@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from hydra.utils import instantiate
-from support import contract
+from support import any_pool
 from support.tiny import pool_of_sums, sums
 
 from staff.errors import UserError
@@ -222,9 +222,9 @@ def test_a_new_signal_and_a_method_on_it_are_two_new_files(method: Any, tmp_path
 
 
 def test_a_new_method_keeps_the_contract_of_every_method(method: Any):
-    for check in contract.OF_ANY_SCORES:
+    for check in any_pool.OF_ANY_SCORES:
         check(method, False)
-    for check in contract.OTHERS:
+    for check in any_pool.OTHERS:
         check(method)
 
 
