@@ -203,7 +203,7 @@ def installed(wheel: Path) -> Path:
     """A folder with the packages, and bin/ with the commands."""
     folder = wheel.parent / "installed"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir"]
-    command = [*pip, "install", "--no-deps", "--no-index", "--target", folder, wheel]
+    command = [*pip, "install", "--no-compile", "--no-deps", "--no-index", "--target", folder, wheel]
     subprocess.run(command, check=True, capture_output=True)
     return folder
 
