@@ -14,7 +14,7 @@ test: .venv/installed
 	$(BIN)/basedpyright
 	$(BIN)/pytest
 
-# What takes minutes to hours: thirty kills, long fuzzing.
+# What takes minutes to hours: thirty kills, long fuzzing, every benchmark at a tiny size, pages in a browser.
 stress: .venv/installed
 	$(BIN)/pytest -s tests/stress
 
@@ -89,7 +89,7 @@ reproduce-tiny: .venv/installed
 	$(BIN)/staff-report --results $(REBUILT)
 	$(BIN)/staff-compare results/tiny $(REBUILT)
 
-# What tests/test_reproduction.py makes again and compares. To be made anew, from a clean commit, when numbers or the
+# What tests/test_same_twice.py makes again and compares. To be made anew, from a clean commit, when numbers or the
 # names of runs have changed.
 SLICE = -m method=random,staff pruning_rate=0.75 seed=0 task.train_limit=48 task.test_limit=8 task.max_new_tokens=16 \
 	finetune.epochs=1 finetune.small_epochs=1 tracking=none

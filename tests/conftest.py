@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,15 @@ def run_shrunk(results: Path, *overrides: str) -> dict[str, Any]:
 
 
 LONGEST = (
-    *("test_distributed.py", "test_sweep.py", "test_run.py", "test_honest_failure.py", "test_report.py"),
-    *("test_plan.py", "test_same_twice.py", "test_experiments.py"),
+    *(
+        "test_distributed.py",
+        "test_sweep.py",
+        "test_run.py",
+        "test_report.py",
+        "test_finetune.py",
+        "test_same_twice.py",
+    ),
+    *("test_checkpoints.py", "test_experiments.py", "test_report_tables.py", "test_plan.py", "test_promises.py"),
 )
 
 
@@ -55,6 +64,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that the workers, each of which takes file after file, end together."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a real run of STAFF."""
+    results = tmp_path_factory.mktemp("real")
+    return run_shrunk(results, "task.test_limit=6", "method=staff", "pruning_rate=0.5")["folder"]
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on a copy of the embedded dialogues, which are in "data" beside "runs"."""
+    results = tmp_path_factory.mktemp("recorded")
+    shutil.copytree(ROOT / "staff/assets/dialogsum", results / "data")
+    return run_shrunk(results, "method=random", f"task.data_dir={results}/data")["folder"]
+
+
+@pytest.fixture
+def a_user_who_is_not_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import wandb
+
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    wandb.teardown()  # W&B reads its environment once a session
+    yield
+    wandb.teardown()
+
+
+def pytest_collection_finish() -> None:
+    """Every fine-tuning collects garbage: a third of a second, if all that is imported may be garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

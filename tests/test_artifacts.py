@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.stores import Clock, Job, never
+from support.processes import Clock, Job, never
 
 from staff.store import cost
 from staff.store.cost import Cost
@@ -52,7 +52,7 @@ def test_a_new_version_of_a_stage_gives_it_and_all_that_rests_on_it_another_fing
 
 def test_the_same_key_has_the_same_fingerprint_in_any_order_process_and_hash_seed():
     assert Job(dict(reversed(KEY.items()))).fingerprint == SCORES.fingerprint
-    script = f"from support.stores import Job; print(Job({KEY!r}).fingerprint, end='')"
+    script = f"from support.processes import Job; print(Job({KEY!r}).fingerprint, end='')"
     tests = Path(__file__).parent
     for seed in ("0", "1"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{tests.parent}:{tests}"}

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.pools import tiny_pool
-from support.tuning import farthest, tuned, weights_of
+from support.tiny import farthest, pool_of_sums, tuned, weights_of
 
 from staff.data.limits import answerable, fitting
 from staff.data.task import Sample, Task
@@ -201,7 +200,7 @@ def test_a_pad_token_that_is_the_end_token_or_none_changes_no_score_and_no_weigh
     found = []
     for name, change in {"own": {}, "end": {"pad_token": "</s>"}, "none": {"pad_token": None}}.items():
         spec = model_with(tmp_path / name, **change)
-        pool = tiny_pool(tmp_path / f"store {name}", 6, family=Family("t", spec, spec))
+        pool = pool_of_sums(tmp_path / f"store {name}", 6, family=Family("t", spec, spec))
         found.append((pool.ask("effort", of="target"), pool.store.get(pool.training("target_tuned"))))
         assert pool.slices["pool"].target.end_tokens == [1], "every answer ends"
     for scores, tuned_model in found[1:]:

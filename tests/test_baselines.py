@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
-from support.contract import AnyPool, select
+from support.any_pool import DrawnPool, select
 from support.golden import recorded
 
 from baselines.ccs import CCS
@@ -36,14 +36,14 @@ VECTORS = {method: recorded(method) for method in ("ccs", "d2")}  # of the autho
 
 
 def test_random_is_uniform():
-    pool, hits = AnyPool(20), np.zeros(20)
+    pool, hits = DrawnPool(20), np.zeros(20)
     for seed in range(1000):
         hits[select(Random(), pool, 5, seed).indices] += 1
     assert np.abs(hits - 250).max() < 56  # four standard deviations
 
 
 def test_rs2_is_uniform_in_every_epoch_and_draws_each_apart():
-    pool, hits, shared = AnyPool(20), np.zeros((2, 20)), []
+    pool, hits, shared = DrawnPool(20), np.zeros((2, 20)), []
     for seed in range(1000):
         first, second = select(RS2(2), pool, 5, seed).schedule  # type: ignore[misc]
         hits[0, first] += 1
@@ -56,7 +56,7 @@ def test_rs2_is_uniform_in_every_epoch_and_draws_each_apart():
 @given(st.integers(1, 40), st.integers(1, 8), st.data())
 def test_rs2_without_repeats_takes_no_sample_again_before_all_others(n: int, epochs: int, data: st.DataObject):
     budget = data.draw(st.integers(1, n))
-    coreset = select(RS2(epochs, repeats=False), AnyPool(n), budget)
+    coreset = select(RS2(epochs, repeats=False), DrawnPool(n), budget)
     assert coreset.schedule is not None and coreset.schedule.shape == (epochs, budget)
     times = np.bincount(coreset.schedule.ravel(), minlength=n)
     assert times.max() - times.min() <= 1 and times.sum() == epochs * budget
@@ -66,7 +66,7 @@ def test_rs2_without_repeats_takes_no_sample_again_before_all_others(n: int, epo
 
 
 def test_rs2_within_groups_keeps_the_quotas_in_every_epoch_and_a_schedule_is_stored(tmp_path: Path):
-    pool = AnyPool(50)
+    pool = DrawnPool(50)
     coreset = select(WithinGroups(RS2(3)), pool, 10)
     assert coreset.schedule is not None and (np.diff(coreset.schedule) > 0).all()
     for chosen in coreset.schedule:
@@ -84,11 +84,11 @@ def test_a_schedule_that_breaks_the_budget_in_any_epoch_is_refused_and_no_twin_o
             return Coreset.by_epoch(np.array(self.schedule))
 
     with pytest.raises(UserError, match="chose position 4 2 times"):
-        select(Broken([[1, 2], [4, 4]]), AnyPool(5), 2)
+        select(Broken([[1, 2], [4, 4]]), DrawnPool(5), 2)
     with pytest.raises(UserError, match="chose 3 samples, not the 2"):
-        select(Broken([[1, 2, 3]]), AnyPool(5), 2)
+        select(Broken([[1, 2, 3]]), DrawnPool(5), 2)
     with pytest.raises(UserError, match=r"method.reference selects other samples for every epoch"):
-        select(RandomMatched(RS2(2)), AnyPool(20), 5)
+        select(RandomMatched(RS2(2)), DrawnPool(20), 5)
     with pytest.raises(UserError, match=r"method.epochs=0 must be a whole number of at least 1"):
         RS2(0)
 
@@ -119,14 +119,14 @@ def test_the_highest_scored_are_selected_and_ties_fall_by_seed(method: Selection
 
 @pytest.mark.parametrize("method", [EL2N("official"), CCS(variant="official"), D2(variant="official")])
 def test_a_variant_reaches_the_pool(method: SelectionMethod):
-    pool = AnyPool(20)
+    pool = DrawnPool(20)
     select(method, pool, 5)
     signal, of, _ = pool.asked[0]
     assert (signal.name, signal.variant, of) == ("el2n", "official", "target_tuned")
 
 
 def test_the_gradient_of_grand_reaches_the_pool():
-    pool, fresh = AnyPool(20), {"rank": 81, "alpha": 16, "targets": ["q_proj", "v_proj"]}
+    pool, fresh = DrawnPool(20), {"rank": 81, "alpha": 16, "targets": ["q_proj", "v_proj"]}
     select(GraNd("last_v_b", fresh), pool, 5)
     assert pool.asked == [(Effort("last_v_b", fresh), "target_tuned", "pool")]
 

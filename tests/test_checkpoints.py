@@ -8,12 +8,14 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from support.stores import wait_for
-from support.tuning import SETTINGS, SPEC, difference, history, samples_of
+from support.processes import wait_for
+from support.tiny import SETTINGS, SPEC, difference, history, samples_of
 from transformers import Trainer
 
 from staff.runtime import preemption
@@ -34,6 +36,18 @@ def tuning(settings: FinetuneSettings, online: str | None) -> Finetune:
 
 def tuned(store: Path, stage: Finetune) -> Artifact:
     return Store(store).get(stage)
+
+
+def started(work: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A process that does this work; all of them fork from one that has imported what a training needs.
+
+    A fork of this process, which other tests gave threads, may wait for one of them for ever.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peft", "staff.training.trainer"])  # this file is on no path yet
+    process = context.Process(target=work, args=arguments)
+    process.start()
+    return process
 
 
 def tune_and_stop(store: Path, at: int, stage: Finetune, pause: float) -> None:
@@ -57,11 +71,7 @@ def killed(
     store: Path, at: int, stage: Finetune, until: Callable[[], bool] = lambda: True, pause: float = 0.0
 ) -> None:
     """Tune in a process that is killed in the step after `at`."""
-    # A fork of this process, which other tests gave threads, may wait for one of them for ever.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=tune_and_stop, args=(store, at, stage, pause))
-    process.start()
+    process = started(tune_and_stop, store, at, stage, pause)
     wait_for(store / "at work", seconds=120)
     while not until():
         time.sleep(0.02)
@@ -147,12 +157,9 @@ def test_a_signal_saves_a_checkpoint_at_once_and_the_exit_status_says_resumable(
     """More than a hundred steps are logged every second step: a signal may divide what an entry averages."""
     stage = replace(tuning(SETTINGS, "last_v_b"), epochs=13)
     undisturbed = tuned(tmp_path / "undisturbed", stage)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     last = 0
     for how in (signal.SIGTERM, signal.SIGUSR1):
-        process = context.Process(target=tune_slowly, args=(tmp_path / "preempted", stage))
-        process.start()
+        process = started(tune_slowly, tmp_path / "preempted", stage)
         wait_for(tmp_path / "preempted/at work", seconds=120)
         time.sleep(0.3)
         assert process.pid is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.conversations import AGAIN, ASKED, SAID, SEVERAL, SYSTEM, messages
+from support.tiny import AGAIN, ASKED, SAID, SEVERAL, SYSTEM, messages
 
 from staff.data.conversations import plain_pieces
 from staff.data.task import Sample
@@ -119,7 +119,8 @@ NO_SYSTEM = ("gemma.jinja", "gemma_training.jinja")
 def special_tokens(template: str) -> list[str]:
     """What looks like a special token in a template, think blocks apart, which are ordinary text to many models."""
     found = set(re.findall(r"<[|｜]?[A-Za-z_/▁][A-Za-z_/0-9▁]*[|｜]?>|\[/?[A-Z_]+\]", template))
-    return sorted(token for token in found if "think" not in token and token not in TINY.tokenizer().get_vocab())
+    known = TINY.tokenizer().get_vocab()
+    return sorted(token for token in found if "think" not in token and token not in known)
 
 
 @pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)

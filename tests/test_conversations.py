@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.conversations import ASKED, SAID, SEVERAL, SYSTEM, messages
+from support.tiny import ASKED, SAID, SEVERAL, SYSTEM, messages
 
 from staff.data.task import Sample, Task, data_digest
 from staff.errors import UserError

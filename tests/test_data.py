@@ -1,11 +1,16 @@
-"""Reading a task, and its samples as tokens. What is wrong with data is in test_bad_data.py."""
+"""Tasks: files into samples, by templates and the presets."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from support.servers import ROWS as HUB_ROWS
 
 from staff.data.limits import fitting
 from staff.data.task import Sample, Task
@@ -14,6 +19,9 @@ from staff.data.views import DataView
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.store.store import Store
+
+# ---------------------------------------------------------------- files and splits
+
 
 TASK = Task("t", "Q: {question}\nA:", " {answer}", ["rougeL"], 8, data_dir="x")
 GOOD = {"question": "one?", "answer": "two"}
@@ -142,3 +150,142 @@ def test_a_large_pool_is_tokenised_some_at_a_time_and_comes_out_the_same():
     assert whole.ids == [sample.id for sample in samples]
     alone = [tokenize([samples[i]], tokenizer) for i in (0, 999, 1000, 1999)]
     assert [whole.take([i]) for i in (0, 999, 1000, 1999, 2000)] == [*alone, last]
+
+
+# ---------------------------------------------------------------- presets
+
+
+METRICS = {
+    "bioinstruct": {"rougeL", "rouge1", "rouge2"},
+    "wmt19_kk_en": {"rougeL", "bleu", "chrf"},
+    "gsm8k": {"exact_match", "rougeL"},
+    "jsonl": {"rougeL"},
+    "dialogsum_hub": {"rougeL", "rouge1", "rouge2"},
+}
+
+
+@pytest.mark.parametrize("task", sorted(HUB_ROWS))
+def test_a_task_runs_end_to_end_and_tells_of_test_samples_that_are_in_the_pool(run, tmp_path: Path, task: str):
+    for split, numbers in (("train", range(8)), ("test", range(7, 9))):
+        lines = "".join(json.dumps(HUB_ROWS[task](i)) + "\n" for i in numbers)
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+    record = run(f"task={task}", f"task.data_dir={tmp_path}", "method=random")
+    assert set(record["metrics"]) == METRICS[task] | {"nll", "output_tokens"}
+    assert record["counts"]["selected"] == 2 and record["counts"]["test"] == 2
+    assert record["counts"]["test_prompts_in_pool"] == 1
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("family", sorted(file.stem for file in (ROOT / "conf/family").glob("*.yaml")))
+def test_dialogsum_is_the_excerpt_beside_the_embedded_models_and_the_whole_for_every_other(family: str):
+    files = {"id_field": "fname", "references": ["summary1", "summary2", "summary3"]}
+    if family in ("tiny", "tiny_small"):
+        expected = {"data_dir": "pkg://staff/assets/dialogsum", **files}
+    else:
+        expected = {"data_dir": None, "hub": "knkarthick/dialogsum", "id_field": "id", "references": []}
+    for preset in ([], ["experiment=table1"]):
+        task = OmegaConf.to_container(composed(*preset, f"family={family}").task, resolve=True)
+        assert isinstance(task, dict) and {name: task[name] for name in expected} == expected
+        Task(**{name: value for name, value in task.items() if name != "_target_"})
+    for own in ("task.data_dir=/data", "task.train_file=[/data/a.jsonl,/data/b.jsonl]"):
+        task = OmegaConf.to_container(composed(f"family={family}", own).task, resolve=True)
+        assert isinstance(task, dict) and {name: task[name] for name in files} == files, "files of one's own"
+        assert task["data_dir"] in ("/data", expected["data_dir"])
+
+
+def test_a_family_of_the_hub_without_a_network_says_how_to_give_the_data_before_a_model_is_asked_for(
+    run, monkeypatch
+):
+    monkeypatch.setattr(ModelSpec, "pinned", lambda self: pytest.fail("a model was asked for"))
+    with pytest.raises(UserError, match=r"'knkarthick/dialogsum' cannot be had .* give task.data_dir=FOLDER"):
+        run("experiment=table1", "family=gemma", "method=random")
+
+
+def test_each_task_has_the_published_learning_rate_and_the_tiny_family_its_own():
+    def rate(*overrides: str) -> float:
+        return composed(*overrides).finetune.learning_rate
+
+    published = "family=smollm2"
+    assert rate("task=dialogsum", published) == 1e-4 and rate("task=wmt19_kk_en", published) == 2e-4
+    assert rate("task=wmt19_kk_en") == rate("task=dialogsum") != 1e-4, "the tiny family's own"
+    assert rate("finetune=full") == 2e-5, "nor does the family's LoRA rate reach full fine-tuning"
+    assert rate("finetune.learning_rate=0.5") == 0.5
+
+
+# ---------------------------------------------------------------- templates
+
+
+TEMPLATED = Task("t", "Q: {question}\nA:", " {answer}", ["rougeL"], 8, data_dir="x")
+ROW = {"question": "one?", "answer": "eins"}
+
+
+def lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def test_a_template_reaches_into_lists(tmp_path: Path):
+    row = {"question": "?", "answers": {"text": ["a", "b"], "start": [3, 4]}}
+    (tmp_path / "train.jsonl").write_bytes(lines([row]))
+    task = replace(TEMPLATED, data_dir=str(tmp_path), answer="{answers[text][1]} {answers[start][0]}")
+    assert [sample.answer for sample in task.load("train")] == ["b 3"]
+    for field in ("answers[text][2]", "answers[text][-1]", "answers[text][x]"):
+        with pytest.raises(UserError, match=r"line 1: no field 'answers\[text\]"):
+            replace(task, answer=f"{{{field}}}").load("train")
+
+
+def test_references_may_be_nested_and_may_be_lists(tmp_path: Path):
+    rows = [{"question": "?", "answers": {"text": ["a", "b"]}, "other": "c"}]
+    (tmp_path / "test.jsonl").write_bytes(lines(rows))
+    task = replace(TEMPLATED, data_dir=str(tmp_path), references=["answers[text]", "other"])
+    (sample,) = task.load("test")
+    assert sample.references == ("a", "b", "c") and sample.answer == "a"
+    (tmp_path / "test.jsonl").write_bytes(lines([{"question": "?", "answers": {"text": []}}]))
+    with pytest.raises(UserError, match=r"line 1: the lists of task.references are empty"):
+        replace(task, references=["answers[text]"]).load("test")
+
+
+OPTIONAL = "{{ instruction }}{% if input %}\n\n{{ input }}{% endif %}\n"
+
+
+def test_a_jinja_template_has_optional_parts_and_keeps_its_white_space(tmp_path: Path):
+    rows = [{"instruction": "Add.", "input": input, "answer": "x"} for input in ("1, 2", "", None, 0)]
+    (tmp_path / "train.jsonl").write_bytes(lines(rows))
+    task = replace(TEMPLATED, data_dir=str(tmp_path), prompt=OPTIONAL, answer="{{ answer }}")
+    prompts = [sample.prompt for sample in task.load("train")]
+    assert prompts == ["Add.\n\n1, 2\n", "Add.\n", "Add.\n", "Add.\n"]
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (
+            "{{ quest }}",
+            r"line 1: task.prompt fails with \"'quest' is undefined\"; the row has answer, n",
+        ),
+        ("{{ question.x }}", r"line 1: task.prompt fails with .*has no attribute 'x'"),
+        ("{% if quest %}a{% endif %}", r"line 1: task.prompt fails with .*'quest' is undefined"),
+        ("{{ n }}", r"line 1: task.prompt fails with 'a value is NoneType, not text'"),
+        ("{{ [1] }}", r"line 1: task.prompt fails with 'a value is list, not text'"),
+        ("{{ 1 / 0 }}", r"line 1: task.prompt fails with 'division by zero'"),
+        ("{{ ''.__class__.__mro__ }}", r"line 1: task.prompt fails with .*unsafe"),
+        ("{{ row.update({'a': 1}) }}", r"line 1: task.prompt fails with .*is unsafe"),
+        ("{{ question", r"^task.prompt='{{ question' is not a Jinja template \(unexpected end"),
+        ("{% if question %}a", r"^task.prompt='.*' is not a Jinja template \(Unexpected end of template"),
+        ("{{ question | shout }}", r"^task.prompt='.*' is not a Jinja template \(No filter named 'shout'"),
+    ],
+)
+def test_a_jinja_template_that_fails_is_one_sentence(tmp_path: Path, template: str, sentence: str):
+    (tmp_path / "train.jsonl").write_bytes(lines([{**ROW, "n": None}]))
+    with pytest.raises(UserError, match=sentence) as refused:
+        replace(TEMPLATED, data_dir=str(tmp_path), prompt=template).load("train")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_field_with_a_curious_name_is_reached_by_the_row(tmp_path: Path):
+    (tmp_path / "train.jsonl").write_bytes(lines([{"the question?": "x", "answer": "y"}]))
+    (sample,) = replace(TEMPLATED, data_dir=str(tmp_path), prompt="{{ row['the question?'] }}:").load("train")
+    assert sample.prompt == "x:"

@@ -10,10 +10,8 @@ from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from experiments.configuration import check_size
 from staff.data import duplicates as duplicates_module
 from staff.data import splits as splits_module
 from staff.data import stored
@@ -21,8 +19,7 @@ from staff.data.duplicates import duplicates, normalised
 from staff.data.splits import Splits, load_splits
 from staff.data.task import Sample, Task, data_digest, several_answers
 from staff.errors import UserError
-from staff.models.spec import ModelSpec
-from staff.selection import Coreset, budget_of
+from staff.selection import Coreset
 
 TASK = Task("t", "{question}", " {answer}", ["rougeL"], 8, data_dir="x")
 Row = dict[str, Any]
@@ -292,132 +289,3 @@ def test_samples_that_cannot_be_kept_are_read_all_the_same(tmp_path: Path, monke
     monkeypatch.setattr(stored, "write_samples", Mock(side_effect=OSError(28, "No space left on device")))
     assert len(load_splits(task, folder=tmp_path / "samples").pool) == 5
     assert [*(tmp_path / "samples").glob("*.lock")] == [*(tmp_path / "samples").iterdir()]
-
-
-# Without evaluation, and a budget as a count
-
-
-def test_a_run_without_evaluation_ends_with_the_coreset_and_its_costs_and_reads_no_test_split(run, tmp_path: Path):
-    task_of(tmp_path, [row(number) for number in range(24)])
-    (tmp_path / "test.jsonl").unlink()
-    data = ["task=file", f"task.data_dir={tmp_path}", "task.prompt='{question}'", "task.answer=' {answer}'"]
-    record = run(*data, "method=staff", "evaluation=none", "task.deduplicate=exact")
-    assert record["coreset"]["size"] == 6 and record["overhead"]["flops"] > 0
-    assert record["metrics"] == {} and record["finetuning"] is None and record["evaluation"] is None
-    assert record["counts"]["test"] == record["counts"]["trained"] == 0
-    assert record["duplicates"]["repeated"] == 0
-    names = {path.name for path in record["folder"].iterdir()}
-    assert {"coreset.csv", "samples.parquet", "metrics.json"} <= names and "predictions.parquet" not in names
-    assert record["run"]["fingerprint"] in record["folder"].joinpath("metrics.json").read_text()
-    assert "nll" in record["config"]["task"]["metrics"], "which is not asked, since it reads references"
-    made = {path.name for path in (tmp_path / "results/artifacts").iterdir()}
-    assert "evaluation" not in made and "coreset" in made
-    with pytest.raises(UserError, match=r"test.jsonl does not exist"):
-        run(*data, "method=staff")
-
-
-def test_a_select_only_record_is_printed_and_exported_and_left_out_of_the_report(run, tmp_path: Path):
-    from experiments.export import export
-    from experiments.report import overview
-    from experiments.report.records import collect
-
-    folder = run("method=random", "evaluation=none")["folder"]
-    assert "random" in overview([folder])
-    exported = export(folder, "trl", tmp_path / "out")
-    assert len((exported / "train.jsonl").read_text().splitlines()) == 6
-    assert collect(tmp_path / "results").empty
-
-
-def test_exported_rows_are_those_of_the_file_with_all_fields_and_their_numbers(run, tmp_path: Path):
-    from experiments.export import export
-
-    rows = [
-        {**row(number // 2), "source": f"book {number}", "nested": {"n": [number, None]}} for number in range(40)
-    ]
-    task_of(tmp_path, rows)
-    data = [
-        f"task.data_dir={tmp_path}",
-        "task.prompt='{question}'",
-        "task.answer=' {answer}'",
-        "task.train_limit=40",
-    ]
-    more = ["task.deduplicate=exact", "task.dev_size=5", "pruning_rate=0.5", "evaluation=none"]
-    folder = run("task=file", *data, *more, "method=random")["folder"]
-    out = export(folder, "rows", tmp_path / "out")
-    table = pd.read_csv(out / "rows.csv")
-    exported = [json.loads(line) for line in (out / "train.jsonl").read_text("utf-8").splitlines()]
-    assert len(table) == 7 and exported == [rows[number - 1] for number in table["row"]]
-    chosen = pd.read_csv(folder / "coreset.csv")
-    assert table["id"].tolist() == chosen["id"].tolist()
-
-
-def test_exported_conversations_are_messages(run, tmp_path: Path):
-    from experiments.export import export
-
-    turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(12)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": some}) + "\n" for some in turns))
-    run_folder = run("task=file", f"task.data_dir={tmp_path}", "evaluation=none", "method=random")["folder"]
-    out = export(run_folder, "trl", tmp_path / "out")
-    exported = [json.loads(line) for line in (out / "train.jsonl").read_text("utf-8").splitlines()]
-    assert len(exported) == 3 and all(row["messages"] in turns for row in exported)
-
-
-def test_the_same_selection_is_made_once_with_and_without_evaluation(run, tmp_path: Path):
-    records = [run("method=staff", *more) for more in ([], ["evaluation=none"])]
-    assert records[0]["coreset"]["fingerprint"] == records[1]["coreset"]["fingerprint"]
-    assert records[0]["run"]["fingerprint"] != records[1]["run"]["fingerprint"]
-    assert not any(stage["computed"] for stage in records[1]["overhead"]["stages"])
-
-
-def test_a_budget_is_so_many_samples_and_the_rate_that_they_come_to(run):
-    by_count, by_rate = run("method=random", "budget=6"), run("method=random", "pruning_rate=0.75")
-    assert by_count["coreset"] == by_rate["coreset"] and by_count["run"]["pruning_rate"] == 0.75
-    assert by_count["run"]["fingerprint"] == by_rate["run"]["fingerprint"]
-    assert by_count["config"]["budget"] == 6
-
-
-@pytest.mark.parametrize("budget", [0, -1, 25, "'1000'", 2.5, "true"])
-def test_a_budget_that_the_pool_cannot_give_is_refused(run, budget: object):
-    with pytest.raises(UserError, match=r"budget=.* must be a whole number of at least 1 and at most 24, the pool"):
-        run("method=random", f"budget={budget}")
-
-
-def test_a_method_with_a_size_of_its_own_needs_no_budget():
-    from baselines.full import Full
-
-    assert budget_of(Full(), 0.9, 10, 3) == 10 and budget_of(object(), 0.9, 10, 3) == 3  # type: ignore[arg-type]
-
-
-def test_a_budget_in_tokens_is_not_exceeded_and_recorded(run):
-    record = run("method=staff", "budget_tokens=900", "method.num_regions=3", "method.verification_budget=1")
-    counts = record["counts"]
-    assert 0 < counts["selected_tokens"] <= 900 < counts["pool_tokens"]
-    assert counts["selected"] == counts["budget"] == counts["trained"] > 1
-    assert "-staff-t900-s0-" in record["run"]["name"]
-    assert record["run"]["pruning_rate"] == pytest.approx(1 - 900 / counts["pool_tokens"])
-    asked = [stage["label"] for stage in record["overhead"]["stages"]]
-    assert len(asked) == len(set(asked)) == 4, "every signal is computed and charged once"
-    again = run("method=random", f"budget={counts['selected']}")
-    assert again["counts"]["selected"] == counts["selected"]
-    assert run("method=full", "budget_tokens=900")["counts"]["selected"] == counts["pool"], "it takes everything"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        (["budget_tokens=0"], "budget_tokens=0 must be null or a whole number of at least 1"),
-        (["budget_tokens=many"], "budget_tokens='many' must be null or a whole number"),
-        (["budget_tokens=3"], r"budget_tokens=3 holds no sample: the shortest of the pool has \d+ tokens"),
-        (["budget_tokens=900", "budget=3"], "budget=3 and budget_tokens=900 both set the size of the coreset"),
-    ],
-)
-def test_a_budget_in_tokens_that_cannot_be_is_refused_before_a_model_loads(run, monkeypatch, overrides, sentence):
-    monkeypatch.setattr(ModelSpec, "load", lambda self: pytest.fail("a model was loaded"))
-    with pytest.raises(UserError, match=sentence):
-        run("method=el2n", *overrides)
-
-
-def test_a_job_sets_the_size_of_its_coreset_once():
-    check_size(["method=staff", "pruning_rate=null", "budget_tokens=900", "budget=null"])
-    with pytest.raises(UserError, match=r"pruning_rate=0.5 and budget_tokens=900 both set the size of the coreset"):
-        check_size(["pruning_rate=0.5", "method=staff", "budget_tokens=900"])

@@ -2,8 +2,8 @@
 
 import json
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from safetensors.numpy import load_file
 from support.runs_of_two import training
+from support.servers import free_ports
 
 from staff.errors import UserError
 from staff.store.store import Store
@@ -137,46 +138,59 @@ def test_fsdp_is_refused_where_weights_are_trained_or_packed(other):
         FinetuneSettings(fsdp=True, **other)
 
 
+FAILURES = [(1, "waits", 1), (0, "waits", 1), (0, "fails too", 1), (0, "goes on", 0)]
+"""Of two processes the one that fails, what the other does, and how both end.
+
+"goes on": as a job of a sweep that fails in every process, none of which is to be ended."""
 FAILS = """
 import atexit, os, sys, time
 from staff.runtime import processes
 from staff.errors import UserError
-processes.start()
-def refuse():
-    raise UserError("no such model")
-for attempt in (lambda: processes.broadcast_from_main(refuse), None):
+
+def fail(failing, other):
+    processes.start()
+    def refuse():
+        raise UserError("no such model")
+    for attempt in (lambda: processes.broadcast_from_main(refuse), None):
+        try:
+            if attempt:
+                attempt()
+            with processes.raise_on_all_ranks():
+                if not processes.is_main_process():
+                    raise UserError("sample 7 is not finite")
+        except UserError as error:
+            print(processes.rank(), error, file=sys.stderr)
     try:
-        if attempt:
-            attempt()
-        with processes.raise_on_all_ranks():
-            if not processes.is_main_process():
-                raise UserError("sample 7 is not finite")
-    except UserError as error:
-        print(processes.rank(), error, file=sys.stderr)
-try:
-    if str(processes.rank()) == sys.argv[1]:
-        raise RuntimeError("a defect")
-    if sys.argv[2] == "waits":
-        processes.all_gather("for this one waits in vain")
-    time.sleep(1)
-    raise RuntimeError("a defect of its own, later")
-except RuntimeError as error:
-    if processes.claims_error_report():
-        print("said:", error, file=sys.stderr)
-        processes.report_done()
-    if sys.argv[2] != "goes on":
-        atexit.register(os.abort)  # as a thread of gloo's may, when Python ends
-        processes.leave(1)
-    processes.end()
+        if processes.rank() == int(failing):
+            raise RuntimeError("a defect")
+        if other == "waits":
+            processes.all_gather("for this one waits in vain")
+        time.sleep(1)
+        raise RuntimeError("a defect of its own, later")
+    except RuntimeError as error:
+        if processes.claims_error_report():
+            print("said:", error, file=sys.stderr)
+            processes.report_done()
+        if other != "goes on":
+            atexit.register(os.abort)  # as a thread of gloo's may, when Python ends
+            processes.leave(1)
+        processes.end()
+
+for number, failure in enumerate(sys.argv[1:]):  # each in a fork; the first imports torch as a run does
+    if number == 1:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+        import torch.distributed  # which takes longer than all the rest
+    os.environ["MASTER_PORT"], *how = failure.split(",")
+    if os.fork() == 0:
+        fail(*how)
+        sys.exit()
+    print(f"ended with {os.waitstatus_to_exitcode(os.wait()[1])}", file=sys.stderr, flush=True)
 """
 
 
 def together(*command: str) -> list[tuple[int, str]]:
     """What two processes of one run end with, as torchrun would start them: exit status and standard error."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    group = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    group = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(*free_ports(1))}
     running = [
         subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, env={**group, "RANK": rank}, stderr=subprocess.PIPE, text=True
@@ -187,16 +201,25 @@ def together(*command: str) -> list[tuple[int, str]]:
     return list(zip([process.returncode for process in running], said, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("failing", "other", "ends"), [(1, "waits", 1), (0, "waits", 1), (0, "fails too", 1), (0, "goes on", 0)]
-)
-def test_what_fails_in_one_process_ends_them_all_and_is_said_once(failing: int, other: str, ends: int):
-    """ "goes on": as a job of a sweep that fails in every process, none of which is to be ended."""
-    (first, said), (second, also_said) = together("-c", FAILS, str(failing), other)
-    assert (first, second) == (ends, ends)
+@pytest.fixture(scope="module")
+def failures() -> list[list[tuple[str, str]]]:
+    """Of both processes, in the order of `FAILURES`, what each said and its exit status."""
+    ports = free_ports(len(FAILURES))
+    ended = together(
+        "-c", FAILS, *(f"{port},{failing},{other}" for port, (failing, other, _) in zip(ports, FAILURES))
+    )
+    return [re.findall(r"(.*?)ended with (-?\d+)\n", said, re.S) for _, said in ended]
+
+
+@pytest.mark.parametrize("number", range(len(FAILURES)), ids=[f"{a} fails, {b}" for a, b, _ in FAILURES])
+def test_what_fails_in_one_process_ends_them_all_and_is_said_once(
+    failures: list[list[tuple[str, str]]], number: int
+):
+    failing, _, ends = FAILURES[number]
     expected = [f"{rank} no such model\n{rank} sample 7 is not finite\n" for rank in (0, 1)]
     expected[failing] += "said: a defect\n"
-    assert [said, also_said] == expected, "and no word of torch's about a lost connection"
+    told = [(said, str(ends)) for said in expected]
+    assert [ended[number] for ended in failures] == told, "and no word of torch's about a lost connection"
 
 
 def test_a_sweep_under_torchrun_is_refused_once_with_what_to_do_instead(tmp_path):

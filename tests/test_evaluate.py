@@ -1,35 +1,43 @@
-"""Answers and their metrics."""
+"""Answers: greedy decoding in batches is that of one prompt after the other; and answers in context."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import subprocess
-import sys
-from collections.abc import Sequence
-from decimal import Decimal
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-import sacrebleu
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from support.any_pool import AnyPool
+from support.golden import recorded
+from support.tiny import planted_pool, tiny_pool
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
-from staff.data.task import Sample
+from baselines.delift import distance_official
+from baselines.within_groups import GroupPool
+from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.evaluation import metrics
 from staff.evaluation.decoding import can_decode
 from staff.evaluation.generator import generate
-from staff.evaluation.metrics import NAMED, check_metrics, named_metric
-from staff.evaluation.metrics.numbers import final_number
+from staff.evaluation.in_context import before
+from staff.evaluation.metrics import named_metric
 from staff.models.flops import forward_flops
 from staff.models.spec import ARCHITECTURES
+from staff.pool import Pool
+from staff.scoring import in_context
+from staff.scoring.passes import Pass
+from staff.scoring.positions import Positions
+from staff.signals.distance import Distance
 from staff.store.cost import Meter
+
+# ---------------------------------------------------------------- greedy decoding
+
 
 CONFIG = LlamaConfig(
     vocab_size=97,
@@ -43,8 +51,6 @@ CONFIG = LlamaConfig(
 )
 PROMPTS = [[(7 * i + j) % 90 + 5 for j in range(3 + 5 * (i % 4))] for i in range(11)]
 TOKENIZER = SimpleNamespace(eos_token_id=2, pad_token_id=0)
-
-OF_ANSWERS = [name for name in NAMED if named_metric(name).needs == "answers"]
 
 
 @pytest.fixture
@@ -185,170 +191,136 @@ def test_nothing_to_generate_is_no_error(model):
     assert generate(model, TOKENIZER, [], max_new_tokens=5, batch_tokens=100, meter=Meter()) == []
 
 
-PREDICTIONS = ["The cats sat on the mats.", "", "He paid 12 dollars."]
-REFERENCES = [("A cat is here.", "The cat sat on the mat."), ("something",), ("He paid 12 dollars.",)]
+# ---------------------------------------------------------------- in context
 
 
-def measure(names: Sequence[str], predictions: Sequence[str], references: Any) -> Any:
-    return metrics.measure([named_metric(name) for name in names], predictions, references)
+DISTANCES = [case for case in recorded("delift") if "distance" in case]
+SAMPLES = TokenizedSamples.of_rows(["a", "b"], [[1, 5, 6, 7, 2], [1, 8, 9, 2]], [3, 2], begin=1)
 
 
-def test_rouge_is_stemmed_and_takes_the_best_reference_and_the_headline_is_the_mean():
-    headline, table = measure(["rouge1", "rouge2", "rougeL"], PREDICTIONS, REFERENCES)
-    assert table.shape == (3, 3)
-    assert table["rougeL"].tolist() == pytest.approx([100, 0, 100])  # cats -> cat, mats -> mat
-    assert headline == pytest.approx(dict.fromkeys(table, 200 / 3))
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    return tiny_pool(tmp_path_factory.mktemp("store"), size=4)
 
 
-def test_rouge_l_of_a_case_counted_by_hand():
-    # common subsequence "police the" or "police gunman": 2 of 4 words on both sides
-    headline, _ = measure(["rougeL"], ["police kill the gunman"], [("the gunman killed police",)])
-    assert headline["rougeL"] == pytest.approx(50)
-    headline, _ = measure(["rouge1", "rouge2"], ["a b c d"], [("a b x",)])
-    assert headline == pytest.approx({"rouge1": 100 * 4 / 7, "rouge2": 100 * 2 / 5})
+def distance(target, row: list[int], prompt: int) -> float:
+    """From one forward pass, in the formula of the released code."""
+    logits = target(torch.tensor([row])).logits.detach().double().numpy()
+    answer = (np.arange(len(row)) >= prompt)[None]
+    return float(distance_official(logits, np.array([row]), answer)[0])
 
 
-def test_the_headline_of_bleu_and_chrf_is_the_corpus_value_over_all_references():
-    headline, table = measure(["bleu", "chrf"], PREDICTIONS, REFERENCES)
-    streams = [[r[0] for r in REFERENCES], [r[1] if len(r) > 1 else None for r in REFERENCES]]
-    assert headline["bleu"] == pytest.approx(sacrebleu.corpus_bleu(PREDICTIONS, streams).score)
-    assert headline["chrf"] == pytest.approx(sacrebleu.corpus_chrf(PREDICTIONS, streams).score)
-    assert table.loc[1].tolist() == [0, 0]
-    assert table.loc[2].tolist() == pytest.approx([100, 100])
+def test_a_sample_stands_behind_each_example_with_one_begin_token_and_its_own_answer():
+    pairs = SAMPLES.take([1]).after(SAMPLES, [30, 31])
+    assert [pairs.row(i).tolist() for i in range(2)] == [[1, 5, 6, 7, 30, 31, 8, 9, 2], [1, 8, 9, 30, 31, 8, 9, 2]]
+    assert list(pairs.ids) == ["b after a", "b after b"] and pairs.prompt_lengths.tolist() == [7, 6]
+    assert pairs.labels(0).tolist() == [-100] * 7 + [9, 2]
+    chat = SAMPLES.after(SAMPLES, None)
+    assert len(chat) == 4 and chat.row(1).tolist() == [1, 8, 9, 2, 5, 6, 7, 2]
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("She has 3 + 4 = <<3+4=7>>7 apples.\n#### 7", "7"),
-        ("#### $1,234.50.", "1234.5"),
-        ("#### 18\n\nQuestion: what is 5?", "18"),
-        ("The answer is 1,200.", "1200"),
-        ("10-4 leaves 6, so 10-4", "4"),
-        ("it fell to -$3.", "-3"),
-        ("it fell to $-3", "-3"),
-        ("half is .5", "0.5"),
-        ("####", None),
-        ("", None),
-    ],
-)
-def test_the_final_number_is_found(text, number):
-    assert final_number(text) == (None if number is None else Decimal(number))
+@pytest.mark.parametrize("case", DISTANCES)
+def test_the_distance_is_that_of_the_released_code(case: str):
+    vectors = recorded("delift")[case]
+    ids, response = torch.tensor(vectors["input_ids"]).long(), torch.tensor(vectors["token_type_ids"]).bool()
+    labels = torch.where(response, ids, -100)
+    answered = (labels[:, 1:] != -100).any(1)
+    at = Positions.of_predictions(labels)
+    batch = Pass(labels, torch.full((len(ids),), ids.shape[1]), at, at.gather(torch.tensor(vectors["logits"]))[0])
+    values = Distance().compute(batch)
+    np.testing.assert_allclose(values[answered], vectors["distance"][answered], atol=1e-6)
 
 
-def test_macro_f1_weighs_every_class_alike_and_a_constant_answer_scores_little():
-    classes = [("yes",), ("yes",), ("yes",), ("no",), ("maybe",)]
-    answers = ["Yes.", "yes", "no", "no", "of course"]
-    headline, table = measure(["accuracy", "macro_f1"], answers, classes)
-    assert table["accuracy"].tolist() == table["macro_f1"].tolist() == [100, 100, 0, 100, 0]
-    assert headline["accuracy"] == 60
-    assert headline["macro_f1"] == pytest.approx((2 * 2 / (3 + 2) + 2 * 1 / (1 + 2) + 0) / 3 * 100)
-    headline, _ = measure(["accuracy", "macro_f1"], ["yes"] * 5, classes)
-    assert headline == {"accuracy": 60, "macro_f1": pytest.approx(2 * 3 / (3 + 5) / 3 * 100)}
+@pytest.mark.parametrize("view", ["pool", "dev"])
+def test_gains_are_the_fall_of_the_distance_behind_each_example(planted: Pool, view: str, monkeypatch):
+    monkeypatch.setattr(in_context, "PAIRS_AT_ONCE", 9)  # two samples at a time
+    gains = planted.ask("in_context_gain", of="target", view=view)
+    samples, helped = planted.slices["pool"].target, planted.slices[view].target
+    assert gains.shape == (len(helped), 4)
+    target, tokenizer = planted.family.target.load(), planted.family.target.tokenizer()
+    blank = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    for i in (0, len(helped) - 1):
+        row, prompt = helped.row(i).tolist(), int(helped.prompt_lengths[i])
+        alone = distance(target, row, prompt)
+        for j in range(4):
+            before = [*samples.row(j).tolist()[:-1], *blank]
+            behind = distance(target, [*before, *row[helped.begin :]], len(before) + prompt - helped.begin)
+            assert gains[i, j] == pytest.approx(alone - behind, abs=1e-5)
 
 
-def test_exact_match_compares_numbers_not_text():
-    headline, table = measure(
-        ["exact_match"],
-        ["It is 1200.00.", "#### 5", "none", ""],
-        [("#### 1,200",), ("#### 6",), ("#### 7",), ("#### 8",)],
-    )
-    assert table["exact_match"].tolist() == [100, 0, 0, 0]
-    assert headline == {"exact_match": 25}
+def test_a_pair_that_does_not_fit_the_model_is_refused_before_it_runs(planted: Pool, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(type(planted.family.target), "window", lambda spec: 150)
+    with pytest.raises(UserError, match=r"takes up to \d+ tokens, and the model has 150 positions: lower"):
+        replace(planted, store=type(planted.store)(tmp_path)).ask("in_context_gain", of="target")
+    assert not list(tmp_path.iterdir())
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.tuples(st.text(max_size=20), st.lists(st.text(max_size=20), min_size=1, max_size=3)), min_size=1)
-)
-def test_every_metric_takes_any_text_and_stays_between_0_and_100(pairs):
-    predictions, references = [p for p, _ in pairs], [tuple(r) for _, r in pairs]
-    headline, table = measure(OF_ANSWERS, predictions, references)
-    assert list(headline) == list(table) == OF_ANSWERS
-    assert len(table) == len(pairs)
-    assert table.stack().between(0, 100.0001).all()
-    assert all(0 <= value <= 100.0001 for value in headline.values())
+def test_in_a_group_the_columns_are_those_of_its_samples():
+    whole, members = AnyPool(6), np.array([4, 1, 5])
+    gains, part = whole.ask("in_context_gain", "target"), GroupPool(whole, members)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(part.ask("in_context_gain", "target"), gains[np.ix_(members, members)])
+    of_slice = whole.ask("in_context_gain", "target", view="dev")
+    np.testing.assert_array_equal(part.ask("in_context_gain", "target", view="dev"), of_slice[:, members])
 
 
-def test_every_metric_of_empty_predictions_is_zero():
-    headline, table = measure(OF_ANSWERS, ["", ""], [("a b 1",), ("c 2", "d 3")])
-    assert set(headline.values()) == {0.0}
-    assert (table == 0).all(axis=None)
+# ---------------------------------------------------------------- answers and attention
 
 
-@pytest.mark.parametrize("names", [["rougeL", "rogue1"], [], "rougeL"])
-def test_a_metric_that_is_not_there_is_refused_with_the_choices(names):
-    with pytest.raises(
-        UserError, match=r"task\.metrics.*rouge1, rouge2, rougeL, bleu, chrf, exact, accuracy, macro_f1"
-    ):
-        check_metrics(names)
+@pytest.mark.parametrize("view", ["pool", "dev"])
+def test_answers_and_attention_are_those_of_single_prompts(view: str, tmp_path: Path):
+    planted = planted_pool(tmp_path, size=6, dev=3)
+    shown, asked = np.array([[0, 4], [5, -1]]), np.array([[1, 2], [7, -1]])
+    found = planted.ask("in_context", of="target", view=view, demonstrations=shown, queries=asked, metric="rougeL")
+    assert found.shape == (2, 4) and np.isnan(found[1, 1]) and np.isnan(found[1, 3])
+    spec = planted.family.target
+    target, tokenizer = spec.load(), spec.tokenizer()
+    eager = replace(spec, attention="eager").load()
+    blank = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    samples, of = planted.slices["pool"].target, planted.slices[view].target
+    for e, demonstrations in enumerate([[0, 4], [5]]):
+        attention = []
+        for i, query in enumerate(asked[e][asked[e] >= 0] % len(of)):
+            row, prompt = [samples.row(0)[0]], []
+            for j in demonstrations:
+                start = len(row)
+                row += [*samples.row(j)[1:-1], *blank]
+                prompt.append(range(start, len(row)))
+            row += of.row(query)[1 : of.prompt_lengths[query]].tolist()
+            tokens = torch.tensor([row])
+            new = int(max(of.answer_lengths[q] for q in asked[asked >= 0] % len(of)))
+            answer = target.generate(tokens, do_sample=False, max_new_tokens=new)[0, len(row) :].tolist()
+            answer = answer[: answer.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in answer else answer
+            text = tokenizer.decode(before(answer, blank)).strip()
+            reference = tokenizer.decode(of.row(query)[of.prompt_lengths[query] : -1]).strip()
+            assert found[e, 2 + i] == pytest.approx(named_metric("rougeL").measure([text], [(reference,)])[0])
+            answer = before(answer, blank)
+            weights = eager(torch.tensor([[*row, *answer]]), output_attentions=True).attentions[2][0]
+            received = weights[:, len(row) :].mean((0, 1)).detach().numpy()
+            attention.append([received[span].mean() for span in prompt])
+        np.testing.assert_allclose(found[e, : len(demonstrations)], np.mean(attention, axis=0), rtol=1e-4)
 
 
-def test_exact_match_is_refused_where_a_reference_has_no_number():
-    good, bad = Sample("a", "?", "#### 3", ("#### 3",)), Sample("b7", "?", "three", ("three",))
-    check_metrics(["exact_match"], [good])
-    check_metrics(["rougeL"], [good, bad])
-    with pytest.raises(UserError, match=r"'b7'.*no number"):
-        check_metrics(["exact_match"], [good, bad])
+def test_an_answer_ends_where_the_next_sample_would_begin():
+    assert before([5, 6, 30, 31, 7], [30, 31]) == [5, 6] and before([30, 31], [30, 31]) == []
+    assert before([5, 30], [30, 31]) == [5, 30] and before([5], None) == [5]
 
 
-@pytest.mark.parametrize(
-    ("metric", "text", "instead"),
-    [
-        ("rougeL", "Бүгін ауа райы жылы болады.", "rougeL_intl"),
-        ("rouge1", "今天天气很暖和。", "rouge1_zh"),
-        ("rouge2", "नमस्ते दुनिया", "rouge2_intl"),
-        ("rougeL", "Café crème: ça va très bien", "rougeL_intl"),
-        ("rougeL_zh", "今日はとても暖かいです。", "rougeL_char"),
-        ("rougeL_intl", "วันนี้อากาศอบอุ่น", "rougeL_char"),
-        ("rougeL", "The café in Zürich opens early in the morning.", None),
-        ("rougeL", "3.5 + 4 = 7.5 (42 %)", None),
-        ("rougeL", "SHOUTING ABOUT NOTHING", None),
-        ("rougeL_zh", "今天天气 很暖和 in Paris 吗", None),
-        ("rougeL_intl", "오늘은 날씨가 매우 따뜻합니다", None),
-        ("bleu", "今天天气很暖和。", "chrf"),
-        ("bleu", "今日はとても暖かいです。", "chrf"),
-        ("bleu", "コーヒー", "chrf"),
-        ("bleu", "วันนี้อากาศอบอุ่น", "chrf"),
-        ("bleu", "Бүгін ауа райы жылы болады.", None),
-        ("bleu", "오늘은 날씨가 매우 따뜻합니다", None),
-        ("chrf", "今天天气很暖和。", None),
-        ("chrf", "Бүгін ауа райы жылы болады.", None),
-    ],
-)
-def test_a_metric_that_cannot_read_the_references_script_is_refused_with_one_that_can(metric, text, instead):
-    samples = [Sample("a", "?", "y", ("y",)), Sample("b7", "?", text, ("y", text))]
-    if instead is None:
-        check_metrics([metric], samples)
-        if len(text.split()) > 3:
-            assert measure([metric], [text], [(text,)])[0][metric] == pytest.approx(100)
-        return
-    with pytest.raises(UserError, match=rf"task\.metrics {metric} cannot compare .*'b7': take {instead} instead"):
-        check_metrics([metric], samples)
-    check_metrics([instead], samples)
-    assert measure([instead], [text], [(text,)])[0][instead] == pytest.approx(100)
+def test_what_cannot_be_read_in_context_is_refused_before_a_model_loads(tmp_path: Path):
+    planted = planted_pool(tmp_path)
+    plan: dict[str, Any] = {"demonstrations": np.array([[0]]), "queries": np.array([[1]])}
+    with pytest.raises(UserError, match=r"metric='nll' measures no answers"):
+        planted.ask("in_context", of="target", metric="nll", **plan)
+    for layer in (4, -1, "last"):
+        with pytest.raises(UserError, match=r"is no block of target: choose 0 to 3, or null"):
+            planted.ask("in_context", of="target", layer=layer, **plan)
+    assert {folder.name for folder in tmp_path.iterdir()} <= {"locks", "tmp", "attempts"}
 
 
-def test_a_metric_is_refused_by_all_letters_of_the_references_and_not_by_one_name_in_one_of_them():
-    samples = [Sample(f"{i}", "?", "in the morning", ("in the morning",)) for i in range(9)]
-    check_metrics(["rougeL"], [*samples, Sample("b7", "?", "Zoë", ("Zoë",))])
-    check_metrics(["rougeL"], [])
-
-
-def test_checking_metrics_loads_no_model_library():
-    code = (
-        "import sys; from staff.evaluation.metrics import check_metrics; check_metrics(['rougeL', 'bleu']);"
-        "assert not {'torch', 'transformers', 'sacrebleu', 'rouge_score'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_rouge_by_a_tokenizer_of_sacrebleu_of_cases_counted_by_hand():
-    cases = [
-        ("rougeL_zh", "今天很冷。", "今天很热！", 75),  # three of four characters, no punctuation
-        ("rouge1_intl", "Бүгін жылы.", "Бүгін, БҮГІН суық", 40),  # one of two and one of three words
-        ("rouge2_intl", "Running cats", "run cat", 0),  # without stemming
-        ("rougeL_char", "ภาษา", "ภาษา", 100),
-    ]
-    for metric, prediction, reference, value in cases:
-        assert measure([metric], [prediction], [(reference,)])[0][metric] == pytest.approx(value), metric
+def test_evaluations_inside_a_group_are_of_its_samples():
+    whole, members = AnyPool(6), np.array([4, 1, 5])
+    shown, asked = np.array([[0, 2], [1, -1]]), np.array([[3], [-1]])
+    part = GroupPool(whole, members)  # type: ignore[arg-type]
+    for view, queries in (("pool", [[4], [-1]]), ("dev", [[3], [-1]])):
+        ours = part.ask("in_context", "target", view=view, demonstrations=shown, queries=asked)
+        same = {"demonstrations": np.array([[4, 5], [1, -1]]), "queries": np.array(queries)}
+        np.testing.assert_array_equal(ours, whole.ask("in_context", "target", view=view, **same))

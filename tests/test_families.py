@@ -10,8 +10,7 @@ import torch
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from support.pools import tiny_pool
-from support.tuning import SETTINGS, weights_of
+from support.tiny import SETTINGS, pool_of_sums, weights_of
 
 from staff.data.task import Sample
 from staff.data.tokens import tokenize
@@ -83,7 +82,7 @@ def test_every_architecture_goes_from_scores_to_answers(folder_of, tmp_path: Pat
     attention = "eager" if architecture == "gemma2" else "sdpa"
     shrunk = ("family.target.dtype=float32", f"family.target.attention={attention}")
     models: Family = instantiate(composed(f"family={family}", *paths, *shrunk).family, _convert_="all")
-    pool = tiny_pool(tmp_path, family=models)
+    pool = pool_of_sums(tmp_path, family=models)
     chosen = pool.store.get(Select(Staff(num_regions=3, verification_budget=2), pool, 3))
     samples = pool.slices["pool"].target.take(Coreset.load(chosen.path).indices)
     tuning = Finetune(models.target, samples, SETTINGS, 1, 0)
@@ -223,7 +222,7 @@ def test_qlora_goes_from_scores_to_metrics_with_4_bit_models_throughout(run, mon
 
 
 def test_an_outage_of_the_hub_ends_a_run_in_a_sentence_and_loses_no_finished_stage(tmp_path, monkeypatch):
-    load, pool = ModelSpec.load, tiny_pool(tmp_path)
+    load, pool = ModelSpec.load, pool_of_sums(tmp_path)
     method = Select(Staff(num_regions=2, verification_budget=1), pool, 4)
 
     def target_is_away(spec: ModelSpec):

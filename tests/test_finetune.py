@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from support.tuning import SETTINGS, SPEC, STILL, difference, farthest, history, samples_of, tuned, weights_of
+from support.tiny import SETTINGS, SPEC, STILL, difference, farthest, history, samples_of, tuned, weights_of
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from staff.data.tokens import TokenizedSamples

@@ -1,19 +1,29 @@
 """Floors under a metric: what a constant answer gives, and what another sample's reference gives."""
 
+from __future__ import annotations
+
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.records import grid
 
-from experiments.report import overview
-from experiments.report.__main__ import write
+from experiments.campaign import pack
+from experiments.recorded import recorded_runs
+from experiments.report import (
+    floors,
+    overview,
+)
+from experiments.report.__main__ import left_over, write
 from experiments.report.records import collect
 from staff.errors import UserError
 from staff.evaluation.floor_stages import warnings, with_floors
@@ -157,3 +167,34 @@ def test_warnings_name_the_model_and_stay_silent_above_the_floor():
 def test_a_metric_of_ones_own_has_no_floors_since_it_may_be_slow():
     names = ["rougeL", "nll", "choice_accuracy", "staff.evaluation.metrics.exact.Exact"]
     assert [metric.name for metric in with_floors([*map(named_metric, names)])] == ["rougeL"]
+
+
+def test_floors_split_the_score_of_each_method_and_name_the_best_constant(real: Path, tmp_path: Path, monkeypatch):
+    grid(real, tmp_path, {"random": 0, "staff": 1}, seeds=2, rates=(0.5,))
+    answers = pd.read_parquet(real / "predictions.parquet")
+    for folder in tmp_path.glob("runs/*"):  # random answers with the next sample's reference, STAFF with its own
+        shift = 1 if folder.name.startswith("random") else 0
+        texts = np.roll([group[0] for group in answers["references"]], shift)
+        answers.assign(prediction=texts).to_parquet(folder / "predictions.parquet")
+    arguments = ["--results", str(tmp_path), "--data", str(ROOT / "staff/assets"), "--rate", "0.5"]
+    monkeypatch.setattr(sys, "argv", ["floors", *arguments])
+    floors.main()
+    (file,) = tmp_path.glob("tables/floors-*.md")
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in file.read_text().splitlines() if "|" in line
+    ]
+    rows = {row[0].split(" (")[0]: row[1:] for row in cells[2:]}
+    assert set(rows) == {"constant chosen on training answers", "constant in hindsight", "random", "staff"}
+    assert rows["staff"][1] == "100.00" and float(rows["random"][3]) < 1 < 50 < float(rows["staff"][3])
+    assert float(rows["constant in hindsight"][1]) >= float(rows["constant chosen on training answers"][1]) > 5
+    assert rows["constant in hindsight"][3] == "0.00" and "--data DATA --rate 0.5`" in file.read_text()
+    assert rows["staff"][5].startswith("+") and rows["random"][5] == "–"
+    write(tmp_path, collect(tmp_path))
+    assert left_over(tmp_path) == [], "the report knows that it has a command of its own"
+    pack(recorded_runs(tmp_path), tmp_path / "packed")
+    monkeypatch.setattr(sys, "argv", ["floors", *arguments, "--results", str(tmp_path / "packed")])
+    floors.main()
+    (packed,) = tmp_path.glob("packed/tables/floors-*.md")
+    assert packed.read_text().splitlines()[:-1] == file.read_text().splitlines()[:-1], (
+        "tables do as well as folders"
+    )

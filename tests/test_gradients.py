@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
 from typing import Any
 
 import pytest
+import support.tiny
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from support.tiny import SHAPE, adapted, random_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CohereConfig
-from transformers.models.gemma import GemmaConfig
-from transformers.models.gemma2 import Gemma2Config
-from transformers.models.gemma3 import Gemma3TextConfig
-from transformers.models.llama import LlamaConfig
-from transformers.models.mistral import MistralConfig
-from transformers.models.qwen2 import Qwen2Config
-from transformers.models.qwen3 import Qwen3Config
 
 from staff.errors import UserError
 from staff.scoring.gradients import (
@@ -31,53 +25,12 @@ from staff.scoring.gradients import (
 )
 from staff.scoring.positions import ARCHITECTURES
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SHAPE),
-    "mistral": MistralConfig(**SHAPE, sliding_window=4),
-    "qwen2": Qwen2Config(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE),
-    "gemma": GemmaConfig(**SHAPE),
-    "gemma2": Gemma2Config(
-        **SHAPE,
-        sliding_window=4,
-        query_pre_attn_scalar=8,
-        final_logit_softcapping=2.0,
-        attn_logit_softcapping=1.0,
-        layer_types=["full_attention", "sliding_attention"],
-    ),
-    "gemma3_text": Gemma3TextConfig(
-        **SHAPE,
-        sliding_window=4,
-        query_pre_attn_scalar=8,
-        final_logit_softcapping=2.0,
-        layer_types=["full_attention", "sliding_attention"],
-    ),
-}
 LENGTHS = [(5, 3), (9, 4), (12, 1), (4, 6), (2, 2)]  # prompt and answer tokens of the batch's samples
 
 
 def tiny_model(architecture: str = "llama", *, trained: bool = False, **lora: Any) -> Any:
     """A random two-layer model with fresh adapters (B = 0), or with both A and B away from zero."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture]))
-    model = get_peft_model(model, LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": "all-linear", **lora}))
-    if trained:
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                nn.init.normal_(parameter, std=0.2)
-    return model
+    return adapted(random_model(architecture), std=0.2 if trained else 0, **{"lora_alpha": 6, **lora})
 
 
 def padded_batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +67,7 @@ def assert_same(norms: Tensor, expected: Tensor, name: str = "") -> None:
 
 
 def test_every_architecture_named_is_tested() -> None:
-    assert set(CONFIGS) == set(ARCHITECTURES)
+    assert set(support.tiny.ARCHITECTURES) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
@@ -144,8 +97,7 @@ def test_double_precision_agrees_far_below_single() -> None:
 
 
 def test_any_linear_layer_is_exact_with_bias_and_in_gram_form() -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["qwen2"]))
+    model = random_model("qwen2")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     input_ids, mask, labels = padded_batch()
     length = input_ids.shape[1]
@@ -161,10 +113,7 @@ def test_any_linear_layer_is_exact_with_bias_and_in_gram_form() -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_norms_over_all_linear_layers_equal_autograd_layer_by_layer(architecture: str, tied: bool) -> None:
-    torch.manual_seed(0)
-    config = copy.deepcopy(CONFIGS[architecture])
-    config.tie_word_embeddings = tied
-    model = AutoModelForCausalLM.from_config(config)
+    model = random_model(architecture, tie_word_embeddings=tied)
     layers = gradient_layers(model, "all_linear")
     assert len(layers) == 2 * 7 + 1  # seven projections in two blocks, and the head
     assert tied == (layers["lm_head"].weight is model.get_input_embeddings().weight)
@@ -186,8 +135,7 @@ def test_adapters_with_a_bias_count_it() -> None:
 
 
 def test_adapters_injected_without_a_peft_wrapper_are_found() -> None:
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"]))
+    model: Any = random_model()
     inject_adapter_in_model(LoraConfig(r=3, target_modules=["q_proj", "v_proj"]), model)
     (expected,) = one_at_a_time(model, weights_of(gradient_layers(model, "last_v_b"))).values()
     assert_same(per_sample_gradient_norms(model, *padded_batch(), "last_v_b"), expected)
@@ -264,7 +212,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_what_cannot_be_exact_is_refused_by_name() -> None:
     shape = {k: v for k, v in SHAPE.items() if k != "head_dim"}
     cohere = AutoModelForCausalLM.from_config(CohereConfig(**shape))
-    adapted = get_peft_model(cohere, LoraConfig(target_modules=["v_proj"]))
+    with_adapter = get_peft_model(cohere, LoraConfig(target_modules=["v_proj"]))
     twice = tiny_model()
     twice.get_decoder().layers[0].mlp = twice.get_decoder().layers[1].mlp
     shared = tiny_model()
@@ -275,7 +223,7 @@ def test_what_cannot_be_exact_is_refused_by_name() -> None:
     bidirectional = tiny_model("gemma3_text")
     bidirectional.config.use_bidirectional_attention = True
     for model, gradient, sentence in [
-        (adapted, "last_v_b", "CohereForCausalLM .*model type 'cohere'"),
+        (with_adapter, "last_v_b", "CohereForCausalLM .*model type 'cohere'"),
         (twice, "all_lora", "LlamaForCausalLM uses a layer twice"),
         (shared, "all_lora", "shares one weight"),
         (merged, "all_lora", "merged or inactive"),

@@ -16,8 +16,8 @@ import pytest
 import torch
 from conftest import ROOT
 from hydra.utils import instantiate
-from support import contract
-from support.pools import sums, tiny_pool
+from support import any_pool
+from support.tiny import pool_of_sums, sums
 
 from staff.errors import UserError
 from staff.evaluation.generator import Greedy
@@ -201,7 +201,7 @@ def entropies(model: Any, samples: Any) -> np.ndarray:
 
 
 def test_a_new_signal_and_a_method_on_it_are_two_new_files(method: Any, tmp_path: Path):
-    pool = tiny_pool(tmp_path / "store")
+    pool = pool_of_sums(tmp_path / "store")
     samples, model = pool.slices["pool"].target, pool.family.target
     expected = entropies(model.load(), samples)
     chosen = pool.store.get(Select(method, pool, 5))
@@ -217,14 +217,14 @@ def test_a_new_signal_and_a_method_on_it_are_two_new_files(method: Any, tmp_path
     (folder,) = (tmp_path / "store/scores").iterdir()
     stored = read_scores(type("Stored", (), {"path": folder}))["entropy"]  # type: ignore[arg-type]
     assert (stored == coreset.scores["entropy"]).all()
-    again = tiny_pool(tmp_path / "store")
+    again = pool_of_sums(tmp_path / "store")
     assert not again.store.get(Select(method, again, 5)).computed
 
 
 def test_a_new_method_keeps_the_contract_of_every_method(method: Any):
-    for check in contract.OF_ANY_SCORES:
+    for check in any_pool.OF_ANY_SCORES:
         check(method, False)
-    for check in contract.OTHERS:
+    for check in any_pool.OTHERS:
         check(method)
 
 
@@ -267,7 +267,7 @@ def test_a_new_metric_of_stored_answers_is_a_new_file_and_computes_nothing_else_
     elsewhere: Path, tmp_path: Path
 ):
     (elsewhere / "my_metrics.py").write_text(METRIC)
-    pool = tiny_pool(tmp_path / "store", 4)
+    pool = pool_of_sums(tmp_path / "store", 4)
     answers = Generate(ModelState(pool.family.target), pool.slices["pool"].target, Greedy(), 4)
     references = {sample.id: (sample.answer,) for sample in sums(4)}
 

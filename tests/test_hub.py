@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from hydra.utils import instantiate
-from support.hub_server import COMMIT, ROWS, Fault, Hub, serving
+from support.servers import COMMIT, ROWS, Fault, Hub, serving
 from support.tiny import composed
 
 from staff.errors import UserError

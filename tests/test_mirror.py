@@ -7,14 +7,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +18,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import wandb
-from conftest import ROOT, run_shrunk
-from wandb.proto.wandb_internal_pb2 import Record  # type: ignore # made at import
+from conftest import ROOT
+from support.records import pages, stages_of, table_of
 
 from experiments.run import Mirror
 from staff.errors import UserError
-from staff.evaluation.stage import Generate
 from staff.runtime import processes
 from staff.store.events import TrainingLogged
 from staff.tracking import write_record
@@ -60,19 +55,10 @@ RECORD = {
     "provenance": {"git_commit": None, "cpu_count": 2},
 }
 KEY = "0" * 40
-WHICH_RUN = ("entity", "project", "run_id", "run_group", "job_type", "display_name")
 SCORES = np.array([0.1, 0.5, np.nan, 2.0, 0.5])
 
 
-@pytest.fixture(autouse=True)
-def a_user_who_is_not_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
-    wandb.teardown()  # W&B reads its environment once a session
-    yield
-    wandb.teardown()
+pytestmark = pytest.mark.usefixtures("a_user_who_is_not_logged_in")
 
 
 def log_run(folder: Path, record: dict[str, Any] = RECORD, mode: str = "auto") -> bool:
@@ -93,225 +79,8 @@ def read_offline_run(folder: Path) -> dict[str, Any]:
     return page
 
 
-def pages(folder: Path) -> list[dict[str, Any]]:
-    """What each offline file under `folder` holds, the oldest first."""
-    wandb.teardown()  # waits until the service has written all
-    return [read_page(file) for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
-
-
-def read_page(file: Path) -> dict[str, Any]:
-    """What a .wandb file holds. W&B has no public reader of it.
-
-    It is a LevelDB log (blocks of 32 KiB, records cut at their borders into pieces with a header of checksum,
-    length and type) of protocol buffers. After a kill its last piece may be cut off.
-    """
-    data, at, message = file.read_bytes(), 7, b""
-    assert data[:4] == b":W&B", "the format has changed"
-    page: dict[str, Any] = {"config": {}, "summary": {}, "history": {}, "curves": {}, "metrics": {}, "lines": []}
-    page |= {"folder": file.parent, "rows": [], "system": set(), "exit": None}
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # no header fits into the rest of a block
-            at += 32768 - at % 32768
-            continue
-        checksum, length, kind = struct.unpack_from("<IHB", data, at)
-        piece = data[at + 7 : at + 7 + length]
-        if len(piece) < length:
-            break
-        assert checksum == zlib.crc32(bytes([kind]) + piece)
-        message, at = message + piece, at + 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            _take_in(Record.FromString(message), page)
-            message = b""
-    return page
-
-
-def _take_in(record: Any, page: dict[str, Any]) -> None:
-    match record.WhichOneof("record_type"):
-        case "run":
-            page |= {name: getattr(record.run, name) for name in WHICH_RUN}
-            page["tags"] = list(record.run.tags)
-            page["config"] |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-        case "metric":
-            page["metrics"][record.metric.name or record.metric.glob_name] = record.metric.step_metric
-        case "stats":
-            page["system"] |= {item.key for item in record.stats.item}
-        case "output_logger":
-            page["lines"].append(record.output_logger.line.rstrip("\n"))
-        case "exit":
-            page["exit"] = record.exit.exit_code
-        case "history":
-            row = {
-                "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
-            }
-            page["rows"].append(row)
-            for name, value in row.items():
-                page["curves"].setdefault(name, []).append(value)
-            _update(page["history"], record.history.item)
-        case "summary":
-            _update(page["summary"], record.summary.update)
-
-
-def _update(values: dict[str, Any], items: Any) -> None:
-    for item in items:
-        *folders, leaf = item.nested_key or [item.key]
-        branch = values
-        for key in folders:
-            branch = branch.setdefault(key, {})
-        branch[leaf] = json.loads(item.value_json)
-
-
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("staff")]
-
-
-# ---------------------------------------------------------------- a run that fails, and goes on
-
-REASON = "the disk of the answers is full: free it."
-
-
-@pytest.fixture(scope="module")
-def twice(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run that fails when the answers are to be generated, and then the same run again; its record."""
-    results = tmp_path_factory.mktemp("twice")
-    run = (
-        "tracking=wandb",
-        "tracking.mode=offline",
-        "tracking.tags=[pilot]",
-        "method=staff",
-        "method.num_regions=3",
-    )
-
-    def fail(*arguments: Any) -> None:
-        raise UserError(REASON)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Generate, "run", fail)
-        with pytest.raises(UserError):
-            run_shrunk(results, *run)
-    return run_shrunk(results, *run)
-
-
-@pytest.fixture(scope="module")
-def failed(twice: dict[str, Any]) -> dict[str, Any]:
-    return pages(twice["folder"])[0]
-
-
-@pytest.fixture(scope="module")
-def resumed(twice: dict[str, Any]) -> dict[str, Any]:
-    return pages(twice["folder"])[1]
-
-
-def stages(page: dict[str, Any]) -> list[tuple[str, str]]:
-    """What happened to which kind of stage, in order; kinds by the first word of the label."""
-    return [(row["stage/label"].split()[0], row["stage/event"]) for row in page["rows"] if "stage/event" in row]
-
-
-def table(page: dict[str, Any], name: str) -> pd.DataFrame:
-    content = json.loads((page["folder"] / "files" / page["history"][name]["path"]).read_text())
-    return pd.DataFrame(content["data"], columns=content["columns"])
-
-
-def test_the_same_run_goes_on_with_its_own_page(twice, failed, resumed):
-    assert failed["run_id"] == resumed["run_id"] == twice["run"]["fingerprint"][:16]
-    assert failed["display_name"] == resumed["display_name"] == twice["run"]["name"]
-
-
-def test_a_page_is_tagged_with_family_task_method_rate_seed_and_the_users_own_tags(failed):
-    assert failed["tags"] == ["tiny", "dialogsum", "staff", "pruning_rate=0.75", "seed=0", "pilot"]
-    assert failed["job_type"] == "staff" and failed["run_group"] == "", "a single run is in no group"
-
-
-def test_a_page_has_the_configuration_grouped_as_in_yaml_from_its_start(twice, failed):
-    config = {key: value for key, value in failed["config"].items() if key != "_wandb"}
-    facts = config.pop("run")
-    assert config == twice["config"] and config["method"]["num_regions"] == 3
-    assert facts["method"] == "staff" and facts["fingerprint"] == twice["run"]["fingerprint"]
-
-
-def test_a_failed_run_ends_as_failed_with_its_sentence_and_the_next_one_as_finished(failed, resumed):
-    assert (failed["exit"], failed["summary"]["status"]) == (1, f"failed: {REASON}")
-    assert "metrics" not in failed["summary"]
-    assert (resumed["exit"], resumed["summary"]["status"]) == (0, "finished")
-
-
-def test_stages_show_as_they_start_and_end_and_a_resumed_run_reads_them(failed, resumed):
-    tuned = [("fine-tune", "started"), ("fine-tune", "computed"), ("answer", "started"), ("answer", "failed")]
-    shown = stages(failed)
-    assert shown[-4:] == tuned
-    selected = shown[shown.index(("select", "started")) : shown.index(("select", "computed")) + 1]
-    scored = [("effort", "started"), ("fine-tune", "started"), ("fine-tune", "computed"), ("effort", "computed")]
-    assert selected == [selected[0], *scored, ("effort", "started"), ("effort", "computed"), selected[-1]]
-    assert {("select", "read"), ("fine-tune", "read"), ("answer", "computed")} <= set(stages(resumed))
-    once = [stage for stage in stages(resumed) if stage[0] not in ("tokenise", "choose")]
-    assert len(set(once)) == len(once), "of several models and metrics are tokens and constants alone"
-
-
-def test_curves_arrive_while_a_model_trains_by_stage_and_model_each_over_its_own_steps(twice, failed):
-    written = pd.read_csv(twice["folder"] / "training.csv")
-    assert set(written["curve"]) == {"finetune/small", "finetune/target"}
-    for curve, points in written.groupby("curve"):
-        assert failed["metrics"][f"{curve}/*"] == f"{curve}/step"
-        for name in ("step", "loss", "learning_rate", "grad_norm"):
-            np.testing.assert_allclose(failed["curves"][f"{curve}/{name}"], points[name], rtol=1e-6)
-        assert min(failed["curves"][f"{curve}/tokens_per_second"]) > 0
-        assert 0.05 < min(failed["curves"][f"{curve}/memory_gb"]) < 100
-    events = [row.get("stage/event", "point") for row in failed["rows"]]
-    assert events.index("point") < len(events) - events[::-1].index("computed"), "not after the stages"
-
-
-def test_no_name_of_a_value_depends_on_a_number_of_samples(failed, resumed):
-    names = {name for page in (failed, resumed) for name in page["curves"] if not name.startswith("_")}
-    names -= {name for name in names if name.endswith("sha256")}
-    assert "finetune/target/loss" in names and not any(re.search(r"\d", name) for name in names)
-
-
-def test_curves_that_were_not_seen_live_are_shown_at_the_end(twice, resumed):
-    written = pd.read_csv(twice["folder"] / "training.csv").groupby("curve")
-    for curve, points in written:
-        assert resumed["curves"][f"{curve}/step"] == points["step"].tolist()
-        np.testing.assert_allclose(resumed["curves"][f"{curve}/loss"], points["loss"])
-
-
-def test_system_metrics_and_the_log_are_on_the_page(failed):
-    assert any(name.startswith("memory") or name == "cpu" for name in failed["system"])
-    assert any("fine-tuning small on 24 samples" in line for line in failed["lines"])
-
-
-def test_a_finished_page_has_the_record_as_its_summary_with_the_metrics_first(twice, resumed):
-    left_out = ("config", "artifacts", "folder", "overhead", "coreset")
-    record = {key: value for key, value in twice.items() if key not in left_out}
-    summary = resumed["summary"]
-    assert {key: summary[key] for key in record} == record
-    assert next(key for key in summary if key in record) == "metrics"
-    assert summary["selection"] == twice["coreset"] and summary["coreset"]["_type"] == "table-file"
-    assert summary["overhead"]["seconds"] == twice["overhead"]["seconds"]
-
-
-def test_the_coreset_is_a_table_with_text_score_region_and_group(twice, resumed):
-    shown, written = table(resumed, "coreset"), pd.read_csv(twice["folder"] / "coreset.csv")
-    assert list(shown) == ["id", "text", "score", "region", "group", "verified"]
-    assert shown["id"].tolist() == written["id"].tolist()
-    np.testing.assert_allclose(shown["score"], written["speculative"])
-    assert all(re.match(r"Summarize the following dialogue\.[\s\S]+Summary: .", text) for text in shown["text"])
-    regions = pd.read_csv(twice["folder"] / "regions.csv").query("picked > 0").set_index("region")
-    assert shown["region"].value_counts().to_dict() == dict(regions["picked"])
-
-
-def test_answers_are_a_table_with_prompt_and_reference(twice, resumed):
-    shown = table(resumed, "predictions")
-    assert list(shown)[:4] == ["id", "prompt", "answer", "reference"] and "rougeL" in shown and len(shown) == 4
-    answers = pd.read_parquet(twice["folder"] / "predictions.parquet")
-    assert shown["answer"].tolist() == answers["prediction"].tolist()
-    assert shown["reference"][0] == "\n\n".join(answers["references"][0])
-    assert all(prompt.startswith("Summarize") for prompt in shown["prompt"])
-
-
-def test_scores_are_histograms_and_the_overhead_a_table_by_stage(twice, resumed):
-    scores = pd.read_parquet(twice["folder"] / "samples.parquet")["speculative"]
-    histogram = resumed["history"]["scores/speculative"]
-    assert histogram["_type"] == "histogram" and sum(histogram["values"]) == len(scores)
-    overhead = table(resumed, "overhead_stages")
-    assert overhead["seconds"].sum() == pytest.approx(twice["overhead"]["seconds"])
 
 
 # ---------------------------------------------------------------- a run that is killed
@@ -343,7 +112,7 @@ def test_a_killed_run_keeps_what_it_showed_and_its_page_goes_on(tmp_path):
     assert subprocess.run(command, cwd=ROOT, env=environment).returncode == -signal.SIGKILL
     (killed,) = pages(tmp_path)
     assert killed["exit"] is None, "W&B calls a page crashed that nothing ends"
-    assert killed["summary"]["status"] == "running" and stages(killed) == [("fine-tune", "started")]
+    assert killed["summary"]["status"] == "running" and stages_of(killed) == [("fine-tune", "started")]
     assert killed["curves"]["finetune/small/loss"] == [1.0, 1 / 2, 1 / 3]
     assert log_run(tmp_path)
     _, again = pages(tmp_path)
@@ -424,8 +193,8 @@ def test_a_record_alone_makes_a_page_without_the_texts_of_samples(tmp_path):
     pd.DataFrame(curves, columns=["training", "step", "loss"]).to_csv(tmp_path / "training.csv", index=False)
     assert log_run(tmp_path)
     page = read_offline_run(tmp_path)
-    assert table(page, "coreset")["id"].tolist() == ["007", "NA"], "ids are text"
-    assert table(page, "predictions").to_numpy().tolist() == predictions.to_numpy().tolist()
+    assert table_of(page, "coreset")["id"].tolist() == ["007", "NA"], "ids are text"
+    assert table_of(page, "predictions").to_numpy().tolist() == predictions.to_numpy().tolist()
     assert page["curves"]["finetune/small/loss"] == [3.5, 3.0], "of a version whose curves had no names"
     assert sum(page["history"]["scores/effort"]["values"]) == np.isfinite(SCORES).sum()
 
@@ -529,3 +298,14 @@ def test_a_mistyped_mode_is_refused_with_the_choices():
     with pytest.raises(UserError, match=r"tracking\.mode='of'.*auto, online, offline, disabled"):
         check({"mode": "of"})
     check({"mode": "auto"})
+
+
+def test_a_replay_without_a_server_says_what_was_not_sent(real: Path):
+    import os
+
+    environment = {**os.environ, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    environment |= {"WANDB_INIT_TIMEOUT": "2", "WANDB_MODE": "online"}
+    command = [sys.executable, "-m", "experiments.replay", str(real)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 1 and "0 of 1 runs are online" in done.stdout
+    assert f"not sent: {real.name}" in done.stderr

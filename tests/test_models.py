@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.pools import TINY, tiny_pool
+from support.tiny import TINY, pool_of_sums
 
 from staff.errors import UserError
 from staff.models import spec
@@ -74,7 +74,7 @@ def test_what_a_configuration_says_block_by_block_is_cut_along(model_type: str, 
 
 def test_staff_runs_on_a_small_model_made_from_the_target_and_nobody_is_charged_for_making_it(tmp_path: Path):
     family = replace(TINY, small=replace(SMALL, from_target=DepthPruning(2)))
-    pool = tiny_pool(tmp_path, family=family)
+    pool = pool_of_sums(tmp_path, family=family)
     chosen = pool.store.get(Select(Staff(num_regions=3, verification_budget=2), pool, 4))
     charged = list(chosen.charged().values())
     assert {charge.stage for charge in charged} == {"finetune", "scores", "coreset"}

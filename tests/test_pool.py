@@ -1,28 +1,38 @@
-"""What a method may ask of the models: in which state, of which samples, in how many passes, and at what cost."""
+"""What a pool answers, and signals against what they are by definition."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from decimal import Decimal, getcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
-from support.pools import tiny_pool
-from support.tuning import SETTINGS
+from support.golden import recorded
+from support.tiny import SETTINGS, pool_of_sums, random_model
 
 from baselines.el2n import EL2N
+from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.pool import Pool, Select
+from staff.scoring.passes import score_samples
+from staff.scoring.positions import Positions
 from staff.scoring.stage import Score, ScoringSettings
 from staff.selection import Coreset
+from staff.signals import NAMED, named
 from staff.signals.effort import Effort
+from staff.signals.el2n import el2n_scores
 from staff.signals.embedding import Embedding
 from staff.signals.loss import Loss
 from staff.speculative import Staff
 from staff.store.cost import Cost, Meter
 from staff.store.store import Store
+
+# ---------------------------------------------------------------- a pool
+
 
 FRESH = {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}
 THREE_EPOCHS = replace(SETTINGS, small_epochs=3)
@@ -31,7 +41,7 @@ THREE_EPOCHS = replace(SETTINGS, small_epochs=3)
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
     """Whose small model is tuned for three epochs, with a validation slice of five samples."""
-    return tiny_pool(tmp_path_factory.mktemp("pool"), dev=5, settings=THREE_EPOCHS)
+    return pool_of_sums(tmp_path_factory.mktemp("pool"), dev=5, settings=THREE_EPOCHS)
 
 
 def test_a_signal_is_asked_of_all_samples_of_some_or_of_the_validation_slice(pool: Pool):
@@ -107,7 +117,7 @@ def test_what_cannot_be_asked_is_refused_with_what_can(pool: Pool, asked: dict[s
 
 def test_a_pool_without_a_validation_slice_says_how_to_make_one(tmp_path: Path):
     with pytest.raises(UserError, match=r"there is no dev slice: make a validation slice with task\.dev_size=200"):
-        tiny_pool(tmp_path).ask("loss", of="target", view="dev")
+        pool_of_sums(tmp_path).ask("loss", of="target", view="dev")
 
 
 def counted(cost: Cost) -> tuple[float, int, int]:
@@ -131,7 +141,7 @@ def test_an_estimate_of_a_scoring_counts_what_it_does_count(pool: Pool, tmp_path
 
 @pytest.mark.parametrize(("kind", "online"), [("lora", None), ("lora", "last_v_b"), ("full", None)])
 def test_an_estimate_of_a_fine_tuning_counts_what_it_does_count(tmp_path: Path, kind: str, online: str | None):
-    pool = tiny_pool(tmp_path / "store", 4, settings=replace(SETTINGS, kind=kind))
+    pool = pool_of_sums(tmp_path / "store", 4, settings=replace(SETTINGS, kind=kind))
     stage = pool.training("small", online)
     tuned, meter = pool.store.get(stage), Meter()
     stage.estimate(tmp_path, meter)
@@ -172,7 +182,7 @@ def test_a_selection_is_known_by_method_budget_seed_and_pool_and_charged_for_wha
 
 
 def test_what_one_method_asked_another_reads(tmp_path: Path):
-    pool = tiny_pool(Store(tmp_path))
+    pool = pool_of_sums(Store(tmp_path))
     pool.store.get(Select(Staff(num_regions=2, verification_budget=1), pool, 4))
     pool.store.computed.clear()
     again = Select(Staff(num_regions=2, verification_budget=1, pick="highest"), pool, 4)
@@ -183,3 +193,88 @@ def test_what_one_method_asked_another_reads(tmp_path: Path):
         "finetune",
         *["scores"] * 2,
     ]
+
+
+# ---------------------------------------------------------------- EL2N
+
+
+def test_el2n_equals_the_recorded_values() -> None:
+    golden = recorded("el2n")["a"]
+    logits, labels = torch.from_numpy(golden["logits"]), torch.from_numpy(golden["labels"])
+    predictions, answers = Positions.of_predictions(labels), Positions.of_answers(labels)
+    standard = el2n_scores(predictions.gather(logits)[0], predictions)
+    official = el2n_scores(answers.gather(logits)[0], answers, "official")
+    assert standard.item() == pytest.approx(float(golden["recommended_mean_token_norm"]), rel=1e-6)
+    assert official.item() == pytest.approx(float(golden["official"]), rel=1e-6)
+
+
+def exact_error_norm(logits: list[float], label: int) -> float:
+    """The textbook form in 60 digits."""
+    getcontext().prec = 60
+    powers = [Decimal(z).exp() for z in logits]
+    p = [power / sum(powers) for power in powers]
+    return float((sum(x * x for x in p) - 2 * p[label] + 1).sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_el2n_is_accurate_where_the_model_is_almost_sure(dtype: torch.dtype) -> None:
+    for gap in (0.5, 5.0, 10.0, 20.0, 40.0, 60.0):
+        logits = torch.tensor([[gap, 0.0, -1.5, 0.25, -3.0]], dtype=dtype)
+        positions = Positions(torch.tensor([0]), torch.tensor([0]), torch.tensor([1]))
+        expected = exact_error_norm(logits[0].tolist(), 0)
+        assert el2n_scores(logits, positions).item() == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------- means over the tokens of an answer
+
+
+@pytest.fixture(scope="module")
+def likely_model():
+    return random_model(initializer_range=0.5).eval()
+
+
+@pytest.fixture(scope="module")
+def samples(likely_model) -> TokenizedSamples:
+    """Answers of which the model predicts some tokens, and not others."""
+    rng, rows, prompts = np.random.default_rng(0), [], []
+    for prompt, answer in zip(rng.integers(1, 20, 9), rng.integers(1, 9, 9), strict=True):
+        row = rng.integers(1, 61, prompt).tolist()
+        for _ in range(answer):
+            likely = int(likely_model(torch.tensor([row])).logits[0, -1].argmax())
+            row.append(likely if rng.random() < 0.5 else int(rng.integers(1, 61)))
+        rows.append(row)
+        prompts.append(int(prompt))
+    return TokenizedSamples.of_rows([f"s{i}" for i in range(9)], rows, prompts)
+
+
+def expected(likely_model, samples: TokenizedSamples) -> dict[str, np.ndarray]:
+    """From the logits of one sample after the other, token by token."""
+    values: dict[str, list[float]] = {"margin": [], "probability": [], "correct": []}
+    for i in range(len(samples)):
+        row, first = samples.row(i).tolist(), int(samples.prompt_lengths[i])
+        logits = likely_model(torch.tensor([row])).logits[0].double().detach().numpy()
+        margins, probabilities, right = [], [], []
+        for position in range(first, len(row)):
+            z, y = logits[position - 1], row[position]
+            margins.append(z[y] - np.delete(z, y).max())
+            probabilities.append(np.exp(z[y] - z.max()) / np.exp(z - z.max()).sum())
+            right.append(z.argmax() == y)
+        for name, tokens in zip(values, (margins, probabilities, right), strict=True):
+            values[name].append(np.mean(tokens))
+    return {name: np.array(column) for name, column in values.items()}
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["in batches", "one at a time"])
+def test_signals_of_answers_are_means_over_their_tokens(likely_model, samples: TokenizedSamples, alone: bool):
+    signals = [named(name) for name in ("margin", "probability", "correct")]
+    values = score_samples(likely_model, samples, signals, batch_tokens=50, pad_token_id=0, one_at_a_time=alone)
+    wanted = expected(likely_model, samples)
+    assert 0 < wanted["correct"].mean() < 1 and wanted["margin"].min() < 0 < wanted["margin"].max()
+    for name in wanted:
+        assert values[name].shape == (9,) and values[name].dtype == np.float64
+        np.testing.assert_allclose(values[name], wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_name_is_the_signals_own():
+    for name in NAMED:
+        assert named(name).name == name and isinstance(type(named(name)).version, int)

@@ -1,23 +1,26 @@
-"""Gradients projected by random signs: exact against plain autograd and an explicit matrix of the signs."""
+"""Projected gradients, and the warm-up whose moments and learning rates LESS takes."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from support.golden import recorded
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.models.gemma3 import Gemma3TextConfig
-from transformers.models.llama import LlamaConfig
+from support.tiny import adapted, random_model, tiny_pool
+from torch import Tensor
 
 from baselines.less import adam_direction_official
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
+from staff.models.adapters import fresh_lora
+from staff.models.state import ModelState
+from staff.pool import Pool
 from staff.scoring import projection
 from staff.scoring.flops import scoring_flops
 from staff.scoring.gradients import gradient_parameters
@@ -25,34 +28,13 @@ from staff.scoring.passes import score_samples
 from staff.scoring.projection import adam_direction, random_words, sign_blocks
 from staff.signals import named
 from staff.signals.projected_gradient import ProjectedGradient
+from staff.training.settings import FinetuneSettings
+from staff.training.stage import Finetune, read_learning_rates
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SHAPE),
-    "gemma3": Gemma3TextConfig(**SHAPE, query_pre_attn_scalar=8, final_logit_softcapping=2.0),
-}
+# ---------------------------------------------------------------- projected gradients
+
+
 ADAM = [case for case in recorded("less") if case.startswith("less_adam")]
-
-
-def adapted_model(architecture: str = "llama", **lora: Any) -> Any:
-    """A random model with adapters whose A and B are both away from zero."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture])
-    model = get_peft_model(model, LoraConfig(**{"r": 3, "target_modules": "all-linear", **lora}))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 def samples(n: int = 5) -> TokenizedSamples:
@@ -95,10 +77,10 @@ def by_autograd(
 @pytest.mark.parametrize("alone", [False, True], ids=["in batches", "one at a time"])
 @pytest.mark.parametrize("adam", [False, True], ids=["plain", "adam"])
 @pytest.mark.parametrize(
-    ("architecture", "lora"), [("llama", {}), ("gemma3", {}), ("llama", {"lora_bias": True})], ids=str
+    ("architecture", "lora"), [("llama", {}), ("gemma3_text", {}), ("llama", {"lora_bias": True})], ids=str
 )
 def test_projections_are_those_of_autograds_gradients(architecture: str, lora: dict, adam: bool, alone: bool):
-    model, given = adapted_model(architecture, **lora), samples()
+    model, given = adapted(random_model(architecture), **lora), samples()
     moments = moments_of(model) if adam else None
     expected = by_autograd(model, given, 70, moments)
     signal = ProjectedGradient(70, adam)
@@ -109,7 +91,7 @@ def test_projections_are_those_of_autograds_gradients(architecture: str, lora: d
 
 
 def test_other_signals_come_out_of_the_same_pass():
-    model, given = adapted_model(), samples()
+    model, given = adapted(random_model()), samples()
     asked = {"batch_tokens": 60, "pad_token_id": 0}
     together = score_samples(model, given, [ProjectedGradient(8), named("effort", parameters="all_lora")], **asked)
     for name, values in score_samples(model, given, [ProjectedGradient(8)], **asked).items():
@@ -167,7 +149,7 @@ def test_adams_direction_is_that_of_the_released_code(case: str):
 
 
 def test_the_projection_is_counted():
-    model, lengths = adapted_model(), np.array([20, 30])
+    model, lengths = adapted(random_model()), np.array([20, 30])
     flops = {dim: scoring_flops(model, lengths, np.array([4, 5]), [ProjectedGradient(dim)]) for dim in (64, 128)}
     parameters = sum(p.numel() for p in gradient_parameters(model, "all_lora").values())
     assert flops[128] - flops[64] == 2 * 2 * 64 * parameters
@@ -177,3 +159,108 @@ def test_dimensions_that_are_no_number_above_zero_are_refused():
     for dim in (0, 2.5, True):
         with pytest.raises(UserError, match=f"dim={dim} of the signal 'projected_gradient' must be a whole number"):
             named("projected_gradient", dim=dim)
+
+
+# ---------------------------------------------------------------- the warm-up
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    return tiny_pool(tmp_path_factory.mktemp("store"))
+
+
+def test_the_moments_after_one_step_are_those_of_its_gradient(pool: Pool):
+    samples = pool.slices["dev"].small  # six, in one batch
+    settings = replace(pool.settings, max_grad_norm=1e9)
+    training = Finetune(pool.family.small, samples, settings, 1, seed=3, moments=True)
+    moments = ModelState(pool.family.small, training).load_moments(pool.store.get(training))
+
+    model = fresh_lora(pool.family.small.load(), settings.lora, seed=3)
+    parameters, total = gradient_parameters(model, "all_lora"), torch.zeros(())
+    for i in range(len(samples)):
+        ids, labels = (torch.tensor(values)[None] for values in (samples.row(i).astype(int), samples.labels(i)))
+        total = total + model(input_ids=ids, labels=labels).loss * int(samples.answer_lengths[i])
+    gradients = torch.autograd.grad(total / int(samples.answer_lengths.sum()), list(parameters.values()))
+    assert moments.keys() == parameters.keys()
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        first, second = moments[name]
+        assert first.shape == second.shape == parameter.shape
+        torch.testing.assert_close(first, 0.1 * gradient, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(second, 0.001 * gradient.square(), rtol=2e-3, atol=1e-12)
+    assert any(gradient.any() for gradient in gradients)
+
+
+def test_moments_lie_beside_every_epochs_adapter_and_only_where_they_are_asked_for(pool: Pool):
+    warmup, other = pool.store.get(pool.training("warmup")), pool.store.get(pool.training("small"))
+    kept = sorted(
+        str(file.relative_to(warmup.path / "epochs")) for file in warmup.path.glob("epochs/*/*.safetensors")
+    )
+    assert kept == ["1/adapter_model.safetensors", "1/moments.safetensors", "2/moments.safetensors"]
+    assert not list(other.path.rglob("moments.safetensors"))
+    first, last = (
+        ModelState(pool.family.target, pool.training("warmup"), k).load_moments(warmup) for k in (1, None)
+    )
+    assert all(not first[name][1].equal(last[name][1]) for name in first)
+
+
+def test_a_fine_tuning_is_known_by_its_moments_only_where_it_keeps_them(pool: Pool):
+    training = pool.training("small")
+    assert "moments" not in training.key()
+    assert replace(training, moments=True).fingerprint != training.fingerprint
+    with pytest.raises(UserError, match="Adam's moments are kept of adapters: they need finetune=lora, not full"):
+        replace(training, settings=FinetuneSettings(kind="full"), moments=True)
+
+
+def test_the_warmup_is_on_a_twentieth_of_the_pool_drawn_by_seed_and_id(pool: Pool):
+    ids = set(pool.training("warmup").samples.ids)
+    assert len(ids) == 2 and ids <= set(pool.ids)
+    turned = np.arange(len(pool.ids))[::-1]
+    part = pool.slices["pool"]
+    reordered = replace(
+        pool, slices={"pool": replace(part, small=part.small.take(turned), target=part.target.take(turned))}
+    )
+    assert reordered.training("warmup").fingerprint == pool.training("warmup").fingerprint
+    assert len({tuple(replace(pool, seed=seed).training("warmup").samples.ids) for seed in range(4)}) > 2
+    first = replace(part, small=part.small.take(range(21)), target=part.target.take(range(21)))
+    assert len(replace(pool, slices={"pool": first}).training("warmup").samples) == 2  # 1.05, rounded up
+
+
+@pytest.mark.parametrize("of", ["small", "warmup"])
+def test_learning_rates_are_means_over_the_steps_of_each_epoch(pool: Pool, of: str):
+    training = pool.training(of)
+    log = json.loads((pool.store.get(training).path / "training.json").read_text())["log"]
+    used = np.array([entry["learning_rate"] for entry in log if "learning_rate" in entry])
+    steps = 5 if of == "small" else 1  # of 40 or 2 samples, 8 at once
+    assert used.shape == (2 * steps,) and used.max() == pytest.approx(3e-3)
+    np.testing.assert_allclose(pool.learning_rates(of), used.reshape(2, steps).mean(1))
+
+
+def test_an_epoch_without_a_logged_step_gets_a_rate_between_its_neighbours(tmp_path: Path):
+    steps = [{"epoch": epoch, "learning_rate": rate} for epoch, rate in ((0.5, 2.0), (1.0, 4.0), (3.0, 1.0))]
+    (tmp_path / "training.json").write_text(json.dumps({"log": [*steps, {"epoch": 4.0, "train_loss": 0.1}]}))
+
+    class Trained:
+        path = tmp_path
+
+    assert read_learning_rates(Trained(), 4).tolist() == [3, 2, 1, 1]  # type: ignore[arg-type]
+
+
+def test_what_has_no_moments_or_learning_rates_is_refused_before_it_is_made(tmp_path: Path):
+    pool = tiny_pool(tmp_path)
+    for of in ("small", "small@1", "target"):
+        with pytest.raises(UserError, match=r"optimiser's moments, and .* keeps none"):
+            pool.ask("projected_gradient", of=of, adam=True)
+    with pytest.raises(UserError, match="of='target': the raw model has no learning rates"):
+        pool.learning_rates("target")
+    with pytest.raises(UserError, match="the model 'warm' is unknown: choose one of small"):
+        pool.ask("loss", of="warm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_adams_directions_of_a_warmup_are_finite_and_not_the_gradients(pool: Pool):
+    at = np.arange(3)
+    plain, adam = (pool.ask("projected_gradient", of="warmup@epochs", at=at, dim=64, adam=a) for a in (False, True))
+    assert plain.shape == adam.shape == (3, 2, 64) and plain.dtype == np.float32
+    assert np.isfinite(adam).all() and not np.allclose(adam[:, 0], adam[:, 1])
+    cosine = (plain * adam).sum(-1) / np.linalg.norm(plain, axis=-1) / np.linalg.norm(adam, axis=-1)
+    assert (cosine < 0.99).all()

@@ -1,26 +1,32 @@
-"""Methods that rank the pool by one number: length, perplexity, IFD, imported scores."""
+"""Methods that rank the pool by length, perplexity or IFD, and facility location, against recorded vectors."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
-import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.any_pool import AnyPool, select
 from support.golden import recorded
 
+from baselines import facility_location as facility
+from baselines.facility_location import (
+    FacilityLocation,
+    exponential,
+    greedy,
+    half_cosine,
+    kernel_matrix,
+    lazy_greedy,
+    superfiltering_official,
+)
 from baselines.ifd import IFD, difficulty, is_kept, preference
-from baselines.imported import Imported
 from baselines.length import Length
 from baselines.perplexity import Perplexity, window_from
 from staff.errors import UserError
 
+# ---------------------------------------------------------------- length, perplexity and IFD
+
 PERPLEXITY, DIFFICULTY = recorded("perplexity"), recorded("ifd")
-
-
-# ---------------------------------------------------------------- length
 
 
 @pytest.mark.parametrize(
@@ -137,77 +143,123 @@ def test_an_answer_of_no_loss_without_its_prompt_is_refused_by_its_id():
         select(IFD(), pool, 2)
 
 
-# ---------------------------------------------------------------- imported
-
-SCORES = {"sample 0": 0.5, "sample 1": -2, "sample 2": 7.25, "sample 3": 1, "another": 99}
+# ---------------------------------------------------------------- facility location
 
 
-def write(folder: Path, suffix: str) -> Path:
-    file = folder / f"scores{suffix}"
-    table = pd.DataFrame({"id": list(SCORES), "score": list(SCORES.values()), "other": range(5)})
-    if suffix == ".json":
-        file.write_text(json.dumps(SCORES))
-    elif suffix == ".csv":
-        table.to_csv(file, index=False)
-    else:
-        table.to_parquet(file)
-    return file
+KERNELS = recorded("facility_location")
+PLAIN = [case for case in KERNELS if "superfiltering" not in case]
 
 
-@pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet"])
-@pytest.mark.parametrize(("which", "expected"), [("top", [2, 3]), ("middle", [0, 3]), ("low", [0, 1])])
-def test_imported_scores_are_ranked_by_id_whatever_the_order_of_the_file(tmp_path, suffix, which, expected):
-    method = Imported(str(write(tmp_path, suffix)), which=which)
-    assert select(method, AnyPool(4), 2).indices.tolist() == expected
+def recorded_kernel(case: str) -> np.ndarray:
+    golden = KERNELS[case]
+    return golden["kernel"] if "kernel" in golden else kernel_matrix(golden["embeddings"], case.split("_")[-1])
 
 
-def test_the_scores_of_a_coreset_can_be_imported(tmp_path: Path):
-    pool = AnyPool(30)
-    select(Perplexity(), pool, 5).save(tmp_path, pool.ids)
-    method = Imported(str(tmp_path / "samples.parquet"), column="loss", which="low")
-    assert select(method, pool, 5).indices.tolist() == select(Perplexity("low"), pool, 5).indices.tolist()
+def replay(kernel: np.ndarray, order: np.ndarray) -> tuple[float, np.ndarray]:
+    """By how much each pick misses the largest gain, at worst, and the gains, in float64."""
+    kernel, covered, worst, gains = kernel.astype(np.float64), np.zeros(len(kernel)), 0.0, []
+    left = np.ones(kernel.shape[1], dtype=bool)
+    for pick in order:
+        now = np.maximum(kernel - covered[:, None], 0).sum(axis=0)
+        worst = max(worst, now[left].max() - now[pick])
+        gains.append(now[pick])
+        left[pick] = False
+        covered = np.maximum(covered, kernel[:, pick])
+    return worst, np.array(gains)
 
 
-def test_imported_scores_are_known_by_what_they_are_and_not_by_their_file(tmp_path: Path):
-    digests = {Imported(str(write(tmp_path, suffix))).content_digest for suffix in (".json", ".csv", ".parquet")}
-    assert len(digests) == 1
-    (tmp_path / "turned.json").write_text(json.dumps(dict(reversed(SCORES.items()))))
-    assert Imported(str(tmp_path / "turned.json")).content_digest in digests
-    (tmp_path / "other.json").write_text(json.dumps({**SCORES, "sample 3": 1.5}))
-    assert Imported(str(tmp_path / "other.json")).content_digest not in digests
+@pytest.mark.parametrize("case", PLAIN)
+def test_the_lazy_order_and_gains_are_those_of_submodlib(case: str):
+    golden = KERNELS[case]
+    order, gains = lazy_greedy(recorded_kernel(case), len(golden["order"]))
+    assert order.tolist() == golden["order"].tolist()
+    np.testing.assert_allclose(gains, golden["gains"], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("scores.txt", "", "is none of .csv, .parquet, .json"),
-        ("scores.csv", "id,value\na,1\n", "has no column 'score'; it has id, value"),
-        ("scores.csv", "name,score\na,1\n", "has no column 'id'"),
-        ("scores.csv", "id,score\na,1\na,2\n", "lists 'a' more than once"),
-        ("scores.csv", "id,score\nNA,high\n", "gives 'NA' the score 'high'"),
-        ("scores.json", '{"a": 1, "a": 2}', "lists 'a' more than once"),
-        ("scores.json", '{"a": null}', "gives 'a' the score None"),
-        ("scores.json", "[1, 2]", "must hold a JSON object"),
-        ("scores.json", "3", "must hold a JSON object"),
-        ("scores.json", "{", "cannot be read"),
-        ("scores.parquet", "torn", "cannot be read"),
-        ("missing.csv", None, "cannot be read"),
-    ],
+@pytest.mark.parametrize("case", [case for case in PLAIN if "dense" in case and "N60" in case])
+def test_kernels_are_those_of_submodlib_to_the_last_bit_but_for_the_exponential(case: str):
+    golden = KERNELS[case]
+    kernel = kernel_matrix(golden["embeddings"], case.split("_")[-1])
+    np.testing.assert_array_max_ulp(kernel, golden["kernel"], maxulp=0 if "cosine" in case else 1)
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_the_blocked_choice_is_greedy_on_recorded_kernels_whichever_way_ties_fall(case: str):
+    golden, kernel = KERNELS[case], recorded_kernel(case)
+    order, gains, covered = greedy(lambda r, c: kernel[np.ix_(r, c)], *kernel.shape, len(golden["order"]))
+    worst, replayed = replay(kernel, order)
+    assert worst < 1e-5 and len(set(order)) == len(order)
+    np.testing.assert_allclose(gains, replayed, atol=1e-5)
+    np.testing.assert_array_equal(covered, np.maximum(kernel[:, order].max(axis=1), 0))
+
+
+@pytest.mark.parametrize("case", [case for case in KERNELS if case not in PLAIN])
+def test_superfiltering_with_diversity_selects_what_was_recorded(case: str):
+    golden = KERNELS[case]
+    count, budget = int(golden["ifd_num"]), int(golden["fla_num"])
+    kept, selected = superfiltering_official(golden["embeddings"], golden["ifd"], count, budget)
+    assert kept.tolist() == golden["kept_after_ifd"].tolist()
+    assert selected.tolist() == golden["selected"].tolist()
+
+
+@pytest.mark.parametrize(("similarity", "metric"), [(half_cosine, "half_cosine"), (exponential, "euclidean")])
+def test_similarities_in_blocks_are_those_of_the_whole_matrix(similarity, metric: str):
+    embeddings = np.random.default_rng(0).normal(size=(40, 12)).astype(np.float32)
+    embeddings[7] = 0
+    rows, columns = np.array([7, 3, 11]), np.arange(40)
+    block = similarity(embeddings)(rows, columns)
+    np.testing.assert_allclose(block, kernel_matrix(embeddings, metric)[rows], atol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n=st.integers(1, 90),
+    kind=st.sampled_from(["plain", "duplicates", "grid", "constant", "zero"]),
+    seed=st.integers(0, 2**32),
+    share=st.sampled_from([1, 2, 16]),
+    data=st.data(),
 )
-def test_a_file_that_holds_no_scores_is_refused_at_once(tmp_path: Path, name: str, text: str | None, said: str):
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=said) as raised:
-        Imported(str(tmp_path / name))
-    assert f"method.path={tmp_path / name}" in str(raised.value)
+def test_few_exact_gains_and_small_blocks_still_give_the_greedy_choice(
+    n: int, kind: str, seed: int, share: int, data: st.DataObject
+):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 5))
+    x = {
+        "plain": x,
+        "duplicates": x[rng.integers(0, n, n)],
+        "grid": np.round(x),
+        "constant": np.ones((n, 5)),
+        "zero": np.where(rng.random((n, 1)) < 0.3, 0, x),
+    }[kind].astype(np.float32)
+    budget = data.draw(st.integers(1, n))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(facility, "ROWS", 7)
+        patch.setattr(facility, "COLUMNS", 11)
+        patch.setattr(facility, "ACTIVE_SHARE", share)
+        patch.setattr(facility, "FEWEST_ACTIVE", 1)
+        order, gains, _ = greedy(half_cosine(x), n, n, budget)
+    assert len(set(order)) == budget
+    worst, replayed = replay(kernel_matrix(x, "half_cosine"), order)
+    assert worst < 1e-4
+    np.testing.assert_allclose(gains, replayed, atol=1e-4)
 
 
-def test_a_sample_without_a_score_or_with_a_nan_is_refused_by_its_id(tmp_path: Path):
-    method = Imported(str(write(tmp_path, ".csv")))
-    with pytest.raises(UserError, match="no score for sample 'sample 4' \\(2 such in all\\)"):
-        select(method, AnyPool(6), 2)
-    (tmp_path / "nan.json").write_text('{"sample 0": 1, "sample 1": NaN}')
-    with pytest.raises(UserError, match="imported score of sample 'sample 1' is nan"):
-        select(Imported(str(tmp_path / "nan.json")), AnyPool(2), 1)
-    with pytest.raises(UserError, match="path=None names no scores"):
-        Imported()
+def test_every_cluster_is_represented_before_any_is_represented_twice():
+    centres = np.eye(6, 10)
+    members = np.repeat(np.arange(6), 20)
+    x = centres[members] + 0.05 * np.random.default_rng(0).normal(size=(120, 10))
+    pool = AnyPool(120, {"embedding": x})
+    coreset = select(FacilityLocation(of="target"), pool, 6)
+    assert sorted(members[coreset.indices]) == list(range(6))
+    assert coreset.scores["coverage"].min() > 0.9
+    assert np.isfinite(coreset.scores["gain"]).sum() == 6
+
+
+def test_an_embedding_that_is_not_finite_names_its_sample_and_an_unknown_similarity_its_choices():
+    x = np.ones((5, 3))
+    x[3, 1] = np.nan
+    pool = AnyPool(5, {"embedding": x})
+    with pytest.raises(UserError, match=r"the embedding of sample 'sample 3' is nan"):
+        select(FacilityLocation(), pool, 2)
+    with pytest.raises(UserError, match=r"method.similarity='dot' is unknown: choose cosine or euclidean"):
+        FacilityLocation(similarity="dot")

@@ -1,5 +1,7 @@
 """The report's statistics keep what they promise, in simulations where the truth is known."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from experiments.report.power import power, seeds_needed, seeds_to_decide, with_seeds
+from experiments.report.similarity import region_similarity
 from experiments.report.statistics import Difference, holm, seed_variance, t_interval, typical
 from experiments.report.variance import Layout, between_seeds, moderation
 
@@ -211,3 +214,15 @@ def test_the_variance_of_selection_and_of_fine_tuning_seeds_is_told_apart():
         estimates.append(seed_variance(20 + selection + finetuning + rng.normal(0, 0.5, size=(4, 5))))
     mean = [np.mean([getattr(e, part) for e in estimates]) for part in ("selection", "finetuning", "rest")]
     assert mean == pytest.approx([4, 1, 0.25], rel=0.2)
+
+
+def test_regions_are_alike_where_both_models_rank_alike_and_by_chance_where_nothing_is_shared():
+    rng = np.random.default_rng(0)
+    small = rng.random(5000)
+    same = region_similarity(small, 3 * small + 1, 10)
+    assert (same["same region"], same["mean overlap"], same["Spearman"]) == (1, 1, pytest.approx(1))
+    other = region_similarity(small, rng.random(5000), 10)
+    assert other["same region"] == pytest.approx(other["by chance"], abs=0.02) == pytest.approx(0.1, abs=0.02)
+    shifted = region_similarity(np.arange(10.0), np.array([*range(1, 10), 0.0]), 2)
+    assert shifted["same region"] == 0.8 and shifted["mean overlap"] == pytest.approx(4 / 6)
+    assert region_similarity(np.ones(5), small[:5], 3)["Spearman"] != 1

@@ -1,7 +1,10 @@
-"""The same command twice gives the same files; a seed, and nothing else, changes what is random."""
+"""The same command twice gives the same files, also as they were committed; a seed changes what is random alone."""
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -15,17 +18,20 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, SMALL
-from support.contract import METHODS, AnyPool, method_named, select
-from support.pools import tiny_pool
+from support.any_pool import METHODS, DrawnPool, method_named, select
+from support.tiny import pool_of_sums
 
 import staff.models.state
 import staff.training.stage
-from experiments.compare import compare
+from experiments.compare import MACHINE, compare
+from experiments.recorded import recorded_runs
 from staff.pool import Pool, Select
 from staff.scoring.stage import ScoringSettings
 from staff.selection import Coreset
 from staff.speculative import Staff
 from staff.training.trainer import AnswerTrainer
+
+# ---------------------------------------------------------------- twice
 
 
 def contents(results: Path) -> dict[str, str]:
@@ -86,7 +92,7 @@ def test_another_batch_size_moves_scores_by_rounding_alone(tmp_path):
         method = Staff(num_regions=3, verification_budget=2)
         return Coreset.load(pool.store.get(Select(method, pool, 32)).path)
 
-    large = tiny_pool(tmp_path / "large", 64, scoring=ScoringSettings(batch_tokens=8192))
+    large = pool_of_sums(tmp_path / "large", 64, scoring=ScoringSettings(batch_tokens=8192))
     first = scored(large)
     for folder in ("scores", "coreset"):
         (large.store.root / folder).rename(large.store.root / f"{folder} in large batches")
@@ -104,7 +110,7 @@ CHAINED = {"facility_location", "facility_location_official", "prototypes"}
 @pytest.mark.parametrize("name", METHODS)
 def test_rounding_of_the_scores_moves_a_sample_across_an_edge_and_no_more(name: str):
     size = 2_000 if name in CHAINED else 10_000
-    pool, moved = AnyPool(size), AnyPool(size)
+    pool, moved = DrawnPool(size), DrawnPool(size)
     moved.noise = 1e-5
     one, other = (select(method_named(name), p, size // 2).indices for p in (pool, moved))
     assert len(one) == 0 or jaccard(one, other) >= (0.9 if name in CHAINED else 0.99)
@@ -163,3 +169,64 @@ def test_each_seed_reaches_all_that_is_random_on_its_side(drawn, tmp_path):
         "order of the coreset",
     }
     assert {name for name in first if selecting[name] == first[name]} == {"adapter of the target"}
+
+
+# ---------------------------------------------------------------- what was committed
+
+
+COMMITTED = ROOT / "results" / "slice"
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The committed slice, made from nothing by the settings that `make slice` has."""
+    results = tmp_path_factory.mktemp("again")
+    (settings,) = re.findall(r"^SLICE = ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.M)
+    arguments = [*shlex.split(settings.replace("\\\n", " ")), f"results_dir={results}"]
+    subprocess.run([sys.executable, "-m", "experiments.run", *arguments], cwd=ROOT, check=True, capture_output=True)
+    return results
+
+
+def command(first: Path, second: Path, *options: str) -> subprocess.CompletedProcess:
+    arguments = [sys.executable, "-m", "experiments.compare", str(first), str(second), *options]
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_committed_slice_comes_out_equal_on_the_same_kind_of_machine(again: Path):
+    table = compare(COMMITTED, again).set_index("run")
+    assert len(table) == 2 and table["equal"].notna().all(), table
+    here = [next(iter(recorded_runs(results).values())).record()["provenance"] for results in (COMMITTED, again)]
+    if all(here[0][part] == here[1][part] for part in MACHINE):
+        assert table["equal"].all(), table
+        assert command(COMMITTED, again).returncode == 0
+    random = next(run for run in table.index if "-random-" in run)
+    assert table.loc[random, "jaccard"] == 1, "what is drawn at random depends on no processor"
+    assert (table["jaccard"] > 0.8).all(), table
+
+
+def test_a_comparison_names_runs_that_differ_and_runs_that_are_missing(again: Path, tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for copy in (first, second):
+        shutil.copytree(again / "runs", copy / "runs")
+    assert command(first, second).returncode == 0
+    changed, gone = sorted((second / "runs").glob("*/metrics.json"))[:2]
+    record = json.loads(changed.read_text())
+    record["metrics"]["rougeL"] += 1e-9
+    changed.write_text(json.dumps(record))
+    gone.unlink()
+    table = compare(first, second).set_index("run")
+    assert table.loc[changed.parent.name, "equal"] == False and table["equal"].isna().sum() == 1  # noqa: E712
+    said = command(first, second)
+    assert said.returncode == 1 and "0 of 2 runs equal, 1 not made again" in said.stdout
+    assert len(compare(first, second, part=True)) == 1, "a part of the runs is compared by itself"
+    said = command(second, first, "--part")
+    assert said.returncode == 1 and f"1 not in {second}" in said.stdout
+
+    record["provenance"]["cpu"] = "another"
+    changed.write_text(json.dumps(record))
+    assert compare(first, second).set_index("run").loc[changed.parent.name, "machine"] == False  # noqa: E712
+
+
+def test_a_comparison_with_nothing_is_refused(tmp_path: Path):
+    said = command(tmp_path, tmp_path)
+    assert said.returncode == 1 and "holds no record" in said.stderr

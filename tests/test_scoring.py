@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import logging
-from decimal import Decimal, getcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.golden import recorded
+from support.tiny import adapted, random_model
 from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, CohereConfig
-from transformers.models.llama import LlamaConfig
 
 from staff.data.tokens import TokenizedSamples
 from staff.data.views import DataView
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.scoring.passes import score_samples
-from staff.scoring.positions import Positions
 from staff.scoring.signal import Signal
 from staff.signals import el2n, named, named_all
 from staff.signals.effort import Effort
-from staff.signals.el2n import EL2N, el2n_scores
+from staff.signals.el2n import EL2N
 from staff.signals.embedding import Embedding
 from staff.signals.loss import Loss
 from staff.store.cost import Meter
@@ -35,33 +32,14 @@ from staff.store.cost import Meter
 BROKEN_TOKEN = 60
 
 
-def random_llama(**changes: Any) -> Any:
-    torch.manual_seed(0)
-    settings: dict[str, Any] = {
-        "vocab_size": 61,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-    }
-    config = LlamaConfig(**settings | changes)
-    return AutoModelForCausalLM.from_config(config)
-
-
 def tiny_family() -> Any:
     return ModelSpec("pkg://staff/assets/tiny/small").load()
 
 
-@pytest.fixture(params=[random_llama, tiny_family], ids=["random", "tiny"])
+@pytest.fixture(params=[random_model, tiny_family], ids=["random", "tiny"])
 def model(request: pytest.FixtureRequest) -> Any:
     """With adapters whose A and B are both away from zero."""
-    model = get_peft_model(request.param(), LoraConfig(r=3, target_modules="all-linear"))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    return adapted(request.param(), std=0.1)
 
 
 def random_samples(n: int = 17) -> TokenizedSamples:
@@ -191,14 +169,14 @@ def test_scores_do_not_depend_on_batch_size_padding_or_order(model: Any, signal:
 
 
 def test_without_a_begin_token_the_first_of_an_answer_alone_is_left_out_of_its_loss() -> None:
-    model, samples = random_llama().eval(), TokenizedSamples.of_rows(["a"], [[5, 6, 7, 8, 9]], [2])
+    model, samples = random_model().eval(), TokenizedSamples.of_rows(["a"], [[5, 6, 7, 8, 9]], [2])
     with torch.no_grad():
         expected = model(torch.tensor([[7, 8, 9]]), labels=torch.tensor([[7, 8, 9]])).loss.item()
     assert score(model, samples, Loss(prompt=False))[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_scores_have_the_promised_shapes_and_types() -> None:
-    model, samples = random_llama(), random_samples(3)
+    model, samples = random_model(), random_samples(3)
     assert score(model, samples, Loss()).dtype == np.float64
     embedding = score(model, samples, Embedding())
     assert (embedding.shape, embedding.dtype) == ((3, 32), np.float32)
@@ -214,7 +192,7 @@ def batch_shapes(model: Any) -> list[tuple[int, int]]:
 
 
 def test_batches_keep_to_the_token_budget_and_a_longer_sample_goes_alone() -> None:
-    model, samples = random_llama(), random_samples(40)
+    model, samples = random_model(), random_samples(40)
     shapes = batch_shapes(model)
     score(model, samples, Loss(), batch_tokens=30)
     assert all(rows * length <= 30 or rows == 1 for rows, length in shapes)
@@ -232,7 +210,7 @@ def test_batches_keep_to_the_token_budget_and_a_longer_sample_goes_alone() -> No
 def test_running_out_of_memory_halves_the_budget_and_goes_on(
     error: RuntimeError, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, samples = random_llama(), random_samples()
+    model, samples = random_model(), random_samples()
     expected = score(model, samples, Loss())
 
     def small_memory(_, args: tuple, kwargs: dict[str, Tensor]) -> None:
@@ -247,7 +225,7 @@ def test_running_out_of_memory_halves_the_budget_and_goes_on(
 
 
 def test_a_sample_too_large_for_the_memory_is_named() -> None:
-    model, samples = random_llama(), random_samples()
+    model, samples = random_model(), random_samples()
 
     def no_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -261,12 +239,12 @@ def test_a_sample_too_large_for_the_memory_is_named() -> None:
 def test_other_errors_of_the_model_are_not_taken_for_lack_of_memory() -> None:
     samples = TokenizedSamples.of_rows(["a"], [[1, 99]], [1])
     with pytest.raises(IndexError):
-        score(random_llama(), samples, Loss())
+        score(random_model(), samples, Loss())
 
 
 @of_every_signal
 def test_a_score_that_is_not_finite_is_refused_with_the_sample_named(signal: Any) -> None:
-    model = get_peft_model(random_llama(), LoraConfig(target_modules=["v_proj"]))
+    model = get_peft_model(random_model(), LoraConfig(target_modules=["v_proj"]))
     model.get_input_embeddings().weight.data[BROKEN_TOKEN] = torch.nan
     samples = random_samples()
     samples.row(7)[-1] = BROKEN_TOKEN
@@ -304,42 +282,15 @@ def test_signals_of_one_pass_differentiate_by_the_same_parameters() -> None:
     class Other(Effort):
         name = "other"
 
-    model = get_peft_model(random_llama(), LoraConfig(r=2, target_modules="all-linear"))
+    model = get_peft_model(random_model(), LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(
         UserError, match="effort, other differentiate by different parameters: ask for them one aft"
     ):
         score_samples(model, random_samples(), (Effort(), Other("all_lora")), batch_tokens=64, pad_token_id=0)
 
 
-def test_el2n_equals_the_recorded_values() -> None:
-    golden = recorded("el2n")["a"]
-    logits, labels = torch.from_numpy(golden["logits"]), torch.from_numpy(golden["labels"])
-    predictions, answers = Positions.of_predictions(labels), Positions.of_answers(labels)
-    standard = el2n_scores(predictions.gather(logits)[0], predictions)
-    official = el2n_scores(answers.gather(logits)[0], answers, "official")
-    assert standard.item() == pytest.approx(float(golden["recommended_mean_token_norm"]), rel=1e-6)
-    assert official.item() == pytest.approx(float(golden["official"]), rel=1e-6)
-
-
-def exact_error_norm(logits: list[float], label: int) -> float:
-    """The textbook form in 60 digits."""
-    getcontext().prec = 60
-    powers = [Decimal(z).exp() for z in logits]
-    p = [power / sum(powers) for power in powers]
-    return float((sum(x * x for x in p) - 2 * p[label] + 1).sqrt())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_el2n_is_accurate_where_the_model_is_almost_sure(dtype: torch.dtype) -> None:
-    for gap in (0.5, 5.0, 10.0, 20.0, 40.0, 60.0):
-        logits = torch.tensor([[gap, 0.0, -1.5, 0.25, -3.0]], dtype=dtype)
-        positions = Positions(torch.tensor([0]), torch.tensor([0]), torch.tensor([1]))
-        expected = exact_error_norm(logits[0].tolist(), 0)
-        assert el2n_scores(logits, positions).item() == pytest.approx(expected, rel=1e-5)
-
-
 def test_el2n_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, samples = random_llama(), random_samples()
+    model, samples = random_model(), random_samples()
     whole = score(model, samples, EL2N())
     monkeypatch.setattr(el2n, "CHUNK", 2)
     np.testing.assert_array_equal(score(model, samples, EL2N()), whole)
@@ -360,7 +311,7 @@ class FlopCounter(TorchDispatchMode):
 @pytest.mark.parametrize(("layers", "tied"), [(2, False), (2, True), (1, False)])
 @pytest.mark.parametrize("signal", [*SIGNALS, Effort("all_linear")], ids=repr)
 def test_the_meter_is_told_what_was_computed(signal: Any, layers: int, tied: bool) -> None:
-    model = random_llama(attn_implementation="eager", tie_word_embeddings=tied, num_hidden_layers=layers)
+    model = random_model(attn_implementation="eager", tie_word_embeddings=tied, num_hidden_layers=layers)
     if signal != Effort("all_linear"):
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     rows = np.random.default_rng(0).integers(1, 60, (4, 40)).tolist()

@@ -1,18 +1,20 @@
-"""A store that a group shares: permissions, readers, locks between nodes, quotas, clocks and older layouts."""
+"""One store used by several people, machines and processes at once."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from support.stores import ROOT, Job, never
+from support.processes import ROOT, Job, never, run, wait_for
 
 from experiments.store import entries
 from staff.errors import UserError
@@ -20,6 +22,9 @@ from staff.runtime import processes
 from staff.store import locks
 from staff.store.manifest import digest
 from staff.store.store import Store
+
+# ---------------------------------------------------------------- users and file systems
+
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="another user, or a file system, is root's to make")
 GROUP, OTHER = 54321, 54322  # ids that nobody has
@@ -45,7 +50,7 @@ def as_another_user(store: Path, script: str, umask: int = 0o002) -> str:
     prelude = f"""
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from support.stores import Job, never
+from support.processes import Job, never
 from staff.errors import UserError
 from staff.store.store import Store
 from test_shared_store import save
@@ -189,3 +194,93 @@ def test_a_store_of_an_older_layout_is_left_alone(tmp_path):
     present = Job({"seed": 0}, kind="finetuned")
     assert Store(tmp_path).get(present).computed, "known by what it is, whatever else lies beside it"
     assert (older / "manifest.json").read_bytes() == content
+
+
+# ---------------------------------------------------------------- several processes
+
+
+# Each says which of its jobs it runs ("made NAME") and, once, that it waits for another process.
+CHAIN = """
+import logging, random
+class Tells(logging.Handler):
+    def emit(self, record):
+        if "waiting for another process" in record.getMessage():
+            side.with_name(f"waits {os.getpid()}").touch()
+logging.basicConfig(level=logging.INFO, handlers=[Tells()])
+def made(name):
+    with side.with_name(f"made {name}").open("a") as file:
+        file.write("made\\n")
+def train(folder, meter):
+    made("model")
+    if os.environ["DIES"] == "yes":
+        side.touch()
+        time.sleep(60)
+    (folder / "weights").write_text("0" * 100_000)
+model = Job({"seed": 0}, train, kind="finetune")
+def scores(name):
+    def score(folder, meter):
+        made(name)
+        weights = (store.get(model).path / "weights").read_text()
+        (folder / "scores").write_text(name * len(weights))
+    return Job({"name": name}, score)
+def coreset(name):
+    def select(folder, meter):
+        made(f"coreset {name}")
+        read = [(store.get(scores(of)).path / "scores").read_text() for of in name]
+        (folder / "coreset").write_text("".join(read))
+    return Job({"name": name}, select, kind="coreset")
+wanted = [model, *map(scores, "abc"), *map(coreset, ("ab", "bc", "ca", "abc"))]
+random.Random(os.getpid()).shuffle(wanted)
+for job in wanted:
+    artefact = store.get(job)
+    if job.kind == "coreset":
+        whole = "".join(of * 100_000 for of in job.settings["name"])
+        assert (artefact.path / "coreset").read_text() == whole
+"""
+NAMES = ("a", "b", "c", "coreset ab", "coreset abc", "coreset bc", "coreset ca")
+
+
+def test_eight_processes_make_artefacts_of_artefacts_once_each_in_whatever_order_they_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store = Store(tmp_path / "store")
+    monkeypatch.setenv("DIES", "yes")
+    holder = run(CHAIN, store.root, tmp_path / "held")
+    wait_for(tmp_path / "held")
+    monkeypatch.setenv("DIES", "no")
+    others = [run(CHAIN, store.root, tmp_path / "side") for _ in range(7)]
+    for process in others:  # all rest on the model; some hold locks of their own meanwhile
+        wait_for(tmp_path / f"waits {process.pid}")
+    holder.kill()
+    holder.communicate()
+    for process in others:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    made = {file.name.removeprefix("made "): file.read_text().count("made") for file in tmp_path.glob("made *")}
+    assert made.pop("model") == 2, "by the one that died, and by one other"
+    assert sorted(made) == sorted(NAMES)
+    assert sum(made.values()) - len(made) <= 2, "what the one that died was making, and nothing else, is made again"
+    inputs = [json.loads(file.read_text())["inputs"] for file in store.root.glob("coreset/*/manifest.json")]
+    assert Counter(map(len, inputs)) == {3: 3, 4: 1}, "scores, and the model they share"
+    assert not list((store.root / "tmp").iterdir()) and not store.held_locks()
+
+
+def test_a_holder_that_dies_frees_its_waiters_though_a_process_that_it_started_lives_on(tmp_path: Path):
+    script = """
+import subprocess
+def work(folder, meter):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    side.with_name("draft").write_text(str(child.pid))
+    side.with_name("draft").rename(side)
+    time.sleep(60)
+store.get(Job({"seed": 0}, work))
+"""
+    holder = run(script, tmp_path / "store", tmp_path / "child")
+    wait_for(tmp_path / "child")
+    try:
+        holder.kill()
+        holder.wait(timeout=30)
+        assert Store(tmp_path / "store").get(Job({"seed": 0})).computed
+    finally:
+        os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+        holder.communicate()

@@ -1,4 +1,4 @@
-"""STAFF against the vectors of the authors' code, and as a selection method on any input."""
+"""STAFF as a selection method on any input, and its ablations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.contract import method_named
-from support.golden import recorded
+from support.any_pool import method_named
 
 from baselines.ccs import CCS
 from staff import ArrayPool
@@ -25,7 +24,6 @@ ABLATIONS: dict[str, Staff] = {
     "random regions": Staff(speculation="none"),
     "target's own scores": Staff(speculation="target"),
 }
-VECTORS = recorded("staff")
 
 
 def pool_of(small: np.ndarray, target: np.ndarray, ids: list[str] | None = None) -> ArrayPool:
@@ -48,52 +46,6 @@ class Asked(ArrayPool):
 
 def select(method: Staff, pool: ArrayPool, budget: int, seed: int = 0) -> Coreset:
     return run_method(method, pool, budget, Draws(seed, pool.ids))
-
-
-# ---------------------------------------------------------------- the authors' code
-
-
-class Recorded(Draws):
-    """Draws that fall as they did for the authors' code: the samples to verify, and those of the fill."""
-
-    def __init__(self, ids: list[str], **recorded: np.ndarray):
-        super().__init__(0, ids)
-        self.recorded = recorded
-
-    def choose(self, purpose: str, candidates: np.ndarray, count: int) -> np.ndarray:
-        chosen = np.intersect1d(candidates, self.recorded[purpose])
-        assert len(chosen) == count
-        return chosen
-
-
-@pytest.mark.parametrize("case", VECTORS)
-def test_agrees_with_the_authors_code(case: str):
-    golden = VECTORS[case]
-    pool = pool_of(golden["overall"], golden["target"])
-    fill = golden["coreset"][golden["n_before_fill"] :]
-    draws = Recorded(pool.ids, verification=golden["verify_idx"], fill=fill)
-    # The recorded scores are min-max normalised already.
-    method = replace(PRESETS["staff_official"], normalise=False)
-
-    regions, members = method.regions(golden["overall"], draws.all_but_highest(golden["overall"], 0.1))
-    region_of = np.full(len(pool.ids), -1)
-    for region, positions in zip(regions, members):
-        region_of[positions] = region
-    np.testing.assert_array_equal(region_of, golden["region_of"])
-
-    coreset = run_method(method, pool, len(golden["coreset"]), draws)
-    assert coreset.indices.tolist() == sorted(golden["coreset"])
-    assert coreset.filled == len(fill)
-    table = coreset.diagnostics
-    assert table["region"].tolist() == golden["order_region"].tolist()
-    assert table["size"].tolist() == golden["order_sizes"].tolist()
-    assert table["verified"].tolist() == golden["verify_count"].tolist()
-    assert table["budget"].tolist() == golden["budgets"].tolist()
-    np.testing.assert_allclose(table["ratio"], golden["V"], rtol=1e-6)
-
-
-def test_all_vectors_are_there():
-    assert len(VECTORS) == 12
 
 
 # ---------------------------------------------------------------- any input

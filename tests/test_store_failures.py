@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from support.stores import KILLED_WHILE_WRITING, Clock, Job, flip_a_bit, never, run, wait_for
+from support.processes import KILLED_WHILE_WRITING, Clock, Job, flip_a_bit, never, run, wait_for
 
 from staff.errors import UserError
 from staff.store import cost

@@ -1,12 +1,13 @@
-"""Every method on the embedded models: exact size, what it asked of which model, what that cost, and its plan."""
+"""Every method and every family on the embedded models or tiny ones, and what they cost."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.tiny import CONF, method_named, tiny_pool
+from support.tiny import CONF, FAMILIES, FUSED, method_named, save_model, tiny_pool, told_and_peak
 
 from staff.pool import Pool, Select
 from staff.selection import Coreset, budget_of
@@ -14,6 +15,9 @@ from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage
 from staff.store.store import Store
+
+# ---------------------------------------------------------------- methods
+
 
 ASKS = {
     "aum": ("margin, small@epochs",),
@@ -132,3 +136,57 @@ def test_every_method_selects_its_budget_is_charged_for_what_it_asks_and_costs_w
     assert {without_counts(label) for label in plan} == {without_counts(label) for label in flops}
     for label in plan.keys() & flops.keys():
         assert plan[label] == pytest.approx(flops[label], rel=1e-6), label
+
+
+# ---------------------------------------------------------------- families
+
+
+METHODS = ("random", "staff", "el2n", "grand", "d2", "s2l", "k_center")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_with_every_kind_of_method(run: Any, models: Path, family: str, method: str):
+    folder = models / family
+    if not folder.exists():
+        save_model(family, folder)
+    overrides = [f"family.target.path={folder}", f"family.small.path={folder}", f"method={method}"]
+    if method == "staff":
+        overrides += ["method.num_regions=3", "method.verification_budget=2"]
+    if method == "staff" and family in FUSED:
+        overrides.append("method.gradient=all_lora")
+    record = run(*overrides)
+    assert record["counts"]["selected"] == 6
+    assert record["evaluation"]["flops"] > 0
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_a_gradient_that_a_family_does_not_have_is_refused_before_anything_is_fine_tuned(
+    run: Any, models: Path, tmp_path: Path, family: str
+):
+    from staff.errors import UserError
+
+    folder = models / family
+    if not folder.exists():
+        save_model(family, folder)
+    with pytest.raises(UserError, match="choose gradient=all_lora"):
+        run(f"family.target.path={folder}", f"family.small.path={folder}", "method=staff")
+    assert not list((tmp_path / "results" / "artifacts").glob("finetune/*"))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma", "gemma2", "gemma3_text"])
+def test_the_estimate_of_memory_is_the_measured_peak_within_a_tenth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, dtype: str, kind: str, checkpointing: bool
+):
+    changes = {"kind": kind, "gradient_checkpointing": checkpointing}
+    told, peak = told_and_peak(architecture, dtype, tmp_path, monkeypatch, **changes)
+    print(f"{architecture}, {dtype}, {changes}: {told / peak:.3f} of the measured peak")
+    assert told == pytest.approx(peak, rel=0.1)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import slurm
-from support.sweeps import check_left_behind, computed, finish, records, stages, start
+from support import servers
+from support.processes import check_left_behind, computed, finish, records, stages, start
 
-if slurm.missing():
-    pytest.skip(slurm.missing(), allow_module_level=True)
+if servers.missing():
+    pytest.skip(servers.missing(), allow_module_level=True)
 
 GRID = ("method=random,longest", "pruning_rate=0.5,0.75", "seed=0,1")
 LONG = ("method=full", "family=tiny_small", "task.train_limit=64", "finetune.epochs=60")
@@ -26,7 +26,7 @@ CLUSTER = (*ONE, "hydra.launcher.tasks_per_node=1", "hydra.launcher.cpus_per_tas
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with slurm.cluster(tmp_path_factory.mktemp("slurm")):
+    with servers.cluster(tmp_path_factory.mktemp("slurm")):
         yield
 
 
@@ -53,12 +53,12 @@ def logs(results: Path) -> str:
 def until(true: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < deadline, slurm.said("squeue")
+        assert time.monotonic() < deadline, servers.said("squeue")
         time.sleep(0.1)
 
 
 def running() -> list[str]:
-    return slurm.said("squeue", "-h", "-t", "running", "--array", "-o", "%i").split()
+    return servers.said("squeue", "-h", "-t", "running", "--array", "-o", "%i").split()
 
 
 def test_an_array_runs_two_jobs_at_a_time_and_says_nothing_of_missing_accounts(tmp_path: Path, undisturbed: Path):

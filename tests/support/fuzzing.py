@@ -1,6 +1,6 @@
 """Whatever comes in, a reader gives samples or one sentence, and a method selects its budget or says why not.
 
-Each property is tried quickly by tests/test_fuzz.py, and for minutes by tests/stress/test_fuzz_long.py.
+Each property is tried quickly by tests/test_untrusted_inputs.py, and for minutes by tests/stress/test_long.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from support.contract import METHODS, WIDTH, AnyPool, expected_size, largest_budget, method_named, select
+from support.any_pool import METHODS, WIDTH, DrawnPool, expected_size, largest_budget, method_named, select
 
 from baselines.precomputed import Precomputed
 from staff import ArrayPool
@@ -211,7 +211,7 @@ curious = st.sampled_from([0.0, 1.0, 1.0, 2.0**-149, 2.0**127, -0.0]) | st.float
 
 
 @st.composite
-def pools(draw: st.DrawFn) -> AnyPool:
+def pools(draw: st.DrawFn) -> DrawnPool:
     """Any scores, the same kind for a whole pool as a rule; embeddings as any float32."""
     ids = draw(st.lists(st.text(max_size=3), min_size=1, max_size=12, unique=True))
     n = len(ids)
@@ -222,7 +222,7 @@ def pools(draw: st.DrawFn) -> AnyPool:
             scores[signal, model] = np.array(draw(st.lists(kind, min_size=n, max_size=n)))
         rows = st.lists(st.floats(-1e3, 1e3, width=32), min_size=WIDTH, max_size=WIDTH)
         scores["embedding", model] = np.array(draw(st.lists(rows, min_size=n, max_size=n)), dtype=np.float32)
-    pool = AnyPool(n, given=scores)
+    pool = DrawnPool(n, given=scores)
     pool.ids, pool.answer_lengths = ids, np.array(draw(st.lists(st.integers(1, 50), min_size=n, max_size=n)))
     return pool
 
@@ -235,7 +235,7 @@ def pools(draw: st.DrawFn) -> AnyPool:
     seed=st.integers(0, 3),
 )
 def a_method_selects_its_budget_in_any_order_or_says_why_not(
-    folder: Path, name: str, pool: AnyPool, budget: int, order: Any, seed: int
+    folder: Path, name: str, pool: DrawnPool, budget: int, order: Any, seed: int
 ) -> None:
     method, n = method_named(name), len(pool.ids)
     coreset = sentence_or(lambda: select(method, pool, budget, seed))

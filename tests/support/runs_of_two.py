@@ -4,6 +4,7 @@ Steps have 8, 8 and 5 samples; of two processes with two samples in memory, the 
 pass.
 """
 
+import gc
 import signal
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import run_shrunk
-from support.tuning import SETTINGS, SPEC, samples_of
+from support.tiny import SETTINGS, SPEC, samples_of
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
@@ -26,9 +27,9 @@ def configured_runs(results: Path, data: str) -> None:
     common += ["finetune.device_batch_size=2"]
     staff = ["method=staff", "method.verification_budget=2", "method.num_regions=3"]
     run_shrunk(results / "pass", *common, *staff)
-    online = ["method.scores=online", "finetune.length_grouped=true", "finetune.small_epochs=2"]
+    online = ["method.scores=online", "finetune.length_grouped=true", "finetune.small_epochs=2", "evaluation=none"]
     run_shrunk(results / "online", *common, *staff, *online, "finetune.gradient_checkpointing=true")
-    run_shrunk(results / "d2", *common, "method=d2", "finetune=full")
+    run_shrunk(results / "d2", *common, "method=d2", "finetune=full", "evaluation=none")
     unequal = ["scoring.batch_tokens=64", "evaluation.batch_tokens=48", "method.signal=el2n"]
     run_shrunk(
         results / "fsdp", *common, *staff, *unequal, "finetune.fsdp=true", "finetune.gradient_checkpointing=true"
@@ -86,6 +87,7 @@ def part_of_the_weights() -> float:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # every fine-tuning looks at whatever may be garbage
     processes.start()
     results = Path(sys.argv[1])
     configured_runs(results, sys.argv[2])

@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
 from support import any_pool
-from support.contract import METHODS, AnyPool, method_named
-from support.pools import sums
+from support.any_pool import METHODS, DrawnPool, method_named
+from support.tiny import sums
 
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
 from staff.data.views import DataView
@@ -64,7 +64,18 @@ VARIANTS = [
     Embedding(pooling="last_token"),
 ]
 ANSWERS = ["the cat sat on the mats", "#### 7", "", "half of 14 is 7.0"]
-REFERENCES = [("the cats sat on a mat", "a cat sat"), ("it is 7\n#### 7",), ("nothing at all",), ("#### 8",)]
+REFERENCES = {
+    "a": ("the cats sat on a mat", "a cat sat"),
+    "b": ("it is 7\n#### 7",),
+    "c": ("nothing at all",),
+    "d": ("#### 8",),
+}
+CHOICES = {
+    "a": ("a cat", "the cats sat"),
+    "b": ("it is 7\n#### 7", "8"),
+    "c": ("x", "nothing at all"),
+    "d": ("#### 8", "7"),
+}
 TRAINING = ["the cat sat", "the cat ran", "a cat sat on the mat", "#### 7", "it is 7"] * 2
 ASKING_MORE = ("less", "less_paper", "delift", "delift_official", "data_whisperer")
 """Methods that ask for learning rates, pairs of samples, or answers in context."""
@@ -114,65 +125,68 @@ def name_of(kind: type) -> str:
 def slices(folder: Path) -> Iterator[tuple[str, Slice]]:
     """All slices by name; what they read is written to `folder`."""
     yield "model", Slice(PruneDepth(TARGET, [0, 2]), (), of_weights)
-    for name, spec, reading in (
-        ("plain", SMALL, {}),
-        ("chat", with_chat_template(folder), {"prompt_format": "chat"}),
-    ):
+    readings = {"plain": (SMALL, {}), "chat": (with_chat_template(folder), {"prompt_format": "chat"})}
+    for name, (spec, reading) in readings.items():
         yield f"tokens {name}", Slice(Tokens(sums(12), spec, reading), (), of_tokens)
     yield from finetunings()
     for signal in (*map(named, SIGNALS), *VARIANTS):
         yield f"scores {words(signal)}", scoring(signal)
-    for name in METHODS:
-        method = method_named(name)
-        yield f"coreset {name}", Slice(Select(method, GivenPool(60), 20), (method,), of_coreset)  # type: ignore[arg-type]
-    for name in ASKING_MORE:
-        method, pool = method_named(name), any_pool.pool_of(60)
-        pool.seed = 3
-        yield f"coreset {name}", Slice(Select(method, pool, 20), (method,), of_coreset)  # type: ignore[arg-type]
-    shown, queries = np.array([[0, 3], [5, 1]]), np.array([[1], [2]])
-    evaluations = AnswersInContext(
-        ModelState(TARGET), given_samples(), given_samples(4), shown, queries, named_metric("rougeL"), [30]
-    )
-    yield (
-        "in_context",
-        Slice(evaluations, (evaluations.metric,), lambda answered: of_array(read_in_context(answered))),
-    )
+    yield from selections()
+    yield "in_context", in_context()
     generate = Generate(ModelState(TARGET), given_samples(4), Greedy(), 12)
     yield "evaluation", Slice(generate, (generate.generator,), of_answers)
+    yield from measurements(folder, generate)
+    yield from floors(folder, generate)
+
+
+def selections() -> Iterator[tuple[str, Slice]]:
+    pools: dict[str, Any] = {name: GivenPool(60) for name in METHODS}
+    for name in ASKING_MORE:
+        pools[name] = any_pool.pool_of(60)
+        pools[name].seed = 3
+    for name, pool in pools.items():
+        method = method_named(name)
+        yield f"coreset {name}", Slice(Select(method, pool, 20), (method,), of_coreset)
+
+
+def in_context() -> Slice:
+    shown, queries, metric = np.array([[0, 3], [5, 1]]), np.array([[1], [2]]), named_metric("rougeL")
+    stage = AnswersInContext(ModelState(TARGET), given_samples(), given_samples(4), shown, queries, metric, [30])
+    return Slice(stage, (metric,), lambda answered: of_array(read_in_context(answered)))
+
+
+def measurements(folder: Path, generate: Generate) -> Iterator[tuple[str, Slice]]:
+    """Every metric of `ANSWERS`, which are written to `folder`."""
     table = pd.DataFrame({"id": list("abcd"), "prediction": ANSWERS, "tokens": [6, 3, 0, 5]})
     table.to_parquet(folder / "predictions.parquet")
-    references = dict(zip("abcd", REFERENCES, strict=True))
-    asked = [f"{id}#{i}" for id, texts in references.items() for i in range(len(texts))][
-        :-1
-    ]  # the last does not fit
-    nll = np.random.default_rng(0).lognormal(size=(len(asked), 2))
+    asked = asked_of(REFERENCES)[:-1]  # the last does not fit
     (scored := folder / "nll").mkdir()
-    save_file({"nll": nll}, scored / FILE)
-    choices = {"a": ("a cat", "the cats sat"), "b": ("it is 7\n#### 7", "8"), "c": ("x", "nothing at all")}
-    choices |= {"d": ("#### 8", "7")}
-    offered = scoring(AnswerNll(), [f"{id}#{i}" for id, texts in choices.items() for i in range(len(texts))]).stage
-    save_file({"nll": np.random.default_rng(1).lognormal(size=(8, 2))}, folder / FILE)
+    save_file({"nll": np.random.default_rng(0).lognormal(size=(len(asked), 2))}, scored / FILE)
+    offered = asked_of(CHOICES)
+    save_file({"nll": np.random.default_rng(1).lognormal(size=(len(offered), 2))}, folder / FILE)
+    likelihoods = (scoring(AnswerNll(), asked).stage, scoring(AnswerNll(), offered).stage)
     for metric in map(named_metric, METRICS):
-        likelihood = scoring(AnswerNll(), asked).stage if metric.needs == "likelihood" else None
-        chosen: Any = (offered, choices) if metric.needs == "choices" else ()
-        measure = Measure(generate, [metric], references, likelihood, *chosen)  # type: ignore[arg-type]
+        of_references = likelihoods[0] if metric.needs == "likelihood" else None
+        of_choices: Any = (likelihoods[1], CHOICES) if metric.needs == "choices" else ()
+        measure = Measure(generate, [metric], REFERENCES, of_references, *of_choices)  # type: ignore[arg-type]
         others = {"likelihood": (scored,), "choices": (folder,)}.get(metric.needs, ())
         yield f"metrics {metric.name}", Slice(measure, (metric,), of_metrics, (folder, *others))
-    constants = []
-    for name in ("rougeL", "chrf"):
-        constants.append(ChooseConstant(named_metric(name), TRAINING))
-        yield f"constant {name}", Slice(constants[-1], (), of_floors)
+
+
+def asked_of(texts: Mapping[str, Sequence[str]]) -> list[str]:
+    """The ids under which the texts of a test sample are scored."""
+    return [f"{id}#{i}" for id, some in texts.items() for i in range(len(some))]
+
+
+def floors(folder: Path, generate: Generate) -> Iterator[tuple[str, Slice]]:
+    """Constants chosen on `TRAINING`, and the floors that they give the answers in `folder`."""
+    constants = {name: ChooseConstant(named_metric(name), TRAINING) for name in ("rougeL", "chrf")}
+    for name, constant in constants.items():
+        yield f"constant {name}", Slice(constant, (), of_floors)
         (folder / name).mkdir()
-        constants[-1].run(folder / name, Meter())
-    yield (
-        "floors",
-        Slice(
-            Floors(generate, tuple(constants), references),
-            (),
-            of_floors,
-            (folder, folder / "rougeL", folder / "chrf"),
-        ),
-    )
+        constant.run(folder / name, Meter())
+    stage = Floors(generate, tuple(constants.values()), REFERENCES)
+    yield "floors", Slice(stage, (), of_floors, (folder, *(folder / name for name in constants)))
 
 
 def words(signal: Any) -> str:
@@ -182,7 +196,7 @@ def words(signal: Any) -> str:
     return " ".join([signal.name, *(f"{k}={v}" for k, v in options.items() if v != getattr(plain, k))])
 
 
-class GivenPool(AnyPool):
+class GivenPool(DrawnPool):
     """Has the fields of a pool that a selection reads."""
 
     seed = 3

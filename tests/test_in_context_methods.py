@@ -1,0 +1,222 @@
+"""Methods that ask a model to answer in context, DELIFT and Data Whisperer, against recorded vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.any_pool import AnyPool, chosen, pool_of, select
+from support.golden import recorded
+
+from baselines.data_whisperer import (
+    DataWhisperer,
+    aggregate,
+    aggregate_official,
+    attention_mass_official,
+    plan_official,
+)
+from baselines.delift import DELIFT, delift_official, distance_official, minmax, minmax_official, utility_official
+from staff.errors import UserError
+from staff.selection import Draws
+
+# ---------------------------------------------------------------- DELIFT
+
+
+DELIFT_VECTORS = recorded("delift")
+ORDERS, DISTANCES, KERNELS = (
+    [case for case in DELIFT_VECTORS if case.startswith(f"delift_{name}")] for name in ("N", "distance", "kernel")
+)
+
+
+def pool_with(gains: np.ndarray, view: str = "pool") -> AnyPool:
+    return AnyPool(gains.shape[1], {"in_context_gain" if view == "pool" else "in_context_gain/dev": gains})
+
+
+@pytest.mark.parametrize("objective", ["fl", "mi", "cg"])
+@pytest.mark.parametrize("case", ORDERS)
+def test_orders_and_gains_are_those_of_the_released_code(case: str, objective: str):
+    golden = DELIFT_VECTORS[case]
+    for fraction in ("0.05", "0.3"):
+        order, gains = delift_official(golden["utility"], float(fraction), objective, golden["private"])
+        assert order.tolist() == golden[f"{objective}_order_{fraction}"].tolist()
+        np.testing.assert_allclose(gains, golden[f"{objective}_gains_{fraction}"], atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_the_official_preset_selects_the_recorded_samples(case: str):
+    golden = DELIFT_VECTORS[case]
+    recorded = golden["fl_order_0.3"]
+    ours = select(DELIFT(gains="minmax"), pool_with(golden["utility"]), len(recorded))
+    assert set(ours.indices) == set(recorded)
+
+
+@pytest.mark.parametrize("case", DISTANCES)
+def test_distances_are_those_of_the_released_code(case: str):
+    golden = DELIFT_VECTORS[case]
+    ours = distance_official(golden["logits"], golden["input_ids"], golden["token_type_ids"])
+    np.testing.assert_allclose(ours, golden["distance"], atol=1e-6)
+
+
+@pytest.mark.parametrize("case", KERNELS)
+def test_utilities_are_those_of_the_released_code(case: str):
+    golden = DELIFT_VECTORS[case]
+    ours = utility_official(golden["distance_without"], golden["distance_with"], str(golden["kernel_type"]))
+    np.testing.assert_allclose(ours, golden["utility"], atol=1e-6)
+
+
+def test_a_constant_kernel_is_nan_as_released_and_zero_here():
+    assert np.isnan(minmax_official(np.ones((2, 2)))).all() and (minmax(np.ones((2, 2))) == 0).all()
+
+
+def test_who_helps_most_others_is_picked_first_and_harm_counts_as_nothing():
+    gains = np.full((6, 6), -1.0)
+    gains[:4, 2], gains[4:, 5], gains[0, 1] = 0.5, 0.4, 0.6
+    coreset = select(DELIFT(), pool_with(gains), 3)
+    assert coreset.indices.tolist() == [1, 2, 5]
+    np.testing.assert_allclose(coreset.scores["gain"][[2, 5, 1]], [2, 0.8, 0.1], rtol=1e-6)
+    more = select(DELIFT(), pool_with(gains), 5)
+    assert more.filled == 2 and more.notes == ("2 samples add nothing to the others and were drawn at random.",)
+
+
+def test_the_slice_alone_is_represented_if_asked_for():
+    gains = np.zeros((2, 5))
+    gains[0, 3], gains[1, 1] = 0.9, 0.2
+    coreset = select(DELIFT(represent="slice"), pool_with(gains, "dev"), 2)
+    assert coreset.indices.tolist() == [1, 3]
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 40), constant=st.booleans(), seed=st.integers(0, 2**32), data=st.data())
+def test_the_size_of_delift_is_exact_and_the_order_of_the_pool_changes_nothing(
+    n: int, constant: bool, seed: int, data: st.DataObject
+):
+    pool = pool_of(n, constant)
+    budget = data.draw(st.integers(1, n))
+    for method in (DELIFT(), DELIFT(gains="minmax")):
+        ours = chosen(method, pool, budget)
+        assert len(ours) == budget
+        assert chosen(method, pool.reordered(np.random.default_rng(seed).permutation(n)), budget) == ours
+
+
+def test_a_large_pool_is_refused_before_anything_is_asked_and_bad_gains_and_fields_by_name():
+    pool = pool_of(30)
+    with pytest.raises(
+        UserError, match=r"method.max_pool=29, but the pool has 30 samples and DELIFT asks about every"
+    ):
+        select(DELIFT(max_pool=29), pool, 5)
+    assert not pool.asked
+    pool.bad_sample = 7
+    with pytest.raises(UserError, match=r"the gain in context of sample 'sample 7' is nan"):
+        select(DELIFT(), pool, 5)
+    with pytest.raises(UserError, match=r"method.represent='dev' is unknown: choose pool or slice"):
+        DELIFT(represent="dev")
+    with pytest.raises(UserError, match=r"method.max_pool=0 must be a whole number of at least 1"):
+        DELIFT(max_pool=0)
+
+
+# ---------------------------------------------------------------- Data Whisperer
+
+
+WHISPERER_VECTORS = recorded("data_whisperer")
+ATTENTION = [case for case in WHISPERER_VECTORS if case.startswith("dw_attention")]
+RUNS = [case for case in WHISPERER_VECTORS if case not in ATTENTION]
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_evaluations_counts_and_scores_are_those_of_the_released_code_to_the_last_bit(case: str):
+    golden = WHISPERER_VECTORS[case]
+    size, slice_size, shown, asked = (int(golden[n]) for n in ("n_train", "n_val", "batch_train", "batch_test"))
+    demonstrations, queries = plan_official(size, slice_size, shown, asked, folds=case.endswith("kfold"))
+    assert demonstrations.tolist() == golden["demonstrations"].tolist()
+    assert queries.tolist() == golden["query_ids"].tolist()
+    given = (demonstrations, golden["attention"], golden["query_scores"], golden["failed"], size)
+    scores, counts = aggregate_official(*given)
+    assert scores.tolist() == golden["final_score"].tolist()
+    assert counts.tolist() == golden["count"].tolist()
+    assert sorted(scores, reverse=True) == scores[golden["order"]].tolist()
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_the_mass_of_attention_is_that_of_the_released_code_to_the_last_bit(case: str):
+    golden = WHISPERER_VECTORS[case]
+    given = (
+        golden[name] for name in ("attention", "attention_mask", "n_instruction", "demo_lengths", "n_response")
+    )
+    attention, mask, instruction, lengths, response = given
+    mass = attention_mass_official(attention, mask, int(instruction), lengths, int(response))
+    np.testing.assert_array_equal(mass.astype(np.float32), golden["mass"])
+
+
+@pytest.mark.parametrize("case", [case for case in RUNS if "N60" in case or "N300" in case])
+def test_where_evaluations_are_full_the_default_is_the_released_score_times_the_demonstrations(case: str):
+    golden = WHISPERER_VECTORS[case]
+    attention = np.where(golden["failed"][:, None], np.nan, golden["attention"].astype(np.float64))
+    scores = aggregate(golden["demonstrations"], attention, golden["query_scores"], int(golden["n_train"]))
+    evaluated = golden["count"] > 0
+    assert np.isnan(scores[~evaluated]).all()
+    np.testing.assert_allclose(scores[evaluated] / 5, golden["final_score"][evaluated], atol=2e-3)
+
+
+def test_a_short_last_evaluation_scores_no_higher_than_a_full_one():
+    demonstrations = np.array([[0, 1, 2], [3, -1, -1]])
+    attention = np.array([[0.2, 0.2, 0.2], [0.2, np.nan, np.nan]])
+    scores = aggregate(demonstrations, attention, np.array([[0.5, np.nan], [0.5, 0.5]]), 4)
+    np.testing.assert_allclose(scores, 0.5)
+    released, _ = aggregate_official(demonstrations, attention, np.full((2, 1), 0.5), np.zeros(2, dtype=bool), 4)
+    assert released[3] > 2.9 * released[0]
+
+
+def test_attention_decides_among_demonstrations_and_failed_evaluations_are_left_out():
+    demonstrations = np.array([[0, 1], [0, 1], [1, 0]])
+    attention = np.array([[0.3, 0.1], [np.nan, 1.0], [0.0, 0.0]])
+    scores = aggregate(demonstrations, attention, np.array([[1.0], [0.0], [1.0]]), 2)
+    np.testing.assert_allclose(scores, [(1.5 + 1) / 2, (0.5 + 1) / 2])
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(2, 60),
+    shown=st.integers(1, 7),
+    asked=st.integers(1, 4),
+    rounds=st.integers(1, 3),
+    source=st.sampled_from(["slice", "folds"]),
+)
+def test_every_sample_is_a_demonstration_once_a_round_and_never_beside_itself_as_a_query(
+    n: int, shown: int, asked: int, rounds: int, source: str
+):
+    method = DataWhisperer("target", source, shown, asked, rounds)
+    demonstrations, queries = method.plan(n, Draws(0, [f"{i}" for i in range(n)]))
+    assert np.bincount(demonstrations[demonstrations >= 0], minlength=n).tolist() == [rounds] * n
+    assert demonstrations.shape[1] == shown and queries.shape == (len(demonstrations), asked)
+    if source == "folds":
+        for one, other in zip(demonstrations, queries):
+            assert not set(one[one >= 0]) & set(other[other >= 0])
+    else:
+        assert queries.ravel().tolist() == list(range(queries.size))
+
+
+@pytest.mark.parametrize("source", ["slice", "folds"])
+def test_the_size_of_data_whisperer_is_exact_and_the_order_of_the_pool_changes_nothing(source: str):
+    for constant in (False, True):
+        pool, method = pool_of(97, constant=constant), DataWhisperer(queries_from=source)
+        for budget in (1, 40, 97):
+            assert len(set(select(method, pool, budget).indices)) == budget
+        order = np.random.default_rng(0).permutation(97)
+        assert chosen(method, pool.reordered(order), 40) == chosen(method, pool, 40)
+
+
+def test_a_sample_whose_every_evaluation_failed_is_named_and_bad_fields_are_refused():
+    pool = pool_of(30)
+    pool.bad_sample = 13
+    with pytest.raises(UserError, match=r"the in-context score of sample 'sample \d+' is nan"):
+        select(DataWhisperer(rounds=1), pool, 5)
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"queries_from": "test"}, r"method.queries_from='test' is unknown: choose slice or folds"),
+        ({"rounds": 0}, r"method.rounds=0 must be a whole number of at least 1"),
+    ]
+    for fields, said in bad:
+        with pytest.raises(UserError, match=said):
+            DataWhisperer(**fields)
