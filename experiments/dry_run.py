@@ -25,8 +25,7 @@ from experiments.configuration import CONF, check_size, composed
 from experiments.report.planned import Planned
 from experiments.schedule import starting_order
 from experiments.single import Run
-from experiments.speeds import ANSWER, ASSUMED, line
-from experiments.stand_ins import with_stand_ins
+from experiments.sizes import ANSWER, ASSUMED, line, with_stand_ins
 from staff.models.adapters import shapes
 from staff.models.spec import ARCHITECTURES, ModelSpec
 from staff.runtime.progress import progress
@@ -53,7 +52,7 @@ class PlannedStage:
         speed: what stages with the same speed have in common.
         precision: that it computes in.
         parameters: of its model.
-        constants: how often it takes the constant of its speed, by `experiments.speeds.Speed`.
+        constants: how often it takes the constant of its speed, by `experiments.sizes.Speed`.
         exact: its FLOPs do not depend on scores or answers.
         made: the sweep's own store has it already.
         bytes: that it leaves in the store, roughly.

@@ -9,7 +9,7 @@ from experiments.reader import Reader
 from staff.data.splits import Splits
 from staff.data.task import Sample, Task
 from staff.data.tokens import TokenizedSamples
-from staff.evaluation.floor_stages import ChooseConstant, Floors, with_floors
+from staff.evaluation.floors import ChooseConstant, Floors, with_floors
 from staff.evaluation.generator import Generator
 from staff.evaluation.metrics import named_metric
 from staff.evaluation.metrics.metric import Metric

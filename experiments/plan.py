@@ -6,7 +6,7 @@ estimated from shapes instead of run. No weights are loaded, and a stage that ru
 Scores are placeholders, so two things are not exact, and marked `~`: STAFF's verification is counted at its most,
 K b_v samples, and a coreset that scores choose as one of average samples. Answers, marked `~` too, are counted at
 full length. Seconds come from a GPU's peak and the utilisation measured there by kind of stage and size of model
-(`experiments.speeds`), or, with --calibrate, from the stages themselves on a few samples on this machine. What was
+(`experiments.sizes`), or, with --calibrate, from the stages themselves on a few samples on this machine. What was
 not measured is said to be assumed. Ranking (such as the neighbours of D2) is not in them.
 """
 
@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments import sweep
-from experiments.console import pipeable
+from experiments import pipeable, sweep
 from experiments.dry_run import DryRun, PlannedStage, calibrated, dry_run
 from experiments.report.planned import checked_effect, sentences
 from experiments.schedule import wall_seconds
-from experiments.speeds import GPUS, speed_on
+from experiments.sizes import GPUS, speed_on
 
 
 def seconds_of(stage: PlannedStage, gpu: str | None, speeds: dict[str, tuple[float, float]]) -> float:

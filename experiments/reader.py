@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from staff.data.limits import answerable, fitting
 from staff.data.task import Sample, Task
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
+from staff.data.views import answerable, fitting
 from staff.errors import UserError
 from staff.models.family import Family
 from staff.pool import Slice

@@ -17,14 +17,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import sweep
+from experiments import reader_gone, sweep
 from experiments.configuration import CONF, check_size
-from experiments.console import reader_gone
 from staff.errors import UserError
 from staff.runtime import preemption, processes
 from staff.store.events import listening
-from staff.store.locks import file_lock
-from staff.store.turns import Busy
+from staff.store.locks import Busy, file_lock
 from staff.tracking.mirror import Mirror
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from experiments.configuration import CONF, composed
 from experiments.single import Run
 from staff.errors import UserError
 from staff.pool import Pool
-from staff.runtime.spreadsheets import csv_of
+from staff.runtime.files import csv_of
 from staff.scoring.signal import Signal
 from staff.signals import named_all
 

@@ -10,9 +10,9 @@ import pytest
 from support.pools import tiny_pool
 from support.tuning import farthest, tuned, weights_of
 
-from staff.data.limits import answerable, fitting
 from staff.data.task import Sample, Task
 from staff.data.tokens import TokenizedSamples, tokenize
+from staff.data.views import answerable, fitting
 from staff.errors import UserError
 from staff.models.adapters import LoraSpec, fresh_lora
 from staff.models.family import Family

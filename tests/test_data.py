@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from staff.data.limits import fitting
 from staff.data.task import Sample, Task
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens, tokenize
-from staff.data.views import DataView
+from staff.data.views import DataView, fitting
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.store.store import Store

@@ -30,7 +30,7 @@ from staff.data.task import Task
 from staff.data.tokens import tokenize
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
-from staff.runtime.spreadsheets import inert, original
+from staff.runtime.files import inert, original
 
 TARGET = ModelSpec("pkg://staff/assets/tiny/target")
 

@@ -10,7 +10,7 @@ from support.records import write_runs
 
 from experiments.report import opening, page
 from experiments.report.__main__ import write
-from experiments.report.parts import WIDTH, parts
+from experiments.report.page import WIDTH, parts
 from experiments.report.records import Context, collect, contexts
 from experiments.report.verdicts import DEFAULT
 

@@ -16,7 +16,7 @@ from experiments import score as command
 from experiments.score import score
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
-from staff.runtime.spreadsheets import original
+from staff.runtime.files import original
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.recorded import recorded_runs
-from experiments.report.drawing import Drawn, figure_of, save, styled
-from experiments.report.tables import shown_as
+from experiments.report.rendering import Drawn, figure_of, save, shown_as, styled
 from staff.errors import UserError
 
 SETTINGS = ("wrong", "repeats", "near", "rarity", "lengths", "size")

@@ -6,10 +6,19 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.comparisons import Mean, Pair, mean, of_finetuning, outstanding, seeds_for
-from experiments.report.power import MOST, seeds_needed
 from experiments.report.records import Context
-from experiments.report.statistics import seed_variance
-from experiments.report.tables import INTERVAL_OVER, NONE, Table, basis, metric, p_value, rate_column, seeds, value
+from experiments.report.rendering import (
+    INTERVAL_OVER,
+    NONE,
+    Table,
+    basis,
+    metric,
+    p_value,
+    rate_column,
+    seeds,
+    value,
+)
+from experiments.report.statistics import MOST, seed_variance, seeds_needed
 from experiments.report.verdicts import DEFAULT, Question
 from staff.evaluation.metrics import named_metric
 

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from staff.data.conversations import Layout, Turns, layout_of, plain_text
-from staff.data.files import Files, files_of
-from staff.data.hub import read_folder, read_hub
+from staff.data.files import Files, files_of, read_folder, read_hub
 from staff.data.rows import Rows, read_rows
 from staff.data.templates import check_template, id_of, render, shortened, text_of, texts_of
 from staff.errors import UserError
 from staff.runtime import processes
+from staff.runtime.files import local_path
 from staff.runtime.hub import Repository
-from staff.runtime.paths import local_path
 
 log = logging.getLogger(__name__)
 

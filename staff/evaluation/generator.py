@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from staff.errors import UserError
 from staff.models.spec import is_sharded
 from staff.runtime import processes
-from staff.runtime.attention import without_cudnn_attention
+from staff.runtime.machine import without_cudnn_attention
 from staff.runtime.progress import progress
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from staff.runtime import processes
 from staff.store.attempts import attempt
 from staff.store.cost import Meter
 from staff.store.events import StageEnded, StageStarted, emit
-from staff.store.locks import check_locks_between_nodes, file_lock
+from staff.store.locks import Busy, check_locks_between_nodes, file_lock, turn
 from staff.store.manifest import (
     Artifact,
     Charges,
@@ -48,7 +48,6 @@ from staff.store.manifest import (
     write_manifest,
 )
 from staff.store.stage import Stage
-from staff.store.turns import Busy, turn
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ class Store:
 
         Raises:
             UserError: the store's folder cannot be used, or the artefact in it is damaged.
-            Busy: another process is computing it, and this one may not wait (`staff.store.turns`).
+            Busy: another process is computing it, and this one may not wait (`staff.store.locks`).
         """
         name = f"{stage.label} ({stage.kind} {stage.fingerprint[:8]})"
         frames = _frames.get()

@@ -21,7 +21,7 @@ from staff.models.flops import training_flops
 from staff.models.spec import ModelSpec
 from staff.models.state import MOMENTS, Training
 from staff.runtime import preemption, processes
-from staff.runtime.attention import without_cudnn_attention
+from staff.runtime.machine import without_cudnn_attention
 from staff.scoring.stage import placeholder
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact

@@ -9,7 +9,7 @@ from pathlib import Path
 from conftest import ROOT
 
 from experiments.benchmarks.gpu import PIECES
-from experiments.speeds import FILE
+from experiments.sizes import FILE
 
 
 def test_every_piece_runs_to_its_end_on_a_processor(tmp_path: Path):

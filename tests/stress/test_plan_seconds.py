@@ -8,7 +8,7 @@ import pytest
 
 from experiments.dry_run import calibrated, dry_run
 from experiments.plan import seconds_of
-from experiments.speeds import ASSUMED
+from experiments.sizes import ASSUMED
 
 SWEEP = ("task.train_limit=200", "task.test_limit=16", "task.max_new_tokens=16", "finetune.epochs=1")
 WORDS = {"finetune": "fine-tune", "scores": "score", "evaluation": "answer"}
@@ -16,7 +16,7 @@ WORDS = {"finetune": "fine-tune", "scores": "score", "evaluation": "answer"}
 
 @pytest.mark.parametrize("how", ["calibrated", "measured before"])
 def test_seconds_are_right_within_a_factor_of_one_and_a_half(run, tmp_path: Path, how: str, monkeypatch):
-    """Calibrated on the machine; and by the speeds of one core in experiments/sizes/speeds.json, in seconds of the
+    """Calibrated on the machine; and by the speeds of one core in experiments/speeds.json, in seconds of the
     processor, which other work disturbs little."""
     if how == "measured before":
         monkeypatch.setattr("staff.store.cost._clock", time.process_time)

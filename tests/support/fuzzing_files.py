@@ -24,7 +24,7 @@ from staff.data.conversations import ROLES, plain_pieces, plain_text
 from staff.data.rows import read_rows
 from staff.data.task import Sample, Task
 from staff.data.templates import render
-from staff.runtime.spreadsheets import inert, original
+from staff.runtime.files import inert, original
 from staff.selection import Draws
 
 __all__ = ("PROPERTIES", "fuzz")
