@@ -21,8 +21,8 @@ from experiments import reader_gone, sweep
 from experiments.configuration import CONF, check_size
 from staff.errors import UserError
 from staff.runtime import preemption, processes
-from staff.store.events import listening
 from staff.store.locks import Busy, file_lock
+from staff.store.stage import listening
 from staff.tracking.mirror import Mirror
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
-from experiments.evaluating import Evaluation
-from experiments.reader import Reader
+from experiments.reader import Evaluation, Reader
 from staff.data.splits import load_splits
 from staff.data.task import Task, data_digest
 from staff.data.tokens import TokenizedSamples

@@ -17,8 +17,8 @@ METRICS = {
     "bioinstruct": {"rougeL", "rouge1", "rouge2"},
     "wmt19_kk_en": {"rougeL", "bleu", "chrf"},
     "gsm8k": {"exact_match", "rougeL"},
-    "jsonl": {"rougeL"},
-    "dialogsum_hub": {"rougeL", "rouge1", "rouge2"},
+    "file": {"rougeL"},
+    "dialogsum": {"rougeL", "rouge1", "rouge2"},
 }
 
 

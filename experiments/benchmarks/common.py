@@ -8,6 +8,7 @@ import argparse
 import gc
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +45,7 @@ def arguments(doc: str | None, **defaults: int | str) -> tuple[argparse.Namespac
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--name", help=f"name of the file in {FOLDER}; by default the benchmark's")
+    parser.add_argument("--name", help=f"name of the section in {FOLDER}; by default the benchmark's")
     cases: list[list[str]] = [[]]
     for argument in sys.argv[1:]:
         cases.append([]) if argument == "--" else cases[-1].append(argument)
@@ -127,11 +128,18 @@ def machine() -> str:
     )
 
 
-def write(name: str, doc: str | None, *tables: list[str]) -> None:
-    """Print tables, and write them with the benchmark's description and the machine to results/benchmarks."""
-    text = "\n".join([f"# {doc}", *("\n".join([*table, ""]) for table in tables), machine(), ""])
+def write(document: str, name: str, doc: str | None, *tables: list[str]) -> None:
+    """Print tables, and write them with the benchmark's description and the machine.
+
+    They are the section `name` of a document in results/benchmarks, in place of one that it has by that name.
+    """
+    text = "\n".join([f"## {name}\n\n{doc}", *("\n".join([*table, ""]) for table in tables), machine(), ""])
     FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / f"{name}.md").write_text(text)
+    file = FOLDER / f"{document}.md"
+    before = file.read_text() if file.exists() else f"# {document.capitalize()}\n\n"
+    head, *sections = re.split(r"^(?=## )", before, flags=re.MULTILINE)
+    known = {section.partition("\n")[0]: section.rstrip("\n") + "\n" for section in sections}
+    file.write_text(head + "\n".join((known | {f"## {name}": text}).values()))
     print(text)
 
 

@@ -119,7 +119,7 @@ def composed(folder: Path, *overrides: str) -> DictConfig:
     """The configuration of a run on the samples in `folder`."""
     paths = f"task.data_dir={folder / 'data'}", f"results_dir={folder}", f"family.target.path={SMALL}"
     fixed = (
-        "task=jsonl",
+        "task=file",
         "task.max_new_tokens=4",
         "pruning_rate=0.5",
         "tracking=none",
@@ -223,7 +223,7 @@ def main() -> None:
             measured, lambda stage: f"{stage.peak / 1e6:,.0f} ({stage.before / 1e6:,.0f})", lambda stage: stage.peak
         )
         title = ["Seconds of processor time:", ""], ["Peak memory in MB (before):", ""]
-        common.write(options.name or "load", __doc__, title[0] + seconds, title[1] + memory)
+        common.write("load", options.name or "load", __doc__, title[0] + seconds, title[1] + memory)
 
 
 def _in_a_process(measured: Callable[..., Any], *arguments: Any) -> Any:

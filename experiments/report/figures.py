@@ -25,7 +25,6 @@ from experiments.report.coreset_figures import (
     spearman,
     staffs_run,
 )
-from experiments.report.performance import PAPER_TASKS
 from experiments.report.records import Context
 from experiments.report.rendering import Drawn, figure_of, metric, save, styled
 from experiments.report.verdicts import DEFAULT, Question
@@ -250,7 +249,7 @@ def _papers(context: Context, outcome: Outcome, paper: pd.DataFrame) -> list[flo
     task = str(context.runs["task"].iloc[0])
     if not context.is_staff(method):
         return []
-    theirs = paper[(paper["task"] == PAPER_TASKS.get(task, task)) & paper["pruning_rate"].isin(outcome.rates)]
+    theirs = paper[(paper["task"] == task) & paper["pruning_rate"].isin(outcome.rates)]
     values = theirs.pivot(index=["target", "pruning_rate"], columns="method", values="rouge_l")
     if not {"staff", other} <= set(values.columns):
         return []

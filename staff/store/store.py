@@ -37,7 +37,6 @@ from staff.errors import UserError
 from staff.runtime import processes
 from staff.store.attempts import attempt
 from staff.store.cost import Meter
-from staff.store.events import StageEnded, StageStarted, emit
 from staff.store.locks import Busy, check_locks_between_nodes, file_lock, turn
 from staff.store.manifest import (
     Artifact,
@@ -47,7 +46,7 @@ from staff.store.manifest import (
     read_manifest,
     write_manifest,
 )
-from staff.store.stage import Stage
+from staff.store.stage import Stage, StageEnded, StageStarted, emit
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from staff.runtime import processes
 from staff.runtime.progress import progress
 from staff.scoring.positions import ARCHITECTURES, Positions, last_block, last_block_at
 from staff.store.cost import peak_memory_bytes
-from staff.store.events import TrainingLogged, emit
+from staff.store.stage import TrainingLogged, emit
 from staff.training.objective import Objective
 from staff.training.online import OnlineEfforts
 

@@ -15,7 +15,7 @@ from support.hub_server import ROWS, Fault, Hub, serving
 
 from staff.runtime.hub import IMPATIENCE
 
-FAMILY = ("family.target.path=somebody/target", "family.small.path=somebody/small", "task=dialogsum_hub")
+FAMILY = ("family.target.path=somebody/target", "family.small.path=somebody/small", "task.data_dir=null")
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def hub() -> Iterator[Hub]:
     with serving() as served:
         for name in ("target", "small"):
             served.add(f"models/somebody/{name}", ROOT / "staff/assets/tiny" / name)
-        rows = [json.dumps(ROWS["dialogsum_hub"](i)) for i in range(40)]
+        rows = [json.dumps(ROWS["dialogsum"](i)) for i in range(40)]
         splits = {"train": rows[:30], "test": rows[30:]}
         lines = {f"{split}.jsonl": "\n".join(part).encode() for split, part in splits.items()}
         served.repositories["datasets/knkarthick/dialogsum"] = lines
