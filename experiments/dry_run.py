@@ -24,6 +24,7 @@ from experiments import sweep
 from experiments.configuration import CONF, check_size, composed
 from experiments.report.planned import Planned
 from experiments.schedule import starting_order
+from experiments.setup import Setup, folder_of
 from experiments.single import Run
 from experiments.sizes import ANSWER, ASSUMED, line, with_stand_ins
 from staff.models.adapters import shapes
@@ -213,7 +214,7 @@ def dry_run(overrides: Sequence[str], config_dir: str | None = None) -> DryRun:
         for job, cfg, choices in _jobs(overrides, config_dir):
             if store is not None:  # what the first run warns of, the others would repeat
                 logging.disable(logging.WARNING)
-            store = store or DryRunStore(Path(folder), Store(sweep.folder_of(cfg, "store_dir")))
+            store = store or DryRunStore(Path(folder), Store(folder_of(cfg, "store_dir")))
             _estimate(job, cfg, choices, store)
             jobs.append(job)
     assert store is not None
@@ -236,7 +237,7 @@ def _estimate(job: list[str], cfg: DictConfig, choices: dict[str, Any], store: D
     planned.replaced = list(dict.fromkeys([*planned.replaced, *with_stand_ins(cfg, store.root)]))
     known = {stage.speed for stage in planned.stages.values()}
     planned.jobs.append([])
-    run = Run(cfg, choices, store)
+    run = Run(Setup.of(cfg, choices), store)
     tokenized = run.tokenized
     store.certain |= {samples.fingerprint for samples in tokenized.values()}
     chosen, coreset = run.select()
@@ -260,7 +261,7 @@ def _compare(run: Run, compared: dict[tuple[str, str], Planned]) -> None:
     if run.generator is not None:
         new = Planned(family, task, run.task.metrics[0], len(run.tokenized["test"]))
         found = compared.setdefault((family, task), new)
-        found.seeds.add((run.cfg.selection_seed, run.cfg.finetune_seed))
+        found.seeds.add((run.setup.selection_seed, run.setup.finetune_seed))
         found.rates.add(run.pruning_rate)
 
 
@@ -293,7 +294,7 @@ def calibrated(planned: DryRun, config_dir: str | None = None) -> dict[str, tupl
             for overrides in planned.distinct:
                 for job, cfg, choices in _jobs([*overrides, *short, "tracking=none"], config_dir):
                     _estimate(job, cfg, choices, dry)
-                    Run(cfg, choices, real).carry_out()
+                    Run(Setup.of(cfg, choices), real).carry_out()
             stages = dry.planned.stages.values()
             at_full_length = {stage.speed: stage.cost.flops for stage in stages if stage.stage == "evaluation"}
             for speed, cost in real.times:

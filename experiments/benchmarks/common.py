@@ -59,6 +59,7 @@ def configured(*settings: str) -> Run:
     from omegaconf import open_dict
 
     from experiments.configuration import CONF
+    from experiments.setup import Setup
     from experiments.single import Run
 
     with initialize_config_dir(CONF, version_base="1.3"):
@@ -66,7 +67,7 @@ def configured(*settings: str) -> Run:
     choices = dict(cfg.hydra.runtime.choices)
     with open_dict(cfg):
         del cfg["hydra"]
-    return Run(cfg, choices)
+    return Run(Setup.of(cfg, choices))
 
 
 def configured_method(name: str) -> DictConfig:

@@ -131,6 +131,7 @@ def composed(folder: Path, *overrides: str) -> DictConfig:
 
 def measure(size: int, methods: Sequence[str], shrunk: int, folder: Path) -> dict[str, Measured]:
     """Every stage, in the order of a run."""
+    from experiments.setup import Setup
     from experiments.single import Run
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -143,7 +144,7 @@ def measure(size: int, methods: Sequence[str], shrunk: int, folder: Path) -> dic
     stages = Stages()
     alone = composed(folder, *AS_IMPORTED, f"method.path={folder / 'scores.parquet'}")
     with stages("read"):
-        this = Run(composed(folder, "evaluation=none"), {})
+        this = Run(Setup.of(composed(folder, "evaluation=none"), {}))
     with stages("tokenise"):
         pool = this.pool
     with stages("identify"):
@@ -186,10 +187,11 @@ def report(folder: Path) -> dict[str, Measured]:
 
 def start_again(folder: Path) -> dict[str, Measured]:
     """A run on the same pool in a new process; seconds since the process started."""
+    from experiments.setup import Setup
     from experiments.single import Run
 
     with Meter() as meter:
-        this = Run(composed(folder, "method=random", "evaluation=none"), {})
+        this = Run(Setup.of(composed(folder, "method=random", "evaluation=none"), {}))
         _ = this.name, this.pool.ids
     seconds = time.process_time(), time.time() - psutil.Process().create_time()
     names = "start again", "start again, by the clock"
