@@ -37,8 +37,9 @@ from omegaconf import OmegaConf
 from experiments import cards, export_model
 from experiments.cards import coreset_card
 from experiments.recorded import RecordedRun, recorded_run, regions_of
+from staff.data.samples import Sample, data_digest
 from staff.data.splits import load_splits
-from staff.data.task import Sample, Task, data_digest
+from staff.data.task import Task
 from staff.errors import UserError
 from staff.runtime.files import csv_of
 from staff.store.store import SAMPLES

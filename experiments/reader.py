@@ -12,8 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
+from staff.data.samples import Sample
 from staff.data.splits import Splits
-from staff.data.task import Sample, Task
+from staff.data.task import Task
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
 from staff.data.views import answerable, fitting
 from staff.errors import UserError

@@ -16,8 +16,8 @@ import numpy as np
 from experiments import sweep
 from experiments.reader import Evaluation, Reader
 from experiments.setup import Setup
+from staff.data.samples import data_digest
 from staff.data.splits import load_splits
-from staff.data.task import data_digest
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.evaluation.metrics import check_metrics

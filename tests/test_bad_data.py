@@ -10,7 +10,8 @@ import pytest
 from support.pools import tiny_pool
 from support.tuning import farthest, tuned, weights_of
 
-from staff.data.task import Sample, Task
+from staff.data.samples import Sample
+from staff.data.task import Task
 from staff.data.tokens import TokenizedSamples, tokenize
 from staff.data.views import answerable, fitting
 from staff.errors import UserError

@@ -18,7 +18,7 @@ from experiments.recorded import recorded_run
 from experiments.report import browse as browsing
 from experiments.report.__main__ import main
 from experiments.report.browse import browse
-from staff.data.task import Sample
+from staff.data.samples import Sample
 from staff.errors import UserError
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from staff.data.task import Sample, Task
+from staff.data.samples import Sample
+from staff.data.task import Task
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens, tokenize
 from staff.data.views import DataView, fitting
 from staff.errors import UserError

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
-from staff.data.task import Sample
+from staff.data.samples import Sample
 from staff.errors import UserError
 from staff.evaluation import metrics
 from staff.evaluation.decoding import can_decode

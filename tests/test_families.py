@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from support.pools import tiny_pool
 from support.tuning import SETTINGS, weights_of
 
-from staff.data.task import Sample
+from staff.data.samples import Sample
 from staff.data.tokens import tokenize
 from staff.errors import UserError
 from staff.evaluation.generator import Greedy, generate

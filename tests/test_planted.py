@@ -18,8 +18,9 @@ from baselines.oracle import Oracle
 from experiments.single import data_digest
 from staff.arrays import ArrayPool
 from staff.data.planted import MOST_COPIES, SKILLS, PlantedTask
+from staff.data.samples import Sample
 from staff.data.splits import load_splits
-from staff.data.task import Sample, Task
+from staff.data.task import Task
 from staff.errors import UserError
 from staff.evaluation.metrics import measure, named_metric
 from staff.selection import Draws

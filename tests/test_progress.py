@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 from staff.runtime import progress
-from staff.training.trainer import Progress
+from staff.training.reports import Progress
 
 
 def test_a_log_gets_a_line_now_and_then_of_what_takes_long_and_none_of_what_does_not(monkeypatch, caplog, capsys):

@@ -1,10 +1,11 @@
-"""Files that users name or open: paths in the configuration, and CSV files with ids from data, which a spreadsheet
-may open: none is taken for a formula or for two rows.
+"""Files that users name or open: paths in the configuration, CSV files with ids from data, which a spreadsheet may
+take for a formula or for two rows, and errors of disks.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import importlib.util
 import re
 from pathlib import Path
@@ -54,3 +55,19 @@ def inert(text: str) -> str:
 def original(text: str) -> str:
     """The inverse of `inert`."""
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+OF_STORAGE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE),
+    *(errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP),  # a file system without locks
+}
+"""Errors of a disk, a folder or a file system, by their number."""
+
+
+def error_number(error: Exception) -> int | None:
+    """The errno of an OSError, or of the same failure in a message of safetensors' Rust code."""
+    if isinstance(error, OSError):
+        return error.errno
+    rust = re.search(r"\(os error (\d+)\)", str(error))
+    return int(rust[1]) if rust else None

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.dry_run import calibrated, dry_run
-from experiments.plan import seconds_of
+from experiments.dry_run import dry_run
+from experiments.plan import calibrated, seconds_of
 from experiments.sizes import ASSUMED
 
 SWEEP = ("task.train_limit=200", "task.test_limit=16", "task.max_new_tokens=16", "finetune.epochs=1")

@@ -19,7 +19,8 @@ from support.contract import METHODS, WIDTH, AnyPool, expected_size, largest_bud
 from baselines.precomputed import Precomputed
 from staff import ArrayPool
 from staff.data.rows import read_json_lines
-from staff.data.task import Sample, Task
+from staff.data.samples import Sample
+from staff.data.task import Task
 from staff.data.tokens import tokenize
 from staff.errors import UserError
 from staff.models.spec import ModelSpec

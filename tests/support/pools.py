@@ -7,7 +7,7 @@ from typing import Any
 
 from support.tuning import SETTINGS
 
-from staff.data.task import Sample
+from staff.data.samples import Sample
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
 from staff.models.family import Family
 from staff.models.prepare import prepare

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
-from staff.data.task import Sample
+from staff.data.samples import Sample
 from staff.data.tokens import TokenizedSamples, tokenize
 from staff.models.spec import ModelSpec
 from staff.store.cost import Meter
