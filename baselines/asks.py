@@ -1,4 +1,4 @@
-"""What methods ask of a model: which model, and embeddings of the pool and of the validation slice."""
+"""What methods have in common: which model they ask, embeddings, and selection by the rank of one score."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from staff.errors import UserError
-from staff.selection import ScorePool, check_choice, check_scores
+from staff.selection import Draws, ScorePool, check_choice, check_scores
 
 MODELS = ("target", "target_tuned", "small", "small_raw")
 FEATURES = ("normalised", "raw")  # scaled to norm 1, so that a distance is one of directions; or as they are
@@ -74,3 +74,13 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 def slice_ids(count: int) -> list[str]:
     """Names of the validation slice's rows for error messages; the slice has no ids of its own."""
     return [f"{i} of the validation slice" for i in range(count)]
+
+
+WHICH = ("top", "middle", "low")
+
+
+def take(scores: np.ndarray, which: str, budget: int, rng: Draws) -> np.ndarray:
+    """Positions of `budget` samples: the highest scored ("top"), the lowest ("low"), or the ones whose ranks lie
+    around the median ("middle"). Equal scores are ranked by keyed draws."""
+    start = {"top": 0, "middle": (len(scores) - budget) // 2, "low": len(scores) - budget}[which]
+    return rng.highest_first(scores)[start : start + budget]

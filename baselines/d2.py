@@ -1,13 +1,13 @@
 """D2 pruning: difficulty and diversity by message passing on a graph of samples (Maharana et al., ICLR 2024).
 
 Every sample is connected to its k nearest neighbours in embedding space, at Euclidean distances d_ij. Forward
-message passing adds to the importance x_i of a sample (EL2N on the fine-tuned target) that of its neighbours:
-x_i + sum over neighbours of exp(-d_ij) x_j. Then the sample with the highest value is picked and the values of its
+message passing adds to the importance x_i of a sample (EL2N on the fine-tuned target) that of its neighbours: x_i +
+sum over neighbours of exp(-d_ij) x_j. Then the sample with the highest value is picked and the values of its
 neighbours are reduced, x_j -= exp(-gamma d_ij) x_i, until the budget is spent.
 
 No N x N matrix is formed: distances are computed for a block of rows at a time, and the graph is sparse. The search
-for neighbours dominates the cost of D2. results/benchmarks/selection.md has times and memory of the exact one, also
-in comparison with N x N matrices; results/benchmarks/neighbours.md has those of the approximate one.
+for neighbours dominates the cost of D2. results/benchmarks/selection.md has times and memory of both searches, and
+of N x N matrices.
 """
 
 from __future__ import annotations

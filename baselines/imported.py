@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from baselines.ranks import WHICH, take
+from baselines.asks import WHICH, take
 from staff.errors import UserError
-from staff.runtime.spreadsheets import original
+from staff.runtime.files import original
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_scores
 
 

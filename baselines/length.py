@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from baselines.ranks import WHICH, take
+from baselines.asks import WHICH, take
 from staff.selection import Coreset, Draws, ScorePool, check_choice
 
 

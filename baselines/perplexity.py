@@ -18,8 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from baselines.asks import MODELS
-from baselines.ranks import WHICH, take
+from baselines.asks import MODELS, WHICH, take
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range, check_scores
 
 TEXTS = ("answer", "all")

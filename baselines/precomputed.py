@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from staff.errors import UserError
-from staff.runtime.paths import local_path
-from staff.runtime.spreadsheets import original
+from staff.runtime.files import local_path, original
 from staff.selection import Coreset, Draws, ScorePool
 
 COLUMNS = ("id", "position")

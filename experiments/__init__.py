@@ -1,11 +1,17 @@
 """The application: every command is a module of this package. The library `staff` imports none of it.
 
 Importing it prepares the process for a command, since every command and every worker of a sweep does so first: how
-OpenMP's threads wait, which cannot be set once torch is loaded, and that modules of your own are found.
+OpenMP's threads wait, which cannot be set once torch is loaded, and that modules of your own are found. Commands
+that print much are `pipeable`.
 """
 
+from __future__ import annotations
+
 import os
+import select
 import sys
+from collections.abc import Callable
+from functools import wraps
 
 from experiments.threads import wait_passively
 
@@ -13,3 +19,31 @@ wait_passively()
 # Last, so that a package of the same name in the working folder shadows nothing.
 if (_here := os.getcwd()) not in sys.path:
     sys.path.append(_here)
+
+
+def pipeable(main: Callable[[], None]) -> Callable[[], None]:
+    """`main`, which ends without a word once the reader of its output, such as `head`, has closed it."""
+
+    @wraps(main)
+    def command() -> None:
+        try:
+            try:
+                main()
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            if not reader_gone():
+                raise
+            sys.exit(1)
+
+    return command
+
+
+def reader_gone() -> bool:
+    """Whether the reader of standard output has closed it. If so, nothing more is printed."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in output.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+    return gone

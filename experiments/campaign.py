@@ -11,7 +11,8 @@ The report, `compare`, `export` and `store` read tables and run folders alike (`
 
     pack    writes the tables of all runs in RESULTS, then checks them
     check   compares the tables with the run folders in RESULTS: every field, answer, position and score
-    unpack  writes the run folders again, for `experiments.replay` and method=precomputed
+    unpack  writes the run folders again, for `staff-replay` and method=precomputed
+    tables  writes RESULTS/TABLES.md with the named tables of RESULTS/tables, or refreshes those that it has
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.parquet import read_table, write_table
 
-from experiments.console import pipeable
+from experiments import pipeable
 from experiments.recorded import TEXTS, RecordedRun, packed_runs, recorded_runs, run_folders
 from staff.errors import UserError
-from staff.runtime.spreadsheets import csv_of
+from staff.runtime.files import csv_of
 
 TEXT, RUN = pa.string(), pa.field("run", pa.string())
 PREDICTIONS = pa.schema([RUN])
@@ -227,6 +229,19 @@ def _unpack(results: Path, folder: Path) -> None:
     print(f"{len(wanted)} run folders written to {folder / 'runs'}, {len(packed) - len(wanted)} were there")
 
 
+def collect(results: Path, names: Sequence[str] = ()) -> Path:
+    """Write RESULTS/TABLES.md, which a campaign commits: tables of RESULTS/tables in one file. Returns its path.
+
+    Args:
+        names: of the tables, each a heading; without any, those that TABLES.md has already.
+    """
+    file = results / "TABLES.md"
+    names = names or re.findall(r"^## (.+)$", file.read_text("utf-8"), re.MULTILINE)
+    parts = [f"## {name}\n\n{(results / 'tables' / f'{name}.md').read_text('utf-8').strip()}\n" for name in names]
+    file.write_text("\n".join([f"# Tables of {results.name}\n", *parts]), "utf-8")
+    return file
+
+
 @pipeable
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -234,7 +249,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="{pack,check,unpack}")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="{pack,check,unpack,tables}")
     for carry_out, option, help in (
         (_pack, "--into", "folder to write the tables to"),
         (_check, "--tables", "folder of the tables"),
@@ -244,7 +259,13 @@ def main() -> None:
         command.add_argument("results", type=Path, help="results folder")
         command.add_argument(option, dest="folder", type=Path, help=f"{help} (RESULTS)")
         command.set_defaults(carry_out=carry_out)
+    command = commands.add_parser("tables")
+    command.add_argument("results", type=Path, help="results folder")
+    command.add_argument("names", metavar="NAME", nargs="*", help="name of a table (those of TABLES.md)")
     arguments = parser.parse_args()
+    if arguments.command == "tables":
+        print(collect(arguments.results, arguments.names))
+        return
     try:
         arguments.carry_out(arguments.results, arguments.folder or arguments.results)
     except UserError as error:

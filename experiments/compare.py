@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.console import pipeable
+from experiments import pipeable
 from experiments.recorded import RecordedRun, recorded_runs
 from staff.errors import UserError
 

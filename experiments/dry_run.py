@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,9 +23,9 @@ from experiments import sweep
 from experiments.configuration import CONF, check_size, composed
 from experiments.report.planned import Planned
 from experiments.schedule import starting_order
+from experiments.setup import Setup, folder_of
 from experiments.single import Run
-from experiments.speeds import ANSWER, ASSUMED, line
-from experiments.stand_ins import with_stand_ins
+from experiments.sizes import ANSWER, ASSUMED, with_stand_ins
 from staff.models.adapters import shapes
 from staff.models.spec import ARCHITECTURES, ModelSpec
 from staff.runtime.progress import progress
@@ -41,8 +40,6 @@ from staff.training.stage import Finetune
 VALUES = ("pruning_rate", "budget", "budget_tokens", "seed", "selection_seed", "finetune_seed")
 """Settings that choose no file of the configuration: Hydra, which is slow, composes the jobs that differ in them
 once."""
-FEW = (16, 48)
-"""Samples of the pool that stages are calibrated on."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class PlannedStage:
         speed: what stages with the same speed have in common.
         precision: that it computes in.
         parameters: of its model.
-        constants: how often it takes the constant of its speed, by `experiments.speeds.Speed`.
+        constants: how often it takes the constant of its speed, by `experiments.sizes.Speed`.
         exact: its FLOPs do not depend on scores or answers.
         made: the sweep's own store has it already.
         bytes: that it leaves in the store, roughly.
@@ -147,20 +144,6 @@ class DryRunStore(Store):
             job.append(known)
 
 
-class TimedStore(Store):
-    """A store that also lists FLOPs and seconds of what it made, by what determines the speed."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.times: list[tuple[str, Cost]] = []
-
-    def get(self, stage: Stage) -> Artifact:
-        artifact = super().get(stage)
-        if stage.kind in ASSUMED and artifact.computed:
-            self.times.append((speed_of(stage), artifact.cost))
-        return artifact
-
-
 def speed_of(stage: Stage) -> str:
     """Kind, model and settings, without samples, epochs and seed."""
     settings = {name: value for name, value in stage.key().items() if name not in ("samples", "epochs", "seed")}
@@ -211,11 +194,11 @@ def dry_run(overrides: Sequence[str], config_dir: str | None = None) -> DryRun:
     store: DryRunStore | None = None
     with tempfile.TemporaryDirectory() as folder, _first_warnings():
         jobs = []
-        for job, cfg, choices in _jobs(overrides, config_dir):
+        for job, cfg, choices in jobs_of(overrides, config_dir):
             if store is not None:  # what the first run warns of, the others would repeat
                 logging.disable(logging.WARNING)
-            store = store or DryRunStore(Path(folder), Store(sweep.folder_of(cfg, "store_dir")))
-            _estimate(job, cfg, choices, store)
+            store = store or DryRunStore(Path(folder), Store(folder_of(cfg, "store_dir")))
+            estimate(job, cfg, choices, store)
             jobs.append(job)
     assert store is not None
     store.planned.order = starting_order(jobs)
@@ -231,13 +214,13 @@ def _first_warnings() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _estimate(job: list[str], cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> None:
+def estimate(job: list[str], cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> None:
     """Carry out a run on a store that estimates."""
     planned = store.planned
     planned.replaced = list(dict.fromkeys([*planned.replaced, *with_stand_ins(cfg, store.root)]))
     known = {stage.speed for stage in planned.stages.values()}
     planned.jobs.append([])
-    run = Run(cfg, choices, store)
+    run = Run(Setup.of(cfg, choices), store)
     tokenized = run.tokenized
     store.certain |= {samples.fingerprint for samples in tokenized.values()}
     chosen, coreset = run.select()
@@ -261,7 +244,7 @@ def _compare(run: Run, compared: dict[tuple[str, str], Planned]) -> None:
     if run.generator is not None:
         new = Planned(family, task, run.task.metrics[0], len(run.tokenized["test"]))
         found = compared.setdefault((family, task), new)
-        found.seeds.add((run.cfg.selection_seed, run.cfg.finetune_seed))
+        found.seeds.add((run.setup.selection_seed, run.setup.finetune_seed))
         found.rates.add(run.pruning_rate)
 
 
@@ -284,25 +267,7 @@ def _measure(run: Run, planned: DryRun) -> None:
         planned.sizes.append(said)
 
 
-def calibrated(planned: DryRun, config_dir: str | None = None) -> dict[str, tuple[float, float]]:
-    """Seconds of a stage as (constant, per FLOP) by its `speed`: measured on a few samples with the real models."""
-    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for few in FEW:
-        with tempfile.TemporaryDirectory() as folder:
-            short = [f"task.train_limit={few}", f"task.test_limit={few // 4}", f"results_dir={folder}"]
-            real, dry = TimedStore(Path(folder) / "real"), DryRunStore(Path(folder) / "plan", Store(folder))
-            for overrides in planned.distinct:
-                for job, cfg, choices in _jobs([*overrides, *short, "tracking=none"], config_dir):
-                    _estimate(job, cfg, choices, dry)
-                    Run(cfg, choices, real).carry_out()
-            stages = dry.planned.stages.values()
-            at_full_length = {stage.speed: stage.cost.flops for stage in stages if stage.stage == "evaluation"}
-            for speed, cost in real.times:
-                points[speed].append((at_full_length.get(speed, cost.flops), cost.seconds))
-    return {speed: line(measured) for speed, measured in points.items()}
-
-
-def _jobs(
+def jobs_of(
     overrides: Sequence[str], config_dir: str | None
 ) -> Iterator[tuple[list[str], DictConfig, dict[str, Any]]]:
     """Overrides, configuration and choices of every run of the sweep."""

@@ -34,13 +34,14 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from experiments import export_model, hub
+from experiments import cards, export_model
 from experiments.cards import coreset_card
 from experiments.recorded import RecordedRun, recorded_run, regions_of
+from staff.data.samples import Sample, data_digest
 from staff.data.splits import load_splits
-from staff.data.task import Sample, Task, data_digest
+from staff.data.task import Task
 from staff.errors import UserError
-from staff.runtime.spreadsheets import csv_of
+from staff.runtime.files import csv_of
 from staff.store.store import SAMPLES
 
 PUSHED = ("datasets", *export_model.FORMS)
@@ -71,7 +72,7 @@ def export(
     if push_to is not None:
         if form not in PUSHED:
             raise UserError(f"--push-to-hub uploads {', '.join(PUSHED)}, not --format {form}: choose one of them.")
-        hub.check_token()
+        cards.check_token()
     if of_model:
         tuned = export_model.tuned_target(recorded, form, store)
         if push_to is not None and form == "adapter" and tuned.spec.local is not None:
@@ -89,7 +90,7 @@ def export(
         shutil.rmtree(output)
         raise
     if push_to is not None:
-        hub.push(output, form, push_to)
+        cards.push(output, form, push_to)
     return output
 
 

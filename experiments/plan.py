@@ -6,7 +6,7 @@ estimated from shapes instead of run. No weights are loaded, and a stage that ru
 Scores are placeholders, so two things are not exact, and marked `~`: STAFF's verification is counted at its most,
 K b_v samples, and a coreset that scores choose as one of average samples. Answers, marked `~` too, are counted at
 full length. Seconds come from a GPU's peak and the utilisation measured there by kind of stage and size of model
-(`experiments.speeds`), or, with --calibrate, from the stages themselves on a few samples on this machine. What was
+(`experiments.sizes`), or, with --calibrate, from the stages themselves on a few samples on this machine. What was
 not measured is said to be assumed. Ranking (such as the neighbours of D2) is not in them.
 """
 
@@ -16,7 +16,9 @@ import argparse
 import logging
 import re
 import sys
+import tempfile
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments import sweep
-from experiments.console import pipeable
-from experiments.dry_run import DryRun, PlannedStage, calibrated, dry_run
+from experiments import pipeable, sweep
+from experiments.dry_run import DryRun, DryRunStore, PlannedStage, dry_run, estimate, jobs_of, speed_of
 from experiments.report.planned import checked_effect, sentences
 from experiments.schedule import wall_seconds
-from experiments.speeds import GPUS, speed_on
+from experiments.setup import Setup
+from experiments.single import Run
+from experiments.sizes import ASSUMED, GPUS, line, speed_on
+from staff.store.cost import Cost
+from staff.store.manifest import Artifact
+from staff.store.stage import Stage
+from staff.store.store import Store
+
+FEW = (16, 48)
+"""Samples of the pool that stages are calibrated on."""
 
 
 def seconds_of(stage: PlannedStage, gpu: str | None, speeds: dict[str, tuple[float, float]]) -> float:
@@ -41,6 +51,38 @@ def seconds_of(stage: PlannedStage, gpu: str | None, speeds: dict[str, tuple[flo
         return float("nan")
     speed = speed_on(gpu, stage.stage, stage.precision, stage.parameters)
     return speed.seconds(stage.cost.flops, GPUS[gpu].peak(stage.precision), stage.constants)
+
+
+class TimedStore(Store):
+    """A store that also lists FLOPs and seconds of what it made, by what determines the speed."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.times: list[tuple[str, Cost]] = []
+
+    def get(self, stage: Stage) -> Artifact:
+        artifact = super().get(stage)
+        if stage.kind in ASSUMED and artifact.computed:
+            self.times.append((speed_of(stage), artifact.cost))
+        return artifact
+
+
+def calibrated(planned: DryRun, config_dir: str | None = None) -> dict[str, tuple[float, float]]:
+    """Seconds of a stage as (constant, per FLOP) by its `speed`: measured on a few samples with the real models."""
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for few in FEW:
+        with tempfile.TemporaryDirectory() as folder:
+            short = [f"task.train_limit={few}", f"task.test_limit={few // 4}", f"results_dir={folder}"]
+            real, dry = TimedStore(Path(folder) / "real"), DryRunStore(Path(folder) / "plan", Store(folder))
+            for overrides in planned.distinct:
+                for job, cfg, choices in jobs_of([*overrides, *short, "tracking=none"], config_dir):
+                    estimate(job, cfg, choices, dry)
+                    Run(Setup.of(cfg, choices), real).carry_out()
+            stages = dry.planned.stages.values()
+            at_full_length = {stage.speed: stage.cost.flops for stage in stages if stage.stage == "evaluation"}
+            for speed, cost in real.times:
+                points[speed].append((at_full_length.get(speed, cost.flops), cost.seconds))
+    return {speed: line(measured) for speed, measured in points.items()}
 
 
 def assumed(stages: Sequence[PlannedStage], gpu: str, speeds: dict[str, tuple[float, float]]) -> list[str]:

@@ -17,7 +17,7 @@ from experiments import campaign
 from staff import tracking
 from staff.data.planted import PlantedTask
 from staff.errors import UserError
-from staff.evaluation.floor_stages import read_floors, warnings
+from staff.evaluation.floors import read_floors, warnings
 from staff.evaluation.metrics import measure, named_metric
 from staff.evaluation.stage import choices_of, read_measured
 from staff.runtime import processes

@@ -17,14 +17,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import sweep
+from experiments import reader_gone, sweep
 from experiments.configuration import CONF, check_size
-from experiments.console import reader_gone
 from staff.errors import UserError
 from staff.runtime import preemption, processes
-from staff.store.events import listening
-from staff.store.locks import file_lock
-from staff.store.turns import Busy
+from staff.store.locks import Busy, file_lock
+from staff.store.stage import listening
 from staff.tracking.mirror import Mirror
 
 if TYPE_CHECKING:
@@ -41,24 +39,26 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
         choices: the option chosen for each group of the configuration.
     """
     from experiments import record
+    from experiments.setup import Setup
     from experiments.single import Run
 
     page = Mirror()
     with listening(page):
-        this = Run(cfg, choices)
+        setup = Setup.of(cfg, choices)
+        this = Run(setup)
         with _locked(this), _failure_noted(this):
             if processes.broadcast_from_main(lambda: this.recorded):
                 log.info("%s: recorded already", this.name)
                 return this.folder
             this.check_machine()
             origin, pool = this.task.origin, len(this.pool.ids)
-            size = this.budget if this.budget_tokens is None else f"{this.budget_tokens} tokens"
+            size = this.budget if this.size.tokens is None else f"{this.size.tokens} tokens"
             log.info("%s: a coreset of %s from %d samples of %s", this.name, size, pool, origin)
             if origin.startswith("pkg://") and not this.family.target.path.startswith("pkg://"):
                 log.warning(
                     "these are the %d samples that are shipped: name all by task.data_dir, or on the hub", pool
                 )
-            page.open(this.about, cfg.tracking.mode)
+            page.open(this.about, this.setup.tracking)
             with _failing(page):
                 outcome = this.carry_out()
                 folder = processes.broadcast_from_main(lambda: record.write(this, outcome))

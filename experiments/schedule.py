@@ -1,7 +1,7 @@
 """Which job of a sweep a free worker takes: the launcher's rule, and the time that a sweep takes by it.
 
 Jobs with different first stages start first. A job that needs a stage that another worker runs gives its worker up
-(`staff.store.turns`), and is taken again when that stage has ended.
+(`staff.store.locks`), and is taken again when that stage has ended.
 """
 
 from __future__ import annotations

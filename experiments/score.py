@@ -31,10 +31,11 @@ from hydra.utils import get_class
 
 from experiments import sweep
 from experiments.configuration import CONF, composed
+from experiments.setup import Setup
 from experiments.single import Run
 from staff.errors import UserError
 from staff.pool import Pool
-from staff.runtime.spreadsheets import csv_of
+from staff.runtime.files import csv_of
 from staff.scoring.signal import Signal
 from staff.signals import named_all
 
@@ -118,7 +119,7 @@ def score(overrides: Sequence[str]) -> Path:
     if not isinstance(options, dict):
         raise UserError(f"options={options!r} must map fields of the signals to values, such as {{prompt: false}}.")
     with initialize_config_dir(CONF, version_base="1.3"):
-        run = Run(*composed([*others, *ALONE]))
+        run = Run(Setup.of(*composed([*others, *ALONE])))
     signals, models = (value if isinstance(value, list) else [str(value)] for value in (own["signal"], own["of"]))
     _check_columns(run.pool, file, _signals(signals, options), models)
     if any(run.pool.states(model)[0].training for model in models if "@online" not in model):

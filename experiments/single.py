@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -13,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
-from experiments.evaluating import Evaluation
-from experiments.reader import Reader
+from experiments.reader import Evaluation, Reader
+from experiments.setup import Setup
+from staff.data.samples import data_digest
 from staff.data.splits import load_splits
-from staff.data.task import Task, data_digest
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.evaluation.generator import Generator
 from staff.evaluation.metrics import check_metrics
 from staff.models.family import Family
 from staff.models.prepare import prepare
@@ -31,13 +27,11 @@ from staff.models.spec import check_quantization
 from staff.models.state import ModelState
 from staff.pool import Pool, Select
 from staff.runtime import processes
-from staff.scoring.stage import ScoringSettings
-from staff.selection import Coreset, SelectionMethod, budget_for, budget_of, check_flags, tokens_of
+from staff.selection import Coreset
 from staff.store.manifest import Artifact, digest
 from staff.store.store import SAMPLES, Store
 from staff.tracking import mirror
 from staff.training.memory import check_fits
-from staff.training.settings import FinetuneSettings
 from staff.training.stage import Finetune
 
 log = logging.getLogger("staff")
@@ -58,58 +52,36 @@ class Run:
         UserError: bad configuration or data.
     """
 
-    def __init__(self, cfg: DictConfig, choices: dict[str, Any], store: Store | None = None):
-        self.cfg, self.choices = cfg, choices
-        self.results = sweep.folder_of(cfg, "results_dir")
-        self.method: SelectionMethod = instantiate(cfg.method, _convert_="all")
-        check_flags(self.method)
-        self.settings: FinetuneSettings = instantiate(cfg.finetune, _convert_="all")
-        self.scoring: ScoringSettings = instantiate(cfg.scoring)
-        self.generator: Generator | None = instantiate(cfg.evaluation, _convert_="all") or None
-        family: Family = instantiate(cfg.family, _convert_="all")
-        selecting: Family | None = instantiate(cfg.get("selection_family"), _convert_="all")
-        task: Task = instantiate(cfg.task, _convert_="all")
-        mirror.check(OmegaConf.to_container(cfg.tracking))  # type: ignore[arg-type]
-        for name in ("selection_seed", "finetune_seed"):
-            if type(cfg[name]) is not int or not 0 <= cfg[name] < 2**32:
-                raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0 and below 2^32.")
-        if cfg.budget is not None and cfg.budget_tokens is not None:
-            raise UserError(
-                f"budget={cfg.budget} and budget_tokens={cfg.budget_tokens} both set the size of the coreset: "
-                "set one of them."
-            )
-        fixed = hasattr(self.method, "fixed_size")
-        self.budget_tokens = None if fixed else tokens_of(cfg.budget_tokens)
-        self.by_rate = not fixed and cfg.budget is None and self.budget_tokens is None
-        if self.by_rate:
-            budget_for(cfg.pruning_rate, sys.maxsize)  # refuses what is no rate before any data is read
-        self.task = task.pinned()
-        self.store = store or Store(sweep.folder_of(cfg, "store_dir"), workers=sweep.workers())
-        self.splits = load_splits(self.task, self.generator is not None, self.store.root / SAMPLES)
+    def __init__(self, setup: Setup, store: Store | None = None):
+        self.setup, self.size, self.choices = setup, setup.size, setup.choices
+        self.method, self.settings, self.scoring = setup.method, setup.finetune, setup.scoring
+        self.generator = setup.generator
+        self.task = setup.task.pinned()
+        self.store = store or Store(setup.store, workers=sweep.workers())
+        self.splits = load_splits(self.task, setup.generator is not None, self.store.root / SAMPLES)
         check_metrics(self.task.metrics, self.splits.test)
-        if self.budget_tokens is None:
-            budget_of(self.method, cfg.pruning_rate, len(self.splits.pool), cfg.budget)  # refuses a bad rate
+        if self.size.tokens is None:
+            self.size.of_pool(len(self.splits.pool))  # refuses what leaves no sample
         loading = (self.settings.quantization, self.settings.fsdp)
-        self.family = prepare(family, self.store).with_loading(*loading)
-        self.selecting = prepare(selecting, self.store).with_loading(*loading) if selecting else self.family
+        self.family = prepare(setup.family, self.store).with_loading(*loading)
+        other = setup.selecting
+        self.selecting = prepare(other, self.store).with_loading(*loading) if other else self.family
         self.started = datetime.now(UTC)
 
     @cached_property
     def pruning_rate(self) -> float:
         """The share of the pool's samples that is removed; of its tokens, where the budget is in tokens."""
-        if self.by_rate:
-            return self.cfg.pruning_rate
-        if self.budget_tokens is not None:
-            return float(max(Fraction(0), 1 - Fraction(self.budget_tokens, int(self.pool.lengths.sum()))))
+        if self.size.by_rate:
+            return self.size.rate
+        if self.size.tokens is not None:
+            return float(max(Fraction(0), 1 - Fraction(self.size.tokens, int(self.pool.lengths.sum()))))
         pool = len(self.splits.pool)
-        return float(1 - Fraction(budget_of(self.method, self.cfg.pruning_rate, pool, self.cfg.budget), pool))
+        return float(1 - Fraction(self.size.of_pool(pool), pool))
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration; a budget, or a method's own size, shows the pruning rate that it comes to."""
-        config = OmegaConf.to_container(self.cfg, resolve=True)
-        assert isinstance(config, dict)
-        return {**{str(k): v for k, v in config.items()}, "pruning_rate": self.pruning_rate}
+        return {**self.setup.config, "pruning_rate": self.pruning_rate}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -149,8 +121,8 @@ class Run:
         if self.transferred:
             parts[0] = f"{self.choices.get('family@selection_family') or 'custom'}-to-{parts[0]}"
         what = "-".join(re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in parts)
-        size = f"p{self.pruning_rate:g}" if self.budget_tokens is None else f"t{self.budget_tokens}"
-        return f"{what}-{size}-s{self.cfg.finetune_seed}-{self.fingerprint[:8]}"
+        size = f"p{self.pruning_rate:g}" if self.size.tokens is None else f"t{self.size.tokens}"
+        return f"{what}-{size}-s{self.setup.finetune_seed}-{self.fingerprint[:8]}"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -162,7 +134,7 @@ class Run:
             "selection_family": self.choices.get("family@selection_family") or self.choices.get("family"),
             "sweep": sweep.name(),
             "pruning_rate": self.pruning_rate,
-            **{k: self.cfg[k] for k in ("seed", "selection_seed", "finetune_seed")},
+            **{k: getattr(self.setup, k) for k in ("seed", "selection_seed", "finetune_seed")},
             "metric": self.task.metrics[0],
             "started": self.started.isoformat(timespec="seconds"),
         }
@@ -174,7 +146,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return self.results / "runs" / self.name
+        return self.setup.results / "runs" / self.name
 
     @property
     def recorded(self) -> bool:
@@ -210,18 +182,18 @@ class Run:
         slices = {"pool": self.reader.slice(self.splits.pool, self.tokenized)}
         if self.splits.dev:
             slices["dev"] = self.reader.slice(self.splits.dev, self.reader.trained(self.splits.dev))
-        return Pool(slices, self.selecting, self.settings, self.store, self.cfg.selection_seed, self.scoring)
+        return Pool(slices, self.selecting, self.settings, self.store, self.setup.selection_seed, self.scoring)
 
     @property
     def budget(self) -> int:
         """The samples to select; with a budget in tokens, how many average samples it holds."""
-        if self.budget_tokens is not None:
-            return max(1, min(len(self.pool.ids), int(self.budget_tokens / self.pool.lengths.mean())))
-        return budget_of(self.method, self.cfg.pruning_rate, len(self.pool.ids), self.cfg.budget)
+        if self.size.tokens is not None:
+            return max(1, min(len(self.pool.ids), int(self.size.tokens / self.pool.lengths.mean())))
+        return self.size.of_pool(len(self.pool.ids))
 
     @cached_property
     def selection(self) -> Select:
-        return Select(self.method, self.pool, self.budget, self.budget_tokens)
+        return Select(self.method, self.pool, self.budget, self.size.tokens)
 
     def select(self) -> tuple[Artifact, Coreset]:
         """The coreset, and its artefact, whose charges are the selection overhead."""
@@ -238,7 +210,7 @@ class Run:
         return self._finetuning(self.tokenized["target"].take(trained), len(coreset.indices), schedule)
 
     def _finetuning(self, samples: TokenizedSamples, size: int, schedule: np.ndarray | None = None) -> Finetune:
-        epochs, seed = self.settings.coreset_epochs(size, len(self.pool.ids)), self.cfg.finetune_seed
+        epochs, seed = self.settings.coreset_epochs(size, len(self.pool.ids)), self.setup.finetune_seed
         return Finetune(self.family.target, samples, self.settings, epochs, seed, schedule=schedule)
 
     def curve_of(self, training: dict[str, Any]) -> str:
@@ -259,7 +231,7 @@ class Run:
     def full_finetuning(self) -> Finetune:
         """The target's fine-tuning on the whole pool."""
         settings, samples = self.settings, self.tokenized["target"]
-        return Finetune(self.family.target, samples, settings, settings.epochs, self.cfg.finetune_seed)
+        return Finetune(self.family.target, samples, settings, settings.epochs, self.setup.finetune_seed)
 
     def state(self, tuned: Finetune | None) -> ModelState:
         """The fine-tuned target, or the raw one."""
@@ -267,14 +239,14 @@ class Run:
 
     def check_machine(self) -> None:
         """Refuse, before a model loads, what this machine cannot do, or what no coreset can be."""
-        if self.budget_tokens is not None and self.budget_tokens < (least := int(self.pool.lengths.min())):
+        if self.size.tokens is not None and self.size.tokens < (least := int(self.pool.lengths.min())):
             raise UserError(
-                f"budget_tokens={self.budget_tokens} holds no sample: the shortest of the pool has {least} tokens."
+                f"budget_tokens={self.size.tokens} holds no sample: the shortest of the pool has {least} tokens."
             )
         self.settings.on_each_device(processes.world_size())
         if self.settings.quantization:
             check_quantization()
-        if self.budget and self.cfg.memory_check:
+        if self.budget and self.setup.memory_check:
             tuned = {"small": self.selecting.small, **({"target": self.family.target} if self.generator else {})}
             for name, spec in tuned.items():
                 check_fits(spec, self.tokenized[name], self.settings)

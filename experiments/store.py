@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.console import pipeable
+from experiments import pipeable
 from experiments.recorded import recorded_runs
 from staff.data.tokens import Tokens
 from staff.errors import UserError
-from staff.evaluation.floor_stages import ChooseConstant, Floors
+from staff.evaluation.floors import ChooseConstant, Floors
 from staff.evaluation.stage import Generate, Measure
 from staff.models.prepare import ConvertGguf
 from staff.pool import Select

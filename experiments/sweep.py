@@ -44,17 +44,6 @@ _CUT_OFF = ("Connection closed by peer", "Connection reset by peer")
 log = logging.getLogger("staff")
 
 
-def folder_of(config: DictConfig, name: str) -> Path:
-    """The folder that a setting names, a number too.
-
-    Raises:
-        UserError: it names none.
-    """
-    if type(config[name]) not in (str, int) or not str(config[name]).strip():
-        raise UserError(f"{name}={config[name]!r} must name a folder.")
-    return Path(str(config[name]))
-
-
 class Sweep(Callback):
     """Writes the folder of a sweep, when Hydra starts it and when a job starts or ends.
 

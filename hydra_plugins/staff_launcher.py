@@ -34,8 +34,7 @@ from experiments.configuration import register_resolvers
 from experiments.schedule import Queue, starting_order
 from staff.errors import UserError
 from staff.runtime import preemption
-from staff.store.locks import file_lock
-from staff.store.turns import Busy, Turn, turn
+from staff.store.locks import Busy, Turn, file_lock, turn
 
 log = logging.getLogger(__name__)
 

@@ -199,17 +199,12 @@ class Pool:
     def _score(self, state: ModelState, signals: tuple[Signal, ...], view: DataView) -> dict[str, np.ndarray]:
         if len({(signal.prompt, signal.text) for signal in signals}) > 1:
             raise UserError("signals that read different texts of the samples need a pass each: ask one by one.")
-        part = self._slice(view.slice)
-        samples = view.of(part.small if state.spec is self.family.small else part.target)
-        stage = self._stage(state, samples, signals)
-        if self.store.find(stage) is None:
-            stage.check()  # before the model is fine-tuned
-        return read_scores(self.store.get(stage))
+        stage = self._stage(state, view.of(self._read_by(state, view.slice)), signals)
+        return read_scores(self._checked(stage))
 
     def _in_context_gains(self, of: str, view: str) -> np.ndarray:
         (state,) = self.states(of)
-        parts, small = (self._slice(view), self._slice("pool")), state.spec is self.family.small
-        helped, examples = (part.small if small else part.target for part in parts)
+        helped, examples = self._read_by(state, view), self._read_by(state, "pool")
 
         def distances(samples: TokenizedSamples) -> np.ndarray:
             signals = named_all(["distance"], {})
@@ -235,16 +230,19 @@ class Pool:
             metric: of an answer against that of the sample; a name as in `task.metrics`.
             layer: as in `staff.evaluation.in_context.AnswersInContext`.
         """
-        asked = self._slice(view)
+        self._slice(view)  # refuses one that is not there
         (state,) = self.states(of)
-        small = state.spec is self.family.small
-        shown, of_view = (part.small if small else part.target for part in (self._slice("pool"), asked))
+        shown, of_view = self._read_by(state, "pool"), self._read_by(state, view)
         at = np.where(queries >= 0, queries % len(of_view), -1)
         separator = separator_of(self.family, state.spec)
         stage = AnswersInContext(state, shown, of_view, demonstrations, at, named_metric(metric), separator, layer)
+        return read_in_context(self._checked(stage))
+
+    def _checked(self, stage: Score | AnswersInContext) -> Artifact:
+        """The artefact of a stage, which is checked before the model is fine-tuned."""
         if self.store.find(stage) is None:
-            stage.check()  # before the model is fine-tuned
-        return read_in_context(self.store.get(stage))
+            stage.check()
+        return self.store.get(stage)
 
     def _stage(self, state: ModelState, samples: TokenizedSamples, signals: tuple[Signal, ...]) -> Score:
         seed = int(np.random.default_rng([self.seed, zlib.crc32(b"fresh adapter")]).integers(2**31))
@@ -268,6 +266,11 @@ class Pool:
                 else f"view={name!r} is unknown: choose pool or dev."
             )
         return self.slices[name]
+
+    def _read_by(self, state: ModelState, view: str) -> TokenizedSamples:
+        """The samples of a slice as the model of the state reads them."""
+        part = self._slice(view)
+        return part.small if state.spec is self.family.small else part.target
 
     def _spec(self, name: str) -> ModelSpec:
         return self.family.small if name.startswith("small") else self.family.target

@@ -213,7 +213,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="formulas in CSV",
-        place="staff/runtime/spreadsheets.py:inert",
+        place="staff/runtime/files.py:inert",
         new="return text",
         test="test_untrusted_inputs.py::test_what_fuzzing_found_stays_mended",
     ),

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from support.tiny import farthest, pool_of_sums, tuned, weights_of
 
-from staff.data.limits import answerable, fitting
-from staff.data.task import Sample, Task
+from staff.data.samples import Sample
+from staff.data.task import Task
 from staff.data.tokens import TokenizedSamples, tokenize
+from staff.data.views import answerable, fitting
 from staff.errors import UserError
 from staff.models.adapters import LoraSpec, fresh_lora
 from staff.models.family import Family
@@ -255,7 +256,7 @@ def test_a_score_that_is_not_finite_names_its_sample(poisoned, value: str, signa
 @pytest.mark.parametrize("rows", [[GOOD], [GOOD] * 6], ids=["one sample", "all equal"])
 def test_a_pool_of_one_sample_or_of_equal_ones_goes_through_every_stage(run, tmp_path: Path, rows: list[object]):
     folder = write(tmp_path / "data", *rows)
-    data = ("task=jsonl", f"task.data_dir={folder}", "task.prompt='{question}'", "task.answer=' {answer}'")
+    data = ("task=file", f"task.data_dir={folder}", "task.prompt='{question}'", "task.answer=' {answer}'")
     record = run("method=staff", *data, "pruning_rate=0")
     assert record["coreset"]["size"] == len(rows)
     assert 0 <= record["metrics"]["rougeL"] <= 100

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken
 
 from staff.data.chat import ChatTemplate
-from staff.data.task import Sample
+from staff.data.samples import Sample
 from staff.data.tokens import tokenize
 from staff.errors import UserError
 from staff.evaluation.generator import generate

@@ -14,9 +14,9 @@ from experiments.campaign import pack
 from experiments.report import audit
 from experiments.report.contrasts import Contrast, Outcome, parse
 from experiments.report.records import collect, contexts
+from experiments.report.rendering import Table
 from experiments.report.sequential import Contest, Progress, nominal_levels, progress
 from experiments.report.statistics import Difference
-from experiments.report.tables import Table
 from experiments.report.verdicts import Question, verdicts
 from staff.errors import UserError
 

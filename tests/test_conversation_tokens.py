@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from support.tiny import AGAIN, ASKED, SAID, SEVERAL, SYSTEM, messages
 
-from staff.data.conversations import plain_pieces
-from staff.data.task import Sample
+from staff.data.samples import Sample, plain_pieces
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens, tokenize
 from staff.data.views import DataView
 from staff.errors import UserError

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from support.tiny import ASKED, SAID, SEVERAL, SYSTEM, messages
 
-from staff.data.task import Sample, Task, data_digest
+from staff.data.samples import Sample, data_digest
+from staff.data.task import Task
 from staff.errors import UserError
 
 TASK = Task("t", None, None, ["rougeL"], 8, data_dir="x")

@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from support.servers import ROWS as HUB_ROWS
 
-from staff.data.limits import fitting
-from staff.data.task import Sample, Task
+from staff.data.samples import Sample
+from staff.data.task import Task
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens, tokenize
-from staff.data.views import DataView
+from staff.data.views import DataView, fitting
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.store.store import Store
@@ -159,8 +159,8 @@ METRICS = {
     "bioinstruct": {"rougeL", "rouge1", "rouge2"},
     "wmt19_kk_en": {"rougeL", "bleu", "chrf"},
     "gsm8k": {"exact_match", "rougeL"},
-    "jsonl": {"rougeL"},
-    "dialogsum_hub": {"rougeL", "rouge1", "rouge2"},
+    "dialogsum": {"rougeL", "rouge1", "rouge2"},
+    "file": {"rougeL"},
 }
 
 

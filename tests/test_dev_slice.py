@@ -16,8 +16,9 @@ from staff.data import duplicates as duplicates_module
 from staff.data import splits as splits_module
 from staff.data import stored
 from staff.data.duplicates import duplicates, normalised
+from staff.data.samples import Sample, data_digest, several_answers
 from staff.data.splits import Splits, load_splits
-from staff.data.task import Sample, Task, data_digest, several_answers
+from staff.data.task import Task
 from staff.errors import UserError
 from staff.selection import Coreset
 

@@ -32,20 +32,11 @@ CHANGED = {
     "speculation": {"method.speculation"},
     "scoring_function": {"method.signal"},
     "small_epochs": {"finetune.small_epochs"},
-    "verification_budget": {"method.verification_budget"},
-    "num_regions": {"method.num_regions"},
     "region_similarity": {"method.num_regions"},
     "small_size": {"family.small.path"},
     "small_model_family": {"family.small.path"},
     "transfer": {"selection_family.name", "selection_family.target.path", "selection_family.small.path"},
-    "presets": {
-        *("method._target_", "method.budget_rule", "method.gradient", "method.pick", "method.drop_hardest"),
-        *("method.normalise", "method.verification_fraction"),
-        *(f"method.fresh_adapter{part}" for part in (".rank", ".alpha", ".targets")),
-    },
-    "pick": {"method.pick"},
-    "drop_hardest": {"method.drop_hardest"},
-    "equal_steps": {"finetune.match"},
+    "fields": {"method.num_regions", "method.pick", "method.drop_hardest", "finetune.match"},
 }
 
 
@@ -78,13 +69,9 @@ def test_the_jobs_of_an_ablation_differ_in_the_one_setting_that_its_comment_name
     names = {name for each in settings for name in each}
     missing = object()
     differing = {n for n in names if any(each.get(n, missing) != settings[0].get(n, missing) for each in settings)}
-    if ablation == "answer_length":
-        methods = [job.method._target_.rsplit(".", 1)[1] for job in jobs]
-        assert methods == ["Random", "RandomMatched", "Staff"]
-        assert {name.split(".")[0] for name in differing} == {"method"}
-        assert jobs[1].method.reference == jobs[2].method
-    else:
-        assert differing == CHANGED[ablation]
+    assert differing == CHANGED[ablation]
+    if ablation == "fields":
+        assert all(sum(each[n] != settings[0][n] for n in differing) <= 1 for each in settings), "one at a time"
     assert len({str(each) for each in settings}) == len(jobs)
     for job in jobs:
         assert callable(instantiate(job.method, _convert_="all").select)
@@ -108,13 +95,9 @@ def test_another_scoring_function_scores_with_both_models(run: Callable[..., dic
 
 
 def test_the_strength_of_what_is_planted_is_swept_and_drawn_as_a_curve(run: Callable[..., Any], tmp_path: Path):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=["experiment=planted_strength"], return_hydra_config=True)
-        jobs = [job.split() for job in expected_jobs(cfg)]
-    assert len(jobs) == 5 * 4 * 2 and cfg.finetune.epochs == 12, "the settings of experiment=planted"
     few = ("task.train_limit=null", "task.size=300", "task.test_limit=7", "method=raw", "pruning_rate=1")
     for wrong in (0, 0.3):
-        run("experiment=planted_strength", *few, f"task.wrong={wrong}")
+        run("experiment=planted", *few, f"task.wrong={wrong}")
     found = strength.table(tmp_path / "results", "wrong", 1)
     assert found[["method", "wrong"]].to_numpy().tolist() == [["raw", 0.0], ["raw", 0.3]]
     drawn = strength.draw(found, "wrong", tmp_path / "strength", "a command")

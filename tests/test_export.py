@@ -20,7 +20,7 @@ from experiments.recorded import recorded_run
 from staff.data.tokens import tokenize
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
-from staff.runtime.spreadsheets import inert, original
+from staff.runtime.files import inert, original
 
 TARGET = ModelSpec("pkg://staff/assets/tiny/target")
 

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from support.tiny import SETTINGS, pool_of_sums, weights_of
 
-from staff.data.task import Sample
+from staff.data.samples import Sample
 from staff.data.tokens import tokenize
 from staff.errors import UserError
 from staff.evaluation.generator import Greedy, generate

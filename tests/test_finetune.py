@@ -20,9 +20,9 @@ from staff.scoring.positions import token_losses
 from staff.signals.effort import Effort
 from staff.store.cost import Meter
 from staff.training import trainer
+from staff.training.reports import MIN_STEPS
 from staff.training.settings import SCHEDULERS
 from staff.training.stage import Finetune, read_online_efforts
-from staff.training.warnings import MIN_STEPS
 
 
 @pytest.fixture(scope="module")

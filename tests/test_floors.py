@@ -26,10 +26,9 @@ from experiments.report import (
 from experiments.report.__main__ import left_over, write
 from experiments.report.records import collect
 from staff.errors import UserError
-from staff.evaluation.floor_stages import warnings, with_floors
-from staff.evaluation.floors import best_constant, candidates, specificity
+from staff.evaluation.floors import best_constant, candidates, specificity, warnings, with_floors
 from staff.evaluation.metrics import NAMED, named_metric
-from staff.evaluation.rouge_matrix import rouge_l_matrix
+from staff.evaluation.metrics.rouge import rouge_l_matrix
 
 ROWS = [json.loads(line) for line in (ROOT / "staff/assets/dialogsum/test.jsonl").open()]
 REFERENCES = [(row["summary1"], row["summary2"], row["summary3"]) for row in ROWS]

@@ -47,7 +47,7 @@ WITHIN_METHODS = {"precomputed.py": {"torch"}, "neighbours.py": {"faiss"}}
 """Libraries for files of other tools, and for an option."""
 FOR_METHODS = {
     *("staff.selection", "staff.draws", "staff.regions", "staff.errors", "staff.speculative"),
-    *("staff.runtime.progress", "staff.runtime.paths", "staff.runtime.spreadsheets"),
+    *("staff.runtime.progress", "staff.runtime.files", "staff.runtime.files"),
 }
 
 

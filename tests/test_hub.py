@@ -231,12 +231,12 @@ def publish(hub: Hub, cfg: Any, task: str, folder: Path) -> None:
     hub.repositories[f"datasets/{cfg.hub}"] = files
 
 
-@pytest.mark.parametrize("name", ["bioinstruct", "dialogsum_hub", "gsm8k", "wmt19_kk_en"])
+@pytest.mark.parametrize("name", ["bioinstruct", "dialogsum", "gsm8k", "wmt19_kk_en"])
 def test_every_shipped_data_set_is_read_through_the_hub_and_again_without_it(
     hub: Hub, name: str, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    cfg = composed(f"task={name}").task
+    cfg = composed(f"task={name}", "task.data_dir=null").task
     publish(hub, cfg, name, tmp_path)
     task = instantiate(cfg, _convert_="all").pinned()
     assert task.source() == {"hub": cfg.hub, "commit": COMMIT} and task.revision == COMMIT
@@ -281,9 +281,9 @@ dataset_info:
 
 def test_a_run_records_the_commits_of_its_models_and_its_data(hub: Hub, run, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    publish(hub, composed("task=dialogsum_hub").task, "dialogsum_hub", tmp_path)
+    publish(hub, composed("task.data_dir=null").task, "dialogsum", tmp_path)
     models = [f"family.{role}.path={NAME}" for role in ("target", "small")]
-    identity = run("task=dialogsum_hub", *models, "method=random", "evaluation=none")["identity"]
+    identity = run("task.data_dir=null", *models, "method=random", "evaluation=none")["identity"]
     assert identity["data"]["source"] == {"hub": "knkarthick/dialogsum", "commit": COMMIT}
     for model in identity["models"].values():
         assert (model["hub"], model["commit"]) == (NAME, COMMIT)

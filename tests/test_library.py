@@ -20,10 +20,11 @@ from baselines.random import Random
 from baselines.staff_official import StaffOfficial
 from experiments import score as command
 from experiments.score import score
+from experiments.setup import Setup
 from experiments.single import Run
 from staff import ArrayPool, Coreset, FinetuneSettings, ModelSpec, Staff, UserError, dataset_pool, select
 from staff.pool import Select
-from staff.runtime.spreadsheets import original
+from staff.runtime.files import original
 
 # ---------------------------------------------------------------- the library
 
@@ -56,7 +57,7 @@ def test_a_data_set_is_selected_from_as_the_readme_shows_and_as_the_application_
     settings = [f"finetune.{name}={str(value).lower()}" for name, value in published.items()]
     overrides = ["task.train_limit=32", "pruning_rate=0.9", f"results_dir={checkout / 'results'}", *settings]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        run = Run(compose("config", overrides=overrides), {})
+        run = Run(Setup.of(compose("config", overrides=overrides), {}))
     selected = run.store.find(run.selection)
     assert selected is not None, "one store for both"
     ids = [run.pool.ids[i] for i in Coreset.load(selected.path).indices]

@@ -24,7 +24,7 @@ from support.records import pages, stages_of, table_of
 from experiments.run import Mirror
 from staff.errors import UserError
 from staff.runtime import processes
-from staff.store.events import TrainingLogged
+from staff.store.stage import TrainingLogged
 from staff.tracking import write_record
 from staff.tracking.mirror import About, check, log_to_wandb
 
@@ -89,7 +89,7 @@ KILLED = """
 import json, os, signal, sys, time
 from pathlib import Path
 from staff.tracking.mirror import About, Mirror
-from staff.store.events import StageStarted, TrainingLogged
+from staff.store.stage import StageStarted, TrainingLogged
 
 class Training:
     label = "fine-tune small on 4 samples"

@@ -19,7 +19,7 @@ from staff.models.family import Family
 from staff.models.prepare import prepare
 from staff.models.spec import ModelSpec
 from staff.pool import Select
-from staff.runtime.paths import local_path
+from staff.runtime.files import local_path
 from staff.selection import Coreset
 from staff.speculative import Staff
 from staff.store.store import Store

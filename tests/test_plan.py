@@ -10,13 +10,12 @@ import pytest
 from conftest import ROOT, SMALL
 from support.records import write_runs
 
-from experiments import stand_ins
+from experiments import sizes
 from experiments.dry_run import dry_run
 from experiments.plan import main, seconds_of, table
 from experiments.report.planned import Planned, sentences
 from experiments.schedule import starting_order, wall_seconds
-from experiments.speeds import ASSUMED, FILE, GPUS, line, speed_on
-from experiments.stand_ins import SIZES, KnownShape
+from experiments.sizes import ASSUMED, GPUS, SIZES, SPEEDS, KnownShape, line, speed_on
 from staff.models.spec import ModelSpec
 
 METHODS, RATES = ("random", "staff"), (0.5, 0.75)
@@ -104,7 +103,7 @@ def test_hours_follow_the_precision_that_a_stage_computes_in():
 
 
 def test_speeds_are_interpolated_in_the_logarithm_between_measured_sizes_and_assumed_beyond():
-    points = json.loads(FILE.read_text())["h200"]["speeds"]
+    points = json.loads(SPEEDS.read_text())["h200"]["speeds"]
     known = {p["parameters"]: p["utilisation"] for p in points if (p["stage"], p["precision"]) == SCORES}
     (low, at_low), (high, at_high) = sorted(known.items())[-2:]
     assert all(speed_on("h200", *SCORES, size)[1:] == pytest.approx((part, True)) for size, part in known.items())
@@ -129,7 +128,7 @@ def test_a_line_through_measured_seconds_has_no_negative_part():
 
 
 def test_every_measured_speed_names_its_machine_and_is_a_fraction_of_the_peak():
-    for gpu, entry in json.loads(FILE.read_text()).items():
+    for gpu, entry in json.loads(SPEEDS.read_text()).items():
         assert gpu in GPUS and entry["machine"]
         for point in entry["speeds"]:
             assert point["stage"] in ASSUMED and point["precision"] in ("float32", "bfloat16")
@@ -204,15 +203,15 @@ PUBLISHED = {
 
 
 def test_the_known_shapes_have_the_published_numbers_of_parameters():
-    assert set(json.loads((SIZES / "models.json").read_text())) == set(PUBLISHED)
+    assert set(json.loads(SIZES.read_text())["models"]) == set(PUBLISHED)
     for name, parameters in PUBLISHED.items():
         assert KnownShape(name).shapes().num_parameters() == parameters, name
 
 
 @pytest.mark.parametrize("family", ["gemma", "qwen2_5"])
 def test_a_plan_needs_no_hub_for_the_shipped_families_and_tasks(tmp_path: Path, family: str, monkeypatch):
-    monkeypatch.setattr(stand_ins, "_has_model", lambda *of: False)
-    monkeypatch.setattr(stand_ins, "_has_data", lambda *of: False)
+    monkeypatch.setattr(sizes, "_has_model", lambda *of: False)
+    monkeypatch.setattr(sizes, "_has_data", lambda *of: False)
     asked = [f"family={family}", "task=gsm8k", "method=random", "pruning_rate=0.9", "memory_check=false"]
     planned = dry_run([*asked, "tracking=none", f"results_dir={tmp_path}"])
     assert "7,473 samples of" in planned.sizes[0] and "1,319 test prompts" in planned.sizes[0]
@@ -254,8 +253,8 @@ def test_an_effect_that_is_none_is_refused_before_anything_is_planned(monkeypatc
 
 
 def test_a_plan_of_the_papers_table_reads_the_whole_data_set_by_the_fields_of_the_hub(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(stand_ins, "_has_model", lambda *of: False)
-    monkeypatch.setattr(stand_ins, "_has_data", lambda *of: False)
+    monkeypatch.setattr(sizes, "_has_model", lambda *of: False)
+    monkeypatch.setattr(sizes, "_has_data", lambda *of: False)
     asked = [
         "experiment=table1",
         "family=gemma",

@@ -18,8 +18,9 @@ from baselines.oracle import Oracle
 from experiments.single import data_digest
 from staff.arrays import ArrayPool
 from staff.data.planted import MOST_COPIES, SKILLS, PlantedTask
+from staff.data.samples import Sample
 from staff.data.splits import load_splits
-from staff.data.task import Sample, Task
+from staff.data.task import Task
 from staff.errors import UserError
 from staff.evaluation.metrics import measure, named_metric
 from staff.selection import Draws
@@ -291,7 +292,7 @@ def test_rows_of_ones_own_with_groups_are_recorded_by_group_and_select_the_same_
     for split in ("train", "test"):
         rows = [f'{{"prompt": "Say {i}:", "answer": "{i}", "kind": "k{i % 2}"}}\n' for i in range(8)]
         (tmp_path / f"{split}.jsonl").write_text("".join(rows))
-    task = ("task=jsonl", f"task.data_dir={tmp_path}", "method=random")
+    task = ("task=file", f"task.data_dir={tmp_path}", "method=random")
     grouped = run(*task, "task.group_field=kind")
     assert set(grouped["metrics_by_group"]) == {"k0", "k1"} and "planted" not in grouped["coreset"]
     assert grouped["coreset"]["groups"]["k0"]["pool"] == 4

@@ -20,14 +20,7 @@ from support.records import RATES, copied, grid, invented, only_context, write_r
 
 from experiments.campaign import pack
 from experiments.recorded import recorded_runs
-from experiments.report import (
-    cautions,
-    forest,
-    groups,
-    overview,
-    performance,
-    verdicts,
-)
+from experiments.report import figures, overview, performance, supplementary, verdicts
 from experiments.report.__main__ import left_over, main, summary, write
 from experiments.report.comparisons import mean, pairs
 from experiments.report.contrasts import registered
@@ -36,7 +29,7 @@ from experiments.report.records import as_table, collect, contexts
 from staff.errors import UserError
 from staff.tracking import write_record
 
-PAPER = pd.read_csv(ROOT / "experiments/report/paper/table1.csv")
+PAPER = pd.read_csv(ROOT / "experiments/report/table1.csv")
 
 
 def test_a_report_of_real_and_copied_runs_is_whole_and_every_file_can_be_read(real: Path, tmp_path: Path):
@@ -81,7 +74,7 @@ def test_short_fine_tunings_and_seeds_with_the_same_answers_are_shown(real: Path
         copied(real, tmp_path, "staff", 0.5, (seed, seed), np.arange(8.0) + seed, warnings=[], **same)
         copied(real, tmp_path, "raw", 1.0, (seed, seed), np.arange(8.0), warnings=[])
     page = write(tmp_path, collect(tmp_path)).read_text()
-    shown = cautions.table(only_context(tmp_path))
+    shown = supplementary.warnings(only_context(tmp_path))
     assert shown is not None and shown.cells.to_dict("records") == [
         {"method": "random", "pruning rate": "p = 0.5", "seeds": "1, 2", "warning": short},
         {
@@ -110,7 +103,7 @@ def test_coresets_and_metrics_are_shown_by_group_where_the_task_has_groups(tmp_p
             "b": {"samples": 10, "rougeL": many + 0.5},
         }
     (context,) = contexts(as_table(records), tmp_path)
-    made_of, measured = groups.tables(context)
+    made_of, measured = supplementary.groups(context)
     assert made_of.cells.set_index("method").to_dict("index") == {
         "the pool": {"a": "75.0", "b": "25.0", "wrong": "25.0"},
         "random": {"a": "60.0", "b": "40.0", "wrong": "40.0"},
@@ -118,7 +111,7 @@ def test_coresets_and_metrics_are_shown_by_group_where_the_task_has_groups(tmp_p
     }
     assert measured.cells.set_index("method")["b"].to_dict() == {"random": "4.5", "staff": "8.5"}
     (plain,) = contexts(as_table(run.record() for run in invented(**how)), tmp_path)
-    assert groups.tables(plain) == []
+    assert supplementary.groups(plain) == []
 
 
 def test_a_run_of_few_steps_says_so_in_its_record_and_in_the_table_at_its_end(real: Path):
@@ -164,13 +157,13 @@ def test_verdicts_on_the_default_contrasts_come_first_and_are_in_words(real: Pat
 def test_the_first_picture_shows_the_first_contrast_of_each_task_and_the_papers_own(real: Path, tmp_path: Path):
     grid(real, tmp_path, {"random": -2, "ccs": 3, "staff": 3})
     context = only_context(tmp_path)
-    found = forest._first(context, verdicts.DEFAULT)
+    found = figures._first(context, verdicts.DEFAULT)
     assert [(outcome.contrast.name, outcome.rates) for outcome in found] == [
         ("staff - random", (0.5,)),
         ("staff - random", (0.9,)),
         ("staff - random", (0.5, 0.9)),
     ]
-    papers = [forest._papers(context, outcome, PAPER) for outcome in found]
+    papers = [figures._papers(context, outcome, PAPER) for outcome in found]
     assert papers[1] == pytest.approx([2.9, 2.7, 1.8]) and papers[2] == pytest.approx(np.mean(papers[:2], axis=0))
     page = write(tmp_path, collect(tmp_path)).read_text()
     assert "staff - random" in (tmp_path / "figures/contrasts.svg").read_text()

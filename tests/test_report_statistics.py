@@ -8,9 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from experiments.report.power import power, seeds_needed, seeds_to_decide, with_seeds
-from experiments.report.similarity import region_similarity
-from experiments.report.statistics import Difference, holm, seed_variance, t_interval, typical
+from experiments.report.statistics import (
+    Difference,
+    holm,
+    power,
+    seed_variance,
+    seeds_needed,
+    seeds_to_decide,
+    t_interval,
+    typical,
+    with_seeds,
+)
+from experiments.report.supplementary import region_similarity
 from experiments.report.variance import Layout, between_seeds, moderation
 
 SITUATIONS = {  # standard deviations of differences over seeds, over test samples, and of single answers

@@ -16,22 +16,17 @@ from conftest import ROOT
 from support.records import copied, grid, only_context
 
 from experiments.benchmarks.common import configured
-from experiments.report import (
-    ablations,
-    overhead,
-    performance,
-    verdicts,
-)
+from experiments.report import overhead, performance, supplementary, verdicts
 from experiments.report.__main__ import summary, write
 from experiments.report.comparisons import mean, of_finetuning, pairs
 from experiments.report.figures import overlap
 from experiments.report.records import collect, contexts
 from experiments.report.settings import told_apart, variants
-from experiments.report.similarity import similarity
 from experiments.report.statistics import t_interval
+from experiments.report.supplementary import similarity
 from staff.tracking import write_record
 
-PAPER = pd.read_csv(ROOT / "experiments/report/paper/table1.csv")
+PAPER = pd.read_csv(ROOT / "experiments/report/table1.csv")
 
 
 def texts(table: Any) -> list[str]:
@@ -183,7 +178,7 @@ def test_what_all_ablations_have_in_common_is_the_method_and_each_ablation_has_i
         "fresh_adapter.rank of staff": ["4", "none"],
         "selection_family.name of staff": ["tiny", "tiny_small"],
     }
-    together = ablations.table(main, ablated)
+    together = supplementary.ablations(main, ablated)
     assert together is not None
     differences = together.cells.set_index(["setting", "value"])["difference"].str.split(" ").str[0].to_dict()
     assert differences == {

@@ -20,7 +20,7 @@ from conftest import ROOT
 from experiments import threads
 from staff.runtime import progress
 from staff.tracking import environment, write_record
-from staff.training.trainer import Progress
+from staff.training.reports import Progress
 
 # ---------------------------------------------------------------- progress
 

@@ -53,7 +53,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     for split, of_it in (("train", rows[:64]), ("test", rows[64:])):
         (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in of_it))
     shrunk = ("task.train_limit=24", "pruning_rate=0.5", "method.num_regions=3", "method.verification_budget=2")
-    return ("task=jsonl", f"task.data_dir={folder}", "method=staff", *shrunk)
+    return ("task=file", f"task.data_dir={folder}", "method=staff", *shrunk)
 
 
 def test_the_same_jobs_give_the_same_files_in_whatever_order_process_and_hash_seed(run, short, tmp_path):

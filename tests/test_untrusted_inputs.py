@@ -211,7 +211,7 @@ def test_names_and_text_of_samples_never_leave_their_folder_or_become_markup(run
     rows = [{"id": name, "question": name, "answer": name} for name in HOSTILE]
     for split in ("train", "test"):
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = ("task=jsonl", f"task.data_dir={data}", "task.prompt='{question}'", "task.answer='{answer}'")
+    settings = ("task=file", f"task.data_dir={data}", "task.prompt='{question}'", "task.answer='{answer}'")
     names = ("task.id_field=id", "task.name=../../escaped", "family.name=/tmp/escaped", "task.hub='../escaped'")
     before = set(tmp_path.rglob("*"))
     chosen = ("family=../family/tiny", "method=../method/random", "pruning_rate=0.5", *settings, *names)

@@ -1,4 +1,6 @@
-"""What the benchmarks share: options and settings, interleaved clocks, tables, and the file with the result."""
+"""What the benchmarks share: options, interleaved clocks, tables, the file with the result, and models and samples
+of known shapes that need no hub: weights are drawn at random, and samples are as long as DialogSum's.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,11 @@ import argparse
 import gc
 import os
 import platform
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +21,18 @@ import torch
 import transformers
 from scipy.stats import rankdata
 
+from experiments.sizes import KnownShape, sizes_of
+from staff.data.tokens import TokenizedSamples
+from staff.models.adapters import LoraSpec
+from staff.models.spec import ModelSpec
 from staff.runtime.machine import processor_name
+from staff.training.memory import available_memory
 
-if TYPE_CHECKING:  # Hydra is imported where it is used: the benchmarks of a GPU do without
+if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from experiments.single import Run
+
 
 FOLDER = Path("results/benchmarks")
 
@@ -35,7 +45,7 @@ def arguments(doc: str | None, **defaults: int | str) -> tuple[argparse.Namespac
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--name", help=f"name of the file in {FOLDER}; by default the benchmark's")
+    parser.add_argument("--name", help=f"name of the section in {FOLDER}; by default the benchmark's")
     cases: list[list[str]] = [[]]
     for argument in sys.argv[1:]:
         cases.append([]) if argument == "--" else cases[-1].append(argument)
@@ -49,6 +59,7 @@ def configured(*settings: str) -> Run:
     from omegaconf import open_dict
 
     from experiments.configuration import CONF
+    from experiments.setup import Setup
     from experiments.single import Run
 
     with initialize_config_dir(CONF, version_base="1.3"):
@@ -56,7 +67,7 @@ def configured(*settings: str) -> Run:
     choices = dict(cfg.hydra.runtime.choices)
     with open_dict(cfg):
         del cfg["hydra"]
-    return Run(cfg, choices)
+    return Run(Setup.of(cfg, choices))
 
 
 def configured_method(name: str) -> DictConfig:
@@ -118,11 +129,18 @@ def machine() -> str:
     )
 
 
-def write(name: str, doc: str | None, *tables: list[str]) -> None:
-    """Print tables, and write them with the benchmark's description and the machine to results/benchmarks."""
-    text = "\n".join([f"# {doc}", *("\n".join([*table, ""]) for table in tables), machine(), ""])
+def write(document: str, name: str, doc: str | None, *tables: list[str]) -> None:
+    """Print tables, and write them with the benchmark's description and the machine.
+
+    They are the section `name` of a document in results/benchmarks, in place of one that it has by that name.
+    """
+    text = "\n".join([f"## {name}\n\n{doc}", *("\n".join([*table, ""]) for table in tables), machine(), ""])
     FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / f"{name}.md").write_text(text)
+    file = FOLDER / f"{document}.md"
+    before = file.read_text() if file.exists() else f"# {document.capitalize()}\n\n"
+    head, *sections = re.split(r"^(?=## )", before, flags=re.MULTILINE)
+    known = {section.partition("\n")[0]: section.rstrip("\n") + "\n" for section in sections}
+    file.write_text(head + "\n".join((known | {f"## {name}": text}).values()))
     print(text)
 
 
@@ -134,3 +152,112 @@ def table(*header: str) -> list[str]:
 def row(*cells: Any) -> str:
     """A row of a Markdown table; floats with three significant digits."""
     return "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
+
+
+NAMES = (
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "google/gemma-2b",
+    "google/gemma-7b",
+    "meta-llama/Llama-2-13b-hf",
+)
+PRECISIONS = ("float32", "bfloat16")
+LORA = LoraSpec(rank=8, alpha=16, dropout=0.0, targets="all-linear")
+ROOM = 1.1
+"""Of the weights, so that anything can be computed with them."""
+
+
+@dataclass(frozen=True)
+class Drawn(KnownShape):
+    """A model of a known shape whose weights are drawn at random, the same at every loading.
+
+    Attributes:
+        shrunk: two narrow blocks and a small vocabulary, for a processor.
+    """
+
+    shrunk: bool = False
+
+    def config(self) -> Any:
+        config = super().config()
+        if self.shrunk:
+            heads, keys = config.num_attention_heads, config.num_key_value_heads
+            config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512})
+            config.update({"num_attention_heads": 4, "num_key_value_heads": max(1, 4 * keys // heads)})
+            config.update({"head_dim": 8})
+        return config
+
+    def load(self) -> Any:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.shapes(device).eval()
+
+
+def drawn(tiny: bool) -> Iterator[Drawn]:
+    """Every shape in every precision, small ones first."""
+    for name in NAMES:
+        for precision in PRECISIONS:
+            yield Drawn(name, dtype=precision, shrunk=tiny)
+
+
+def dialogues(count: int, spec: ModelSpec, seed: int = 0) -> TokenizedSamples:
+    """Samples of random tokens, as long as dialogues and summaries of DialogSum, give or take a tenth, so that
+    hardly two batches have the same shape."""
+    rng, lengths = np.random.default_rng(seed), sizes_of("tasks")["knkarthick/dialogsum"]["tokens"]
+    scale = rng.uniform(0.9, 1.1, count) / (8 if getattr(spec, "shrunk", False) else 1)
+    at = rng.integers(len(lengths["dialogue"]), size=count)
+    prompts = (np.array(lengths["dialogue"])[at] * scale).astype(int) + 12  # and the words of the task
+    whole = prompts + (np.array(lengths["summary"])[at] * scale).astype(int) + 1
+    return random_tokens(whole, prompts, spec, rng)
+
+
+def random_tokens(lengths: np.ndarray, prompts: np.ndarray, spec: ModelSpec, rng: np.random.Generator) -> Any:
+    """Samples of these lengths, (N,), of which so many tokens are the prompt, (N,)."""
+    vocabulary = spec.config().vocab_size
+    rows = [rng.integers(4, vocabulary, length).tolist() for length in lengths]  # 0 to 3 are special
+    return TokenizedSamples.of_rows([str(i) for i in range(len(rows))], rows, prompts.tolist())
+
+
+def fits(spec: ModelSpec) -> bool:
+    """Whether the device has room for the weights."""
+    weights = spec.shapes().num_parameters() * (4 if spec.dtype == "float32" else 2)
+    return ROOM * weights < available_memory()
+
+
+def released(way: Callable[[], Any]) -> Any:
+    """What `way` returns, or a sentence where memory runs out; memory of the device is freed afterwards."""
+    try:
+        return way()
+    except torch.OutOfMemoryError:
+        return "does not fit"
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def peak_memory(way: Callable[[], Any]) -> int:
+    """The most bytes that tensors take while `way` runs, beyond those before on a processor, in all on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        way()
+        return torch.cuda.max_memory_allocated()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        way()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()  # type: ignore[attr-defined]
+            most = max(most, held)
+    return most
+
+
+class Deadline:
+    """Whether there is time for another case."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def passed(self) -> bool:
+        return time.monotonic() > self._end

@@ -48,7 +48,8 @@ def compare(run: Run, rounds: int) -> str:
     seconds, answers = alternating(ways, rounds)
     equal = sum(a == b for a, b in zip(answers["plain"], answers["ours"], strict=True))
     return row(
-        f"{run.choices['family']}, {run.choices['task']}, batch_tokens={run.cfg.evaluation.batch_tokens}",
+        f"{run.choices['family']}, {run.choices['task']}, "
+        f"batch_tokens={run.setup.config['evaluation']['batch_tokens']}",
         *(len(prompts) / seconds[name] for name in ("plain", "ours")),
         f"{seconds['plain'] / seconds['ours']:.2f} x",
         f"{equal} of {len(prompts)}",
@@ -61,7 +62,7 @@ def main() -> None:
     for case in cases:
         lines.append(compare(configured(*case, f"task.test_limit={options.samples}"), options.rounds))
         print(lines[-1], flush=True)
-    write(options.name or "generation", __doc__, lines)
+    write("models", options.name or "generation", __doc__, lines)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 - scoring, finetuning, generation: at the shapes of SmolLM2-135M, Gemma-2b, Gemma-7b and Llama-2-13b, in float32 and
   bfloat16, beside the authors' procedure or transformers' own, and beside a bound. Weights are drawn at random.
 - memory: the estimates before a fine-tuning beside its measured peak.
-- plan: the speeds of all stages by size of model, which `staff-plan` reads (experiments/sizes/speeds.json).
+- plan: the speeds of all stages by size of model, which `staff-plan` reads (experiments/speeds.json).
 
 Without a PIECE all of them run, each in a process of its own. They write a table and its JSON to
 results/benchmarks/gpu-CARD/. They need torch, transformers, peft, accelerate, pandas, SciPy, psutil and pytest; not
@@ -29,8 +29,7 @@ from typing import Any
 
 import torch
 
-from experiments.benchmarks.common import FOLDER, machine, row, table
-from experiments.benchmarks.shapes import Deadline
+from experiments.benchmarks.common import FOLDER, Deadline, machine, row, table
 
 Rows = Iterator[dict[str, Any]]
 PIECES = {

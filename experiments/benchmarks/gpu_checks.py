@@ -19,20 +19,21 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
-from experiments.benchmarks.common import clock, machine
-from experiments.benchmarks.shapes import (
+from experiments.benchmarks.common import (
     LORA,
     NAMES,
     Deadline,
     Drawn,
+    clock,
     dialogues,
     drawn,
     fits,
+    machine,
     peak_memory,
     random_tokens,
     released,
 )
-from experiments.speeds import ANSWER, GPUS, keep, line
+from experiments.sizes import ANSWER, GPUS, keep, line
 from staff.data.tokens import TokenizedSamples
 from staff.evaluation.generator import Greedy
 from staff.evaluation.stage import Generate, read_predictions

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.benchmarks.common import clock
+from experiments.benchmarks.common import LORA, Deadline, Drawn, clock, dialogues, drawn, fits, released
 from experiments.benchmarks.finetuning import logits_everywhere
 from experiments.benchmarks.generation import plain
 from experiments.benchmarks.scoring import authors, batches_of, floor, flops_bound, ours, with_adapter
-from experiments.benchmarks.shapes import LORA, Deadline, Drawn, dialogues, drawn, fits, released
 from staff.evaluation.generator import Greedy
 from staff.models.flops import forward_flops
 from staff.scoring.passes import default_batch_tokens

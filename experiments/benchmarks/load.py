@@ -119,7 +119,7 @@ def composed(folder: Path, *overrides: str) -> DictConfig:
     """The configuration of a run on the samples in `folder`."""
     paths = f"task.data_dir={folder / 'data'}", f"results_dir={folder}", f"family.target.path={SMALL}"
     fixed = (
-        "task=jsonl",
+        "task=file",
         "task.max_new_tokens=4",
         "pruning_rate=0.5",
         "tracking=none",
@@ -131,6 +131,7 @@ def composed(folder: Path, *overrides: str) -> DictConfig:
 
 def measure(size: int, methods: Sequence[str], shrunk: int, folder: Path) -> dict[str, Measured]:
     """Every stage, in the order of a run."""
+    from experiments.setup import Setup
     from experiments.single import Run
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -143,7 +144,7 @@ def measure(size: int, methods: Sequence[str], shrunk: int, folder: Path) -> dic
     stages = Stages()
     alone = composed(folder, *AS_IMPORTED, f"method.path={folder / 'scores.parquet'}")
     with stages("read"):
-        this = Run(composed(folder, "evaluation=none"), {})
+        this = Run(Setup.of(composed(folder, "evaluation=none"), {}))
     with stages("tokenise"):
         pool = this.pool
     with stages("identify"):
@@ -186,10 +187,11 @@ def report(folder: Path) -> dict[str, Measured]:
 
 def start_again(folder: Path) -> dict[str, Measured]:
     """A run on the same pool in a new process; seconds since the process started."""
+    from experiments.setup import Setup
     from experiments.single import Run
 
     with Meter() as meter:
-        this = Run(composed(folder, "method=random", "evaluation=none"), {})
+        this = Run(Setup.of(composed(folder, "method=random", "evaluation=none"), {}))
         _ = this.name, this.pool.ids
     seconds = time.process_time(), time.time() - psutil.Process().create_time()
     names = "start again", "start again, by the clock"
@@ -223,7 +225,7 @@ def main() -> None:
             measured, lambda stage: f"{stage.peak / 1e6:,.0f} ({stage.before / 1e6:,.0f})", lambda stage: stage.peak
         )
         title = ["Seconds of processor time:", ""], ["Peak memory in MB (before):", ""]
-        common.write(options.name or "load", __doc__, title[0] + seconds, title[1] + memory)
+        common.write("load", options.name or "load", __doc__, title[0] + seconds, title[1] + memory)
 
 
 def _in_a_process(measured: Callable[..., Any], *arguments: Any) -> Any:

@@ -122,7 +122,8 @@ def main() -> None:
         lines.append(row(case.name, f"{case.size:,}", this.cost.seconds, this.cpu_seconds, ratio, memory))
         print(lines[-1], flush=True)
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    write(options.name or "selection", __doc__, [*lines, "", f"BLAS: {blas['name']} {blas['version']}."])
+    lines += ["", f"BLAS: {blas['name']} {blas['version']}."]
+    write("selection", options.name or "selection", __doc__, lines)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a method gives by how strongly something is planted: `python -m experiments.figures.strength`.
 
 A line a method over a setting of the planted task, such as the share of wrong answers
-(`experiment=planted_strength`).
+(`experiment=planted task.wrong=0,0.05,0.15,0.3`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.recorded import recorded_runs
-from experiments.report.drawing import Drawn, figure_of, save, styled
-from experiments.report.tables import shown_as
+from experiments.report.rendering import Drawn, figure_of, save, shown_as, styled
 from staff.errors import UserError
 
 SETTINGS = ("wrong", "repeats", "near", "rarity", "lengths", "size")
@@ -38,7 +37,7 @@ def table(results: Path, setting: str, rate: float) -> pd.DataFrame:
     if len(set(found[setting])) < 2:
         raise UserError(
             f"{results} holds no planted runs at pruning rate {rate:g} with two values of task.{setting}: carry "
-            "out experiment=planted_strength, or name other results, --rate or --setting."
+            f"out experiment=planted with several, or name other results, --rate or --setting."
         )
     others = [name for name in ("metric", *SETTINGS) if name != setting and len(set(found[name])) > 1]
     if others:

@@ -10,28 +10,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.console import pipeable
+from experiments import pipeable
 from experiments.recorded import recorded_runs
-from experiments.report import (
-    ablations,
-    audit,
-    cautions,
-    contrasts,
-    floors,
-    groups,
-    overhead,
-    performance,
-    verdicts,
-)
+from experiments.report import audit, contrasts, floors, overhead, performance, supplementary, verdicts
 from experiments.report.browse import browse
 from experiments.report.comparisons import pairs
 from experiments.report.records import collect, contexts
 from experiments.report.settings import told_apart
-from experiments.report.similarity import similarity
+from experiments.report.supplementary import similarity
 from experiments.report.verdicts import DEFAULT, Question
 from staff.errors import UserError
 
-PAPER = Path(__file__).resolve().parent / "paper" / "table1.csv"
+PAPER = Path(__file__).resolve().parent / "table1.csv"
 
 
 def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, options: str = "") -> Path:
@@ -39,7 +29,7 @@ def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, opti
 
     `options` are those of the command that asks `question`, for the files to name.
     """
-    from experiments.report import figures, forest, page
+    from experiments.report import figures, page
 
     nested = ["stages", "floors", "groups", "planted", "by_group"]
     flat = table.drop(columns=nested).assign(warnings=table["warnings"].str.join(" "))
@@ -53,18 +43,22 @@ def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, opti
             *audit.tables(context),
             *performance.tables(context, found, paper, question),
             floors.recorded(context),
-            *groups.tables(context),
-            ablations.table(context, [each for each in every if each.title.startswith(f"{context.title}: ")]),
+            *supplementary.groups(context),
+            supplementary.ablations(
+                context, [each for each in every if each.title.startswith(f"{context.title}: ")]
+            ),
             *overhead.tables(context),
             similarity(context),
-            cautions.table(context),
+            supplementary.warnings(context),
         ]
         tables = [table.headed(context.varied) for table in tables if table is not None]
         drawn = figures.draw(context, results / "figures")
         for each in tables:
             each.write(results / "tables", context.made_by + options)
         sections.append(page.Section(context, tables, drawn))
-    forest.draw([context for context in every if context.varied == "method"], paper, results / "figures", question)
+    figures.draw_contrasts(
+        [context for context in every if context.varied == "method"], paper, results / "figures", question
+    )
     return page.write(results / "report.html", sections, table, question, options)
 
 

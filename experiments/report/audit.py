@@ -16,9 +16,9 @@ import pandas as pd
 from experiments.campaign import fields
 from experiments.report.comparisons import comparison
 from experiments.report.records import Context
+from experiments.report.rendering import NONE, Table, basis, metric, p_value
 from experiments.report.settings import is_untold
 from experiments.report.statistics import LEVEL, Difference, holm
-from experiments.report.tables import NONE, Table, basis, metric, p_value
 from staff.evaluation.metrics import named_metric
 
 TWIN, LEFT_OUT = "baselines.random_matched.RandomMatched", "baselines.leave_out.LeaveOut"

@@ -16,7 +16,7 @@ import pandas as pd
 
 from experiments.export import training_samples
 from experiments.recorded import RecordedRun, recorded_run, regions_of
-from staff.data.task import Sample
+from staff.data.samples import Sample
 from staff.errors import UserError
 
 MOST = 20_000  # rows that a browser holds without effort

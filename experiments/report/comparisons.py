@@ -10,9 +10,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from experiments.report.power import seeds_needed
 from experiments.report.records import Context
-from experiments.report.statistics import LEVEL, Difference, holm, t_interval, typical
+from experiments.report.statistics import LEVEL, Difference, holm, seeds_needed, t_interval, typical
 from experiments.report.variance import Layout
 from staff.evaluation.metrics import named_metric
 

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments.report.drawing import figure_of
 from experiments.report.records import Context
+from experiments.report.rendering import figure_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

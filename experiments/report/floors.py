@@ -18,8 +18,8 @@ import pandas as pd
 
 from experiments.report.comparisons import REFERENCES, Comparison
 from experiments.report.records import Context, collect, contexts
+from experiments.report.rendering import NONE, Table, shown_as
 from experiments.report.statistics import Difference, t_interval
-from experiments.report.tables import NONE, Table, shown_as
 from staff.data import Task
 from staff.errors import UserError
 from staff.evaluation.floors import Specificity, best_constant, specificity

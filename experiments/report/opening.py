@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.records import Context
+from experiments.report.rendering import metric, number
 from experiments.report.settings import SEEDS
-from experiments.report.tables import metric, number
 from experiments.report.verdicts import Question, Verdict, judged
 from staff.evaluation.metrics import named_metric
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.records import Context
-from experiments.report.tables import NONE, Table, average, machine, number
+from experiments.report.rendering import NONE, Table, average, machine, number
 
 
 def tables(context: Context) -> list[Table]:

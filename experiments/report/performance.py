@@ -6,10 +6,19 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.comparisons import Mean, Pair, mean, of_finetuning, outstanding, seeds_for
-from experiments.report.power import MOST, seeds_needed
 from experiments.report.records import Context
-from experiments.report.statistics import seed_variance
-from experiments.report.tables import INTERVAL_OVER, NONE, Table, basis, metric, p_value, rate_column, seeds, value
+from experiments.report.rendering import (
+    INTERVAL_OVER,
+    NONE,
+    Table,
+    basis,
+    metric,
+    p_value,
+    rate_column,
+    seeds,
+    value,
+)
+from experiments.report.statistics import MOST, seed_variance, seeds_needed
 from experiments.report.verdicts import DEFAULT, Question
 from staff.evaluation.metrics import named_metric
 
@@ -17,7 +26,6 @@ COMPARED = (
     "Differences by Student's t, paired by sample, with the errors of seeds (pooled over the pairs of a pruning "
     "rate that have the same seeds) and of test samples; Holm's correction over all pairs of the table"
 )
-PAPER_TASKS = {"dialogsum_hub": "dialogsum"}
 
 
 def tables(context: Context, found: list[Pair], paper: pd.DataFrame, question: Question = DEFAULT) -> list[Table]:
@@ -129,7 +137,7 @@ def gains(context: Context) -> Table | None:
 def against_paper(context: Context, paper: pd.DataFrame) -> Table | None:
     """The paper's differences between STAFF and each baseline beside ours."""
     task = str(context.runs["task"].iloc[0])
-    theirs = paper[paper["task"] == PAPER_TASKS.get(task, task)]
+    theirs = paper[paper["task"] == task]
     values = theirs.set_index(["target", "method", "pruning_rate"])["rouge_l"]
     rows = []
     for rate in [rate for rate in context.rates if 0 < rate < 1]:

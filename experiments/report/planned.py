@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from experiments.report.comparisons import pairs
-from experiments.report.power import MOST, seeds_needed
 from experiments.report.records import Context, collect, contexts
-from experiments.report.statistics import POWER, Difference, typical
-from experiments.report.tables import shown_as
+from experiments.report.rendering import shown_as
+from experiments.report.statistics import MOST, POWER, Difference, seeds_needed, typical
 from staff.errors import UserError
 from staff.evaluation.metrics import named_metric
 

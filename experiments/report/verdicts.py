@@ -11,11 +11,10 @@ import pandas as pd
 
 from experiments.report.comparisons import REFERENCES, comparison
 from experiments.report.contrasts import Contrast, Outcome, outcomes, registered
-from experiments.report.power import MOST, seeds_needed, seeds_to_decide
 from experiments.report.records import Context
+from experiments.report.rendering import INTERVAL_OVER, NONE, Table, basis, metric, p_value
 from experiments.report.sequential import PLANNED, Contest, progress
-from experiments.report.statistics import LEVEL, Difference, holm
-from experiments.report.tables import INTERVAL_OVER, NONE, Table, basis, metric, p_value
+from experiments.report.statistics import LEVEL, MOST, Difference, holm, seeds_needed, seeds_to_decide
 from staff.evaluation.metrics import named_metric
 
 

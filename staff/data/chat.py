@@ -8,7 +8,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from staff.data.conversations import Piece, Turns
+from staff.data.samples import Piece, Turns
 from staff.errors import UserError
 from staff.models.family import DATE, check_chat
 

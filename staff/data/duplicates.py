@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from staff.data.task import Sample
+from staff.data.samples import Sample
 from staff.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ import numpy as np
 
 from staff.data import stored
 from staff.data.duplicates import NEAR_LIMIT, Duplicates, content, duplicates, near_available
-from staff.data.task import Sample, Task
+from staff.data.samples import Sample
+from staff.data.task import Task
 from staff.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from staff.data import conversations, duplicates, files, rows, templates
+from staff.data import duplicates, files, rows, samples, templates
 from staff.data.duplicates import Duplicates
-from staff.data.task import Sample, Task, computed_digest, several_answers
+from staff.data.samples import Sample, computed_digest, several_answers
+from staff.data.task import Task
 
 if TYPE_CHECKING:
     from staff.data.splits import Splits
@@ -167,5 +168,5 @@ def _code(task: Task) -> str:
     from staff.data import splits
 
     own = sys.modules[type(task).__module__]
-    modules = {conversations, duplicates, files, rows, templates, splits, sys.modules[Task.__module__], own}
+    modules = {samples, duplicates, files, rows, templates, splits, sys.modules[Task.__module__], own}
     return " ".join(sorted(map(inspect.getsource, modules)))

@@ -3,50 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from staff.data.conversations import Layout, Turns, layout_of, plain_text
-from staff.data.files import Files, files_of
-from staff.data.hub import read_folder, read_hub
+from staff.data.files import Files, files_of, read_folder, read_hub
 from staff.data.rows import Rows, read_rows
+from staff.data.samples import Layout, Sample, Turns, layout_of, plain_text, several_answers
 from staff.data.templates import check_template, id_of, render, shortened, text_of, texts_of
 from staff.errors import UserError
 from staff.runtime import processes
+from staff.runtime.files import local_path
 from staff.runtime.hub import Repository
-from staff.runtime.paths import local_path
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "test", "dev")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt with its answer; `references` are what an evaluation compares with (the answer, unless the
-    test split has several).
-
-    Attributes:
-        turns: of a conversation, up to the assistant's last turn, which is the answer; prompt and answer are then
-            its text in the plain prompt format.
-        choices: answers that a metric chooses among, of a test sample.
-        group: the part of the data it belongs to, where the task has a `group_field`.
-    """
-
-    id: str
-    prompt: str
-    answer: str
-    references: tuple[str, ...]
-    turns: Turns = ()
-    group: str | None = None
-    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +31,7 @@ class Task:
 
     Templates name fields of a row in braces, `{translation[kk]}` and `{answers[0]}` reach into nested ones; a
     template with `{{` or `{%` is Jinja. Prompt and answer are tokenised separately, so white space between them
-    should start the answer. Without templates, the columns tell the layout (`staff.data.conversations.LAYOUTS`).
+    should start the answer. Without templates, the columns tell the layout (`staff.data.samples.LAYOUTS`).
     """
 
     name: str
@@ -318,34 +294,6 @@ def _asked_once(samples: Iterable[Sample]) -> list[Sample]:
 
 def _are_choices(texts: Sequence[str]) -> bool:
     return len(texts) > 1 and len({text.strip() for text in texts} - {""}) == len(texts)
-
-
-def several_answers(samples: Iterable[Sample]) -> bool:
-    """Whether any of the samples is a conversation in which the assistant speaks more than once."""
-    known = getattr(samples, "several_answers", None)
-    if known is not None:
-        return known
-    return any(sum(role == "assistant" for role, _ in sample.turns) > 1 for sample in samples)
-
-
-def data_digest(samples: Sequence[Sample]) -> str:
-    """SHA-256 of what the samples are, wherever they were read from; an empty field or None changes nothing."""
-    return getattr(samples, "digest", None) or _remembered(tuple(samples))
-
-
-@lru_cache(maxsize=8)  # the runs of a sweep share their samples
-def _remembered(samples: tuple[Sample, ...]) -> str:
-    return computed_digest(samples)
-
-
-def computed_digest(samples: Iterable[Sample]) -> str:
-    """`data_digest`, without remembering the samples."""
-    digest = hashlib.sha256(b"[")
-    for at, sample in enumerate(samples):
-        row = json.dumps({name: value for name, value in vars(sample).items() if value})
-        digest.update(f"{', ' if at else ''}{row}".encode())
-    digest.update(b"]")
-    return digest.hexdigest()
 
 
 def _content_id(prompt: str, answer: str) -> str:

@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from staff.data.chat import ChatTemplate
-from staff.data.conversations import Piece, Turns, plain_pieces
-from staff.data.task import Sample, data_digest
+from staff.data.samples import Piece, Sample, data_digest
 from staff.errors import UserError
 from staff.models.family import DATE
 from staff.models.spec import ModelSpec
@@ -275,8 +274,8 @@ def tokenize(
 
     def pieces_of(sample: Sample) -> Sequence[Piece]:
         if template is not None:
-            return template.pieces(sample.id, sample.turns or _one_turn(sample), every)
-        return plain_pieces(sample.turns) if sample.turns else _prompt_and_answer(sample)
+            return template.pieces(sample.id, sample.conversation(), every)
+        return sample.plain_pieces()
 
     blocks = [TokenizedSamples.of_rows([], [], [], len(begin), [] if every else None)]
     several, left = False, iter(samples)
@@ -310,14 +309,6 @@ def _joined(blocks: Sequence[TokenizedSamples], labelled: bool) -> TokenizedSamp
         blocks[0].begin,
         np.concatenate([block.labelled for block in blocks if block.labelled is not None]) if labelled else None,
     )
-
-
-def _one_turn(sample: Sample) -> Turns:
-    return ("user", sample.prompt), ("assistant", sample.answer)
-
-
-def _prompt_and_answer(sample: Sample) -> list[Piece]:
-    return [Piece(sample.prompt), Piece(sample.answer, answer=True, ends=True)]
 
 
 def _tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:

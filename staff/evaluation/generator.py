@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from staff.errors import UserError
 from staff.models.spec import is_sharded
 from staff.runtime import processes
-from staff.runtime.attention import without_cudnn_attention
+from staff.runtime.machine import without_cudnn_attention
 from staff.runtime.progress import progress
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def generate(
         model: a causal language model, with or without adapters.
         prompts: token ids of each prompt.
         batch_tokens: the limit of (longest prompt + max_new_tokens) x batch size; a longer prompt goes alone. None:
-            32768 on a GPU, 8192 on a processor (results/benchmarks/generation.md).
+            32768 on a GPU, 8192 on a processor (results/benchmarks/models.md).
         end_tokens: further end tokens, such as a chat template's end of turn.
         meter: tokens without padding, and FLOPs of a forward pass over prompts and answers with logits at the
             generated tokens, are added to it. This is exact for linear layers. Attention counts up to twice its
@@ -97,30 +98,15 @@ def generate(
     Returns:
         The new token ids for each prompt, in the order of the prompts, without end and padding tokens.
     """
-    import torch
-
     # Adapters are inside the base model, whose generation configuration is used.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own, was_training = base.generation_config, base.training
-    config, stop = _greedy(tokenizer, own, max_new_tokens, end_tokens)
+    config, stop = _greedy(tokenizer, base.generation_config, max_new_tokens, end_tokens)
     answers: dict[int, Answer] = {}
-    base.generation_config = config
-    base.eval()
-    try:
+    with _generating(base, config), progress(len(processes.shard(list(prompts))), "answers") as bar:
         budget = batch_tokens or (8192 if base.device.type == "cpu" else 32768)
-        apart = not is_sharded(base)
-        with (
-            processes.raise_on_all_ranks(apart),
-            torch.inference_mode(),
-            without_cudnn_attention(),
-            progress(len(processes.shard(list(prompts))), "answers") as bar,
-        ):
-            for i, answer in _answers(base, config, stop, prompts, budget):
-                answers[i] = answer
-                bar.update(1)
-    finally:
-        base.generation_config = own
-        base.train(was_training)
+        for i, answer in _answers(base, config, stop, prompts, budget):
+            answers[i] = answer
+            bar.update(1)
     for others in processes.all_gather(answers):
         answers |= others
     if meter is not None:
@@ -131,6 +117,22 @@ def generate(
         generated = [answer.generated for answer in answers.values()]
         meter.add(forward_flops(base.config, processed, generated), tokens_forward=sum(processed))
     return [answers[i].tokens for i in range(len(prompts))]
+
+
+@contextmanager
+def _generating(base: Any, config: Any) -> Iterator[None]:
+    """The model answers with this configuration in the block, and an error ends all processes."""
+    import torch
+
+    own, was_training = base.generation_config, base.training
+    base.generation_config = config
+    base.eval()
+    try:
+        with processes.raise_on_all_ranks(not is_sharded(base)), torch.inference_mode(), without_cudnn_attention():
+            yield
+    finally:
+        base.generation_config = own
+        base.train(was_training)
 
 
 def _answers(

@@ -14,8 +14,8 @@ from staff.errors import UserError
 from staff.models.depth import DepthPruning
 from staff.models.weights import ATTENTIONS, NO_CODE, load_safetensors, reason, weight_files
 from staff.runtime import processes
+from staff.runtime.files import PACKAGE_PREFIX, local_path
 from staff.runtime.hub import Repository
-from staff.runtime.paths import PACKAGE_PREFIX, local_path
 from staff.runtime.progress import naming_bars_of_transformers
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from staff.data.tokens import IGNORED, TokenizedSamples
 from staff.errors import UserError
 from staff.models.spec import is_sharded
 from staff.runtime import processes
-from staff.runtime.attention import without_cudnn_attention
+from staff.runtime.machine import without_cudnn_attention
 from staff.runtime.progress import progress
 from staff.scoring.flops import scoring_flops
 from staff.scoring.gradients import (

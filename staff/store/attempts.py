@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from staff.store.cost import Meter
-from staff.store.turns import Busy
+from staff.store.locks import Busy
 
 BEAT = 5.0
 """Seconds between two updates of the file."""

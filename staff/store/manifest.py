@@ -136,6 +136,16 @@ def check_contents(folder: Path, manifest: dict[str, Any]) -> None:
             raise UserError(f"{folder / name} is not what was written (its checksum differs); {_mend(folder)}")
 
 
+@cache
+def check_contents_once(folder: Path, made: int) -> None:
+    """`check_contents`, once per process, since it takes as long as loading.
+
+    Args:
+        made: when the artefact was made; a folder that was made again is verified again.
+    """
+    check_contents(folder, read_manifest(folder)[0])
+
+
 def _mend(folder: Path) -> str:
     return f"delete the folder {folder} and it is computed again"
 

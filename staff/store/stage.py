@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -111,3 +113,49 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     return value
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stage is about to be run; a stage that is read only ends."""
+
+    stage: Stage
+
+
+@dataclass(frozen=True)
+class StageEnded:
+    """A stage was run or read. `artifact` is None if it failed."""
+
+    stage: Stage
+    artifact: Artifact | None
+
+
+@dataclass(frozen=True)
+class TrainingLogged:
+    """Values of the fine-tuning that is running, such as its loss, after this many optimiser steps."""
+
+    step: int
+    values: Mapping[str, float]
+
+
+Event = StageStarted | StageEnded | TrainingLogged
+Listener = Callable[[Event], None]
+"""Called with every event, in order, by the thread that does the work. It must not raise."""
+
+_listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Call `listener` with every event of the block."""
+    before = _listeners.set((*_listeners.get(), listener))
+    try:
+        yield
+    finally:
+        _listeners.reset(before)
+
+
+def emit(event: Event) -> None:
+    """Tell all listeners."""
+    for listener in _listeners.get():
+        listener(event)

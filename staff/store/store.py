@@ -16,10 +16,8 @@ In a run of several processes (`staff.runtime.processes`) the main process finds
 artefacts for all. The others take part in the work, and the files they write are discarded.
 """
 
-import errno
 import logging
 import os
-import re
 import shutil
 import time
 import uuid
@@ -27,7 +25,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,20 +32,19 @@ from filelock import Timeout
 
 from staff.errors import UserError
 from staff.runtime import processes
+from staff.runtime.files import OF_STORAGE, error_number
 from staff.store.attempts import attempt
 from staff.store.cost import Meter
-from staff.store.events import StageEnded, StageStarted, emit
-from staff.store.locks import check_locks_between_nodes, file_lock
+from staff.store.locks import Busy, check_locks_between_nodes, file_lock, turn
 from staff.store.manifest import (
     Artifact,
     Charges,
-    check_contents,
+    check_contents_once,
     check_sizes,
     read_manifest,
     write_manifest,
 )
-from staff.store.stage import Stage
-from staff.store.turns import Busy, turn
+from staff.store.stage import Stage, StageEnded, StageStarted, emit
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +54,6 @@ VISIBLE = 60.0
 SAMPLES = "samples"
 RESERVED = ("tmp", "locks", "attempts", "checkpoints", SAMPLES)
 """Folders of the store that hold no artefacts."""
-
-_STORAGE_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
-    *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE),
-    *(errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP),  # a file system without locks
-}
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ class Store:
 
         Raises:
             UserError: the store's folder cannot be used, or the artefact in it is damaged.
-            Busy: another process is computing it, and this one may not wait (`staff.store.turns`).
+            Busy: another process is computing it, and this one may not wait (`staff.store.locks`).
         """
         name = f"{stage.label} ({stage.kind} {stage.fingerprint[:8]})"
         frames = _frames.get()
@@ -197,7 +187,7 @@ class Store:
         manifest, artifact = read_manifest(folder)
         check_sizes(folder, manifest)
         if contents:
-            _check_contents_once(folder, (folder / "manifest.json").stat().st_mtime_ns)
+            check_contents_once(folder, (folder / "manifest.json").stat().st_mtime_ns)
         return artifact
 
     def _mention_older(self, stage: Stage) -> None:
@@ -302,7 +292,7 @@ class Store:
             filename = getattr(error, "filename", None)
             where = self.root if filename is None else Path(str(filename))
             ours = where.is_relative_to(self.root) or self.root.is_relative_to(where)
-            if _error_number(error) not in _STORAGE_ERRORS or not ours:
+            if error_number(error) not in OF_STORAGE or not ours:
                 raise
             raise UserError(
                 f"the store in {self.root} cannot be used ({getattr(error, 'strerror', None) or error}: {where}); "
@@ -320,21 +310,3 @@ def _await(folder: Path) -> None:
                 "a folder that all of them share."
             )
         time.sleep(0.1)
-
-
-@cache
-def _check_contents_once(folder: Path, made: int) -> None:
-    """Verify an artefact's checksums, once per process, since it takes as long as loading.
-
-    Args:
-        made: when the artefact was made; a folder that was made again is verified again.
-    """
-    check_contents(folder, read_manifest(folder)[0])
-
-
-def _error_number(error: Exception) -> int | None:
-    """The errno of an OSError, or of the same failure in a message of safetensors' Rust code."""
-    if isinstance(error, OSError):
-        return error.errno
-    rust = re.search(r"\(os error (\d+)\)", str(error))
-    return int(rust[1]) if rust else None

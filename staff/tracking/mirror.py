@@ -19,8 +19,7 @@ import pandas as pd
 
 from staff.errors import UserError
 from staff.runtime import processes
-from staff.store.events import Event, StageEnded, StageStarted, TrainingLogged
-from staff.store.stage import Stage
+from staff.store.stage import Event, Stage, StageEnded, StageStarted, TrainingLogged
 from staff.tracking import pages
 
 log = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ class About:
 
 
 class Mirror:
-    """A listener to the events of a run (`staff.store.events`) that shows them on a page.
+    """A listener to the events of a run (`staff.store.stage`) that shows them on a page.
 
     Events before `open` wait for it. In a run of several processes the main one alone has a mirror that shows.
     """

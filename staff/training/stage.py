@@ -21,12 +21,11 @@ from staff.models.flops import training_flops
 from staff.models.spec import ModelSpec
 from staff.models.state import MOMENTS, Training
 from staff.runtime import preemption, processes
-from staff.runtime.attention import without_cudnn_attention
+from staff.runtime.machine import without_cudnn_attention
 from staff.scoring.stage import placeholder
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.training.settings import FinetuneSettings
-from staff.training.warnings import checksums, training_warnings
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +118,8 @@ class Finetune(Training):
 
         from staff.training.checkpoints import Checkpoints, EpochAdapters
         from staff.training.online import OnlineEfforts
-        from staff.training.trainer import AnswerTrainer, Progress, checkpoint_blocks
+        from staff.training.reports import Progress, checksums
+        from staff.training.trainer import AnswerTrainer, checkpoint_blocks
 
         settings, samples = self.settings, self.samples
         model = self.spec.load()
@@ -210,6 +210,8 @@ class Finetune(Training):
     def _write_history(
         self, folder: Path, state: Any, result: Any, seconds: float, model: Any, moved: bool
     ) -> None:
+        from staff.training.reports import training_warnings
+
         warnings = training_warnings(state.global_step, moved)
         for warning in warnings:
             log.warning("fine-tuning %s on %d samples: %s", self.spec.name, len(self.samples), warning)

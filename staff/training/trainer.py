@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -14,18 +13,18 @@ from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
+from transformers import DataCollatorForSeq2Seq, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from staff.data.tokens import IGNORED
 from staff.errors import UserError
 from staff.runtime import processes
-from staff.runtime.progress import progress
 from staff.scoring.positions import ARCHITECTURES, Positions, last_block, last_block_at
 from staff.store.cost import peak_memory_bytes
-from staff.store.events import TrainingLogged, emit
+from staff.store.stage import TrainingLogged, emit
 from staff.training.objective import Objective
 from staff.training.online import OnlineEfforts
+from staff.training.reports import Speed
 
 log = logging.getLogger(__name__)
 
@@ -230,51 +229,6 @@ class AnswerTrainer(ShardingTrainer):
             f"the loss of sample {name!r} is not finite in step {self.state.global_step + 1}: take it out, "
             f"or, where others fail as well, lower finetune.learning_rate={self.args.learning_rate}."
         )
-
-
-class Speed:
-    """Tokens per second, without padding, over all processes. It does not wait for the device before it is read."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._tokens: Any = 0
-
-    def count(self, attention_mask: Tensor) -> None:
-        """Count the tokens of a batch that is about to be processed."""
-        if self._since is None:
-            self._since = time.perf_counter()
-        self._tokens = self._tokens + attention_mask.sum()
-
-    def read(self) -> float:
-        """The speed since the last time, or since the first batch; to be called by all processes."""
-        now, since = time.perf_counter(), self._since
-        tokens = processes.all_reduce_sum(np.array([int(self._tokens)]))[0]
-        self._since, self._tokens = now, 0
-        return 0.0 if since is None else float(tokens) / (now - since)
-
-
-class Progress(TrainerCallback):
-    """Shows how many steps are done, the remaining time and the loss. `close` it after the training."""
-
-    def __init__(self, name: str, samples: int) -> None:
-        self._name, self._samples = name, samples
-        self._bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        steps = f"{state.max_steps} step{'s'[: state.max_steps != 1]}"
-        log.info("fine-tuning %s on %d samples: %s", self._name, self._samples, steps)
-        self._bar = progress(state.max_steps, f"fine-tuning {self._name}", "step", done=state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.update(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self._bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def checkpoint_blocks(model: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from experiments.benchmarks import common
 from staff.models.spec import ModelSpec
 
 Rows = list[dict[str, str]]
@@ -37,10 +38,19 @@ def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("sys.argv", [command, *arguments])
         importlib.import_module(f"experiments.{command}").main()
-        written = tmp_path / f"results/benchmarks/{command.rpartition('.')[2]}.md"
-        return rows_of(written.read_text() if written.exists() else capsys.readouterr().out)
+        written = list(tmp_path.glob("results/benchmarks/*.md"))
+        return rows_of(written[0].read_text() if written else capsys.readouterr().out)
 
     return run
+
+
+def test_a_benchmark_replaces_its_section_of_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name, cell in (("first", "1"), ("second", "2"), ("first", "3")):
+        common.write("scoring", name, "How fast.\n", ["| a |", "|---|", f"| {cell} |"])
+    text = (tmp_path / "results/benchmarks/scoring.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("#")] == ["# Scoring", "## first", "## second"]
+    assert [row["a"] for row in rows_of(text)] == ["3", "2"]
 
 
 def test_scores_are_those_of_the_authors_procedure(benchmark: Benchmark):

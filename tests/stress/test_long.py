@@ -19,11 +19,11 @@ from support.fuzzing_files import PROPERTIES, fuzz
 from support.records import grid, write_runs
 
 from experiments.benchmarks.gpu import PIECES
-from experiments.dry_run import calibrated, dry_run
-from experiments.plan import seconds_of
+from experiments.dry_run import dry_run
+from experiments.plan import calibrated, seconds_of
 from experiments.report.__main__ import write
 from experiments.report.records import collect
-from experiments.speeds import ASSUMED, FILE
+from experiments.sizes import ASSUMED, SPEEDS
 
 # ---------------------------------------------------------------- fuzzing, for MINUTES
 
@@ -46,7 +46,7 @@ def test_whatever_comes_in_for_minutes(name: str, tmp_path: Path):
 
 
 def test_every_piece_runs_to_its_end_on_a_processor(tmp_path: Path):
-    before = FILE.read_text()
+    before = SPEEDS.read_text()
     command = [sys.executable, "-m", "experiments.benchmarks.gpu", "--tiny"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -57,7 +57,7 @@ def test_every_piece_runs_to_its_end_on_a_processor(tmp_path: Path):
         assert not any(row.get("result") in ("failed", "does not fit", "no time left") for row in told["rows"]), (
             name
         )
-    assert FILE.read_text() == before, "shrunk shapes are no measurement"
+    assert SPEEDS.read_text() == before, "shrunk shapes are no measurement"
 
 
 # ---------------------------------------------------------------- ten thousand runs on a page
@@ -88,7 +88,7 @@ WORDS = {"finetune": "fine-tune", "scores": "score", "evaluation": "answer"}
 
 @pytest.mark.parametrize("how", ["calibrated", "measured before"])
 def test_seconds_are_right_within_a_factor_of_one_and_a_half(run, tmp_path: Path, how: str, monkeypatch):
-    """Calibrated on the machine; and by the speeds of one core in experiments/sizes/speeds.json, in seconds of the
+    """Calibrated on the machine; and by the speeds of one core in experiments/speeds.json, in seconds of the
     processor, which other work disturbs little."""
     if how == "measured before":
         monkeypatch.setattr("staff.store.cost._clock", time.process_time)

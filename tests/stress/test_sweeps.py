@@ -159,7 +159,7 @@ def test_workers_take_at_most_1_3_times_what_work_and_longest_chain_allow(worker
 # ---------------------------------------------------------------- runs against a hub
 
 
-FAMILY = ("family.target.path=somebody/target", "family.small.path=somebody/small", "task=dialogsum_hub")
+FAMILY = ("family.target.path=somebody/target", "family.small.path=somebody/small", "task.data_dir=null")
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def hub() -> Iterator[Hub]:
     with serving() as served:
         for name in ("target", "small"):
             served.add(f"models/somebody/{name}", ROOT / "staff/assets/tiny" / name)
-        rows = [json.dumps(ROWS["dialogsum_hub"](i)) for i in range(40)]
+        rows = [json.dumps(ROWS["dialogsum"](i)) for i in range(40)]
         splits = {"train": rows[:30], "test": rows[30:]}
         lines = {f"{split}.jsonl": "\n".join(part).encode() for split, part in splits.items()}
         served.repositories["datasets/knkarthick/dialogsum"] = lines

@@ -19,7 +19,8 @@ from support.any_pool import METHODS, WIDTH, DrawnPool, expected_size, largest_b
 from baselines.precomputed import Precomputed
 from staff import ArrayPool
 from staff.data.rows import read_json_lines
-from staff.data.task import Sample, Task
+from staff.data.samples import Sample
+from staff.data.task import Task
 from staff.data.tokens import tokenize
 from staff.errors import UserError
 from staff.models.spec import ModelSpec

@@ -20,11 +20,11 @@ from baselines.imported import Imported
 from baselines.precomputed import Precomputed
 from experiments.export import WRITERS, Chosen
 from staff import ArrayPool
-from staff.data.conversations import ROLES, plain_pieces, plain_text
 from staff.data.rows import read_rows
-from staff.data.task import Sample, Task
+from staff.data.samples import ROLES, Sample, plain_pieces, plain_text
+from staff.data.task import Task
 from staff.data.templates import render
-from staff.runtime.spreadsheets import inert, original
+from staff.runtime.files import inert, original
 from staff.selection import Draws
 
 __all__ = ("PROPERTIES", "fuzz")

@@ -23,7 +23,7 @@ from staff.training.stage import Finetune
 
 
 def configured_runs(results: Path, data: str) -> None:
-    common = ["task=jsonl", f"task.data_dir={data}", "task.train_limit=21", "task.test_limit=5", "pruning_rate=0.5"]
+    common = ["task=file", f"task.data_dir={data}", "task.train_limit=21", "task.test_limit=5", "pruning_rate=0.5"]
     common += ["finetune.device_batch_size=2"]
     staff = ["method=staff", "method.verification_budget=2", "method.num_regions=3"]
     run_shrunk(results / "pass", *common, *staff)

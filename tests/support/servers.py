@@ -36,10 +36,14 @@ ROWS = {
         "question": f"What is {i} plus 1?",
         "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}",
     },
-    "jsonl": lambda i: {"prompt": f"Say {i}:", "answer": f"{i}"},
-    "dialogsum_hub": lambda i: {"id": f"d{i}", "dialogue": f"#Person1#: Is it {i}?", "summary": f"It is {i}."},
+    "file": lambda i: {"prompt": f"Say {i}:", "answer": f"{i}"},
+    "dialogsum": lambda i: {
+        **dict.fromkeys(("id", "fname"), f"d{i}"),
+        "dialogue": f"#Person1#: Is it {i}?",
+        **dict.fromkeys(("summary", "summary1", "summary2", "summary3"), f"It is {i}."),
+    },
 }
-"""Rows of the data sets of the shipped tasks, in their public schemas."""
+"""Rows of the data sets of the shipped tasks, in their public schemas: DialogSum's of the hub and of its files."""
 
 
 @dataclass

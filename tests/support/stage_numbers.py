@@ -25,8 +25,8 @@ from support.tiny import sums
 
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
 from staff.data.views import DataView
-from staff.evaluation.floor_stages import FILE as FLOORS
-from staff.evaluation.floor_stages import ChooseConstant, Floors
+from staff.evaluation.floors import FILE as FLOORS
+from staff.evaluation.floors import ChooseConstant, Floors
 from staff.evaluation.generator import Greedy
 from staff.evaluation.in_context import AnswersInContext, read_in_context
 from staff.evaluation.metrics import NAMED as METRICS

@@ -104,7 +104,7 @@ def drawn(architecture: str, dtype: str, folder: Path) -> ModelSpec:
 
 def told_and_peak(architecture: str, dtype: str, folder: Path, monkeypatch: Any, **changes: Any) -> tuple[int, int]:
     """The estimate of a fine-tuning's memory, and the most bytes that its tensors take, of two steps."""
-    from experiments.benchmarks.shapes import peak_memory
+    from experiments.benchmarks.common import peak_memory
 
     spec, tokenizer = drawn(architecture, dtype, folder / "model"), SPEC.tokenizer()
     monkeypatch.setattr(ModelSpec, "tokenizer", lambda _: tokenizer)

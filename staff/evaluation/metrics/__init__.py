@@ -9,7 +9,7 @@ from importlib import import_module
 import numpy as np
 import pandas as pd
 
-from staff.data.task import Sample
+from staff.data.samples import Sample
 from staff.errors import UserError
 from staff.evaluation.metrics.metric import Choices, Metric, References
 from staff.evaluation.metrics.rouge import TOKENIZERS

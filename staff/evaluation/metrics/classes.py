@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from staff.data.task import Sample
+from staff.data.samples import Sample
 from staff.errors import UserError
 from staff.evaluation.metrics.exact import normalised
 from staff.evaluation.metrics.metric import Choices, Metric, References, Values

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from staff.data.task import Sample
+from staff.data.samples import Sample
 from staff.errors import UserError
 
 References = Sequence[tuple[str, ...]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import ClassVar
 
-from staff.data.task import Sample
+from staff.data.samples import Sample
 from staff.errors import UserError
 from staff.evaluation.metrics.metric import Metric, References, Values
 

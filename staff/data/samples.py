@@ -1,8 +1,12 @@
-"""Conversations: the layouts in which rows hold them, and the text of one without a chat template."""
+"""Samples, and the conversations that they may be: the layouts in which rows hold them, and their plain text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from staff.data.templates import checked_text, has, lookup, shortened
@@ -10,6 +14,36 @@ from staff.errors import UserError
 
 Turns = tuple[tuple[str, str], ...]
 """Role ("system", "user" or "assistant") and text of every turn; the last is the assistant's."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its answer; `references` are what an evaluation compares with (the answer, unless the
+    test split has several).
+
+    Attributes:
+        turns: of a conversation, up to the assistant's last turn, which is the answer; prompt and answer are then
+            its text in the plain prompt format.
+        choices: answers that a metric chooses among, of a test sample.
+        group: the part of the data it belongs to, where the task has a `group_field`.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    references: tuple[str, ...]
+    turns: Turns = ()
+    group: str | None = None
+    choices: tuple[str, ...] = ()
+
+    def conversation(self) -> Turns:
+        """Its turns; prompt and answer, where it has none."""
+        return self.turns or (("user", self.prompt), ("assistant", self.answer))
+
+    def plain_pieces(self) -> list[Piece]:
+        """Its text in the plain prompt format."""
+        return plain_pieces(self.turns) if self.turns else [Piece(self.prompt), Piece(self.answer, True, True)]
+
 
 Row = Mapping[str, Any]
 
@@ -184,3 +218,31 @@ LAYOUTS = (
     Layout("prompt and completion", _columns(*TRL), templates=("{prompt}", "{completion}")),
     Layout("prompt and answer", _columns("prompt", "answer"), templates=("{prompt}", " {answer}")),
 )
+
+
+def several_answers(samples: Iterable[Sample]) -> bool:
+    """Whether any of the samples is a conversation in which the assistant speaks more than once."""
+    known = getattr(samples, "several_answers", None)
+    if known is not None:
+        return known
+    return any(sum(role == "assistant" for role, _ in sample.turns) > 1 for sample in samples)
+
+
+def data_digest(samples: Sequence[Sample]) -> str:
+    """SHA-256 of what the samples are, wherever they were read from; an empty field or None changes nothing."""
+    return getattr(samples, "digest", None) or _remembered(tuple(samples))
+
+
+@lru_cache(maxsize=8)  # the runs of a sweep share their samples
+def _remembered(samples: tuple[Sample, ...]) -> str:
+    return computed_digest(samples)
+
+
+def computed_digest(samples: Iterable[Sample]) -> str:
+    """`data_digest`, without remembering the samples."""
+    digest = hashlib.sha256(b"[")
+    for at, sample in enumerate(samples):
+        row = json.dumps({name: value for name, value in vars(sample).items() if value})
+        digest.update(f"{', ' if at else ''}{row}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()

@@ -1,1 +1,0 @@
-"""The benchmarks that results/benchmarks reports, such as `python -m experiments.benchmarks.scoring`."""

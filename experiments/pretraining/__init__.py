@@ -1,1 +1,0 @@
-"""How the embedded tiny family was pretrained, and what its model card reports."""
