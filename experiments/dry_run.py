@@ -21,7 +21,7 @@ from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
-from experiments.configuration import CONF, check_size, composed
+from experiments.configuration import CONF, check_size, composed, search_path
 from experiments.report.planned import Planned
 from experiments.schedule import starting_order
 from experiments.single import Run
@@ -308,8 +308,7 @@ def _jobs(
     """Overrides, configuration and choices of every run of the sweep."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     plain = [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
-    if config_dir is not None:
-        overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
+    overrides, plain = ([*given, *search_path(config_dir)] for given in (overrides, plain))
     with initialize_config_dir(CONF, version_base="1.3"):
         whole = compose("config", overrides=plain, return_hydra_config=True)
         every = sweep.jobs_of(whole, overrides)

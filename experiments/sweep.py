@@ -29,6 +29,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from experiments.configuration import params_left
 from hydra_plugins.staff_sweeper import in_cases
 from staff.errors import UserError
 from staff.runtime import processes
@@ -244,7 +245,9 @@ def expected_jobs(config: DictConfig) -> list[str]:
 
 def jobs_of(config: DictConfig, overrides: Iterable[str]) -> list[list[str]]:
     """The overrides of every job of a sweep by these overrides, whose configuration with Hydra's own is given."""
-    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    overrides = list(overrides)
+    left = params_left(config.hydra.sweeper.get("params") or {}, overrides)
+    params = [f"{key}={value}" for key, value in left.items()]
     parsed = OverridesParser.create().parse_overrides([*params, *overrides])
     # Private, as Hydra lists its jobs nowhere else; tests/test_sweep.py counts them beside those that ran.
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
