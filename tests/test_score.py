@@ -40,7 +40,8 @@ def test_a_folder_of_ones_own_configuration_is_named_as_for_the_other_commands(d
     own = data / "my, conf"
     (own / "task").mkdir(parents=True)
     (own / "task/mine.yaml").write_text(
-        f"defaults: [file]\ntrain_file: {data}/data.jsonl\nid_field: key\nprompt: '{{prompt}}'\nanswer: ' {{completion}}'\n"
+        f"defaults: [file]\ntrain_file: {data}/data.jsonl\nid_field: key\n"
+        "prompt: '{prompt}'\nanswer: ' {completion}'\n"
     )
     own_words = ("family=tiny", "task=mine", f"store_dir={data}/store", "signal=loss", "of=small_raw")
     monkeypatch.setattr(sys, "argv", ["staff-score", *own_words, "--config-dir", str(own), f"out={data}/mine.csv"])

@@ -195,7 +195,7 @@ def test_a_sweep_that_sets_the_size_twice_is_refused_before_any_job():
     sweeper = object.__new__(CasesSweeper)
     sweeper.cases = []
     twice = OverridesParser.create().parse_overrides(["pruning_rate=0.5,0.9", "budget=4"])
-    with pytest.raises(UserError, match="pruning_rate=0.5 and budget=4 both set the size"):
+    with pytest.raises(UserError, match=r"pruning_rate=0.5 and budget=4 both set the size"):
         sweeper.split_arguments(twice, None)
 
 
