@@ -205,8 +205,8 @@ def sentence_of(error: BaseException | None) -> str | None:
             while error.__cause__ is not None:
                 error = error.__cause__
             return (
-                f"{found[2]}._target_={found[1]} cannot be imported ({error}): name a class of an installed module, or of one "
-                "in the working folder."
+                f"{found[2]}._target_={found[1]} cannot be imported ({error}): name a class of "
+                "an installed module, or of one in the working folder."
             )
         if isinstance(error, ValueError) and _NO_OPTION in str(error):
             return "a group takes the name of one of its options, such as method=staff: staff --help lists them."

@@ -199,6 +199,14 @@ def test_a_sweep_that_sets_the_size_twice_is_refused_before_any_job():
         sweeper.split_arguments(twice, None)
 
 
+@pytest.mark.parametrize(("family", "dim"), [("tiny", 1024), ("gemma", 8192)])
+def test_the_twin_of_a_method_whose_settings_follow_the_family_has_them_too(family: str, dim: int):
+    names = ("method=less", "method=random_matched method@method.reference=less")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        alone, twin = (compose("config", overrides=[f"family={family}", *name.split()]).method for name in names)
+    assert alone == twin.reference and alone.dim == dim
+
+
 @pytest.mark.parametrize(("task", "count"), [("planted", 9), ("dialogsum", 7)])
 def test_an_audit_matches_groups_where_the_task_has_them_and_every_job_composes(task: str, count: int):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
