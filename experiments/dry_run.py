@@ -27,7 +27,7 @@ from experiments.schedule import starting_order
 from experiments.single import Run
 from experiments.speeds import ANSWER, ASSUMED, line
 from experiments.stand_ins import with_stand_ins
-from staff.models.adapters import shapes
+from staff.models.adapters import shapes, trained_parameters
 from staff.models.spec import ARCHITECTURES, ModelSpec
 from staff.runtime.progress import progress
 from staff.scoring.stage import Score
@@ -190,7 +190,7 @@ def _parameters(spec: ModelSpec) -> int:
 def bytes_of(stage: Stage) -> int:
     """Bytes of the adapters, of all epochs, or of the scores that a stage stores; 0 for other kinds."""
     if isinstance(stage, Finetune):
-        trained = sum(p.numel() for p in shapes(stage.spec, stage.adapter).parameters() if p.requires_grad)
+        trained = trained_parameters(stage.spec, stage.adapter)
         kept = math.ceil(stage.epochs) * (3 if stage.moments else 1) if stage.adapter else 1
         return 4 * trained * kept
     if isinstance(stage, Score):

@@ -85,7 +85,8 @@ class Run:
             budget_for(cfg.pruning_rate, sys.maxsize)  # refuses what is no rate before any data is read
         self.task = task.pinned()
         self.store = store or Store(sweep.folder_of(cfg, "store_dir"), workers=sweep.workers())
-        self.splits = load_splits(self.task, self.generator is not None, self.store.root / SAMPLES)
+        near = None if store is None else False  # which a dry run would not tell
+        self.splits = load_splits(self.task, self.generator is not None, self.store.root / SAMPLES, near)
         check_metrics(self.task.metrics, self.splits.test)
         if self.budget_tokens is None:
             budget_of(self.method, cfg.pruning_rate, len(self.splits.pool), cfg.budget)  # refuses a bad rate

@@ -93,6 +93,18 @@ class _Damaged(Exception):
 _lock = threading.Lock()
 _away_until = 0.0
 _waited = 0.0
+_asked_once = False
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """Within the block, a hub that did not answer is asked for nothing else, though the cache lacks it."""
+    global _asked_once
+    before, _asked_once = _asked_once, True
+    try:
+        yield
+    finally:
+        _asked_once = before
 
 
 def waited() -> float:
@@ -119,8 +131,11 @@ def _snapshot(repository: Repository, revision: str | None, patterns: Sequence[s
                 raise FileNotFoundError
             if cached is not None and (constants.HF_HUB_OFFLINE or _is_whole(what, cached)):
                 return cached
-            if cached is None or time.monotonic() >= _away_until:
+            away = time.monotonic() < _away_until
+            if not away or (cached is None and not _asked_once):
                 return _download(repository, what, cached)
+            if cached is None:
+                raise Unanswered("it did not answer before")
         except Unanswered as error:
             _away_until = time.monotonic() + AWAY
             if cached is None:
