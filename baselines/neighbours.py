@@ -7,6 +7,7 @@ Nearest Neighbor Search", without their quantisation (IndexIVFFlat of faiss).
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from math import isqrt
 from typing import Any
@@ -21,6 +22,10 @@ BLOCK_ROWS = 256
 """Samples per block of the exact search: 100 MB of distances at N = 100,000."""
 PROBES = 64
 """Cells of the approximate search that are looked into for each sample."""
+KNOWN = 8
+"""Searches whose result is kept: the pruning rates of a sweep share one for each seed."""
+
+_known: dict[tuple[str, int, str], tuple[np.ndarray, np.ndarray]] = {}
 
 
 def check_search(search: str) -> None:
@@ -39,6 +44,15 @@ def nearest_neighbours(features: np.ndarray, k: int, search: str = "exact") -> t
         features: (N, dimensions), float32.
         search: one of `SEARCHES`.
     """
+    key = (hashlib.blake2b(np.ascontiguousarray(features)).hexdigest(), k, search)
+    if key not in _known:
+        while len(_known) >= KNOWN:
+            del _known[next(iter(_known))]
+        _known[key] = _neighbours(features, k, search)
+    return _known[key]
+
+
+def _neighbours(features: np.ndarray, k: int, search: str) -> tuple[np.ndarray, np.ndarray]:
     k = min(k, len(features) - 1)
     if k == 0:
         return np.empty((1, 0), dtype=np.int64), np.empty((1, 0))

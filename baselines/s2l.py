@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from baselines.kmeans import kmeans
+from staff.errors import UserError
 from staff.regions import regions_left, serving_order, share_out
 from staff.selection import Coreset, Draws, ScorePool, check_range, check_scores
 
@@ -50,7 +51,13 @@ class S2L:
             check_range(self, "num_checkpoints", 1, whole=True)
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
-        """Raises UserError for a loss that is not finite, by the sample's id."""
+        """Raises UserError for more checkpoints than epochs, and for a loss that is not finite, by the sample's
+        id."""
+        if self.num_checkpoints is not None and self.num_checkpoints > (epochs := pool.epochs("small")):
+            raise UserError(
+                f"method.num_checkpoints={self.num_checkpoints} is more than the {epochs} epochs of the small "
+                "model's fine-tuning: lower it, or raise finetune.small_epochs."
+            )
         losses = np.asarray(pool.ask("loss", of="small@epochs"), dtype=np.float64)
         for epoch, column in enumerate(losses.T, start=1):
             check_scores(column, pool.ids, f"loss at checkpoint {epoch}")

@@ -106,6 +106,9 @@ class GroupPool:
     def learning_rates(self, of: str) -> np.ndarray:
         return self._pool.learning_rates(of)
 
+    def epochs(self, of: str) -> int:
+        return self._pool.epochs(of)
+
     def ask(self, signal: Any, of: str, at: np.ndarray | None = None, view: str = "pool", **options: Any) -> Any:
         if signal == "in_context_gain":  # of pairs, the pool's samples by column
             gains = self._pool.ask(signal, of, view=view)[:, self._members]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ def check_size(overrides: Iterable[str]) -> None:
         raise UserError(f"{first} and {second} both set the size of the coreset: leave one out, or set it to null.")
 
 
+def params_left(params: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The parameters of a preset's sweep, without its sizes where the command line sets another one."""
+    given = {override.partition("=")[0] for override in overrides if not override.endswith("=null")}
+    return {key: value for key, value in params.items() if key not in SIZES or not given & set(SIZES) - {key}}
+
+
 def _if_files(*arguments: Any) -> Any:
     """Resolver ${if_files:DATA_DIR,TRAIN_FILE,THIS,OTHER}: `THIS` where a task names files, `OTHER` on the hub."""
     data_dir, train_file, this, other = arguments
@@ -42,6 +49,20 @@ def _if_files(*arguments: Any) -> Any:
 def register_resolvers() -> None:
     """Register what the configuration interpolates by."""
     OmegaConf.register_new_resolver("if_files", _if_files, replace=True)
+
+
+def search_path(config_dir: str | None) -> list[str]:
+    """The override by which Hydra finds a folder of the user's own, in front of the shipped one.
+
+    Raises:
+        UserError: it is no folder.
+    """
+    if config_dir is None:
+        return []
+    folder = Path(config_dir).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"--config-dir {config_dir} is no folder: name one with groups such as method/ in it.")
+    return [f"hydra.searchpath=[{json.dumps(f'file://{folder}')}]"]
 
 
 def composed(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:

@@ -20,13 +20,13 @@ from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
-from experiments.configuration import CONF, check_size, composed
+from experiments.configuration import CONF, check_size, composed, search_path
 from experiments.report.planned import Planned
 from experiments.schedule import starting_order
 from experiments.setup import Setup, folder_of
 from experiments.single import Run
 from experiments.sizes import ANSWER, ASSUMED, with_stand_ins
-from staff.models.adapters import shapes
+from staff.models.adapters import shapes, trained_parameters
 from staff.models.spec import ARCHITECTURES, ModelSpec
 from staff.runtime.progress import progress
 from staff.scoring.stage import Score
@@ -173,7 +173,7 @@ def _parameters(spec: ModelSpec) -> int:
 def bytes_of(stage: Stage) -> int:
     """Bytes of the adapters, of all epochs, or of the scores that a stage stores; 0 for other kinds."""
     if isinstance(stage, Finetune):
-        trained = sum(p.numel() for p in shapes(stage.spec, stage.adapter).parameters() if p.requires_grad)
+        trained = trained_parameters(stage.spec, stage.adapter)
         kept = math.ceil(stage.epochs) * (3 if stage.moments else 1) if stage.adapter else 1
         return 4 * trained * kept
     if isinstance(stage, Score):
@@ -273,8 +273,7 @@ def jobs_of(
     """Overrides, configuration and choices of every run of the sweep."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     plain = [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
-    if config_dir is not None:
-        overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"]
+    overrides, plain = ([*given, *search_path(config_dir)] for given in (overrides, plain))
     with initialize_config_dir(CONF, version_base="1.3"):
         whole = compose("config", overrides=plain, return_hydra_config=True)
         every = sweep.jobs_of(whole, overrides)

@@ -113,7 +113,6 @@ def job(cfg: DictConfig) -> Path | None:
             how = "start `torchrun --no-python ... staff` once a configuration, without --multirun"
             _leave(UserError(f"torchrun is for one run: {how}, or let a cluster do so: hydra/launcher=cluster."))
         processes.start()  # where a launcher has started several tasks for this job
-        check_size(hydra_config.overrides.task)
         try:
             return run(cfg, choices)
         except SystemExit as end:

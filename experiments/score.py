@@ -7,6 +7,8 @@ The arguments are overrides as `staff` takes them, and four of its own:
     out=scores.csv        the table to write: .csv, .parquet or .jsonl
     options={...}         fields of the signals, such as {prompt: false}
 
+`--config-dir FOLDER` names a folder with configuration of your own, as for `staff`.
+
 A row for each sample of the training split: id, tokens (prompt and answer, as the first model reads them), and a
 column for each signal; with several models a column SIGNAL_MODEL each. A sample that is too long is refused or
 dropped, as task.too_long says. small_raw and target are the raw models; small and target_tuned are fine-tuned on
@@ -17,6 +19,7 @@ these samples first. Scores are kept in the store, where later runs find them, a
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +33,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 
 from experiments import sweep
-from experiments.configuration import CONF, composed
+from experiments.configuration import CONF, composed, search_path
 from experiments.setup import Setup
 from experiments.single import Run
 from staff.errors import UserError
@@ -95,8 +98,11 @@ def write(table: pd.DataFrame, file: Path) -> None:
         table.to_json(file, orient="records", lines=True, force_ascii=False, double_precision=15)
 
 
-def score(overrides: Sequence[str]) -> Path:
+def score(overrides: Sequence[str], config_dir: str | None = None) -> Path:
     """Carry out the command with these arguments; the file that it wrote.
+
+    Args:
+        config_dir: a folder with configuration of the user's own.
 
     Raises:
         UserError: bad arguments, before a model loads.
@@ -119,7 +125,7 @@ def score(overrides: Sequence[str]) -> Path:
     if not isinstance(options, dict):
         raise UserError(f"options={options!r} must map fields of the signals to values, such as {{prompt: false}}.")
     with initialize_config_dir(CONF, version_base="1.3"):
-        run = Run(Setup.of(*composed([*others, *ALONE])))
+        run = Run(Setup.of(*composed([*others, *ALONE, *search_path(config_dir)])))
     signals, models = (value if isinstance(value, list) else [str(value)] for value in (own["signal"], own["of"]))
     _check_columns(run.pool, file, _signals(signals, options), models)
     if any(run.pool.states(model)[0].training for model in models if "@online" not in model):
@@ -147,14 +153,17 @@ USAGE = "family=tiny task=file task.train_file=FILE signal=loss of=small_raw out
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if len(sys.argv) == 1 or {"-h", "--help"} & set(sys.argv):
         print(f"usage: staff-score {USAGE}\n\n{__doc__}")
-        sys.exit(0 if arguments else 2)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    parser = argparse.ArgumentParser(prog="staff-score", usage=f"staff-score {USAGE}", allow_abbrev=False)
+    parser.add_argument("--config-dir")
+    parser.add_argument("overrides", nargs="*")
+    asked = parser.parse_intermixed_args()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("staff").setLevel(logging.INFO)
     try:
-        print(score(arguments))
+        print(score(asked.overrides, asked.config_dir))
     except Exception as error:
         if sentence := sweep.sentence_of(error):
             sys.exit(f"staff-score: {sentence}")

@@ -58,7 +58,8 @@ class Run:
         self.generator = setup.generator
         self.task = setup.task.pinned()
         self.store = store or Store(setup.store, workers=sweep.workers())
-        self.splits = load_splits(self.task, setup.generator is not None, self.store.root / SAMPLES)
+        near = None if store is None else False  # which a dry run would not tell
+        self.splits = load_splits(self.task, setup.generator is not None, self.store.root / SAMPLES, near)
         check_metrics(self.task.metrics, self.splits.test)
         if self.size.tokens is None:
             self.size.of_pool(len(self.splits.pool))  # refuses what leaves no sample

@@ -19,7 +19,7 @@ import numpy as np
 
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
-from staff.runtime.hub import Repository
+from staff.runtime.hub import Repository, asked_once
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -104,7 +104,8 @@ def sizes_of(kind: str) -> dict[str, Any]:
 def _has_model(path: str, revision: str | None) -> bool:
     """Whether the hub, or its cache, gives the model's configuration."""
     try:
-        ModelSpec(path, revision).config()
+        with asked_once():
+            ModelSpec(path, revision).config()
     except UserError:
         return False
     return True
@@ -113,7 +114,8 @@ def _has_model(path: str, revision: str | None) -> bool:
 @cache
 def _has_data(hub: str, revision: str | None) -> bool:
     try:
-        Repository(hub, "dataset", revision).commit()
+        with asked_once():
+            Repository(hub, "dataset", revision).commit()
     except UserError:
         return False
     return True

@@ -6,6 +6,7 @@ Jobs may run in other processes or on other machines; they report through small 
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.experimental.callback import Callback
+from hydra.utils import get_object
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from experiments.configuration import params_left
 from hydra_plugins.staff_sweeper import in_cases
 from staff.errors import UserError
 from staff.runtime import processes
@@ -40,6 +50,9 @@ _NO_MEMORY = (
 )
 _NOT_WRITABLE = (errno.EACCES, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*)'$", re.M)
+_UNEXPECTED = re.compile(r"call to target '([^']+)'.*unexpected keyword argument '(\w+)'.*full_key: (\S+)", re.S)
+_NOT_FOUND = re.compile(r"Error locating target '([^']+)'.*full_key: (\S+)", re.S)
+_NO_OPTION = "Config group override must be a string or a list"
 _CUT_OFF = ("Connection closed by peer", "Connection reset by peer")
 log = logging.getLogger("staff")
 
@@ -173,9 +186,19 @@ def sentence_of(error: BaseException | None) -> str | None:
             group, _, option = str(error.missing_cfg_file).rpartition("/")
             return f"{group}={option} is unknown: choose {', '.join(error.options)}."
         if isinstance(error, ConfigKeyError | ConfigAttributeError) and isinstance(error.parent_node, DictConfig):
-            settings = ", ".join(sorted(str(key) for key in error.parent_node if key != "_target_"))
-            offered = f": choose from {settings}" if settings else " here, where there are none"
-            return f"{error.full_key} is no setting{offered}.{_in_a_sweep(str(error.full_key))}"
+            return _unknown(str(error.full_key), [str(key) for key in error.parent_node])
+        if isinstance(error, InstantiationException) and (found := _UNEXPECTED.search(str(error))):
+            target, field, node = found.groups()
+            return _unknown(f"{node}.{field}", list(inspect.signature(get_object(target)).parameters))
+        if isinstance(error, InstantiationException) and (found := _NOT_FOUND.search(str(error))):
+            while error.__cause__ is not None:
+                error = error.__cause__
+            return (
+                f"{found[2]}._target_={found[1]} cannot be imported ({error}): name a class of "
+                "an installed module, or of one in the working folder."
+            )
+        if isinstance(error, ValueError) and _NO_OPTION in str(error):
+            return "a group takes the name of one of its options, such as method=staff: staff --help lists them."
         if isinstance(error, HydraException | OmegaConfBaseException) and said is None:
             said = " ".join(str(error).split())
         error = error.__cause__ or error.__context__
@@ -210,6 +233,15 @@ def quoted(key: str, value: str) -> str:
     return f'"{override}"' if plain and "\\" not in override else shlex.quote(override)
 
 
+def _unknown(key: str, known: list[str]) -> str:
+    """What to say of a setting that does not exist beside `known` ones."""
+    settings = sorted(set(known) - {"_target_", "args", "kwargs"})
+    offered = f": choose from {', '.join(settings)}" if settings else " here, where there are none"
+    near = get_close_matches(key.rpartition(".")[2], settings, 1)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    return f"{key} is no setting{meant}{offered}.{_in_a_sweep(key)}"
+
+
 def _in_a_sweep(key: str) -> str:
     """Hydra composes a sweep first without what is swept over: with the default option of its groups."""
     group = key.split(".")[0]
@@ -233,7 +265,9 @@ def expected_jobs(config: DictConfig) -> list[str]:
 
 def jobs_of(config: DictConfig, overrides: Iterable[str]) -> list[list[str]]:
     """The overrides of every job of a sweep by these overrides, whose configuration with Hydra's own is given."""
-    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    overrides = list(overrides)
+    left = params_left(config.hydra.sweeper.get("params") or {}, overrides)
+    params = [f"{key}={value}" for key, value in left.items()]
     parsed = OverridesParser.create().parse_overrides([*params, *overrides])
     # Private, as Hydra lists its jobs nowhere else; tests/test_sweep.py counts them beside those that ran.
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)

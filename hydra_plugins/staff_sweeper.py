@@ -16,6 +16,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
 
+from experiments.configuration import check_size, params_left
 from staff.errors import UserError
 
 
@@ -34,9 +35,15 @@ class CasesSweeper(BasicSweeper):
         super().__init__(max_batch_size, params)
         self.cases = list(cases)
 
+    def sweep(self, arguments: list[str]) -> Any:
+        self.params = params_left(self.params, arguments)
+        return super().sweep(arguments)
+
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:  # type: ignore[override]
         (jobs,) = BasicSweeper.split_arguments(overrides, None)
         jobs = in_cases(jobs, self.cases)
+        for job in jobs:
+            check_size(job)
         return list(BasicSweeper.split_overrides_to_chunks(jobs, max_batch_size))
 
 

@@ -90,6 +90,11 @@ class ArrayPool:
         values = known[wanted, of]
         return values if at is None else values[at]
 
+    def epochs(self, of: str) -> int:
+        """As the answers of its checkpoints have them."""
+        known = [values.shape[1] for (_, model), values in self._views["pool"].items() if model == f"{of}@epochs"]
+        return int(self._given(f"signal of {of}@epochs", np.array(known) if known else None)[0])
+
     def learning_rates(self, of: str) -> np.ndarray:
         return self._given("learning_rates", self._learning_rates.get(of))
 

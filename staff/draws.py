@@ -6,8 +6,15 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
+
+
+@lru_cache(maxsize=4)
+def _hashes(ids: tuple[str, ...]) -> np.ndarray:
+    digest = b"".join(hashlib.blake2b(id.encode(), digest_size=8).digest() for id in ids)
+    return np.frombuffer(digest, dtype=np.uint64)
 
 
 class Draws:
@@ -23,8 +30,7 @@ class Draws:
     """
 
     def __init__(self, seed: int, ids: Sequence[str]):
-        digest = b"".join(hashlib.blake2b(id.encode(), digest_size=8).digest() for id in ids)
-        self._hashes = np.frombuffer(digest, dtype=np.uint64)
+        self._hashes = _hashes(tuple(ids))
         self._priorities: dict[str, np.ndarray] = {}
         self.seed = seed
 

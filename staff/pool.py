@@ -138,7 +138,8 @@ class Pool:
             answers = [self._online(name, signals, at)]
         else:
             asked = DataView(view, signals[0].prompt, signals[0].text, at)
-            answers = [self._score(state, signals, asked) for state in self.states(of)]
+            states = self.states(of)
+            answers = [self._score(state, signals, asked, len(states)) for state in states]
         stack = moment == "epochs"
         values = [np.stack([a[s.name] for a in answers], 1) if stack else answers[0][s.name] for s in signals]
         return values if several else values[0]
@@ -174,6 +175,10 @@ class Pool:
             samples = samples.take(Draws(self.seed, self.ids).choose(name, np.arange(len(samples)), count))
         return Finetune(self._spec(name), samples, self.settings, epochs, self.seed, online, moments=warmup)
 
+    def epochs(self, of: str) -> int:
+        """Epochs of the fine-tuning that `of` names, as "small": known before it runs."""
+        return int(self.training(of).epochs)
+
     def learning_rates(self, of: str) -> np.ndarray:
         """The mean learning rate of each epoch of the fine-tuning that `of` names, as "warmup", shape (epochs,)."""
         if self.states(of)[0].training is None:
@@ -196,11 +201,13 @@ class Pool:
             "scores": {"version": Score.version, "dtype": self.scoring.dtype, "lora": plain(self.settings.lora)},
         }
 
-    def _score(self, state: ModelState, signals: tuple[Signal, ...], view: DataView) -> dict[str, np.ndarray]:
+    def _score(
+        self, state: ModelState, signals: tuple[Signal, ...], view: DataView, checkpoints: int
+    ) -> dict[str, np.ndarray]:
         if len({(signal.prompt, signal.text) for signal in signals}) > 1:
             raise UserError("signals that read different texts of the samples need a pass each: ask one by one.")
         stage = self._stage(state, view.of(self._read_by(state, view.slice)), signals)
-        return read_scores(self._checked(stage))
+        return read_scores(self._checked(stage, checkpoints))
 
     def _in_context_gains(self, of: str, view: str) -> np.ndarray:
         (state,) = self.states(of)
@@ -238,10 +245,10 @@ class Pool:
         stage = AnswersInContext(state, shown, of_view, demonstrations, at, named_metric(metric), separator, layer)
         return read_in_context(self._checked(stage))
 
-    def _checked(self, stage: Score | AnswersInContext) -> Artifact:
+    def _checked(self, stage: Score | AnswersInContext, *how: Any) -> Artifact:
         """The artefact of a stage, which is checked before the model is fine-tuned."""
         if self.store.find(stage) is None:
-            stage.check()
+            stage.check(*how)
         return self.store.get(stage)
 
     def _stage(self, state: ModelState, samples: TokenizedSamples, signals: tuple[Signal, ...]) -> Score:

@@ -40,6 +40,8 @@ class ScorePool(Protocol):
 
     def learning_rates(self, of: str) -> np.ndarray: ...
 
+    def epochs(self, of: str) -> int: ...
+
 
 class SelectionMethod(Protocol):
     """A selection method. Implementations are frozen dataclasses.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -288,3 +291,34 @@ def test_a_run_records_the_commits_of_its_models_and_its_data(hub: Hub, run, tmp
     for model in identity["models"].values():
         assert (model["hub"], model["commit"]) == (NAME, COMMIT)
     assert not any(WEIGHTS in request for request in hub.requests), "a random selection needs none"
+
+
+def test_of_several_processes_one_asks_the_hub(hub: Hub, tmp_path: Path):
+    repository = f"Repository({NAME!r}, revision={COMMIT!r})"
+    fetch = f"from staff.runtime.hub import Repository; {repository}.fetch(['*.json', {WEIGHTS!r}])"
+    away = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", fetch]
+    started = [subprocess.Popen(command, cwd=ROOT, env={**os.environ, **away}) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
+    assert sum(request.startswith("GET") and WEIGHTS in request for request in hub.requests) == 1
+    assert len(hub.requests) == len(set(hub.requests)), "nothing is asked twice"
+
+
+@pytest.mark.parametrize("chosen", [None, "0"])
+def test_files_in_the_xet_store_come_over_http_unless_the_user_chooses_otherwise(hub: Hub, monkeypatch, chosen):
+    import huggingface_hub
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", chosen)
+    seen, real = [], huggingface_hub.snapshot_download
+
+    def noted(**what: Any) -> Any:
+        seen.append("local_files_only" in what or is_xet_available())
+        return real(**what)
+
+    before = is_xet_available()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", noted)
+    ModelSpec(NAME).config()
+    assert (False in seen) == (chosen is None) and is_xet_available() == before

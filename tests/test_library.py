@@ -205,6 +205,21 @@ def table_of(data: Path, name: str, *overrides: str) -> Path:
     return score([*own, f"store_dir={data}/store", f"out={data}/{name}", *overrides])
 
 
+def test_a_folder_of_ones_own_configuration_is_named_as_for_the_other_commands(data: Path, monkeypatch):
+    own = data / "my, conf"
+    (own / "task").mkdir(parents=True)
+    (own / "task/mine.yaml").write_text(
+        f"defaults: [file]\ntrain_file: {data}/data.jsonl\nid_field: key\n"
+        "prompt: '{prompt}'\nanswer: ' {completion}'\n"
+    )
+    own_words = ("family=tiny", "task=mine", f"store_dir={data}/store", "signal=loss", "of=small_raw")
+    monkeypatch.setattr(sys, "argv", ["staff-score", *own_words, "--config-dir", str(own), f"out={data}/mine.csv"])
+    command.main()
+    assert len(pd.read_csv(data / "mine.csv")) == 12
+    with pytest.raises(UserError, match="--config-dir nowhere is no folder"):
+        score([*own_words, f"out={data}/mine.csv"], "nowhere")
+
+
 def test_a_table_has_a_row_a_sample_and_its_scores_as_the_model_computes_them(data: Path):
     table = pd.read_parquet(table_of(data, "one.parquet", "signal=loss", "of=small_raw"))
     assert list(table.columns) == ["id", "tokens", "loss"] and table["id"].tolist() == [

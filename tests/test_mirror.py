@@ -298,6 +298,8 @@ def test_a_mistyped_mode_is_refused_with_the_choices():
     with pytest.raises(UserError, match=r"tracking\.mode='of'.*auto, online, offline, disabled"):
         check({"mode": "of"})
     check({"mode": "auto"})
+    with pytest.raises(UserError, match=r"tracking\.tag is no setting: choose from mode"):
+        check({"mode": "auto", "tag": ["pilot"]})
 
 
 def test_a_replay_without_a_server_says_what_was_not_sent(real: Path):
@@ -309,3 +311,22 @@ def test_a_replay_without_a_server_says_what_was_not_sent(real: Path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 1 and "0 of 1 runs are online" in done.stdout
     assert f"not sent: {real.name}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (
+            "502: <!DOCTYPE html>\n<html><head><title>Bad\n Gateway</title></head>\n<body>x</body>",
+            "502: Bad Gateway",
+        ),
+        (r'upload: "\u003chtml\u003e\n\u003cbody\u003eblocked"', 'upload: "a page of HTML'),
+        ("a < b\nmore", "a < b"),
+        ("x" * 999, "x" * 200),
+        ("", ""),
+    ],
+)
+def test_a_page_of_a_proxy_or_server_is_one_short_line(said: str, line: str):
+    from staff.tracking.pages import sentence
+
+    assert sentence(ValueError(said)) == f"ValueError: {line}".removesuffix(": ")

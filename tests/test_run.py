@@ -248,8 +248,15 @@ def staff(*arguments: str) -> subprocess.CompletedProcess:
     ("argument", "sentence"),
     [
         ("method=staf", "method=staf is unknown: choose aum"),
-        ("metod=staff", "metod is no setting: choose from budget, budget_tokens, evaluation, family"),
-        ("method.num_region=3", "method.num_region is no setting: choose from budget_rule"),
+        (
+            "metod=staff",
+            "metod is no setting (did you mean method?): choose from budget, budget_tokens, evaluation",
+        ),
+        ("method.regons=3", "method.regons is no setting (did you mean num_regions?): choose from budget_rule"),
+        ("+method.foo=1", "method.foo is no setting: choose from budget_rule"),
+        ("+family.target.pth=x", "family.target.pth is no setting (did you mean path?): choose from"),
+        ("method._target_=mine.X", "method._target_=mine.X cannot be imported (No module named 'mine'): name"),
+        ("method=null", "a group takes the name of one of its options, such as method=staff"),
         ("pruning_rate=most", "pruning_rate='most' is not a number"),
         ("method=raw method.rank=3", "method.rank is no setting here, where there are none"),
         ("method=ccs,el2n method.variant=official -m", "method.variant is no setting: choose from budget_rule"),

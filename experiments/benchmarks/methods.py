@@ -65,6 +65,9 @@ class DrawnPool:
         self.groups = np.where(np.arange(self.size) % 5 == 0, "fifth", "rest")
         self.dev_groups = np.resize(["fifth", "rest"], DEV_SIZE)
 
+    def epochs(self, of: str) -> int:
+        return EPOCHS
+
     def learning_rates(self, of: str) -> np.ndarray:
         return 1e-4 * np.arange(EPOCHS, 0, -1)
 

@@ -50,7 +50,7 @@ _last: dict[str, Splits] = {}
 """The splits that were read last, by what they were read from."""
 
 
-def load_splits(task: Task, evaluated: bool = True, folder: Path | None = None) -> Splits:
+def load_splits(task: Task, evaluated: bool = True, folder: Path | None = None, near: bool | None = None) -> Splits:
     """Read a task's splits, drop duplicates from the pool where asked, and carve the validation slice.
 
     The runs of a sweep share one reading: what was read last is kept until a file changes.
@@ -58,6 +58,7 @@ def load_splits(task: Task, evaluated: bool = True, folder: Path | None = None) 
     Args:
         evaluated: False: no test split is read.
         folder: where the samples of large files are kept for other processes (`staff.data.stored`); None: nowhere.
+        near: whether near duplicates are counted, as in `duplicates`; where they are dropped, they are.
 
     Raises:
         UserError: bad data, or a validation slice that shares samples with the pool or leaves none.
@@ -66,12 +67,13 @@ def load_splits(task: Task, evaluated: bool = True, folder: Path | None = None) 
     on_test = evaluated and task.evaluate_on == "test"
     splits = ["train", *(["test"] if on_test else []), *(["dev"] if has_dev else [])]
     stamps = [(split, task.stamps(split)) for split in splits]
-    known = f"{type(task)} {task} {stamps} evaluated: {evaluated} near: {near_available()}"
+    near = True if task.deduplicate == "near" else near
+    known = f"{type(task)} {task} {stamps} evaluated: {evaluated} near: {near} {near_available()}"
     if known not in _last:
         _last.clear()
 
         def read() -> Splits:
-            found = _splits(task, {split: task.load(split) for split in splits})
+            found = _splits(task, {split: task.load(split) for split in splits}, near)
             if task.evaluate_on == "test":
                 return found
             return replace(found, dev=[], test=found.dev if evaluated else [])
@@ -91,9 +93,9 @@ def _tell(splits: Splits) -> None:
         log.info(said, size, NEAR_LIMIT, "task.deduplicate=near")
 
 
-def _splits(task: Task, read: Mapping[str, list[Sample]]) -> Splits:
+def _splits(task: Task, read: Mapping[str, list[Sample]], near: bool | None) -> Splits:
     rows, test, dev = read["train"], read.get("test", []), read.get("dev", [])
-    found = duplicates(rows, [*test, *dev], near={"near": True}.get(task.deduplicate))
+    found = duplicates(rows, [*test, *dev], near)
     dropped = found.to_drop(task.deduplicate)
     pool = [rows[at] for at in np.setdiff1d(np.arange(len(rows)), dropped)]
     if not pool:

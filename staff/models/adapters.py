@@ -73,6 +73,12 @@ def shapes(spec: ModelSpec, adapter: LoraSpec | None = None) -> Any:
     return model if adapter is None else fresh_lora(model, adapter, seed=0)
 
 
+@lru_cache(maxsize=32)
+def trained_parameters(spec: ModelSpec, adapter: LoraSpec | None) -> int:
+    """The parameters that fine-tuning trains: those of the adapter, or all."""
+    return sum(p.numel() for p in shapes(spec, adapter).parameters() if p.requires_grad)
+
+
 def load_trained(spec: ModelSpec, folder: Path) -> Any:
     """The model that a fine-tuning saved in `folder`: `spec` with an adapter, or all weights."""
     if not (folder / "adapter_config.json").is_file():

@@ -153,7 +153,7 @@ class ModelSpec:
         """The model in evaluation mode, on the GPU if there is one."""
         import torch
 
-        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self._attention()}
+        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": _attention(self)}
         if self.quantization:
             options["quantization_config"] = _four_bits()
         if self.is_partitioned:
@@ -170,33 +170,9 @@ class ModelSpec:
         import torch
         from transformers import AutoModelForCausalLM
 
-        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": self._attention()}
+        options = {"dtype": getattr(torch, self.dtype), "attn_implementation": _attention(self)}
         with torch.device(device):
             return AutoModelForCausalLM.from_config(self.config(), **options)
-
-    def _attention(self) -> str:
-        """The attention implementation that is used.
-
-        Raises:
-            UserError: the model does not support the one that was chosen, or a package is missing.
-        """
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        for attention in (self.attention, "eager"):
-            try:
-                with torch.device("meta"):
-                    AutoModelForCausalLM.from_config(self.config(), attn_implementation=attention)
-                return attention
-            except UserError:
-                raise
-            except (ValueError, ImportError) as error:
-                if self.attention != "sdpa":
-                    raise UserError(
-                        f"family attention={self.attention} cannot be used with {self.name} ({reason(error)}): "
-                        "choose sdpa or eager."
-                    ) from error
-        raise UserError(f"the model {self.name} is no causal language model that transformers knows.")
 
     def weights(self, **options: Any) -> Any:
         """The model, loaded by transformers with these options.
@@ -284,3 +260,29 @@ def _digest(model: Path, weights: bool = True) -> str:
 def _file_digest(file: Path) -> bytes:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").digest()
+
+
+@cache
+def _attention(spec: ModelSpec) -> str:
+    """The attention implementation that is used.
+
+    Raises:
+        UserError: the model does not support the one that was chosen, or a package is missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for attention in (spec.attention, "eager"):
+        try:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(spec.config(), attn_implementation=attention)
+            return attention
+        except UserError:
+            raise
+        except (ValueError, ImportError) as error:
+            if spec.attention != "sdpa":
+                raise UserError(
+                    f"family attention={spec.attention} cannot be used with {spec.name} ({reason(error)}): "
+                    "choose sdpa or eager."
+                ) from error
+    raise UserError(f"the model {spec.name} is no causal language model that transformers knows.")

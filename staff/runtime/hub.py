@@ -3,14 +3,16 @@
 A name is resolved to a commit once in a process. Its files are then fetched by that commit: what the cache has
 costs no request. A hub that fails is given up within seconds, in one sentence.
 
-Files in the Xet store are fetched by a client of its own, whose retries (`HF_XET_CLIENT_RETRY_MAX_DURATION`) are
-not changed here; the log has a line while they last.
+Files in the Xet store are fetched over HTTP too. Their own client (hf_xet) keeps trying for minutes by timers of
+its own, so that a hub that fails would neither be given up nor told of in time. Who wants it for its speed sets
+HF_HUB_DISABLE_XET=0.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,6 +95,18 @@ class _Damaged(Exception):
 _lock = threading.Lock()
 _away_until = 0.0
 _waited = 0.0
+_asked_once = False
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """Within the block, a hub that did not answer is asked for nothing else, though the cache lacks it."""
+    global _asked_once
+    before, _asked_once = _asked_once, True
+    try:
+        yield
+    finally:
+        _asked_once = before
 
 
 def waited() -> float:
@@ -119,8 +133,14 @@ def _snapshot(repository: Repository, revision: str | None, patterns: Sequence[s
                 raise FileNotFoundError
             if cached is not None and (constants.HF_HUB_OFFLINE or _is_whole(what, cached)):
                 return cached
-            if cached is None or time.monotonic() >= _away_until:
-                return _download(repository, what, cached)
+            away = time.monotonic() < _away_until
+            if not away or (cached is None and not _asked_once):
+                with _alone(repository):
+                    held = _cached(what)  # another process may have fetched it meanwhile
+                    whole = held is not None and _is_whole(what, held)
+                    return held if held is not None and whole else _download(repository, what, cached)
+            if cached is None:
+                raise Unanswered("it did not answer before")
         except Unanswered as error:
             _away_until = time.monotonic() + AWAY
             if cached is None:
@@ -160,12 +180,42 @@ def _download(repository: Repository, what: Mapping[str, Any], cached: Path | No
 
     patience = Patience(repository.name, PATIENCE if cached is None else IMPATIENCE, repeat=cached is None)
     before = _blobs(repository)
-    with patience.kept(), _told(repository, before):
+    with patience.kept(), _told(repository, before), _over_http():
         folder = Path(snapshot_download(**what))
     _verify(_blobs(repository) - before)
     if patience.refused:
         _tell_of_cached(repository, what["revision"], folder, f"refuses it (HTTP {patience.refused})")
     return folder
+
+
+@contextmanager
+def _alone(repository: Repository) -> Iterator[None]:
+    """Keeps other processes that share the cache from asking for the same at the same time."""
+    from filelock import FileLock
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / ".locks"
+    lock = FileLock(folder / f"{repo_folder_name(repo_id=repository.name, repo_type=repository.kind)}.lock")
+    with suppress(OSError, NotImplementedError):  # a file system that has no locks, or cannot be written to
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _over_http() -> Iterator[None]:
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = before or "HF_HUB_DISABLE_XET" not in os.environ
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
 
 def _tell_of_cached(repository: Repository, revision: str | None, folder: Path, why: str) -> None:

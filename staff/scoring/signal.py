@@ -83,6 +83,9 @@ class Signal:
         """Shape of a sample's value, () for a number, (d,) for a vector; `config` is the model's configuration."""
         return ()
 
+    def check(self, parameters: int) -> None:
+        """Raise UserError for what cannot be computed where the gradient is by so many parameters."""
+
     def compute(self, batch: Pass) -> Tensor:
         """The values of a batch: (B, *shape)."""
         raise NotImplementedError

@@ -122,15 +122,18 @@ class Score(Stage):
         wanted, kind = self.settings.one_at_a_time, self.state.spec.config().model_type
         return kind not in ARCHITECTURES if wanted is None else wanted
 
-    def check(self) -> None:
+    def check(self, checkpoints: int = 1) -> None:
         """Refuse, from shapes alone, what cannot be scored.
+
+        Args:
+            checkpoints: of the model, whose values are held together.
 
         Raises:
             UserError: values larger than memory, or a model without the parameters to differentiate by.
         """
         config = self.state.spec.config().get_text_config()
         for signal in self.signals:
-            one = math.prod(signal.shape(config)) * np.dtype(signal.dtype).itemsize
+            one = checkpoints * math.prod(signal.shape(config)) * np.dtype(signal.dtype).itemsize
             if (needed := one * len(self.samples)) > (free := free_ram()):
                 raise UserError(
                     f"{signal.name} of {len(self.samples)} samples, {signal.shape(config)} each, takes "
@@ -140,7 +143,10 @@ class Score(Stage):
 
         if gradient := gradient_of(self.signals):
             find = gradient_parameters if self.one_at_a_time else gradient_layers
-            find(self._shapes(), gradient.parameters)
+            find(model := self._shapes(), gradient.parameters)
+            parameters = sum(p.numel() for p in gradient_parameters(model, gradient.parameters).values())
+            for signal in self.signals:
+                signal.check(parameters)
 
     @property
     def _reads_moments(self) -> bool:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from staff.scoring.passes import Pass
 
+PUBLISHED = 8192
+"""Dimensions of LESS."""
+
 
 @dataclass(frozen=True)
 class ProjectedGradient(Signal):
@@ -32,12 +35,19 @@ class ProjectedGradient(Signal):
     gradient: ClassVar[GradientOf] = GradientOf("all_lora")  # type: ignore[misc]
     dtype: ClassVar[str] = "float32"
 
-    dim: int = 8192
+    dim: int = PUBLISHED
     adam: bool = False
 
     def __post_init__(self) -> None:
         if type(self.dim) is not int or self.dim < 1:
             raise UserError(f"dim={self.dim!r} of the signal 'projected_gradient' must be a whole number above 0.")
+
+    def check(self, parameters: int) -> None:
+        if self.dim > max(parameters, PUBLISHED):  # which keeps no less, and takes longer than the gradient itself
+            raise UserError(
+                f"method.dim={self.dim} is more than the {parameters} parameters that are projected: lower it "
+                f"(LESS has {PUBLISHED})."
+            )
 
     @property
     def moments(self) -> bool:  # type: ignore[override]

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 MODES = ("auto", "online", "offline", "disabled")
 LOST = "metrics.json is still the record, and `staff-replay` uploads it later"
+SETTINGS = ("mode", "project", "entity", "group", "tags")
 KEPT = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second", "memory_gb")
 """What a curve holds."""
 TAG = 64
@@ -36,9 +37,11 @@ def check(tracking: Mapping[str, Any]) -> None:
     """Refuse settings of the group `tracking` that W&B would refuse.
 
     Raises:
-        UserError: an unknown mode, or a tag that is no text of 1 to 64 characters.
+        UserError: an unknown setting or mode, or a tag that is no text of 1 to 64 characters.
     """
     mode, tags = tracking["mode"], tracking.get("tags") or []
+    if unknown := sorted(set(tracking) - set(SETTINGS)):
+        raise UserError(f"tracking.{unknown[0]} is no setting: choose from {', '.join(SETTINGS)}.")
     if mode not in MODES:
         raise UserError(f"tracking.mode={mode!r} is unknown: choose from {', '.join(MODES)}.")
     listed = isinstance(tags, Sequence) and not isinstance(tags, str)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -16,6 +18,9 @@ import pandas as pd
 from staff.runtime import processes
 
 log = logging.getLogger(__name__)
+
+LONGEST = 200
+"""Characters of what an error of W&B says."""
 
 
 def start(mode: Any, fall_back: bool, **identity: Any) -> Any:
@@ -123,5 +128,11 @@ def _tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def sentence(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """What an error is and says, in one line; of a page of HTML, from a proxy or a server, its title."""
+    said = str(error).replace(r"\u003c", "<").replace(r"\u003e", ">")
+    if page := re.search(r"<(!doctype|html|head|body)\b", said, re.I):
+        title = re.search(r"<title[^>]*>(.*?)</title", said, re.I | re.S)
+        said = f"{said[: page.start()]}{html.unescape(title[1]) if title else 'a page of HTML'}"
+        said = " ".join(said.split())
+    lines = said.strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:LONGEST]}" if lines else type(error).__name__

@@ -16,7 +16,7 @@ import numpy as np
 
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.models.adapters import LoraSpec, fresh_lora, shapes
+from staff.models.adapters import LoraSpec, fresh_lora, trained_parameters
 from staff.models.flops import training_flops
 from staff.models.spec import ModelSpec
 from staff.models.state import MOMENTS, Training
@@ -172,7 +172,7 @@ class Finetune(Training):
             torch.cuda.empty_cache()
 
     def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
-        self._count(meter, _trainable(shapes(self.spec, self.adapter)))
+        self._count(meter, trained_parameters(self.spec, self.adapter))
         if self.online:
             from safetensors.numpy import save_file
 
