@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import reader_gone, sweep
+from experiments import reader_gone, sweep, threads
 from experiments.configuration import CONF, check_size
 from staff.errors import UserError
 from staff.runtime import preemption, processes
@@ -51,6 +51,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
                 log.info("%s: recorded already", this.name)
                 return this.folder
             this.check_machine()
+            log.info(threads.settled())
             origin, pool = this.task.origin, len(this.pool.ids)
             size = this.budget if this.size.tokens is None else f"{this.size.tokens} tokens"
             log.info("%s: a coreset of %s from %d samples of %s", this.name, size, pool, origin)

@@ -10,11 +10,13 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 from experiments import threads
@@ -149,6 +151,59 @@ def test_each_worker_has_its_share_of_the_cores_unless_the_user_has_set_threads(
     assert threads.of_worker(workers) == {"OMP_NUM_THREADS": each}
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert threads.of_worker(workers) == {}
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, 8),
+        ({"": "max 100000"}, 8),
+        ({"": "250000 100000"}, 2),
+        ({"": "50000 100000"}, 1),
+        ({"pod": "600000 100000", "pod/box": "300000 100000"}, 3),
+        ({"pod": "200000 100000", "pod/box": "max 100000"}, 2),
+    ],
+)
+def test_a_container_has_the_cores_of_its_cpu_limit(
+    limits: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "own").write_text("1:cpu:/other\n0::/pod/box\n")
+    for group, limit in limits.items():
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / group / "cpu.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(threads, "CGROUPS", tmp_path)
+    monkeypatch.setattr(threads, "OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    assert threads.cores() == expected
+
+
+@pytest.fixture
+def torch_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads.settled.cache_clear()
+    yield
+    torch.set_num_threads(before)
+    threads.settled.cache_clear()
+
+
+@pytest.mark.parametrize("load", [0.0, 2.0, 64.0])
+def test_threads_are_those_of_the_machine_whatever_else_it_does_and_the_log_says_both(
+    load: float, torch_threads: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(threads, "cores", lambda: 3)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    said = threads.settled()
+    assert torch.get_num_threads() == 3 and said.startswith("computing with 3 threads on 3 cores")
+    assert (f"beside other work ({load} processes" in said) == (load > 0)
+
+
+def test_the_users_number_of_threads_stands(torch_threads: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert threads.settled().startswith("computing with 4 threads on 2 cores")
+    assert torch.get_num_threads() == 4
 
 
 # ---------------------------------------------------------------- the record and the environment

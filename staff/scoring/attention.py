@@ -62,8 +62,9 @@ def _attended(
     keys = _heads(attention, "k", hidden_states)
     values = _heads(attention, "v", hidden_states)
     queries = _heads(attention, "q", at.gather(hidden_states))
-    keys = rotate(keys, keys, cos, sin)[1]
-    queries = rotate(queries, queries, at.gather(cos), at.gather(sin))[0]
+    # It rotates queries and keys by the same angles: none of the others, since their positions differ here.
+    keys = rotate(keys[:, :0], keys, cos, sin)[1]
+    queries = rotate(queries, queries[:, :0], at.gather(cos), at.gather(sin))[0]
     if (cache := others.get("past_key_values", cache)) is not None:
         keys, values = cache.update(keys, values, attention.layer_idx)
     heads, width = queries.shape[1], queries.shape[3]

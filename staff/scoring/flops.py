@@ -150,7 +150,7 @@ def contraction_flops(model: Any, lengths: np.ndarray, answer_lengths: np.ndarra
     Args:
         parameters: one of `staff.scoring.signal.PARAMETERS`.
     """
-    from staff.scoring.gradients import gradient_layers, gram_is_cheaper
+    from staff.scoring.gradients import gradient_layers
 
     last, head = f".layers.{model.config.get_text_config().num_hidden_layers - 1}.", model.get_output_embeddings()
     narrows, total = _narrows(model.config.get_text_config()), 0.0
@@ -159,8 +159,7 @@ def contraction_flops(model: Any, lengths: np.ndarray, answer_lengths: np.ndarra
         whole = (".k_proj", ".v_proj") if narrows else (".q_proj", ".k_proj", ".v_proj")
         few = layer is head or (last in f".{name}" and not any(part in name for part in whole))
         seen = (answer_lengths if few else lengths).astype(float)
-        gram = gram_is_cheaper(int(seen.max()), wide, tall)
-        total += 2 * float((np.square(seen) * (wide + tall) if gram else seen * wide * tall).sum())
+        total += 2 * float((seen * np.minimum(seen * (wide + tall), wide * tall)).sum())
     if parameters == "all_linear" and _is_tied(model):
         total += (
             2 * model.config.get_text_config().hidden_size * float((lengths * (lengths + answer_lengths)).sum())

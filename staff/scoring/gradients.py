@@ -23,6 +23,9 @@ from staff.errors import UserError
 from staff.scoring.positions import Positions, last_block, last_block_at, model_name, scoring_mode, widened
 from staff.scoring.signal import check_parameters
 
+CHUNK = 128
+"""Positions whose probabilities are in memory at the same time."""
+
 
 @dataclass(frozen=True)
 class LayerGradient:
@@ -146,13 +149,13 @@ def batch_gradients(
     """Gradients of each sample's own mean answer cross-entropy with respect to linear layers.
 
     Args:
-        model: a causal LM of `staff.scoring.positions.ARCHITECTURES`, also as a PeftModel.
+        model: a causal LM of `staff.scoring.positions.ARCHITECTURES`, also as a PeftModel, in `scoring_mode`.
         layers: by name, as from `gradient_layers`.
         input_ids: (B, T), padded on the right.
         attention_mask: (B, T); None is enough, since a causal mask hides padding on the right from all labels.
         labels: (B, T), unshifted, -100 where there is no label.
         at: positions whose logits are computed; by default those that predict labels.
-        observe: called with the logits (S, V) at these positions.
+        observe: called with the logits (S, V) at these positions. Without it their memory is used for gradients.
 
     Raises:
         UserError: a model for which this is not exact, or that does not use one of the layers.
@@ -168,7 +171,6 @@ def batch_gradients(
     captured = _Captured(model)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(scoring_mode(model))
         stack.enter_context(last_block_at(model, at))
         for layer in (*layers.values(), *([embedding] if tied else [])):
             stack.enter_context(layer.register_forward_hook(captured))
@@ -177,10 +179,12 @@ def batch_gradients(
             raise UserError(
                 f"{model_name(model)} does not use {unused[0]} (a merged or inactive adapter?): activate it."
             )
-        if observe is not None:
-            observe(logits.detach())
         wanted = predictions.out_of(at, logits)
-        slopes = loss_slopes(wanted.detach(), predictions)
+        if observe is None:
+            slopes = to_slopes(wanted.detach(), predictions)
+        else:
+            observe(logits.detach())
+            slopes = to_slopes(wanted.detach().clone(), predictions)
         outputs = captured.outputs
         gradients = dict(zip(outputs, torch.autograd.grad(wanted, list(outputs.values()), slopes), strict=True))
     names: dict[nn.Module, str] = {layer: name for name, layer in layers.items()}
@@ -199,14 +203,17 @@ def per_sample_gradient_norms(
         parameters: one of `staff.scoring.signal.PARAMETERS`.
     """
     layers = gradient_layers(model, parameters)
-    return batch_gradients(model, layers, input_ids, attention_mask, labels).reduce(SquaredNorm()).sqrt()
+    with scoring_mode(model):
+        gradients = batch_gradients(model, layers, input_ids, attention_mask, labels)
+    return gradients.reduce(SquaredNorm()).sqrt()
 
 
 def layer_gradient_norms(
     model: Any, layers: Mapping[str, nn.Linear], input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
 ) -> dict[str, Tensor]:
     """As `per_sample_gradient_norms`, for each of these linear layers (weight and bias), by name: (B,)."""
-    gradients = batch_gradients(model, layers, input_ids, attention_mask, labels)
+    with scoring_mode(model):
+        gradients = batch_gradients(model, layers, input_ids, attention_mask, labels)
     return {gradient.name: SquaredNorm().of_layer(gradient).sqrt() for gradient in gradients}
 
 
@@ -250,15 +257,18 @@ def _squared_tied_norms(own: Tensor, x: Tensor, g: Tensor, input_ids: Tensor, e:
     return (own + 2 * cross + embedding).clamp_min(0)
 
 
-def loss_slopes(logits: Tensor, at: Positions) -> Tensor:
-    """Gradient of the sum of the samples' mean cross-entropies with respect to logits at `at`: (L, V).
+def to_slopes(logits: Tensor, at: Positions) -> Tensor:
+    """Replace logits at `at` by the gradient of the sum of the samples' mean cross-entropies: (L, V).
 
-    The closed form is (softmax - onehot) / tokens of the sample. Autograd would need three matrices of this size.
+    The closed form is (softmax - onehot) / tokens of the sample. Autograd would need three more matrices of this
+    size. This needs none, and a few rows at a time stay in a processor's caches.
     """
-    slopes = widened(logits).softmax(-1)
-    slopes.scatter_add_(-1, at.targets[:, None], slopes.new_full((len(slopes), 1), -1.0))
-    slopes /= at.counts.index_select(0, at.samples)[:, None]
-    return slopes.to(logits.dtype)
+    counts = at.counts.index_select(0, at.samples)
+    for z, y, count in zip(logits.split(CHUNK), at.targets.split(CHUNK), counts.split(CHUNK), strict=True):
+        slopes = widened(z).softmax(-1)
+        slopes.scatter_add_(-1, y[:, None], slopes.new_full((len(slopes), 1), -1.0))
+        z.copy_(slopes.div_(count[:, None]))
+    return logits
 
 
 def gradient_layers(model: Any, parameters: str) -> dict[str, nn.Linear]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from staff.data.tokens import IGNORED, TokenizedSamples
 from staff.errors import UserError
@@ -106,10 +106,12 @@ def score_samples(
     # Longest first, so that memory runs out in the first batch, if at all.
     order = processes.shard(np.argsort(-samples.lengths, kind="stable"))
     budget = 1 if one_at_a_time else batch_tokens or default_batch_tokens(model)
+    gradient = gradient_of(signals)
     how: dict[str, Any] = {"signals": signals, "pad_token_id": pad_token_id, "moments": moments}
+    if gradient and not one_at_a_time:
+        how["layers"] = gradient_layers(model, gradient.parameters)
     run = partial(_run_alone if one_at_a_time else _run_batch, model, **how)
     batches = (_in_step if is_sharded(model) else _independently)(samples, order, budget, run)
-    spent, backward = np.zeros(3), gradient_of(signals) is not None
     with (
         processes.raise_on_all_ranks(apart=not is_sharded(model)),
         scoring_mode(model),
@@ -121,12 +123,11 @@ def score_samples(
                 values[name][rows] = value
                 if not np.isfinite(value).all():
                     _refuse(value, batch, name)
-            tokens = int(batch.lengths.sum())
-            flops = scoring_flops(model, batch.lengths, batch.answer_lengths, signals, one_at_a_time)
-            spent += (flops, tokens, tokens if backward else 0)
             bar.update(len(rows))
     if meter is not None:
-        meter.add(*processes.all_reduce_sum(spent))
+        tokens = int(samples.lengths.sum())
+        flops = scoring_flops(model, samples.lengths, samples.answer_lengths, signals, one_at_a_time)
+        meter.add(flops, tokens, tokens if gradient else 0)
     return {name: processes.all_reduce_sum(value) for name, value in values.items()}
 
 
@@ -212,24 +213,30 @@ def _refuse(values: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
 
 
 def _run_batch(
-    model: Any, batch: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int, moments: Moments | None
+    model: Any,
+    batch: TokenizedSamples,
+    *,
+    signals: Sequence[Signal],
+    pad_token_id: int,
+    moments: Moments | None,
+    layers: Mapping[str, nn.Linear] | None = None,
 ) -> dict[str, Tensor]:
-    """The signals of a batch. The last block runs only at the positions that they read."""
+    """The signals of a batch, with gradients by these layers. The last block runs only at the positions read."""
     input_ids, labels, lengths = padded(batch, pad_token_id, model.device)
-    at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)
-    this = Pass(labels, lengths, at, moments=moments)
+    at = Positions.of({signal.reads for signal in signals}, labels, lengths)
+    this, logits_read = Pass(labels, lengths, at, moments=moments), any(signal.logits for signal in signals)
 
     def observe(logits: Tensor) -> None:
         this.logits = logits
 
     # No attention mask: padding is on the right of all labels, so a causal model does not attend to it.
     with _hidden_states(model, signals, this):
-        if gradient is not None:
-            layers = gradient_layers(model, gradient.parameters)
-            this.gradients = batch_gradients(model, layers, input_ids, None, labels, at, observe)
+        if layers is not None:
+            observed = observe if logits_read else None
+            this.gradients = batch_gradients(model, layers, input_ids, None, labels, at, observed)
         else:
             with torch.no_grad(), last_block_at(model, at):
-                if any(signal.logits for signal in signals):
+                if logits_read:
                     observe(model(input_ids=input_ids, use_cache=False).logits[0])
                 else:
                     model.get_decoder()(input_ids=input_ids, use_cache=False)

@@ -33,6 +33,7 @@ class Effort(Signal):
 
     name: ClassVar[str] = "effort"
     version: ClassVar[int] = 1
+    logits: ClassVar[bool] = False  # type: ignore[misc]
 
     parameters: str = "last_v_b"
     fresh_adapter: Mapping[str, Any] | None = None

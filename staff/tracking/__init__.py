@@ -67,7 +67,7 @@ def environment(root: Path) -> dict[str, Any]:
     """The environment of a run: the git commit, the versions of Python and of packages, and the hardware.
 
     "git_dirty" is whether the checkout at `root` has uncommitted changes outside of results/; it is None if `root`
-    is not a checkout. GPUs are named only if torch is already imported.
+    is not a checkout. GPUs and the number of threads are given only if torch is already imported.
     """
     from staff.runtime.machine import processor_name
 
@@ -84,6 +84,7 @@ def environment(root: Path) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": processor_name(),
         "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else None,
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus] if torch else [],
     }
 
