@@ -81,6 +81,14 @@ def test_a_log_line_is_written_above_a_bar(monkeypatch):
     assert before.endswith("\r") and "work:" in before and "work:" in after, "cleared, and drawn again"
 
 
+@pytest.mark.parametrize(
+    "command", ["run --help", "store list --store results/slice", "compare results/slice results/slice"]
+)
+def test_a_reader_that_has_had_enough_is_no_error(command: str):
+    piped = f"{sys.executable} -m experiments.{command} | true"
+    assert subprocess.run(piped, shell=True, cwd=ROOT, capture_output=True, text=True).stderr == ""
+
+
 # ---------------------------------------------------------------- threads
 
 
