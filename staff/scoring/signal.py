@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from staff.errors import UserError
 from staff.models.adapters import LoraSpec
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from staff.scoring.passes import Pass
+    from staff.scoring.positions import Positions
 
 PARAMETERS = ("last_v_b", "all_lora", "all_linear")
 """Parameters to differentiate by: the last block's v_proj lora_B; all LoRA parameters; all weights and biases of
@@ -49,6 +49,30 @@ def check_parameters(parameters: str) -> None:
     """
     if parameters not in PARAMETERS:
         raise UserError(f"gradient={parameters!r} is unknown: choose {', '.join(PARAMETERS)}.")
+
+
+class Pass(Protocol):
+    """What a signal is computed from: the outputs of a model for one batch (`staff.scoring.passes`)."""
+
+    @property
+    def gradients(self) -> Any:
+        """`staff.scoring.gradients.Gradients` of the batch; None where no signal needs them."""
+
+    @property
+    def moments(self) -> Any:
+        """The optimiser's moments, by parameter; None where no signal reads them."""
+
+    def positions(self, reads: str) -> Positions:
+        """The positions that a signal reads; `reads` as in `Signal`."""
+        ...
+
+    def logits_at(self, positions: Positions) -> Tensor:
+        """Logits at these positions: (L, V)."""
+        ...
+
+    def states_at(self, layer: int, positions: Positions) -> Tensor:
+        """Hidden states of a layer at these positions: (L, D)."""
+        ...
 
 
 class Signal:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from staff.scoring.signal import Signal
+from staff.scoring.signal import Pass, Signal
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from staff.scoring.passes import Pass
 
 
 @dataclass(frozen=True)

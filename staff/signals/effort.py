@@ -11,12 +11,10 @@ import numpy as np
 from staff.errors import UserError
 from staff.models.adapters import LoraSpec
 from staff.models.spec import ARCHITECTURES
-from staff.scoring.signal import GradientOf, Signal
+from staff.scoring.signal import GradientOf, Pass, Signal
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from staff.scoring.passes import Pass
 
 
 @dataclass(frozen=True)

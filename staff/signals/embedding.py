@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from staff.errors import UserError
-from staff.scoring.signal import Signal
+from staff.scoring.signal import Pass, Signal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from staff.scoring.passes import Pass
 
 POOLINGS = ("answer_mean", "position_weighted", "last_token")
 

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from staff.errors import UserError
-from staff.scoring.signal import Signal
+from staff.scoring.signal import Pass, Signal
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from staff.scoring.passes import Pass
 
 
 @dataclass(frozen=True)

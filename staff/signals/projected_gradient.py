@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from staff.errors import UserError
-from staff.scoring.signal import GradientOf, Signal
+from staff.scoring.signal import GradientOf, Pass, Signal
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from staff.scoring.passes import Pass
 
 PUBLISHED = 8192
 """Dimensions of LESS."""
