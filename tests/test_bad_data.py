@@ -44,7 +44,7 @@ LINES: dict[str, tuple[object, dict[str, Any], str]] = {
     "a number too long": ('{"question": ' + "9" * 5_000 + "}", {}, r"line 2: not JSON \(Exceeds the limit"),
     "a missing field": ({"question": "one?"}, {}, r"line 2: no field 'answer' \(wanted by task.answer\); it has"),
     "no field at all": ({}, {}, r"line 2: no field 'question' \(wanted by task.prompt\); it has none"),
-    "a null field": ({**GOOD, "answer": None}, {}, "line 2: field 'answer' is NoneType, not text"),
+    "a null field": ({**GOOD, "answer": None}, {}, "field 'answer' is NoneType, not text .*; fill it or remove"),
     "NaN for text": ('{"question": NaN, "answer": "x"}', {}, "line 2: field 'question' is nan, not text"),
     "a list for text": ({**GOOD, "answer": ["x"]}, {}, "line 2: field 'answer' is list, not text"),
     "an object for text": ({**GOOD, "answer": {"text": "x"}}, {}, "line 2: field 'answer' is dict, not text"),

@@ -68,6 +68,8 @@ FORMATS = {
     "bzip2": put("train.jsonl.bz2", bz2.compress(lines())),
     "gzipped CSV": put("train.csv.gz", gzip.compress(table(","))),
     "CSV": put("train.csv", table(",")),
+    "CSV with semicolons": put("train.csv", table(";")),
+    "TSV named CSV": put("train.csv", table("\t")),
     "CSV with a byte order mark": put("train.csv", b"\xef\xbb\xbf" + table(",")),
     "TSV": put("train.tsv", table("\t")),
     "Parquet": parquet,
@@ -207,6 +209,8 @@ def test_a_file_for_a_folder_a_split_that_is_not_there_and_no_data_are_refused(t
             r"train.csv: cannot be read as CSV \(ParserWarning: Length",
         ),
         ("train.csv", b"question,answer\na,b\nc,d,e\n", r"train.csv: cannot be read as CSV \(.*Expected 2 fields"),
+        ("train.csv", b"question,answer,answer\na,b,c\n", r"train.csv: the column 'answer' comes twice; rename"),
+        ("train.csv", b"question, answer\na,b\n", r"no field 'answer' .*; it has ' answer', question"),
         ("train.csv", b"question,answer\n", r"the train split is empty"),
         ("train.csv", b"", r"train.csv: cannot be read as CSV \(EmptyDataError: No columns to parse"),
         (

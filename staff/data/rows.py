@@ -6,6 +6,7 @@ wants one type for a column, so that it makes dates of text and 1.0 of 1, and nu
 
 from __future__ import annotations
 
+import csv
 import glob
 import io
 import json
@@ -124,11 +125,27 @@ def _read_csv(path: Path) -> Rows:
     """The rows of a CSV or TSV file with a header ("file, row n"), every value as the text that the file has."""
     from datasets import Features, Value
 
-    options = {"sep": "\t" if format_of(path) == "TSV" else ",", "keep_default_na": False, "index_col": False}
+    options = {"sep": _separator(path), "keep_default_na": False, "index_col": False}
     first = next(_streamed("csv", path, **options), {})
     features = Features({str(name): Value("string") for name in first})
     for number, row in enumerate(_streamed("csv", path, **options, features=features) if first else (), start=1):
         yield f"{path}, row {number}", row
+
+
+def _separator(path: Path) -> str:
+    """What separates the columns: a comma, or where the header has none, a semicolon, tab or bar as spreadsheets
+    write; a tab in a TSV file.
+
+    Raises:
+        UserError: a column comes twice, of which pandas would rename one.
+    """
+    with _opened(path) as lines:
+        header = next((line for line in lines if line.strip()), b"").decode("utf-8-sig").strip("\r\n")
+    found = "\t" if format_of(path) == "TSV" else next((mark for mark in ",;\t|" if mark in header), ",")
+    names = next(csv.reader([header], delimiter=found), [])
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path}: the column {twice[0]!r} comes twice; rename one of them.")
+    return found
 
 
 def _read_parquet(path: Path) -> Rows:

@@ -38,7 +38,8 @@ def lookup(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str
 
 def has(row: Mapping[str, Any]) -> str:
     """The names of a row's fields, for a message."""
-    return shortened(", ".join(" ".join(str(field).split()) for field in sorted(row, key=str)) or "none")
+    names = [str(field) for field in sorted(row, key=str)]
+    return shortened(", ".join(name if name == name.strip() else repr(name) for name in names) or "none")
 
 
 def text_of(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str) -> str:
@@ -54,9 +55,12 @@ def checked_text(value: Any, path: Sequence[str], where: str, setting: str) -> s
     """
     text = as_text(value)
     if text is None:
-        kind = str(value) if isinstance(value, float) else type(value).__name__
-        hint = f"; name one of it by {{{_joined(path)}[0]}}" if isinstance(value, list) else ""
-        raise UserError(f"{where}: field {_spelt(path)} is {kind}, not text (wanted by {setting}){hint}.")
+        hints = {
+            list: f"name one of it by {{{_joined(path)}[0]}}",
+            dict: f"name a field of it by {{{_joined(path)}[KEY]}}",
+        }
+        hint = hints.get(type(value), "fill it or remove the row")
+        raise UserError(f"{where}: field {_spelt(path)} is {_kind(value)}, not text (wanted by {setting}); {hint}.")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
@@ -64,6 +68,10 @@ def checked_text(value: Any, path: Sequence[str], where: str, setting: str) -> s
             f"{where}: field {_spelt(path)} has half a surrogate pair (character {error.start + 1}); fix the text."
         ) from None
     return text
+
+
+def _kind(value: Any) -> str:
+    return str(value) if isinstance(value, float) else type(value).__name__
 
 
 def as_text(value: Any) -> str | None:
@@ -197,6 +205,9 @@ def id_of(row: Mapping[str, Any], field: str, where: str) -> str:
     if type(value) is int:
         return str(value)
     if value == "" or not isinstance(value, str):
-        kind = type(value).__name__ if value != "" else "empty"
-        raise UserError(f"{where}: field {field!r} is {kind}, not an id (wanted by task.id_field).")
+        kind = _kind(value) if value != "" else "empty"
+        raise UserError(
+            f"{where}: field {field!r} is {kind}, not an id (wanted by task.id_field); fill it, or set "
+            "task.id_field=null for ids from the text."
+        )
     return text_of(row, [field], where, "task.id_field")
