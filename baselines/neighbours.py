@@ -44,7 +44,7 @@ def nearest_neighbours(features: np.ndarray, k: int, search: str = "exact") -> t
         features: (N, dimensions), float32.
         search: one of `SEARCHES`.
     """
-    key = (hashlib.blake2b(np.ascontiguousarray(features)).hexdigest(), k, search)
+    key = (hashlib.blake2b(np.ascontiguousarray(features).data).hexdigest(), k, search)
     if key not in _known:
         while len(_known) >= KNOWN:
             del _known[next(iter(_known))]
