@@ -40,7 +40,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         for name, command in commands.items()
     ]
     for process in running:
-        _, said = process.communicate(timeout=300)
+        _, said = process.communicate(timeout=600)
         assert process.returncode == 0, said
     return folder / "one", folder / "two"
 
