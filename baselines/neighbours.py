@@ -25,7 +25,7 @@ PROBES = 64
 KNOWN = 8
 """Searches whose result is kept: the pruning rates of a sweep share one for each seed."""
 
-_known: dict[tuple[str, int, str], tuple[np.ndarray, np.ndarray]] = {}
+_known: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}
 
 
 def check_search(search: str) -> None:
@@ -44,7 +44,8 @@ def nearest_neighbours(features: np.ndarray, k: int, search: str = "exact") -> t
         features: (N, dimensions), float32.
         search: one of `SEARCHES`.
     """
-    key = (hashlib.blake2b(np.ascontiguousarray(features).data).hexdigest(), k, search)
+    content = hashlib.blake2b(np.ascontiguousarray(features).data).hexdigest()
+    key = (content, features.shape, str(features.dtype), k, search)
     if key not in _known:
         while len(_known) >= KNOWN:
             del _known[next(iter(_known))]

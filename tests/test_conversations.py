@@ -118,6 +118,14 @@ BAD = {
         {"messages": messages(("critic", "x"), SAID)},
         r"messages\[0\] has the role 'critic', which is",
     ),
+    "thoughts": (
+        {"messages": [{**messages(ASKED)[0]}, {"role": "assistant", "content": "x", "thinking": "hm"}]},
+        "not read",
+    ),
+    "a turn that is not trained": (
+        {"messages": [*messages(ASKED), {"role": "assistant", "content": "x", "weight": 0}]},
+        r"messages\[1\] has the weight 0",
+    ),
     "no role": ({"messages": [{"content": "x"}]}, r"messages\[0\] has the role None"),
     "a text for a turn": ({"messages": ["x"]}, r"messages\[0\] is str, not a turn; write {role, content}"),
     "a null turn": ({"messages": messages(ASKED, ("assistant", None))}, r"'messages\[1\]\[content\]' is NoneType"),

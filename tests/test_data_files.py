@@ -259,6 +259,26 @@ def test_numbers_and_truth_values_are_text_as_json_has_them(tmp_path: Path):
     assert answers == [" 3", " -0.5", " true", " false", f" {10**30}", " x"]
 
 
+def test_a_float32_column_is_text_with_its_own_digits_and_a_table_may_be_empty(tmp_path: Path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table({"question": ["?", "!"], "answer": pa.array([0.1, 2.5], pa.float32())})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    task = replace(TASK, data_dir=str(tmp_path))
+    assert [sample.answer for sample in task.load("train")] == [" 0.1", " 2.5"]
+    parquet.write_table(table[:0], tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="the train split is empty"):
+        task.load("train")
+
+
+def test_a_folder_that_no_library_wrote_is_no_file(tmp_path: Path):
+    with pytest.raises(
+        UserError, match=r"is a folder that save_to_disk did not write: name its files, as in '.*jsonl'"
+    ):
+        replace(TASK, train_file=str(tmp_path)).load("train")
+
+
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
 def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, value: str):
     (tmp_path / "train.jsonl").write_text(f'{{"question": "?", "answer": {value}}}')

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from staff.data.templates import shortened
 from staff.errors import UserError
 
@@ -149,13 +151,27 @@ def _separator(path: Path) -> str:
 
 
 def _read_parquet(path: Path) -> Rows:
+    if _is_empty(path):  # which the library takes for an error
+        return
     for number, row in enumerate(_streamed("parquet", path), start=1):
         yield f"{path}, row {number}", row
+
+
+def _is_empty(path: Path) -> bool:
+    from pyarrow import parquet
+
+    with _readable(path, "Parquet"):
+        return path.suffix.lower() == ".parquet" and parquet.read_metadata(path).num_rows == 0
 
 
 def _read_saved(folder: Path, split: str) -> Rows:
     from datasets import DatasetDict, load_from_disk
 
+    if not is_saved(folder):
+        raise UserError(
+            f"{folder} is a folder that save_to_disk did not write: name its files, as in '{folder}/*.jsonl', "
+            "or set task.data_dir."
+        )
     with _readable(folder, "a folder of save_to_disk"):
         data = load_from_disk(folder)
     if isinstance(data, DatasetDict):
@@ -195,6 +211,8 @@ def _named(value: Any, feature: Any) -> Any:
 
     if isinstance(feature, ClassLabel):
         return None if value is None or value < 0 else feature.int2str(value)
+    if getattr(feature, "dtype", None) in ("float16", "float32") and isinstance(value, float):
+        return float(str(np.dtype(feature.dtype).type(value)))  # 0.1, not 0.10000000149011612
     if isinstance(feature, Mapping) and isinstance(value, Mapping):
         return {name: _named(part, feature.get(name)) for name, part in value.items()}
     if isinstance(value, list):

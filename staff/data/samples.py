@@ -55,6 +55,10 @@ ROLES = {
 TOOLS = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
 
 
+UNREAD = ("reasoning_content", "reasoning", "thinking")
+"""Fields with what a model is to think before its answer, which templates place in ways of their own."""
+
+
 class Piece(NamedTuple):
     """A part of a sample's text, tokenised by itself.
 
@@ -164,8 +168,13 @@ def _turn(message: Any, path: list[str], where: str) -> tuple[str, str]:
         raise UserError(f"{place} is {type(message).__name__}, not a turn; write {{role, content}}.")
     role_key, text_key = ("role", "content") if "role" in message else ("from", "value")
     role = message.get(role_key)
+    role = role.lower() if isinstance(role, str) else role
     if role in TOOLS or any(message.get(key) for key in ("tool_calls", "function_call")):
         raise UserError(f"{place} is a tool call or its result, which are not supported; remove the row.")
+    if found := next((key for key in UNREAD if message.get(key)), None):
+        raise UserError(f"{place} has {found!r}, which is not read: write it into {text_key!r}, or remove it.")
+    if message.get("weight") == 0:  # OpenAI's word for a turn that is not trained
+        raise UserError(f"{place} has the weight 0, which is not supported: remove it, or set task.loss_on=last.")
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(ROLES)
         raise UserError(f"{place} has the role {shortened(repr(role))}, which is unknown; choose {known}.")

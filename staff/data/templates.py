@@ -59,7 +59,8 @@ def checked_text(value: Any, path: Sequence[str], where: str, setting: str) -> s
             list: f"name one of it by {{{_joined(path)}[0]}}",
             dict: f"name a field of it by {{{_joined(path)}[KEY]}}",
         }
-        hint = hints.get(type(value), "fill it or remove the row")
+        unknown = "fill it or remove the row" if value is None or isinstance(value, float) else "write it as text"
+        hint = hints.get(type(value), unknown)
         raise UserError(f"{where}: field {_spelt(path)} is {_kind(value)}, not text (wanted by {setting}); {hint}.")
     try:
         text.encode()
