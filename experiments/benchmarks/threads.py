@@ -29,7 +29,11 @@ import numpy as np
 from experiments import threads
 from experiments.benchmarks.common import arguments, configured, row, table, write
 
-WAYS: dict[str, tuple[str, str | None]] = {"spinning": ("active", None), "sleeping": ("passive", None), "one": ("passive", "1")}
+WAYS: dict[str, tuple[str, str | None]] = {
+    "spinning": ("active", None),
+    "sleeping": ("passive", None),
+    "one": ("passive", "1"),
+}
 READY = "ready"
 BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 
