@@ -220,7 +220,7 @@ def test_names_and_text_of_samples_never_leave_their_folder_or_become_markup(run
     page = write(results, collect(results)).read_text()
     made = set(tmp_path.rglob("*")) - before
     assert all(path.is_relative_to(results) for path in made)
-    assert record["folder"].parent == results / "runs" and record["run"]["name"].startswith("family-tiny-jsonl-")
+    assert record["folder"].parent == results / "runs" and record["run"]["name"].startswith("family-tiny-file-")
     assert not any("escaped" in path.name for path in made) and not Path("/tmp/escaped").exists()
     tags = Tags()
     tags.feed(page)

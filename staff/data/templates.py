@@ -39,7 +39,8 @@ def lookup(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str
 def has(row: Mapping[str, Any]) -> str:
     """The names of a row's fields, for a message."""
     names = [str(field) for field in sorted(row, key=str)]
-    return shortened(", ".join(name if name == name.strip() else repr(name) for name in names) or "none")
+    plain = (name if name.isprintable() and name == name.strip() else repr(name) for name in names)
+    return shortened(", ".join(plain) or "none")
 
 
 def text_of(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str) -> str:

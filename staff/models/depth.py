@@ -26,10 +26,13 @@ class DepthPruning:
         given = [self.keep_layers] if isinstance(self.keep_layers, int) else self.keep_layers or []
         if isinstance(given, str) or not all(type(index) is int for index in given):
             raise UserError(f"{self._setting} must be a number of blocks or a list of block indices: 2 or [0,3].")
+        if not isinstance(self.keep_layers, int | None):
+            object.__setattr__(self, "keep_layers", tuple(self.keep_layers))  # hashable: shapes are cached by it
 
     @property
     def _setting(self) -> str:
-        return f"family.small.from_target.keep_layers={self.keep_layers!r}"
+        kept = list(self.keep_layers) if isinstance(self.keep_layers, tuple) else self.keep_layers
+        return f"family.small.from_target.keep_layers={kept!r}"
 
     def indices(self, depth: int) -> list[int]:
         """The indices of the blocks to keep, for a target with `depth` blocks.
