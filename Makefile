@@ -59,7 +59,7 @@ RUNS_slice = $(SLICE)
 RUNS_planted = experiment=planted_all method=$(CONTRASTS),oracle seed=10,11,12,13,14
 RUNS_methods = experiment=planted_all seed=10,11,12
 RUNS_dialogsum = -m method=$(CONTRASTS),raw seed=10,11,12,13,14 pruning_rate=0.9 task.dev_size=200 \
-	finetune.learning_rate=1e-3 finetune.epochs=8 finetune.small_epochs=4
+	finetune.learning_rate=5e-4 finetune.epochs=8 finetune.small_epochs=4
 COMMITTED_slice = results/slice
 reproduce-slice reproduce-planted reproduce-methods reproduce-dialogsum: export OMP_NUM_THREADS = 1
 reproduce-slice reproduce-planted reproduce-methods reproduce-dialogsum: reproduce-%: .venv/installed
@@ -76,8 +76,7 @@ BIOINSTRUCT = task=bioinstruct task.data_dir=$(DATA)/bioinstruct task.train_limi
 GSM8K = task=gsm8k task.data_dir=$(DATA)/gsm8k task.train_limit=1000 task.test_limit=200 \
 	'task.metrics=[rougeL,exact_match]'
 METHODS = method=raw,full,random,el2n,grand,ccs,d2,staff
-ABLATIONS = verification speculation scoring_function small_epochs verification_budget small_size num_regions \
-	region_similarity transfer presets pick drop_hardest equal_steps answer_length
+ABLATIONS = verification speculation scoring_function small_epochs small_size region_similarity transfer fields
 reproduce-tiny: export OMP_NUM_THREADS = 1
 reproduce-tiny: .venv/installed
 	$(TINY) experiment=table1 $(METHODS) $(DIALOGSUM)
@@ -86,6 +85,7 @@ reproduce-tiny: .venv/installed
 	for ablation in $(ABLATIONS); do \
 		$(TINY) experiment=ablation_$$ablation pruning_rate=0.9 $(DIALOGSUM) || exit 1; \
 	done
+	$(TINY) experiment=table1 method=staff_paper,staff_official,random_length pruning_rate=0.9 $(DIALOGSUM)
 	$(BIN)/staff-report --results $(REBUILT)
 	$(BIN)/staff-compare results/tiny $(REBUILT)
 

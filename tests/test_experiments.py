@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,17 @@ def test_the_jobs_of_an_ablation_differ_in_the_one_setting_that_its_comment_name
     for job in jobs:
         assert callable(instantiate(job.method, _convert_="all").select)
         instantiate(job.finetune, _convert_="all")
+
+
+def test_what_is_reproduced_names_presets_and_methods_that_there_are():
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    ablations = re.findall(r"^ABLATIONS = (.*)$", makefile, re.M)[0].split()
+    named = {f"ablation_{name}" for name in ablations} | set(re.findall(r"experiment=(\w+)(?![\w$])", makefile))
+    assert named - {"ablation_"} <= PRESETS, named - PRESETS
+    methods = re.findall(r"(?:method=|^CONTRASTS = |^METHODS = method=)([\w,]+)", makefile, re.M)
+    assert {m for found in methods for m in found.split(",") if m} <= {
+        p.stem for p in (ROOT / "conf/method").glob("*.yaml")
+    }
 
 
 def asked_in(record: dict[str, Any]) -> list[str]:
