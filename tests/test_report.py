@@ -23,9 +23,10 @@ from experiments.recorded import recorded_runs
 from experiments.report import figures, overview, performance, supplementary, verdicts
 from experiments.report.__main__ import left_over, main, summary, write
 from experiments.report.comparisons import mean, pairs
-from experiments.report.contrasts import registered
+from experiments.report.contrasts import parse, registered
 from experiments.report.figures import pareto
-from experiments.report.records import as_table, collect, contexts
+from experiments.report.records import as_table, by_metric, collect, contexts
+from experiments.report.verdicts import Question
 from staff.errors import UserError
 from staff.tracking import write_record
 
@@ -154,10 +155,26 @@ def test_verdicts_on_the_default_contrasts_come_first_and_are_in_words(real: Pat
     assert page.index("Registered contrasts") < page.index("bold: the best")
 
 
+def test_runs_are_compared_by_another_metric_in_files_of_their_own(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"random": -2, "staff": 3})
+    table = collect(tmp_path)
+    first = write(tmp_path, table).read_text()
+    page = write(
+        tmp_path, by_metric(table, "nll"), Question((*parse(["staff-random"], ["staff", "random"]),), 0.02)
+    )
+    assert page.name == "report-by-nll.html" and (tmp_path / "report.html").read_text() == first
+    found = (tmp_path / "tables/verdicts-tiny-dialogsum-by-nll.md").read_text()
+    assert "nll (lower is better)" in found and re.search(r"\[[+-]0\.\d{3}, [+-]0\.\d{3}\]", found)
+    assert not list((tmp_path / "tables").glob("paper-*-by-nll.md")), "the paper has ROUGE-L"
+    assert (tmp_path / "figures/contrasts-by-nll.png").is_file()
+    with pytest.raises(UserError, match="--metric bleu was measured in no run: choose from rouge1, rouge2, rougeL"):
+        by_metric(table, "bleu")
+
+
 def test_the_first_picture_shows_the_first_contrast_of_each_task_and_the_papers_own(real: Path, tmp_path: Path):
     grid(real, tmp_path, {"random": -2, "ccs": 3, "staff": 3})
     context = only_context(tmp_path)
-    found = figures._first(context, verdicts.DEFAULT)
+    found = figures._compared(context, verdicts.DEFAULT)
     assert [(outcome.contrast.name, outcome.rates) for outcome in found] == [
         ("staff - random", (0.5,)),
         ("staff - random", (0.9,)),
@@ -221,7 +238,7 @@ def rename_metric(results: Path, name: str) -> None:
         record["run"]["metric"], record["metrics"][name] = name, record["metrics"].pop("rougeL")
         write_record(folder, record)
         answers = pd.read_parquet(folder / "predictions.parquet")
-        answers.rename(columns={"rougeL": name}).to_parquet(folder / "predictions.parquet")
+        answers.drop(columns="nll").rename(columns={"rougeL": name}).to_parquet(folder / "predictions.parquet")
 
 
 def test_where_a_metric_is_a_loss_the_lowest_is_the_best(real: Path, tmp_path: Path):

@@ -15,7 +15,7 @@ from experiments.recorded import recorded_runs
 from experiments.report import audit, contrasts, floors, overhead, performance, supplementary, verdicts
 from experiments.report.browse import browse
 from experiments.report.comparisons import pairs
-from experiments.report.records import collect, contexts
+from experiments.report.records import by_metric, collect, contexts
 from experiments.report.settings import told_apart
 from experiments.report.supplementary import similarity
 from experiments.report.verdicts import DEFAULT, Question
@@ -27,10 +27,12 @@ PAPER = Path(__file__).resolve().parent / "table1.csv"
 def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, options: str = "") -> Path:
     """Write everything under `results` that the records in `table` give; the page's path.
 
-    `options` are those of the command that asks `question`, for the files to name.
+    `options` are those of the command that asks `question`, for the files to name. A report by another metric than
+    the first one of a task has tables, figures and a page beside those of the first.
     """
     from experiments.report import figures, page
 
+    apart = "-by-" + table["metric"].iloc[0] if "first_metric" in table else ""
     nested = ["stages", "floors", "groups", "planted", "by_group"]
     flat = table.drop(columns=nested).assign(warnings=table["warnings"].str.join(" "))
     flat.to_csv(results / "metrics.csv", index=False)
@@ -57,9 +59,10 @@ def write(results: Path, table: pd.DataFrame, question: Question = DEFAULT, opti
             each.write(results / "tables", context.made_by + options)
         sections.append(page.Section(context, tables, drawn))
     figures.draw_contrasts(
-        [context for context in every if context.varied == "method"], paper, results / "figures", question
+        [context for context in every if context.varied == "method"],
+        *(paper, results / "figures" / f"contrasts{apart}", question),
     )
-    return page.write(results / "report.html", sections, table, question, options)
+    return page.write(results / f"report{apart}.html", sections, table, question, options)
 
 
 def asked(table: pd.DataFrame, results: Path, arguments: argparse.Namespace) -> tuple[Question, str]:
@@ -68,7 +71,7 @@ def asked(table: pd.DataFrame, results: Path, arguments: argparse.Namespace) -> 
     Raises:
         UserError: a contrast of methods that the records do not have, or a margin or effect that is not above zero.
     """
-    options, named = "", None
+    options, named = f" --metric {arguments.metric}" if arguments.metric else "", None
     for name in ("margin", "effect"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < float("inf"):
@@ -139,6 +142,9 @@ def main() -> None:
         help="differences that the runs were made for, such as staff-random staff-best (by default: STAFF, or your "
         "own method, against random, the best other one and its twin of matched length)",
     )
+    parser.add_argument(
+        "--metric", help="compare by this metric, in files of their own (by default the first of each task)"
+    )
     parser.add_argument("--margin", type=float, help="methods within it count as equal (by default 1 point)")
     parser.add_argument(
         "--effect", type=float, help="plan seeds for a difference of this size (by default the margin)"
@@ -162,13 +168,15 @@ def main() -> None:
             sys.exit(
                 f"{arguments.results}/runs holds no record: run `staff` first, or name another folder by --results."
             )
+        if arguments.metric:
+            table = by_metric(table, arguments.metric)
         page = write(arguments.results, table, *asked(table, arguments.results, arguments))
     except UserError as error:
         sys.exit(f"report: {error}")
     print(f"{summary(table)}\n\n{len(table)} runs: {arguments.results / 'metrics.csv'}, tables/, figures/, {page}")
     if warned := int(table["warnings"].astype(bool).sum()):
         print(f"{warned} runs with warnings: {arguments.results / 'tables'}/warnings-*.md")
-    for file in left_over(arguments.results):
+    for file in [] if arguments.metric else left_over(arguments.results):
         print(f"not written by this report: {file}")
     failures, missing = unfinished(arguments.results)
     for kind, jobs in (("failed", failures), ("missing", missing)):

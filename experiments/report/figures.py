@@ -194,10 +194,10 @@ PAPERS = {"facecolor": "none", "edgecolor": "#D55E00", "linewidth": 0.9, "marker
 
 
 def draw_contrasts(
-    contexts: Sequence[Context], paper: pd.DataFrame, folder: Path, question: Question = DEFAULT
+    contexts: Sequence[Context], paper: pd.DataFrame, file: Path, question: Question = DEFAULT
 ) -> Drawn | None:
-    """`contrasts.png` and `.svg`, a panel for each context that has a contrast with a single other method."""
-    shown = [(context, found) for context in contexts if (found := _first(context, question))]
+    """`file` as .png and .svg, a panel for each context that has a contrast with a single other method."""
+    shown = [(context, found) for context in contexts if (found := _compared(context, question))]
     if not shown:
         return None
     with styled():
@@ -212,13 +212,14 @@ def draw_contrasts(
             if axes is panels.flat[-1] or not _same_metric(shown):
                 axes.set_xlabel(f"difference in {metric(context)}, with its 95 % interval")
         _legend(figure, panels)
-        return save(figure, _caption(shown), folder / "contrasts", shown[0][0].made_by)
+        return save(figure, _caption(shown), file, shown[0][0].made_by)
 
 
-def _first(context: Context, question: Question) -> list[Outcome]:
-    """The first registered contrast with one other method, at each pruning rate and over all."""
+def _compared(context: Context, question: Question) -> list[Outcome]:
+    """The contrasts with one other method that the user named, or the first of the default ones; at each pruning
+    rate and over all."""
     single = [c for c in registered(context, question.contrasts) if len(c.others) == 1]
-    return outcomes(context, single[:1])
+    return outcomes(context, single if question.contrasts else single[:1])
 
 
 def _same_metric(shown: Sequence[tuple[Context, list[Outcome]]]) -> bool:
@@ -236,18 +237,20 @@ def _panel(axes: Axes, context: Context, found: Sequence[Outcome], paper: pd.Dat
         axes.errorbar(difference, place, xerr=[[difference - low], [high - difference]], **look, zorder=2)
         for theirs in _papers(context, outcome, paper):
             axes.scatter(theirs, place + 0.3, label="the paper, each of its targets", **PAPERS)
-    names = [f"mean of {len(o.rates)}" if len(o.rates) > 1 else f"p = {o.rates[0]:g}" for o in found]
+    rates = [f"mean of {len(o.rates)}" if len(o.rates) > 1 else f"p = {o.rates[0]:g}" for o in found]
+    several = len({outcome.contrast for outcome in found}) > 1
+    names = [f"{o.contrast.name}, {rate}" if several else rate for o, rate in zip(found, rates)]
     axes.set_yticks(range(len(found)), names)
     axes.set_ylim(len(found) - 0.35, -0.6)
     axes.grid(False, axis="y")
-    axes.set_title(f"{context.title}: {found[0].contrast.name}", loc="left")
+    axes.set_title(context.title if several else f"{context.title}: {found[0].contrast.name}", loc="left")
 
 
 def _papers(context: Context, outcome: Outcome, paper: pd.DataFrame) -> list[float]:
     """The paper's difference between STAFF and the other method for each of its targets, over the same rates."""
     method, (other,) = outcome.contrast.method, outcome.contrast.others
     task = str(context.runs["task"].iloc[0])
-    if not context.is_staff(method):
+    if not context.is_staff(method) or context.metric != "rougeL":
         return []
     theirs = paper[(paper["task"] == task) & paper["pruning_rate"].isin(outcome.rates)]
     values = theirs.pivot(index=["target", "pruning_rate"], columns="method", values="rouge_l")
@@ -267,8 +270,8 @@ def _caption(shown: Sequence[tuple[Context, list[Outcome]]]) -> str:
     seeds = sorted({outcome.seeds for _, found in shown for outcome in found})
     many = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     return (
-        f"The first registered contrast of each task, by pruning rate p and over all: means over {many} seeds with "
-        "95 % intervals (errors of seeds and of test samples; of one seed: of test samples alone), not widened for "
+        f"Registered contrasts of each task, by pruning rate p and over all: means over {many} seeds with 95 % "
+        "intervals (errors of seeds and of test samples; of one seed: of test samples alone), not widened for "
         "the number of contrasts. Grey: the margin within which methods count as equal. Diamonds: Table 1 of the "
         "paper, one run a cell, other models."
     )

@@ -135,7 +135,9 @@ def gains(context: Context) -> Table | None:
 
 
 def against_paper(context: Context, paper: pd.DataFrame) -> Table | None:
-    """The paper's differences between STAFF and each baseline beside ours."""
+    """The paper's differences between STAFF and each baseline in ROUGE-L beside ours."""
+    if context.metric != "rougeL":
+        return None
     task = str(context.runs["task"].iloc[0])
     theirs = paper[paper["task"] == task]
     values = theirs.set_index(["target", "method", "pruning_rate"])["rouge_l"]

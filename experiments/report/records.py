@@ -16,6 +16,8 @@ import pandas as pd
 from experiments.campaign import fields
 from experiments.recorded import RecordedRun, recorded_runs
 from experiments.report.settings import SEEDS, ablations, texts, variants
+from staff.errors import UserError
+from staff.evaluation.metrics import NAMED, named_metric
 
 
 def collect(results: Path) -> pd.DataFrame:
@@ -29,6 +31,22 @@ def as_table(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     settings = [column for column in table.columns if str(column).startswith("setting.")]
     constant = [column for column in settings if texts(table, column).nunique() == 1]
     return table.drop(columns=constant)
+
+
+def by_metric(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The runs that were measured by `metric`, to be compared by it in place of the first one of their task.
+
+    Raises:
+        UserError: no run was.
+    """
+    if metric not in table.columns or not table[metric].notna().any():
+        known = [name for name in NAMED if name in table.columns and table[name].notna().any()]
+        raise UserError(
+            f"--metric {metric} was measured in no run: choose from {', '.join(known)}, or measure stored answers "
+            f"by staff-measure --metrics {metric}."
+        )
+    named_metric(metric)  # a column that is no metric
+    return table[table[metric].notna()].assign(metric=metric, first_metric=table["metric"])
 
 
 def report_command(results: Path) -> str:
@@ -179,7 +197,8 @@ def contexts(table: pd.DataFrame, results: Path) -> list[Context]:
     """The runs that may be compared with one another, a context each; after those by method, the ablations."""
     several = table.groupby(["family", "task"], dropna=False)[["metric", "test_set"]].transform("nunique") > 1
     # Two metrics or test sets of one task never share a table.
-    table = table.assign(part=np.where(several["metric"], " by " + table["metric"], ""))
+    other = table["metric"] != table.get("first_metric", table["metric"])
+    table = table.assign(part=np.where(several["metric"] | other, " by " + table["metric"], ""))
     table["part"] += np.where(several["test_set"], " test set " + table["test_set"], "")
     recorded = recorded_runs(results)
     found = []

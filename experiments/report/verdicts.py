@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -121,12 +122,12 @@ def table(context: Context, question: Question = DEFAULT) -> Table | None:
     for verdict in made:
         outcome = verdict.outcome
         difference, low, high = outcome.shown
-        needed = seeds_needed(outcome.hardest, effect)
+        needed, digits = seeds_needed(outcome.hardest, effect), digits_for(margin)
         row = {
             "contrast": outcome.contrast.name,
             "pruning rate": f"{outcome.rates[0]:g}" if len(outcome.rates) == 1 else f"mean of {len(outcome.rates)}",
-            "difference": f"{difference:+.2f}",
-            "95 % interval": f"[{low:+.2f}, {high:+.2f}]",
+            "difference": f"{difference:+.{digits}f}",
+            "95 % interval": f"[{low:+.{digits}f}, {high:+.{digits}f}]",
             "interval over": INTERVAL_OVER[outcome.seeds > 1],
             "p (Holm)": NONE if verdict.p is None else p_value(verdict.p),
             "verdict": verdict.words,
@@ -150,6 +151,11 @@ def table(context: Context, question: Question = DEFAULT) -> Table | None:
     return Table(f"verdicts-{context.name}", caption, pd.DataFrame(rows))
 
 
+def digits_for(margin: float) -> int:
+    """Decimals that show a difference of a tenth of the margin, at least two."""
+    return max(2, 1 - math.floor(math.log10(margin)))
+
+
 def looks(context: Context, question: Question = DEFAULT) -> Table | None:
     """Where each contrast with a single other method stands in the sequential design, from its first look on."""
     sign, contests = named_metric(context.metric).sign, {}
@@ -161,7 +167,7 @@ def looks(context: Context, question: Question = DEFAULT) -> Table | None:
             if set(pair) <= set(kept) and set(kept[pair[0]]) & set(kept[pair[1]]):
                 contests[contrast.name, f"{rate:g}"] = Contest(*pair, kept)
     margin = question.margin_of(context.metric)
-    made = progress(contests, margin=margin)
+    digits, made = digits_for(margin), progress(contests, margin=margin)
     if not any(decision.seeds for decision in made.decisions.values()):
         return None
     rows = [
@@ -169,7 +175,9 @@ def looks(context: Context, question: Question = DEFAULT) -> Table | None:
             "contrast": name,
             "pruning rate": rate,
             "looked at": f"{decision.seeds} seeds",
-            "difference": NONE if not decision.seeds else f"{sign * decision.mean:+.2f} ± {decision.half:.2f}",
+            "difference": NONE
+            if not decision.seeds
+            else f"{sign * decision.mean:+.{digits}f} ± {decision.half:.{digits}f}",
             "verdict": decision.verdict
             or ("open; not worse" if decision.mean - decision.half > -margin else "open"),
         }

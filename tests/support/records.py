@@ -165,7 +165,7 @@ def copied(
     )
     own = {"selection_seed": seeds[0], "finetune_seed": seeds[1], "pruning_rate": rate}
     record["run"] |= {"name": name, "method": method, "seed": seeds[0], **own}
-    record["metrics"]["rougeL"] = float(answers.mean())
+    record["metrics"] |= {"rougeL": float(answers.mean()), "nll": float(answers.mean()) / 10}
     record["evaluation"]["fingerprint"] = str(hash(answers.tobytes()))
     settings = record["config"]["method"] if method == "staff" else {}
     record["config"] |= {**own, "method": {**settings, "_target_": METHODS.get(method, "baselines.own.Own")}}
@@ -179,9 +179,8 @@ def copied(
     folder = results / "runs" / name
     write_record(folder, record)
     table = pd.DataFrame({"id": [f"t{i}" for i in range(len(answers))], "prediction": [f"{a}" for a in answers]})
-    table.assign(references=[["a reference"]] * len(table), rougeL=answers).to_parquet(
-        folder / "predictions.parquet"
-    )
+    table = table.assign(references=[["a reference"]] * len(table), rougeL=answers, nll=answers / 10)
+    table.to_parquet(folder / "predictions.parquet")
     for file in ("samples.parquet", "regions.csv"):
         (folder / file).write_bytes((real / file).read_bytes())
     return record
