@@ -234,6 +234,7 @@ OURS = {"_target_": "mine.Ours", "k": 3}
 PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "random": ({"_target_": "baselines.random.Random"}, "epochs"),
     "ours": (OURS, "epochs"),
+    "preset": ({**OURS, "k": 9}, "epochs"),
     "twin": ({"_target_": audit.TWIN, "reference": OURS, "match": ["length"]}, "epochs"),
     "random at steps": ({"_target_": "baselines.random.Random"}, "steps"),
     "ours at steps": (OURS, "steps"),
@@ -267,6 +268,17 @@ def test_an_audit_tells_what_is_left_of_a_gain_beyond_length_and_steps(tmp_path:
     assert (
         "A gain of ours is left beyond answer lengths. No gain is shown over random at equal steps."
         in table.caption
+    )
+
+
+def test_another_preset_of_the_same_class_is_no_part_of_an_audit(tmp_path: Path):
+    effects = {"random": 0.0, "ours": 8.0, "preset": -40.0, "twin": 6.0}
+    (table,) = audited(effects, tmp_path)
+    assert float(table.cells.set_index("gain").loc["over random", "difference"]) == pytest.approx(8, abs=0.7)
+    (alone,) = audited({k: v for k, v in effects.items() if k != "ours"}, tmp_path / "alone")
+    gain = float(alone.cells.set_index("gain").loc["over random", "difference"])
+    assert gain == pytest.approx(-40, abs=0.7), (
+        "where a family sets other fields than a reference has, the class decides"
     )
 
 

@@ -56,7 +56,10 @@ def _audited(context: Context) -> Iterator[tuple[str, str, Context]]:
             for reference, own in controls.groupby(references):
                 config = configs[str(own["name"].iloc[0])]
                 name = _name(json.loads(reference), alike, configs)
-                label = {n: _part(c, reference, config["finetune"].get("match")) for n, c in configs.items()}
+                # A family may set other hyper-parameters of a method than of a reference; then the class decides.
+                known = any(_text(configs[str(n)]["method"]) == reference for n in alike["name"])
+                match = config["finetune"].get("match")
+                label = {n: _part(c, reference, match, known) for n, c in configs.items()}
                 parts = alike.assign(variant=alike["name"].map(label)).dropna(subset="variant")
                 yield (
                     kind,
@@ -84,8 +87,9 @@ def _name(reference: dict[str, Any], runs: pd.DataFrame, configs: dict[str, Any]
     return str(names[(own or same)[0]]) if own or same else reference["_target_"].rpartition(".")[2]
 
 
-def _part(config: dict[str, Any], reference: str, match: str | None) -> str | None:
-    """What a run is in the audit of `reference`; None: nothing. `match` is `finetune.match` of its controls."""
+def _part(config: dict[str, Any], reference: str, match: str | None, known: bool) -> str | None:
+    """What a run is in the audit of `reference`; None: nothing. `match` is `finetune.match` of its controls, and
+    `known` whether a run of exactly the reference is there."""
     method = config["method"]
     steps = STEPS if config["finetune"].get("match") != match else ""
     if method["_target_"] in (TWIN, LEFT_OUT):
@@ -95,8 +99,8 @@ def _part(config: dict[str, Any], reference: str, match: str | None) -> str | No
     if method["_target_"] in OTHERS:
         name = OTHERS[method["_target_"]]
         return name if name == "raw target" else name + steps
-    # A family may set other hyper-parameters of a method than of a reference: the class decides.
-    return "method" + steps if method["_target_"] == json.loads(reference)["_target_"] else None
+    own = _text(method) == reference if known else method["_target_"] == json.loads(reference)["_target_"]
+    return "method" + steps if own else None
 
 
 def _differences(context: Context, rate: float, rows: list[tuple[str, str, str]]) -> list[tuple[str, Difference]]:
