@@ -1,4 +1,4 @@
-"""The numbers of FINDINGS.md that stand in no table: `python -m results.findings` from the repository's root."""
+"""Numbers of both FINDINGS.md that stand in no table: `python -m results.findings` from the repository's root."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from staff.evaluation.floors import specificity
 HERE = Path(__file__).parent
 RATE = 0.9
 OPENING = "#Person1# and #Person2#"
+CONTRASTS = (
+    *(("staff", other) for other in ("random", "random_length", "ccs")),
+    *(("staff_debiased", "random"), ("staff_fast", "staff")),
+)
 
 
 def compared(campaign: str) -> list[Context]:
@@ -50,6 +54,20 @@ def cut(context: Context) -> Iterator[str]:
     found = Comparison({name: {s: values.own for s, values in of.items()} for name, of in split.items()})
     for a, b in (("cut", "random"), ("staff", "cut")):
         yield f"  {a} - {b}: {_shown(found, a, b)}"
+
+
+def parts(context: Context) -> Iterator[str]:
+    """The registered contrasts in ROUGE-L against other samples' references, and in what is left of the score."""
+    split: dict[str, dict[str, dict]] = {"others": {}, "specific": {}}
+    for run in answered(context, RATE):
+        found = specificity(context.metric, run.answers, run.references, run.ids)
+        for part, by_method in split.items():
+            by_method.setdefault(run.variant, {})[run.seeds] = getattr(found, part)
+    for part, by_method in split.items():
+        compared = Comparison(by_method)
+        for a, b in CONTRASTS:
+            if a in by_method and b in by_method:
+                yield f"  {part}: {a} - {b}: {_shown(compared, a, b)}"
 
 
 def opening(context: Context) -> str:
@@ -125,6 +143,10 @@ def main() -> None:
         print("small model and target, samples that both scored", *agreement(context), sep="\n")
     print(f"answers that open with {OPENING!r}", *(opening(c) for c in tiny if "dialogsum" in c.name), sep="\n")
     print("Table 1 of the paper: STAFF's differences", *paper(), sep="\n")
+    for context in compared("campaign2"):
+        if context.metric == "rougeL":
+            print(f"{context.title}, p = {RATE}: parts of the score", *parts(context), sep="\n")
+        print("small model and target, samples that both scored", *agreement(context), sep="\n")
     for context in compared("smollm2"):
         print(f"{context.title}, p = {RATE}", *empty(context, RATE), *agreement(context), sep="\n")
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.comparisons import mean
-from experiments.report.contrasts import Outcome, outcomes, registered
+from experiments.report.contrasts import CONTROLS, Outcome, outcomes, registered
 from experiments.report.coreset_figures import (
     LEAST,
     Made,
@@ -81,17 +81,25 @@ def performance(context: Context) -> Made:
     return figure, caption
 
 
+MANY = 12
+"""Methods beyond which a figure names its points itself, since a legend of so many tells nothing."""
+
+
 def pareto(context: Context) -> Made:
     """The metric against what selection cost, at the rate of most methods; the front joins what nothing beats."""
     rate, runs = context.shown
     points = []
     for variant, look in _looks(context):
-        if variant in runs and (found := mean(context, variant, rate)):
+        twin = variant.startswith(CONTROLS)  # whose cost is that of the method whose twin it is
+        if not twin and variant in runs and (found := mean(context, variant, rate)):
             seconds = float(context.cells[variant, rate]["overhead_seconds"].mean())
             points.append((seconds, found, look))
     if len(points) < 2:
         return None
-    figure, axes = figure_of(height=2.9)
+    many = len(points) > MANY
+    figure, axes = figure_of(height=4.6 if many else 2.9)
+    if many:
+        figure.set_figwidth(6.8)
     for seconds, found, look in points:
         axes.errorbar(seconds, found.value, yerr=found.half or 0, capsize=1.5, elinewidth=0.7, linestyle="", **look)
     front, sign = [], named_metric(context.metric).sign
@@ -106,13 +114,34 @@ def pareto(context: Context) -> Made:
     axes.set(xscale="log" if wide else "linear", xlabel="selection overhead (s)", ylabel=_metric(context))
     if not wide:
         axes.locator_params(axis="x", nbins=5)
-    _legend_above(figure, axes, context)
+    if many:
+        _name_points(axes, [(seconds, found.value, look["label"]) for seconds, found, look in points], wide)
+    else:
+        _legend_above(figure, axes, context)
     caption = (
         f"{metric(context)} against the overhead of selection on {context.title}, pruning rate {rate:g}: means "
         "over seeds with 95 % t-intervals; the dashed line joins what no other beats in both, by the means "
         "alone."
     )
     return figure, caption
+
+
+def _name_points(axes: Any, points: list[tuple[float, float, str]], wide: bool) -> None:
+    """A name beside each point; those of points of a like cost are moved apart."""
+    low, high = axes.get_ylim()
+    gap, reach = (high - low) / 32, 0.6 if wide else np.ptp([x for x, _, _ in points]) / 4
+    placed: list[tuple[float, float]] = []
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        at = np.log10(x) if wide else x
+        beside = [height for other, height in placed if abs(other - at) < reach]
+        height = max([y, *(other + gap for other in beside)])
+        placed.append((at, height))
+        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
+        axes.annotate(
+            name, (x, y), (6, (height - y) / (high - low) * 240), textcoords="offset points", va="center",
+            fontsize=6, arrowprops=line if height > y else None,
+        )  # fmt: skip
+    axes.margins(x=0.12)
 
 
 def _spread_labels(axis: Any, shown: pd.Series) -> None:
@@ -210,7 +239,7 @@ def draw_contrasts(
             _panel(axes, context, found, paper, question.margin_of(context.metric))
         for axes, (context, _) in zip(panels.flat, shown):
             if axes is panels.flat[-1] or not _same_metric(shown):
-                axes.set_xlabel(f"difference in {metric(context)}, with its 95 % interval")
+                axes.set_xlabel(f"difference in {metric(context)}, 95 % interval", loc="right")
         _legend(figure, panels)
         return save(figure, _caption(shown), file, shown[0][0].made_by)
 
@@ -250,7 +279,8 @@ def _papers(context: Context, outcome: Outcome, paper: pd.DataFrame) -> list[flo
     """The paper's difference between STAFF and the other method for each of its targets, over the same rates."""
     method, (other,) = outcome.contrast.method, outcome.contrast.others
     task = str(context.runs["task"].iloc[0])
-    if not context.is_staff(method) or context.metric != "rougeL":
+    own = method.split()[0] in ("staff", "staff_paper", "staff_official")
+    if not own or context.metric != "rougeL":
         return []
     theirs = paper[(paper["task"] == task) & paper["pruning_rate"].isin(outcome.rates)]
     values = theirs.pivot(index=["target", "pruning_rate"], columns="method", values="rouge_l")
