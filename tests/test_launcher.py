@@ -80,6 +80,8 @@ def start(folder: Path, *overrides: str, application: str = APPLICATION, **envir
         stdout=pipe,
         stderr=pipe,
         text=True,
+        # A test run in the background of a shell ignores Ctrl-C, and so would the sweep.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         start_new_session=True,
     )
 
