@@ -49,7 +49,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Results of the same sweep in two workers, killed in its middle and given again, and what it then printed."""
     results = tmp_path_factory.mktemp("killed")
-    sweep, deadline = start(results, *GRID, *PARALLEL), time.monotonic() + 120
+    sweep, deadline = start(results, *GRID, *PARALLEL), time.monotonic() + 300
     while len(manifests(results)) < 5:
         assert sweep.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
