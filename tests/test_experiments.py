@@ -118,6 +118,12 @@ def test_the_strength_of_what_is_planted_is_swept_and_drawn_as_a_curve(run: Call
         strength.table(tmp_path / "results", "repeats", 1)
 
 
+def test_a_curve_is_of_the_seeds_that_ran_at_every_strength_of_a_method():
+    ran = [("staff", 0, 0.0), ("staff", 0, 0.3), ("staff", 1, 0.3), ("raw", 0, 0.3)]
+    kept = strength.comparable(pd.DataFrame(ran, columns=["method", "seed", "wrong"]), "wrong")
+    assert kept.to_numpy().tolist() == [["staff", 0, 0.0], ["staff", 0, 0.3]]
+
+
 # ---------------------------------------------------------------- a coreset of another family
 
 

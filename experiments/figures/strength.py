@@ -44,7 +44,14 @@ def table(results: Path, setting: str, rate: float) -> pd.DataFrame:
         raise UserError(
             f"the planted runs in {results} also differ in {', '.join(others)}: name a folder for each."
         )
-    return found
+    return comparable(found, setting)
+
+
+def comparable(found: pd.DataFrame, setting: str) -> pd.DataFrame:
+    """The runs of methods with two values of the setting or more, by the seeds that ran at all of the method's values."""
+    values = found.groupby("method")[setting].transform("nunique")
+    of_seed = found.groupby(["method", "seed"])[setting].transform("nunique")
+    return found[(values > 1) & (of_seed == values)]
 
 
 def draw(found: pd.DataFrame, setting: str, file: Path, made_by: str) -> Drawn:
