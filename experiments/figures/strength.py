@@ -48,7 +48,7 @@ def table(results: Path, setting: str, rate: float) -> pd.DataFrame:
 
 
 def comparable(found: pd.DataFrame, setting: str) -> pd.DataFrame:
-    """The runs of methods with two values of the setting or more, by the seeds that ran at all of the method's values."""
+    """The runs of methods with two values of the setting or more, of seeds that ran at all the method's values."""
     values = found.groupby("method")[setting].transform("nunique")
     of_seed = found.groupby(["method", "seed"])[setting].transform("nunique")
     return found[(values > 1) & (of_seed == values)]
