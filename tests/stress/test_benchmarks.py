@@ -133,7 +133,7 @@ def test_the_tiny_family_is_pretrained_without_its_reserved_samples_and_measured
     assert len({row["fname"] for row in excerpt} - {row["fname"] for row in dialogues}) == 20
     assert ModelSpec(str(assets / "tiny/smaller")).load().num_parameters() > 0
 
-    card = ROOT / "staff/assets/tiny/README.md"
+    card = ROOT / "staff/assets/README.md"
     before = card.read_bytes()
     models = [f"family.{name}.path={assets / 'tiny/smaller'}" for name in ("small", "target")]
     rows = benchmark("pretraining.measure", *models, f"task.data_dir={assets / 'dialogsum'}", *TINY)
