@@ -76,7 +76,7 @@ BIOINSTRUCT = task=bioinstruct task.data_dir=$(DATA)/bioinstruct task.train_limi
 GSM8K = task=gsm8k task.data_dir=$(DATA)/gsm8k task.train_limit=1000 task.test_limit=200 \
 	'task.metrics=[rougeL,exact_match]'
 METHODS = method=raw,full,random,el2n,grand,ccs,d2,staff
-ABLATIONS = verification speculation scoring_function small_epochs small_size region_similarity transfer fields
+ABLATIONS = fields small_size region_similarity transfer
 reproduce-tiny: export OMP_NUM_THREADS = 1
 reproduce-tiny: .venv/installed
 	$(TINY) experiment=table1 $(METHODS) $(DIALOGSUM)
@@ -85,6 +85,7 @@ reproduce-tiny: .venv/installed
 	for ablation in $(ABLATIONS); do \
 		$(TINY) experiment=ablation_$$ablation pruning_rate=0.9 $(DIALOGSUM) || exit 1; \
 	done
+	$(TINY) -m finetune.small_epochs=1,2,3,4 pruning_rate=0.9 seed=0,1,2 $(DIALOGSUM)
 	$(TINY) experiment=table1 method=staff_paper,staff_official,random_length pruning_rate=0.9 $(DIALOGSUM)
 	$(BIN)/staff-report --results $(REBUILT)
 	$(BIN)/staff-compare results/tiny $(REBUILT)

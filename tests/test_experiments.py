@@ -29,15 +29,14 @@ PRESETS = {file.stem for file in (ROOT / "conf/experiment").glob("*.yaml")}
 ABLATIONS = sorted(name.removeprefix("ablation_") for name in PRESETS if name.startswith("ablation_"))
 # What each ablation changes, by the names that differ among its composed jobs.
 CHANGED = {
-    "verification": {"method.verification_budget"},
-    "speculation": {"method.speculation"},
-    "scoring_function": {"method.signal"},
-    "small_epochs": {"finetune.small_epochs"},
     "region_similarity": {"method.num_regions"},
     "small_size": {"family.small.path"},
-    "small_model_family": {"family.small.path"},
     "transfer": {"selection_family.name", "selection_family.target.path", "selection_family.small.path"},
-    "fields": {"method.num_regions", "method.pick", "method.drop_hardest", "finetune.match"},
+    "fields": {
+        "finetune.match",
+        *(f"method.{name}" for name in ("num_regions", "pick", "drop_hardest", "speculation", "signal")),
+        "method.verification_budget",
+    },
 }
 
 
@@ -95,12 +94,12 @@ def asked_in(record: dict[str, Any]) -> list[str]:
 
 
 def test_random_regions_run_without_a_small_model(run: Callable[..., dict[str, Any]]):
-    record = run("experiment=ablation_speculation", "method.speculation=none", "method.num_regions=2")
+    record = run("method.speculation=none", "method.num_regions=2")
     assert asked_in(record) == ["effort of 20 samples, raw target", asked_in(record)[-1]]
 
 
 def test_another_scoring_function_scores_with_both_models(run: Callable[..., dict[str, Any]]):
-    record = run("experiment=ablation_scoring_function", "method.signal=perplexity", "method.verification_budget=1")
+    record = run("method.signal=perplexity", "method.verification_budget=1")
     scored = [label for label in asked_in(record) if label.startswith("loss of")]
     assert scored[0] == "loss of 24 samples, fine-tuned small" and len(scored) == 2
     assert scored[1].endswith("raw target")
