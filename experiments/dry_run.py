@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
 from experiments.configuration import CONF, check_size, composed, search_path
-from experiments.report.planned import Planned
+from experiments.report.seeds import Planned
 from experiments.schedule import starting_order
 from experiments.setup import Setup, folder_of
 from experiments.single import Run

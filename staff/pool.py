@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from staff.data.splits import DataView
 from staff.data.tokens import TokenizedSamples
-from staff.data.views import DataView
 from staff.errors import UserError
 from staff.evaluation.in_context import AnswersInContext, read_in_context
 from staff.evaluation.metrics import named_metric

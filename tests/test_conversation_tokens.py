@@ -11,8 +11,8 @@ import pytest
 from support.tiny import AGAIN, ASKED, SAID, SEVERAL, SYSTEM, messages
 
 from staff.data.samples import Sample, plain_pieces
+from staff.data.splits import DataView
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens, tokenize
-from staff.data.views import DataView
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.store.store import Store

@@ -139,7 +139,7 @@ def measure(size: int, methods: Sequence[str], shrunk: int, folder: Path) -> dic
     few = f"task.train_limit={shrunk}", "finetune.epochs=1", "finetune.small_epochs=1"
     runs = {}
     for name in methods:
-        choices = {"family": "tiny", "task": "jsonl", "method": name}
+        choices = {"family": "tiny", "task": "file", "method": name}
         runs[name] = run(composed(folder, *few, f"method={name}"), choices)
     stages = Stages()
     alone = composed(folder, *AS_IMPORTED, f"method.path={folder / 'scores.parquet'}")
