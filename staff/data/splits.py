@@ -169,6 +169,19 @@ class DataView:
         return samples if self.text == "answer" else samples.all_as_answer()
 
 
+@dataclass(frozen=True)
+class Slice:
+    """The same samples in the same order, tokenised for the small model and for the target."""
+
+    small: TokenizedSamples
+    target: TokenizedSamples
+    groups: np.ndarray | None = None
+
+    def of(self, small: bool) -> TokenizedSamples:
+        """The samples as the small model or the target reads them."""
+        return self.small if small else self.target
+
+
 def fitting(
     tokenized: Sequence[TokenizedSamples],
     max_length: int,
