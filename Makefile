@@ -76,15 +76,18 @@ BIOINSTRUCT = task=bioinstruct task.data_dir=$(DATA)/bioinstruct task.train_limi
 GSM8K = task=gsm8k task.data_dir=$(DATA)/gsm8k task.train_limit=1000 task.test_limit=200 \
 	'task.metrics=[rougeL,exact_match]'
 METHODS = method=raw,full,random,el2n,grand,ccs,d2,staff
-ABLATIONS = verification speculation scoring_function small_epochs small_size region_similarity transfer fields
+ABLATIONS = finetune.small_epochs=1,2,3,4 family@selection_family=tiny,tiny_small \
+	family.small.path=pkg://staff/assets/tiny/smaller,pkg://staff/assets/tiny/small
 reproduce-tiny: export OMP_NUM_THREADS = 1
 reproduce-tiny: .venv/installed
 	$(TINY) experiment=table1 $(METHODS) $(DIALOGSUM)
 	$(TINY) experiment=table1 $(METHODS) $(BIOINSTRUCT)
 	$(TINY) experiment=table1 $(METHODS) $(GSM8K)
+	$(TINY) experiment=ablation_fields pruning_rate=0.9 $(DIALOGSUM)
 	for ablation in $(ABLATIONS); do \
-		$(TINY) experiment=ablation_$$ablation pruning_rate=0.9 $(DIALOGSUM) || exit 1; \
+		$(TINY) -m $$ablation pruning_rate=0.9 seed=0,1,2 $(DIALOGSUM) || exit 1; \
 	done
+	$(TINY) -m method.num_regions=5,10,25,50 method.verification_budget=1000000 pruning_rate=0.9 seed=0,1,2 $(DIALOGSUM)
 	$(TINY) experiment=table1 method=staff_paper,staff_official,random_length pruning_rate=0.9 $(DIALOGSUM)
 	$(BIN)/staff-report --results $(REBUILT)
 	$(BIN)/staff-compare results/tiny $(REBUILT)

@@ -6,7 +6,7 @@ sum over neighbours of exp(-d_ij) x_j. Then the sample with the highest value is
 neighbours are reduced, x_j -= exp(-gamma d_ij) x_i, until the budget is spent.
 
 No N x N matrix is formed: distances are computed for a block of rows at a time, and the graph is sparse. The search
-for neighbours dominates the cost of D2. results/benchmarks/selection.md has times and memory of both searches, and
+for neighbours dominates the cost of D2. results/benchmarks/README.md has times and memory of both searches, and
 of N x N matrices.
 """
 

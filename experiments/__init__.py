@@ -13,7 +13,19 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 
-from experiments.threads import wait_passively
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""How threads wait: variables of OpenMP, of GNU's and of LLVM's."""
+
+
+def wait_passively() -> None:
+    """Let threads sleep while they wait for each other, unless the user has set how they wait.
+
+    By default they spin, and on a machine with other work take the time of those that they wait for. OpenMP reads
+    this once, when it is loaded; workers inherit it.
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ[WAITING[0]] = "passive"
+
 
 wait_passively()
 # Last, so that a package of the same name in the working folder shadows nothing.

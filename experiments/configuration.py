@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from staff.errors import UserError
@@ -16,6 +20,10 @@ _PACKAGE = Path(__file__).resolve().parent
 
 CONF = str(next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir()))
 """Inside the package where it was installed, beside it in a checkout."""
+
+VALUES = ("pruning_rate", "budget", "budget_tokens", "seed", "selection_seed", "finetune_seed")
+"""Settings that choose no file of the configuration: Hydra, which is slow, composes the jobs that differ in them
+once."""
 
 SIZES = ("pruning_rate", "budget", "budget_tokens")
 
@@ -72,3 +80,20 @@ def composed(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg, choices
+
+
+def composed_once(job: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
+    """As `composed`, for one of many jobs: Hydra composes those that differ in `VALUES` alone once."""
+    parsed = OverridesParser.create().parse_overrides(list(job))
+    values = {o.key_or_group: o for o in parsed if o.key_or_group in VALUES and o.type == OverrideType.CHANGE}
+    rest = [text for text, o in zip(job, parsed, strict=True) if o not in values.values()]
+    cfg, choices = _shared(tuple(rest))
+    cfg = copy.deepcopy(cfg)
+    for key, override in values.items():
+        OmegaConf.update(cfg, key, override.value())
+    return cfg, dict(choices)
+
+
+@lru_cache(maxsize=32)
+def _shared(job: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
+    return composed(job)

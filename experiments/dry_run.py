@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
@@ -16,12 +15,11 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from experiments import sweep
-from experiments.configuration import CONF, check_size, composed, search_path
-from experiments.report.planned import Planned
+from experiments.configuration import CONF, check_size, composed_once, search_path
+from experiments.report.seeds import Planned
 from experiments.schedule import starting_order
 from experiments.setup import Setup, folder_of
 from experiments.single import Run
@@ -36,10 +34,6 @@ from staff.store.stage import Stage
 from staff.store.store import Store
 from staff.training.memory import finetuning_memory
 from staff.training.stage import Finetune
-
-VALUES = ("pruning_rate", "budget", "budget_tokens", "seed", "selection_seed", "finetune_seed")
-"""Settings that choose no file of the configuration: Hydra, which is slow, composes the jobs that differ in them
-once."""
 
 
 @dataclass(frozen=True)
@@ -280,22 +274,5 @@ def jobs_of(
         with progress(len(every), "plan", unit="job") as bar:
             for job in every:
                 check_size(job)
-                yield job, *_composed(job)
+                yield job, *composed_once(job)
                 bar.update()
-
-
-def _composed(job: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
-    """The configuration of a job, and its choices from the groups."""
-    parsed = OverridesParser.create().parse_overrides(list(job))
-    values = {o.key_or_group: o for o in parsed if o.key_or_group in VALUES and o.type == OverrideType.CHANGE}
-    rest = [text for text, o in zip(job, parsed, strict=True) if o not in values.values()]
-    cfg, choices = _shared(tuple(rest))
-    cfg = copy.deepcopy(cfg)
-    for key, override in values.items():
-        OmegaConf.update(cfg, key, override.value())
-    return cfg, dict(choices)
-
-
-@lru_cache(maxsize=32)
-def _shared(job: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
-    return composed(job)

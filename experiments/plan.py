@@ -28,7 +28,7 @@ import pandas as pd
 
 from experiments import pipeable, sweep
 from experiments.dry_run import DryRun, DryRunStore, PlannedStage, dry_run, estimate, jobs_of, speed_of
-from experiments.report.planned import checked_effect, sentences
+from experiments.report.seeds import checked_effect, sentences
 from experiments.schedule import wall_seconds
 from experiments.setup import Setup
 from experiments.single import Run

@@ -13,10 +13,9 @@ from functools import cached_property
 import numpy as np
 
 from staff.data.samples import Sample
-from staff.data.splits import Splits
+from staff.data.splits import Splits, answerable, fitting
 from staff.data.task import Task
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
-from staff.data.views import answerable, fitting
 from staff.errors import UserError
 from staff.evaluation.floors import ChooseConstant, Floors, with_floors
 from staff.evaluation.generator import Generator

@@ -17,10 +17,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import reader_gone, sweep, threads
+from experiments import reader_gone, sweep
 from experiments.configuration import CONF, check_size
 from staff.errors import UserError
 from staff.runtime import preemption, processes
+from staff.runtime.machine import settle_threads
 from staff.store.locks import Busy, file_lock
 from staff.store.stage import listening
 from staff.tracking.mirror import Mirror
@@ -51,7 +52,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
                 log.info("%s: recorded already", this.name)
                 return this.folder
             this.check_machine()
-            log.info(threads.settled())
+            log.info(settle_threads())
             origin, pool = this.task.origin, len(this.pool.ids)
             size = this.budget if this.size.tokens is None else f"{this.size.tokens} tokens"
             log.info("%s: a coreset of %s from %d samples of %s", this.name, size, pool, origin)

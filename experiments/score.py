@@ -32,13 +32,14 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 
-from experiments import sweep, threads
+from experiments import sweep
 from experiments.configuration import CONF, composed, search_path
 from experiments.setup import Setup
 from experiments.single import Run
 from staff.errors import UserError
 from staff.pool import Pool
 from staff.runtime.files import csv_of
+from staff.runtime.machine import settle_threads
 from staff.scoring.signal import Signal
 from staff.signals import named_all
 
@@ -132,7 +133,7 @@ def score(overrides: Sequence[str], config_dir: str | None = None) -> Path:
     _check_columns(run.pool, file, _signals(signals, options), models)
     if any(run.pool.states(model)[0].training for model in models if "@online" not in model):
         run.check_machine()
-    log.info(threads.settled())
+    log.info(settle_threads())
     table = scores(run.pool, signals, models, options)
     write(table, file)
     return file

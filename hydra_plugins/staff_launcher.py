@@ -29,11 +29,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from experiments import threads
 from experiments.configuration import register_resolvers
 from experiments.schedule import Queue, starting_order
 from staff.errors import UserError
 from staff.runtime import preemption
+from staff.runtime.machine import worker_threads
 from staff.store.locks import Busy, Turn, file_lock, turn
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def visible_gpus() -> list[str]:
 
 def environment(number: int, workers: int, gpus: Sequence[str]) -> dict[str, str]:
     """The variables that worker `number` does not inherit. Threads that the user has set are left alone."""
-    own = threads.of_worker(workers)
+    own = worker_threads(workers)
     return {**own, "CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else own
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from staff.data.splits import fitting
 from staff.data.task import Task
 from staff.data.tokens import Tokens, read_tokens
-from staff.data.views import fitting
 from staff.models.family import Family
 from staff.models.prepare import from_objects, prepare
 from staff.models.spec import ModelSpec

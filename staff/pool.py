@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from staff.data.splits import DataView, Slice
 from staff.data.tokens import TokenizedSamples
-from staff.data.views import DataView
 from staff.errors import UserError
 from staff.evaluation.in_context import AnswersInContext, read_in_context
 from staff.evaluation.metrics import named_metric
@@ -43,15 +43,6 @@ WARMUP = 0.05
 """The part of the pool that the warm-up is on (LESS, Xia et al. 2024, section 3.1), rounded up to whole samples."""
 
 Asked = str | Signal
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The same samples in the same order, tokenised for the small model and for the target."""
-
-    small: TokenizedSamples
-    target: TokenizedSamples
-    groups: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -111,9 +102,8 @@ class Pool:
     ) -> Any:
         """A signal of every sample, shape (N, ...), in the pool's order; for several signals, a list of arrays.
 
-        Several signals come out of one pass over the samples, and are charged as one. Two questions are not of
-        single samples. "in_context_gain" is of pairs (`staff.scoring.in_context`): (N, pool size), the samples that
-        are helped by those of the pool. "in_context" is of evaluations (`_in_context`).
+        Several signals come out of one pass over the samples, and are charged as one. "in_context_gain" is a value
+        of every pair (`staff.scoring.in_context`), (N, pool size); "in_context" is of evaluations (`_in_context`).
 
         Args:
             signal: a name such as "loss", or a signal, or a sequence of these.
@@ -133,9 +123,9 @@ class Pool:
             return self._in_context(of, view, **options)
         several = not isinstance(signal, str | Signal)
         signals = named_all(signal if several else [signal], options)
-        name, _, moment = of.partition("@")
+        moment = of.partition("@")[2]
         if moment == "online":
-            answers = [self._online(name, signals, at)]
+            answers = [self._online(of.partition("@")[0], signals, at)]
         else:
             asked = DataView(view, signals[0].prompt, signals[0].text, at)
             states = self.states(of)
@@ -154,22 +144,13 @@ class Pool:
             log.warning(
                 "the small model is the target itself, and scoring with it costs as much: name a smaller one"
             )
-        training = None if name in ("small_raw", "target") else self.training(name)
-        if not moment:
-            return [ModelState(spec, training)]
-        if training is None:
-            raise UserError(f"of={of!r}: the raw model has no epochs; ask small, target_tuned or warmup.")
-        epochs = list(range(1, int(training.epochs) + 1))
-        if moment != "epochs" and moment not in map(str, epochs):
-            raise UserError(f"of={of!r}: {name} has the epochs 1 to {epochs[-1]}, or write {name}@epochs.")
-        wanted = epochs if moment == "epochs" else [int(moment)]
-        # The last epoch's checkpoint is the trained model.
-        return [ModelState(spec, training, None if k == epochs[-1] else k) for k in wanted]
+        state = ModelState(spec, None if name in ("small_raw", "target") else self.training(name))
+        return state.at(moment, of) if moment else [state]
 
     def training(self, name: str, online: str | None = None) -> Finetune:
         """The fine-tuning that the state of this name is the end of."""
         epochs = self.settings.small_epochs if name == "small" else self.settings.epochs
-        samples, warmup = self._samples(name), name == "warmup"
+        samples, warmup = self._slice("pool").of(name.startswith("small")), name == "warmup"
         if warmup:
             count = math.ceil(Fraction(str(WARMUP)) * len(samples))
             samples = samples.take(Draws(self.seed, self.ids).choose(name, np.arange(len(samples)), count))
@@ -217,8 +198,8 @@ class Pool:
             signals = named_all(["distance"], {})
             return read_scores(self.store.get(self._stage(state, samples, signals)))["distance"]
 
-        separator = separator_of(self.family, state.spec)
-        return in_context_gains(distances, helped, examples, separator, state.spec.window())
+        how = separator_of(self.family, state.spec), state.spec.window()
+        return in_context_gains(distances, helped, examples, *how)
 
     def _in_context(
         self,
@@ -257,8 +238,7 @@ class Pool:
 
     def _online(self, name: str, signals: tuple[Signal, ...], at: np.ndarray | None) -> dict[str, np.ndarray]:
         (signal,) = signals
-        gradient = signal.gradient
-        trained = name in ("small", "target_tuned")
+        gradient, trained = signal.gradient, name in ("small", "target_tuned")
         if not trained or signal.name != "effort" or gradient is None or gradient.fresh_adapter is not None:
             raise UserError("scores online are efforts of a fine-tuned model, by its own adapter.")
         scores = read_online_efforts(self.store.get(self.training(name, gradient.parameters)))
@@ -276,14 +256,10 @@ class Pool:
 
     def _read_by(self, state: ModelState, view: str) -> TokenizedSamples:
         """The samples of a slice as the model of the state reads them."""
-        part = self._slice(view)
-        return part.small if state.spec is self.family.small else part.target
+        return self._slice(view).of(small=state.spec is self.family.small)
 
     def _spec(self, name: str) -> ModelSpec:
         return self.family.small if name.startswith("small") else self.family.target
-
-    def _samples(self, name: str) -> TokenizedSamples:
-        return self.slices["pool"].small if name.startswith("small") else self.slices["pool"].target
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import pytest
 from support.tiny import farthest, pool_of_sums, tuned, weights_of
 
 from staff.data.samples import Sample
+from staff.data.splits import answerable, fitting
 from staff.data.task import Task
 from staff.data.tokens import TokenizedSamples, tokenize
-from staff.data.views import answerable, fitting
 from staff.errors import UserError
 from staff.models.adapters import LoraSpec, fresh_lora
 from staff.models.family import Family

@@ -15,7 +15,7 @@ from experiments.report import audit
 from experiments.report.contrasts import Contrast, Outcome, parse
 from experiments.report.records import collect, contexts
 from experiments.report.rendering import Table
-from experiments.report.sequential import Contest, Progress, nominal_levels, progress
+from experiments.report.seeds import Contest, Progress, nominal_levels, progress
 from experiments.report.statistics import Difference
 from experiments.report.verdicts import Question, verdicts
 from staff.errors import UserError

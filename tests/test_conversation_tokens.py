@@ -11,8 +11,8 @@ import pytest
 from support.tiny import AGAIN, ASKED, SAID, SEVERAL, SYSTEM, messages
 
 from staff.data.samples import Sample, plain_pieces
+from staff.data.splits import DataView
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens, tokenize
-from staff.data.views import DataView
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.store.store import Store
@@ -212,11 +212,10 @@ def test_a_conversation_scores_the_mean_loss_of_the_tokens_that_are_labelled():
 
 
 def test_the_trainer_is_given_the_labels_that_the_scorer_sees():
-    from staff.training.stage import _Rows
-    from staff.training.trainer import _collator
+    from staff.training.trainer import Rows, _collator
 
     tokens = mixed()
-    batch = _collator(TINY.tokenizer())([_Rows(tokens)[i] for i in range(3)])
+    batch = _collator(TINY.tokenizer())([Rows(tokens)[i] for i in range(3)])
     for i in range(3):
         assert batch["labels"][i][: tokens.lengths[i]].tolist() == tokens.labels(i).tolist()
 

@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from support.servers import ROWS as HUB_ROWS
 
 from staff.data.samples import Sample
+from staff.data.splits import DataView, fitting
 from staff.data.task import Task
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens, tokenize
-from staff.data.views import DataView, fitting
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.store.store import Store

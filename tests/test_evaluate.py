@@ -211,11 +211,11 @@ def distance(target, row: list[int], prompt: int) -> float:
 
 
 def test_a_sample_stands_behind_each_example_with_one_begin_token_and_its_own_answer():
-    pairs = SAMPLES.take([1]).after(SAMPLES, [30, 31])
+    pairs = in_context.behind_examples(SAMPLES.take([1]), SAMPLES, [30, 31])
     assert [pairs.row(i).tolist() for i in range(2)] == [[1, 5, 6, 7, 30, 31, 8, 9, 2], [1, 8, 9, 30, 31, 8, 9, 2]]
     assert list(pairs.ids) == ["b after a", "b after b"] and pairs.prompt_lengths.tolist() == [7, 6]
     assert pairs.labels(0).tolist() == [-100] * 7 + [9, 2]
-    chat = SAMPLES.after(SAMPLES, None)
+    chat = in_context.behind_examples(SAMPLES, SAMPLES, None)
     assert len(chat) == 4 and chat.row(1).tolist() == [1, 8, 9, 2, 5, 6, 7, 2]
 
 

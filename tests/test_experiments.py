@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from experiments.configuration import check_size
 from experiments.figures import strength
-from experiments.sweep import expected_jobs
+from experiments.sweep import jobs_of
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.selection import budget_of
@@ -26,18 +26,14 @@ from staff.selection import budget_of
 
 
 PRESETS = {file.stem for file in (ROOT / "conf/experiment").glob("*.yaml")}
-ABLATIONS = sorted(name.removeprefix("ablation_") for name in PRESETS if name.startswith("ablation_"))
-# What each ablation changes, by the names that differ among its composed jobs.
-CHANGED = {
-    "verification": {"method.verification_budget"},
-    "speculation": {"method.speculation"},
-    "scoring_function": {"method.signal"},
-    "small_epochs": {"finetune.small_epochs"},
-    "region_similarity": {"method.num_regions"},
-    "small_size": {"family.small.path"},
-    "small_model_family": {"family.small.path"},
-    "transfer": {"selection_family.name", "selection_family.target.path", "selection_family.small.path"},
-    "fields": {"method.num_regions", "method.pick", "method.drop_hardest", "finetune.match"},
+ABLATIONS = {  # sweeps of single fields, by the names that differ among their composed jobs
+    "experiment=ablation_fields": {
+        *("finetune.match", "method.num_regions", "method.pick", "method.drop_hardest", "method.speculation"),
+        *("method.signal", "method.verification_budget"),
+    },
+    "family@selection_family=tiny,tiny_small": {
+        f"selection_family.{name}" for name in ("name", "target.path", "small.path")
+    },
 }
 
 
@@ -49,7 +45,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {key: inner for part in parts for key, inner in part.items()}
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS - {f"ablation_{name}" for name in ABLATIONS}))
+@pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_a_preset_composes_with_every_one_of_its_methods(preset: str):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=[f"experiment={preset}"], return_hydra_config=True)
@@ -59,19 +55,29 @@ def test_a_preset_composes_with_every_one_of_its_methods(preset: str):
             instantiate(composed.finetune, _convert_="all")
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
-def test_the_jobs_of_an_ablation_differ_in_the_one_setting_that_its_comment_names(ablation: str):
-    preset = f"experiment=ablation_{ablation}"
+def ablations() -> dict[str, set[str]]:
+    """The overrides of every sweep of the ablations in the README, with the names that they are to change."""
+    readme = (ROOT / "experiments/README.md").read_text()
+    listed = readme.partition("| `staff -m` with |")[2].partition("\n\n")[0]
+    sweeps = re.findall(r"\| `([^`]+)` \|$", listed, re.M)
+    named = {sweep: {sweep.partition("=")[0].partition("@")[0]} for sweep in sweeps}
+    return named | ABLATIONS
+
+
+@pytest.mark.parametrize("sweep", ablations())
+def test_the_jobs_of_an_ablation_differ_in_the_one_setting_that_it_names(sweep: str):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=[preset, "pruning_rate=0.9", "seed=0"], return_hydra_config=True)
-        jobs = [compose("config", overrides=job.split()) for job in expected_jobs(cfg)]
+        overrides = [*sweep.split(), "pruning_rate=0.9", "seed=0"]
+        single = [override for override in overrides if "," not in override]
+        cfg = compose("config", overrides=single, return_hydra_config=True)
+        jobs = [compose("config", overrides=job) for job in jobs_of(cfg, overrides)]
     assert len(jobs) > 1
     settings = [flat(OmegaConf.to_container(job, resolve=True)) for job in jobs]
     names = {name for each in settings for name in each}
     missing = object()
     differing = {n for n in names if any(each.get(n, missing) != settings[0].get(n, missing) for each in settings)}
-    assert differing == CHANGED[ablation]
-    if ablation == "fields":
+    assert differing == ablations()[sweep]
+    if "fields" in sweep:
         assert all(sum(each[n] != settings[0][n] for n in differing) <= 1 for each in settings), "one at a time"
     assert len({str(each) for each in settings}) == len(jobs)
     for job in jobs:
@@ -81,9 +87,11 @@ def test_the_jobs_of_an_ablation_differ_in_the_one_setting_that_its_comment_name
 
 def test_what_is_reproduced_names_presets_and_methods_that_there_are():
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
-    ablations = re.findall(r"^ABLATIONS = (.*)$", makefile, re.M)[0].split()
-    named = {f"ablation_{name}" for name in ablations} | set(re.findall(r"experiment=(\w+)(?![\w$])", makefile))
-    assert named - {"ablation_"} <= PRESETS, named - PRESETS
+    swept = re.findall(r"^ABLATIONS = (.*)$", makefile, re.M)[0].split()
+    readme = (ROOT / "experiments/README.md").read_text()
+    assert not [sweep for sweep in swept if f"`{sweep}`" not in readme]
+    named = set(re.findall(r"experiment=(\w+)", makefile))
+    assert named <= PRESETS, named - PRESETS
     methods = re.findall(r"(?:method=|^CONTRASTS = |^METHODS = method=)([\w,]+)", makefile, re.M)
     assert {m for found in methods for m in found.split(",") if m} <= {
         p.stem for p in (ROOT / "conf/method").glob("*.yaml")
@@ -95,12 +103,12 @@ def asked_in(record: dict[str, Any]) -> list[str]:
 
 
 def test_random_regions_run_without_a_small_model(run: Callable[..., dict[str, Any]]):
-    record = run("experiment=ablation_speculation", "method.speculation=none", "method.num_regions=2")
+    record = run("method.speculation=none", "method.num_regions=2")
     assert asked_in(record) == ["effort of 20 samples, raw target", asked_in(record)[-1]]
 
 
 def test_another_scoring_function_scores_with_both_models(run: Callable[..., dict[str, Any]]):
-    record = run("experiment=ablation_scoring_function", "method.signal=perplexity", "method.verification_budget=1")
+    record = run("method.signal=perplexity", "method.verification_budget=1")
     scored = [label for label in asked_in(record) if label.startswith("loss of")]
     assert scored[0] == "loss of 24 samples, fine-tuned small" and len(scored) == 2
     assert scored[1].endswith("raw target")

@@ -17,13 +17,13 @@ from staff.errors import UserError
 from staff.scoring.gradients import (
     LayerGradient,
     SampleGradients,
+    SquaredNorm,
     batch_gradients,
     gradient_layers,
     gradient_parameters,
     layer_gradient_norms,
-    per_sample_gradient_norms,
 )
-from staff.scoring.positions import ARCHITECTURES
+from staff.scoring.positions import ARCHITECTURES, scoring_mode
 
 LENGTHS = [(5, 3), (9, 4), (12, 1), (4, 6), (2, 2)]  # prompt and answer tokens of the batch's samples
 
@@ -43,6 +43,13 @@ def padded_batch() -> tuple[Tensor, Tensor, Tensor]:
         labels[row, :prompt] = labels[row, prompt + answer :] = -100
     mask = torch.tensor([[1] * (p + a) + [0] * (longest - p - a) for p, a in LENGTHS])
     return input_ids, mask, labels
+
+
+def per_sample_gradient_norms(model: Any, ids: Tensor, mask: Tensor | None, labels: Tensor, which: str) -> Tensor:
+    """Norms of the gradient by all of these parameters together: (B,)."""
+    with scoring_mode(model):
+        gradients = batch_gradients(model, gradient_layers(model, which), ids, mask, labels)
+    return gradients.reduce(SquaredNorm()).sqrt()
 
 
 def one_at_a_time(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:

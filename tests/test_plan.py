@@ -13,7 +13,7 @@ from support.records import write_runs
 from experiments import sizes
 from experiments.dry_run import dry_run
 from experiments.plan import main, seconds_of, table
-from experiments.report.planned import Planned, sentences
+from experiments.report.seeds import Planned, sentences
 from experiments.schedule import starting_order, wall_seconds
 from experiments.sizes import ASSUMED, GPUS, SIZES, SPEEDS, KnownShape, line, speed_on
 from staff.models.spec import ModelSpec

@@ -103,11 +103,11 @@ def test_the_extras_that_make_installs_are_there():
     assert set(extras.split(",")) <= EXTRAS.keys()
 
 
-def test_every_pinned_package_is_listed_with_its_licence():
-    pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    listed = re.findall(r"^\| (\S+) \| (\S+) \| (.+) \|$", (ROOT / "DEPENDENCIES.md").read_text(), re.MULTILINE)
+def test_every_pinned_package_names_its_licence():
+    pins = re.findall(r"^[\w.-]+==.*$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    licences = [re.search(r"^[\w.-]+==\S+  # (\S.*)$", pin) for pin in pins]
     assert len(pins) > 100
-    assert [(name, version) for name, version, licence in listed if licence != "UNKNOWN"][1:] == pins
+    assert not [pin for pin, licence in zip(pins, licences) if licence is None or "UNKNOWN" in licence[1]]
 
 
 # ---------------------------------------------------------------- private parts of other libraries

@@ -19,8 +19,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from experiments import threads
-from staff.runtime import progress
+import experiments
+from staff.runtime import machine, progress
 from staff.tracking import environment, write_record
 from staff.training.reports import Progress
 
@@ -140,7 +140,7 @@ def test_whatever_the_user_has_set_of_it_is_left_alone(name: str, monkeypatch: p
     for each in OURS:
         monkeypatch.delenv(each, raising=False)
     monkeypatch.setenv(name, "7")
-    threads.wait_passively()
+    experiments.wait_passively()
     assert {each: os.environ[each] for each in OURS if each in os.environ} == {name: "7"}
 
 
@@ -154,11 +154,11 @@ def test_each_worker_has_its_share_of_the_cores_unless_the_user_has_set_threads(
     workers: int, each: str, monkeypatch: pytest.MonkeyPatch
 ):
     """What a worker of the launcher then finds in its environment: test_launcher.py."""
-    monkeypatch.setattr(threads, "cores", lambda: 8)
+    monkeypatch.setattr(machine, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert threads.of_worker(workers) == {"OMP_NUM_THREADS": each}
+    assert machine.worker_threads(workers) == {"OMP_NUM_THREADS": each}
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert threads.of_worker(workers) == {}
+    assert machine.worker_threads(workers) == {}
 
 
 @pytest.mark.parametrize(
@@ -179,10 +179,10 @@ def test_a_container_has_the_cores_of_its_cpu_limit(
     for group, limit in limits.items():
         (tmp_path / group).mkdir(parents=True, exist_ok=True)
         (tmp_path / group / "cpu.max").write_text(f"{limit}\n")
-    monkeypatch.setattr(threads, "CGROUPS", tmp_path)
-    monkeypatch.setattr(threads, "OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUP", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
-    assert threads.cores() == expected
+    assert machine.cores() == expected
 
 
 @pytest.fixture
@@ -190,27 +190,27 @@ def torch_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    threads.settled.cache_clear()
+    machine.settle_threads.cache_clear()
     yield
     torch.set_num_threads(before)
-    threads.settled.cache_clear()
+    machine.settle_threads.cache_clear()
 
 
 @pytest.mark.parametrize("load", [0.0, 2.0, 64.0])
 def test_threads_are_those_of_the_machine_whatever_else_it_does_and_the_log_says_both(
     load: float, torch_threads: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(threads, "cores", lambda: 3)
+    monkeypatch.setattr(machine, "cores", lambda: 3)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    said = threads.settled()
+    said = machine.settle_threads()
     assert torch.get_num_threads() == 3 and said.startswith("computing with 3 threads on 3 cores")
     assert (f"beside other work ({load} processes" in said) == (load > 0)
 
 
 def test_the_users_number_of_threads_stands(torch_threads: None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(threads, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert threads.settled().startswith("computing with 4 threads on 2 cores")
+    assert machine.settle_threads().startswith("computing with 4 threads on 2 cores")
     assert torch.get_num_threads() == 4
 
 

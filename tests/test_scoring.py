@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, CohereConfig
 
+from staff.data.splits import DataView
 from staff.data.tokens import TokenizedSamples
-from staff.data.views import DataView
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.scoring.passes import score_samples

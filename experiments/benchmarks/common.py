@@ -129,15 +129,15 @@ def machine() -> str:
     )
 
 
-def write(document: str, name: str, doc: str | None, *tables: list[str]) -> None:
+def write(name: str, doc: str | None, *tables: list[str]) -> None:
     """Print tables, and write them with the benchmark's description and the machine.
 
-    They are the section `name` of a document in results/benchmarks, in place of one that it has by that name.
+    They are the section `name` of README.md in results/benchmarks, and replace the one that it has by that name.
     """
     text = "\n".join([f"## {name}\n\n{doc}", *("\n".join([*table, ""]) for table in tables), machine(), ""])
     FOLDER.mkdir(parents=True, exist_ok=True)
-    file = FOLDER / f"{document}.md"
-    before = file.read_text() if file.exists() else f"# {document.capitalize()}\n\n"
+    file = FOLDER / "README.md"
+    before = file.read_text() if file.exists() else "# Benchmarks\n\n"
     head, *sections = re.split(r"^(?=## )", before, flags=re.MULTILINE)
     known = {section.partition("\n")[0]: section.rstrip("\n") + "\n" for section in sections}
     file.write_text(head + "\n".join((known | {f"## {name}": text}).values()))

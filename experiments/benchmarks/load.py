@@ -139,7 +139,7 @@ def measure(size: int, methods: Sequence[str], shrunk: int, folder: Path) -> dic
     few = f"task.train_limit={shrunk}", "finetune.epochs=1", "finetune.small_epochs=1"
     runs = {}
     for name in methods:
-        choices = {"family": "tiny", "task": "jsonl", "method": name}
+        choices = {"family": "tiny", "task": "file", "method": name}
         runs[name] = run(composed(folder, *few, f"method={name}"), choices)
     stages = Stages()
     alone = composed(folder, *AS_IMPORTED, f"method.path={folder / 'scores.parquet'}")
@@ -225,7 +225,7 @@ def main() -> None:
             measured, lambda stage: f"{stage.peak / 1e6:,.0f} ({stage.before / 1e6:,.0f})", lambda stage: stage.peak
         )
         title = ["Seconds of processor time:", ""], ["Peak memory in MB (before):", ""]
-        common.write("load", options.name or "load", __doc__, title[0] + seconds, title[1] + memory)
+        common.write(options.name or "load", __doc__, title[0] + seconds, title[1] + memory)
 
 
 def _in_a_process(measured: Callable[..., Any], *arguments: Any) -> Any:

@@ -175,7 +175,7 @@ def main() -> None:
         lines.append(row(case, f"{n:,}", f"{m:,}", this["seconds"], this["cpu"], memory))
         print(lines[-1], flush=True)
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    write("selection", name, __doc__, [*lines, "", *refused, "", f"BLAS: {blas['name']} {blas['version']}."])
+    write(name, __doc__, [*lines, "", *refused, "", f"BLAS: {blas['name']} {blas['version']}."])
     kept.unlink()
 
 

@@ -26,8 +26,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from experiments import threads
+from experiments import WAITING
 from experiments.benchmarks.common import arguments, configured, row, table, write
+from staff.runtime.machine import THREADS, cores
 
 WAYS: dict[str, tuple[str, str | None]] = {
     "spinning": ("active", None),
@@ -57,8 +58,8 @@ class Way:
     """A process that fine-tunes when it is asked to."""
 
     def __init__(self, policy: str, number: str | None, command: list[str]) -> None:
-        own = {threads.WAITING: policy, **({threads.NUMBER: number} if number else {})}
-        kept = {k: v for k, v in os.environ.items() if k not in (threads.NUMBER, *threads.ALSO_WAITING)}
+        own = {WAITING[0]: policy, **({THREADS: number} if number else {})}
+        kept = {k: v for k, v in os.environ.items() if k not in (THREADS, *WAITING[1:])}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env={**kept, **own}, text=True)
         self._answer()
@@ -91,7 +92,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def main() -> None:
-    options, (settings,) = arguments(__doc__, samples=16, rounds=5, beside=threads.cores(), worker=0)
+    options, (settings,) = arguments(__doc__, samples=16, rounds=5, beside=cores(), worker=0)
     if options.worker:
         fine_tune(options.samples, settings)
         return
@@ -115,7 +116,7 @@ def main() -> None:
     for (name, beside), seconds in taken.items():
         wall, processor = np.median(seconds, axis=0).tolist()
         lines.append(row(name, f"{beside} busy processes", wall, processor))
-    write("load", "threads", f"{__doc__}\nHere the load was {load:.1f}.\n", lines)
+    write("threads", f"{__doc__}\nHere the load was {load:.1f}.\n", lines)
 
 
 if __name__ == "__main__":

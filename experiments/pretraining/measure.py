@@ -129,7 +129,7 @@ def main() -> None:
     options, (settings, *_) = arguments(__doc__, show=0)
     measured = measure(configured("family=tiny", "task=dialogsum", "tracking=none", *settings), options.show)
     print(measured)
-    card = ASSETS / "tiny" / "README.md"
+    card = ASSETS / "README.md"
     if not settings:
         before, rest = card.read_text(encoding="utf-8").split(BEGIN)
         card.write_text(before + BEGIN + measured + END + rest.split(END)[1], encoding="utf-8")

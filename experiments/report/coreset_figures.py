@@ -1,8 +1,8 @@
-"""Figures of single coresets: scores, regions, overlap and answer lengths."""
+"""Figures of single coresets: scores, regions, agreement of the two models, overlap and answer lengths."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -45,6 +45,55 @@ def coreset(context: Context) -> Made:
         f"A coreset of {variant} on {context.title}, pruning rate {rate:g}: scores of pool and coreset; each "
         "region's size and budget; its ratio V of target scores to small-model scores (a larger dot: more samples "
         "verified). Empty regions are left out."
+    )
+    return figure, caption
+
+
+def _spread_labels(axis: Any, shown: pd.Series) -> None:
+    """On a logarithmic axis, labels that do not run into one another, whether over a part of a decade or more."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    decades = np.log10(shown.max() / shown.min())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def agreement(context: Context) -> Made:
+    """Scores of the small model against those of the target, and their rank correlation by region."""
+    found = staffs_run(context)
+    if found is None:
+        return None
+    variant, rate, samples, regions = found
+    both = samples.dropna(subset=["verified"])
+    both = both[(both["speculative"] > 0) & (both["verified"] > 0)]
+    if len(both) < LEAST:
+        return None
+    bounds = regions.sort_values("low")
+    place = np.searchsorted(bounds["low"], both["speculative"], side="right") - 1
+    groups = [(bounds.iloc[i], part) for i, part in both.groupby(place) if len(part) >= LEAST]
+    by_region = [
+        (r["low"], r["high"], len(part), spearman(part["speculative"], part["verified"])) for r, part in groups
+    ]
+    figure, (left, right) = figure_of(2, 1, height=4.0)
+    left.scatter(
+        both["speculative"], both["verified"], s=6, color="#0072B2", alpha=0.6, linewidth=0, rasterized=True
+    )
+    left.set(xscale="log", yscale="log", xlabel="small model's score", ylabel="target's score")
+    _spread_labels(left.xaxis, both["speculative"])
+    _spread_labels(left.yaxis, both["verified"])
+    overall = spearman(both["speculative"], both["verified"])
+    left.set_title(f"all {len(both)} verified samples: Spearman {overall:.2f}")
+    right.axhline(0, color="0.35", linewidth=0.8)
+    right.axhline(overall, color="0.35", linewidth=0.8, linestyle="--")
+    for low, high, count, value in by_region:
+        right.plot([low, high], [value, value], color="#D55E00", linewidth=1)
+        right.scatter((low + high) / 2, value, s=2 + 2 * min(count, 20), color="#D55E00", linewidth=0)
+    right.set(ylim=(-1.05, 1.05), xlabel="small model's score", ylabel="Spearman in region")
+    caption = (
+        f"Agreement of the small model's and the target's scores where both are known ({variant}, {context.title}, "
+        f"pruning rate {rate:g}). Below: within each region with {LEAST} or more verified samples (dashed: over "
+        "all); of so few samples single values are mostly chance."
     )
     return figure, caption
 

@@ -14,7 +14,7 @@ from experiments.report.comparisons import REFERENCES, comparison
 from experiments.report.contrasts import Contrast, Outcome, outcomes, registered
 from experiments.report.records import Context
 from experiments.report.rendering import INTERVAL_OVER, NONE, Table, basis, metric, p_value
-from experiments.report.sequential import PLANNED, Contest, progress
+from experiments.report.seeds import PLANNED, Contest, progress
 from experiments.report.statistics import LEVEL, MOST, Difference, holm, seeds_needed, seeds_to_decide
 from staff.evaluation.metrics import named_metric
 

@@ -1,4 +1,6 @@
-"""The splits of a task as a run has them: the pool, the validation slice, and the test samples, kept apart."""
+"""Which samples are for what: a run's pool, validation slice and test samples, kept apart; views of them; and those
+that fit into the cut-off of fine-tuning and into the context windows of the models.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from staff.data import stored
 from staff.data.duplicates import NEAR_LIMIT, Duplicates, content, duplicates, near_available
 from staff.data.samples import Sample
 from staff.data.task import Task
+from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -139,3 +142,107 @@ def _check_apart(pool: Sequence[Sample], dev: Sequence[Sample]) -> None:
             f"{len(shared)} of the {len(dev)} samples of the validation slice are also in the pool, such as "
             f"{shared[0].id!r}: take them out, or set task.deduplicate=exact, which drops them from the pool."
         )
+
+
+@dataclass(frozen=True)
+class DataView:
+    """Which samples a signal reads, and which part of their text.
+
+    Attributes:
+        slice: "pool", the samples to choose from; or "dev", the validation slice.
+        prompt: whether answers are read after their prompts.
+        text: "answer"; or "all", which counts prompt tokens as answer tokens.
+        indices: positions in the slice, in this order; None: all.
+    """
+
+    slice: str = "pool"
+    prompt: bool = True
+    text: str = "answer"
+    indices: np.ndarray | None = None
+
+    def of(self, samples: TokenizedSamples) -> TokenizedSamples:
+        """This view of the samples of its slice."""
+        if self.indices is not None:
+            samples = samples.take(self.indices)
+        if not self.prompt:
+            samples = samples.without_prompts()
+        return samples if self.text == "answer" else samples.all_as_answer()
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The same samples in the same order, tokenised for the small model and for the target."""
+
+    small: TokenizedSamples
+    target: TokenizedSamples
+    groups: np.ndarray | None = None
+
+    def of(self, small: bool) -> TokenizedSamples:
+        """The samples as the small model or the target reads them."""
+        return self.small if small else self.target
+
+
+def fitting(
+    tokenized: Sequence[TokenizedSamples],
+    max_length: int,
+    too_long: str,
+    windows: Mapping[str, int | None] | None = None,
+) -> np.ndarray:
+    """Positions of the samples that fit `max_length` and every model's context window, shape (n,).
+
+    Args:
+        windows: by the name of the model that reads each of `tokenized`, the most tokens it has positions for
+            (None: without limit).
+    """
+    longest = np.max([t.lengths for t in tokenized], axis=0)
+    fits = longest <= max_length
+    over = np.flatnonzero(~fits)
+    if len(over) and too_long == "refuse":
+        worst = over[np.argmax(longest[over])]
+        raise UserError(
+            f"finetune.max_length={max_length} would cut the answer of {len(over)} sample(s), the longest being "
+            f"{tokenized[0].ids[worst]!r} with {longest[worst]} tokens: raise it, or drop what does not fit "
+            "(task.too_long=drop)."
+        )
+    if not fits.any():
+        raise UserError(f"finetune.max_length={max_length} leaves no sample: raise it.")
+    for (name, window), samples in zip((windows or {}).items(), tokenized, strict=windows is not None):
+        beyond = np.flatnonzero(fits & (samples.lengths > (window or np.inf)))
+        if len(beyond) and too_long == "refuse":
+            worst = beyond[np.argmax(samples.lengths[beyond])]
+            raise UserError(
+                f"the {name} reads {window} tokens, too few for {len(beyond)} training sample(s), the longest "
+                f"being {samples.ids[worst]!r} with {samples.lengths[worst]} tokens: take it out, or set "
+                "task.too_long=drop."
+            )
+        fits[beyond] = False
+        if not fits.any():
+            raise UserError(f"no training sample fits the {window} tokens that the {name} reads: shorten them.")
+    return np.flatnonzero(fits)
+
+
+def answerable(test: TokenizedSamples, max_new_tokens: int, window: int | None, too_long: str) -> np.ndarray:
+    """Positions of the test samples whose prompt and answer fit the context window, shape (n,).
+
+    Args:
+        window: context window in tokens; None: no limit.
+        too_long: "drop" the other samples, or "refuse" them.
+
+    Raises:
+        UserError: a sample that is refused, by its id, or no sample that fits.
+    """
+    needed = test.prompt_lengths + max_new_tokens
+    over = np.flatnonzero(needed > (window or np.inf))
+    if len(over) and too_long == "refuse":
+        worst = over[np.argmax(needed[over])]
+        raise UserError(
+            f"the target reads {window} tokens, too few for the prompt of {len(over)} test sample(s) and "
+            f"task.max_new_tokens={max_new_tokens}, the longest being {test.ids[worst]!r} with "
+            f"{test.prompt_lengths[worst]} tokens: take it out, or set task.too_long=drop."
+        )
+    keep = np.setdiff1d(np.arange(len(test)), over)
+    if not len(keep):
+        raise UserError(
+            f"no prompt of the test split fits the {window} tokens that the target reads: shorten them."
+        )
+    return keep

@@ -149,26 +149,6 @@ class TokenizedSamples:
         lengths = np.full(len(self), self.begin, dtype=np.int64)
         return replace(self, tokens=tokens, offsets=offsets, prompt_lengths=lengths, labelled=None)
 
-    def after(self, examples: TokenizedSamples, separator: Sequence[int] | None) -> TokenizedSamples:
-        """Each of these samples behind each example, which then belongs to its prompt: the first sample behind
-        every example, then the second, and so on, len(self) x len(examples) in all.
-
-        Args:
-            separator: token ids in place of an example's end token; None: the end token stays.
-        """
-        shown = [examples.row(j) for j in range(len(examples))]
-        if separator is not None:
-            shown = [np.append(row[:-1], separator) for row in shown]
-        own = [self.row(i)[self.begin :] for i in range(len(self))]
-        rows: list[Any] = [np.concatenate([example, row]) for row in own for example in shown]
-        prompts = [len(example) + int(n) - self.begin for n in self.prompt_lengths for example in shown]
-        ids = [f"{sample} after {example}" for sample in self.ids for example in examples.ids]
-        masks = None
-        if self.labelled is not None:
-            of = [self.label_mask(i)[self.begin :] for i in range(len(self))]
-            masks = [np.append(np.zeros(len(example), bool), mask) for mask in of for example in shown]
-        return TokenizedSamples.of_rows(ids, rows, prompts, self.begin, masks)
-
     def all_as_answer(self) -> TokenizedSamples:
         """The same tokens, with the prompt counted as part of the answer."""
         return replace(self, prompt_lengths=np.full(len(self), self.begin, dtype=np.int64), labelled=None)

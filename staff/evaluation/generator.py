@@ -89,7 +89,7 @@ def generate(
         model: a causal language model, with or without adapters.
         prompts: token ids of each prompt.
         batch_tokens: the limit of (longest prompt + max_new_tokens) x batch size; a longer prompt goes alone. None:
-            32768 on a GPU, 8192 on a processor (results/benchmarks/models.md).
+            32768 on a GPU, 8192 on a processor (results/benchmarks/README.md).
         end_tokens: further end tokens, such as a chat template's end of turn.
         meter: tokens without padding, and FLOPs of a forward pass over prompts and answers with logits at the
             generated tokens, are added to it. This is exact for linear layers. Attention counts up to twice its

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ class Training(Stage):
     """A stage that leaves a model: an adapter, or all its weights.
 
     Attributes:
+        epochs: how many it takes, whole or not.
         moments: whether it keeps Adam's moments of every epoch.
     """
 
+    epochs: float
     moments: bool = False
 
     @property
@@ -81,6 +83,25 @@ class ModelState:
         """The state in words, such as "fine-tuned Llama-2-7b after epoch 2"."""
         after = "" if self.checkpoint is None else f" after epoch {self.checkpoint}"
         return f"{'raw' if self.training is None else 'fine-tuned'} {self.spec.name}{after}"
+
+    def at(self, moment: str, of: str) -> list[ModelState]:
+        """The states at the end of an epoch of the training, such as "2", or of all ("epochs").
+
+        Args:
+            of: what the user asked for, such as "small@2".
+
+        Raises:
+            UserError: a raw model, or an epoch that there is not.
+        """
+        if self.training is None:
+            raise UserError(f"of={of!r}: the raw model has no epochs; ask small, target_tuned or warmup.")
+        epochs = list(range(1, int(self.training.epochs) + 1))
+        if moment != "epochs" and moment not in map(str, epochs):
+            name = of.partition("@")[0]
+            raise UserError(f"of={of!r}: {name} has the epochs 1 to {epochs[-1]}, or write {name}@epochs.")
+        wanted = epochs if moment == "epochs" else [int(moment)]
+        # The last epoch's checkpoint is the trained model.
+        return [replace(self, checkpoint=None if k == epochs[-1] else k) for k in wanted]
 
     def load(self, *trained: Artifact) -> Any:
         """The model in evaluation mode, from the artefacts of `inputs`."""

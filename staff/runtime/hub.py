@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from staff.errors import UserError
-from staff.runtime.patience import Patience, Unanswered
-from staff.runtime.progress import EVERY
+from staff.runtime.patience import Patience, Unanswered, over_http, progress_logged
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +30,6 @@ PATIENCE = 15.0
 """Seconds without an answer or any data after which the hub is given up."""
 IMPATIENCE = 3.0
 """The same where the cache has a snapshot to use instead."""
-QUIET = 5.0
-"""Seconds of downloading after which the log has a line."""
 AWAY = 60.0
 """Seconds for which a hub that did not answer is not asked about what the cache has."""
 
@@ -180,9 +176,13 @@ def _download(repository: Repository, what: Mapping[str, Any], cached: Path | No
 
     patience = Patience(repository.name, PATIENCE if cached is None else IMPATIENCE, repeat=cached is None)
     before = _blobs(repository)
-    with patience.kept(), _told(repository, before), _over_http():
+
+    def new_blobs() -> set[Path]:
+        return _blobs(repository) - before
+
+    with patience.kept(), progress_logged(repository.name, new_blobs), over_http():
         folder = Path(snapshot_download(**what))
-    _verify(_blobs(repository) - before)
+    _verify(new_blobs())
     if patience.refused:
         _tell_of_cached(repository, what["revision"], folder, f"refuses it (HTTP {patience.refused})")
     return folder
@@ -206,18 +206,6 @@ def _alone(repository: Repository) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def _over_http() -> Iterator[None]:
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_DISABLE_XET
-    constants.HF_HUB_DISABLE_XET = before or "HF_HUB_DISABLE_XET" not in os.environ
-    try:
-        yield
-    finally:
-        constants.HF_HUB_DISABLE_XET = before
-
-
 def _tell_of_cached(repository: Repository, revision: str | None, folder: Path, why: str) -> None:
     if revision != folder.name:
         log.warning("the hub %s: using the cached snapshot %s of %s", why, folder.name, repository.name)
@@ -231,28 +219,6 @@ def _counted() -> Iterator[None]:
         yield
     finally:
         _waited += time.perf_counter() - started
-
-
-@contextmanager
-def _told(repository: Repository, before: set[Path]) -> Iterator[None]:
-    """A line in the log after some seconds of downloading, and then now and again."""
-    done = threading.Event()
-
-    def tell() -> None:
-        pause = QUIET
-        while not done.wait(pause):
-            size = 0
-            for blob in _blobs(repository) - before:
-                with suppress(OSError):  # moved or removed meanwhile
-                    size += blob.stat().st_size
-            log.info("waiting for %s of the hub: %.1f MB so far", repository.name, size / 1e6)
-            pause = EVERY
-
-    threading.Thread(target=tell, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
 
 
 def _blobs(repository: Repository) -> set[Path]:

@@ -1,4 +1,4 @@
-"""How long the hub's client keeps trying.
+"""The hub's client: how long it keeps trying, by which protocol, and what the log says meanwhile.
 
 By itself it tries for minutes without a word, and its retries cannot be set. Here a request is repeated with a line
 in the log, until the hub has been silent for too long.
@@ -7,19 +7,25 @@ in the log, until the hub has been silent for too long.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+from staff.runtime.progress import EVERY
 
 log = logging.getLogger(__name__)
 
 REPEATED = (408, 429, 500, 502, 503, 504)
 """HTTP states that may pass."""
+QUIET = 5.0
+"""Seconds of downloading after which the log has a line."""
 CUTS = 3
 """A download that breaks off so often at the same byte has failed."""
 SILENCE = 7.0
@@ -143,3 +149,43 @@ def _asked_pause(headers: Any) -> float | None:
         return float(after)
     limit = re.search(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("RateLimit", ""))
     return float(limit[1]) if limit else None
+
+
+@contextmanager
+def over_http() -> Iterator[None]:
+    """Within the block, files in the Xet store come over HTTP, unless the user has set HF_HUB_DISABLE_XET."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = before or "HF_HUB_DISABLE_XET" not in os.environ
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
+
+
+@contextmanager
+def progress_logged(name: str, downloading: Callable[[], Iterable[Path]]) -> Iterator[None]:
+    """Within the block, a line in the log after some seconds of downloading, and then now and again.
+
+    Args:
+        name: of the model or data set.
+        downloading: gives the files that are being written.
+    """
+    done = threading.Event()
+
+    def tell() -> None:
+        pause = QUIET
+        while not done.wait(pause):
+            size = 0
+            for blob in downloading():
+                with suppress(OSError):  # moved or removed meanwhile
+                    size += blob.stat().st_size
+            log.info("waiting for %s of the hub: %.1f MB so far", name, size / 1e6)
+            pause = EVERY
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()

@@ -70,17 +70,9 @@ class SquaredNorm:
         return widened(gradient).square().sum()
 
 
-class Gradients(Protocol):
-    """The gradients of a batch, which are read only through a reducer."""
-
-    def reduce(self, reducer: Reducer) -> Tensor:
-        """The reducer's values, summed over layers: (B, *shape)."""
-        ...
-
-
 @dataclass(frozen=True)
 class BatchGradients:
-    """Gradients of a batch as pairs of input and output gradient of its linear layers.
+    """Gradients of a batch as pairs of input and output gradient of its linear layers, read through a reducer.
 
     Attributes:
         at: the positions at which the last block ran. The tensors of its layers have these positions only.
@@ -95,6 +87,7 @@ class BatchGradients:
     embedding: Any = None
 
     def reduce(self, reducer: Reducer) -> Tensor:
+        """The reducer's values, summed over layers: (B, *shape)."""
         return torch.stack([reducer.of_layer(gradient) for gradient in self]).sum(0)
 
     def __iter__(self) -> Iterator[LayerGradient]:
@@ -117,6 +110,9 @@ class SampleGradients:
 
     def reduce(self, reducer: Reducer) -> Tensor:
         return torch.stack([reducer.of_parameter(name, g) for name, g in self.gradients.items()]).sum(0)[None]
+
+
+Gradients = BatchGradients | SampleGradients
 
 
 @dataclass
@@ -180,38 +176,21 @@ def batch_gradients(
                 f"{model_name(model)} does not use {unused[0]} (a merged or inactive adapter?): activate it."
             )
         wanted = predictions.out_of(at, logits)
-        if observe is None:
-            slopes = to_slopes(wanted.detach(), predictions)
-        else:
+        values = wanted.detach()
+        if observe is not None:
             observe(logits.detach())
-            slopes = to_slopes(wanted.detach().clone(), predictions)
+            values = values.clone()  # slopes replace them
+        slopes = to_slopes(values, predictions)
         outputs = captured.outputs
         gradients = dict(zip(outputs, torch.autograd.grad(wanted, list(outputs.values()), slopes), strict=True))
     names: dict[nn.Module, str] = {layer: name for name, layer in layers.items()}
     return BatchGradients(names, captured.inputs, gradients, at, input_ids, embedding if tied else None)
 
 
-def per_sample_gradient_norms(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, parameters: str
-) -> Tensor:
-    """L2 norm of the gradient of each sample's own mean answer cross-entropy: (B,), float32 or wider.
-
-    If head and embedding are tied, their common weight has the sum of both gradients.
-
-    Args:
-        input_ids, attention_mask, labels: as in `batch_gradients`.
-        parameters: one of `staff.scoring.signal.PARAMETERS`.
-    """
-    layers = gradient_layers(model, parameters)
-    with scoring_mode(model):
-        gradients = batch_gradients(model, layers, input_ids, attention_mask, labels)
-    return gradients.reduce(SquaredNorm()).sqrt()
-
-
 def layer_gradient_norms(
     model: Any, layers: Mapping[str, nn.Linear], input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
 ) -> dict[str, Tensor]:
-    """As `per_sample_gradient_norms`, for each of these linear layers (weight and bias), by name: (B,)."""
+    """Norms of each sample's gradient with respect to linear layers (weight and bias), by name: (B,)."""
     with scoring_mode(model):
         gradients = batch_gradients(model, layers, input_ids, attention_mask, labels)
     return {gradient.name: SquaredNorm().of_layer(gradient).sqrt() for gradient in gradients}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from staff.data.tokens import IGNORED, TokenizedSamples
+from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.models.spec import is_sharded
 from staff.runtime import processes
@@ -27,7 +27,7 @@ from staff.scoring.gradients import (
     gradient_layers,
     gradient_parameters,
 )
-from staff.scoring.positions import Positions, last_block_at, scoring_mode, token_losses
+from staff.scoring.positions import Positions, last_block_at, padded, scoring_mode, token_losses
 from staff.scoring.projection import Moments
 from staff.scoring.signal import Signal, gradient_of
 from staff.store.cost import Meter
@@ -267,24 +267,6 @@ def _run_alone(
         weight.requires_grad_(False)
     with torch.no_grad():
         return {signal.name: signal.compute(this) for signal in signals}
-
-
-def padded(batch: TokenizedSamples, pad_token_id: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and labels, both (B, T) and padded on the right, and lengths (B,)."""
-    columns = np.arange(int(batch.lengths.max()))
-    real = columns < batch.lengths[:, None]
-    ids = np.full(real.shape, pad_token_id, np.int64)
-    ids[real] = batch.tokens
-    if batch.labelled is None:
-        labelled = real & (columns >= batch.prompt_lengths[:, None])
-    else:
-        labelled = np.zeros_like(real)
-        labelled[real] = batch.labelled
-    host = (torch.from_numpy(array) for array in (ids, np.where(labelled, ids, IGNORED), batch.lengths))
-    if torch.device(device).type == "cuda":  # from pinned memory the copies do not hold up the host
-        host = (tensor.pin_memory() for tensor in host)
-    input_ids, labels, lengths = (tensor.to(device, non_blocking=True) for tensor in host)
-    return input_ids, labels, lengths
 
 
 @contextmanager

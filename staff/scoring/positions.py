@@ -12,17 +12,36 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from staff.data.tokens import IGNORED
+from staff.data.tokens import IGNORED, TokenizedSamples
 from staff.errors import UserError
 from staff.models.spec import ARCHITECTURES
 from staff.scoring.attention import attention_at
 
 READS = ("predictions", "answers", "tokens")
 """Where a signal can read: at the positions that predict answer tokens, at the answer tokens, or at all tokens."""
+
+
+def padded(batch: TokenizedSamples, pad_token_id: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids and labels, both (B, T) and padded on the right, and lengths (B,)."""
+    columns = np.arange(int(batch.lengths.max()))
+    real = columns < batch.lengths[:, None]
+    ids = np.full(real.shape, pad_token_id, np.int64)
+    ids[real] = batch.tokens
+    if batch.labelled is None:
+        labelled = real & (columns >= batch.prompt_lengths[:, None])
+    else:
+        labelled = np.zeros_like(real)
+        labelled[real] = batch.labelled
+    host = (torch.from_numpy(array) for array in (ids, np.where(labelled, ids, IGNORED), batch.lengths))
+    if torch.device(device).type == "cuda":  # from pinned memory the copies do not hold up the host
+        host = (tensor.pin_memory() for tensor in host)
+    input_ids, labels, lengths = (tensor.to(device, non_blocking=True) for tensor in host)
+    return input_ids, labels, lengths
 
 
 @dataclass(frozen=True)

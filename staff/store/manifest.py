@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,9 @@ from typing import Any, NamedTuple
 
 from staff.errors import UserError
 from staff.store.cost import Cost
+
+VISIBLE = 60.0
+"""Seconds within which a published folder must be visible to every process of its run."""
 
 
 class Charge(NamedTuple):
@@ -84,6 +88,23 @@ def write_manifest(folder: Path, facts: dict[str, Any], cost: Cost, inputs: Char
     with (folder / "manifest.json").open("x", encoding="utf-8") as file:
         json.dump({**manifest, "checksum": digest(manifest)}, file, indent=1)
     _seal(folder / "manifest.json")
+
+
+def await_manifest(folder: Path) -> None:
+    """Wait until this process sees an artefact that another process has published, which may take a while on a
+    network file system.
+
+    Raises:
+        UserError: it does not appear.
+    """
+    deadline = time.monotonic() + VISIBLE
+    while not (folder / "manifest.json").exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{folder} was published by another process of this run and cannot be seen here: store_dir must be "
+                "a folder that all of them share."
+            )
+        time.sleep(0.1)
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any], Artifact]:

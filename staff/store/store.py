@@ -19,7 +19,6 @@ artefacts for all. The others take part in the work, and the files they write ar
 import logging
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -39,6 +38,7 @@ from staff.store.locks import Busy, check_locks_between_nodes, file_lock, turn
 from staff.store.manifest import (
     Artifact,
     Charges,
+    await_manifest,
     check_contents_once,
     check_sizes,
     read_manifest,
@@ -47,9 +47,6 @@ from staff.store.manifest import (
 from staff.store.stage import Stage, StageEnded, StageStarted, emit
 
 log = logging.getLogger(__name__)
-
-VISIBLE = 60.0
-"""Seconds within which a published folder must be visible to every process of its run."""
 
 SAMPLES = "samples"
 RESERVED = ("tmp", "locks", "attempts", "checkpoints", SAMPLES)
@@ -117,7 +114,7 @@ class Store:
             if artifact is None:
                 artifact = self._run_told(stage)
             if not processes.is_main_process():
-                _await(artifact.path)
+                await_manifest(artifact.path)
         how = "computed in {:.1f} s" if artifact.computed else "read (cost {:.1f} s)"
         known = not artifact.computed and stage.fingerprint in self.used
         log.log(logging.DEBUG if known else logging.INFO, "%s: %s", name, how.format(artifact.cost.seconds))
@@ -272,16 +269,14 @@ class Store:
         locks.mkdir(parents=True, exist_ok=True)
         lock = file_lock(locks / f"{fingerprint[:32]}.lock")
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             if not may_wait:
                 raise Busy(name, Path(lock.lock_file), self.computed) from None
             log.info("%s: waiting for another process", name)
-            lock.acquire()
-        try:
+            held = lock.acquire()
+        with held:
             yield
-        finally:
-            lock.release()
 
     @contextmanager
     def _storage_errors(self) -> Iterator[None]:
@@ -298,15 +293,3 @@ class Store:
                 f"the store in {self.root} cannot be used ({getattr(error, 'strerror', None) or error}: {where}); "
                 "fix this or set another folder with store_dir=PATH"
             ) from error
-
-
-def _await(folder: Path) -> None:
-    """Wait until this process sees what another has published, which on a network file system may take a while."""
-    deadline = time.monotonic() + VISIBLE
-    while not (folder / "manifest.json").exists():
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{folder} was published by another process of this run and cannot be seen here: store_dir must be "
-                "a folder that all of them share."
-            )
-        time.sleep(0.1)

@@ -7,10 +7,11 @@ import json
 import logging
 import math
 import shutil
-from contextlib import closing, redirect_stdout
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -26,6 +27,10 @@ from staff.scoring.stage import placeholder
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.training.settings import FinetuneSettings
+
+if TYPE_CHECKING:
+    from staff.training.online import OnlineEfforts
+    from staff.training.trainer import AnswerTrainer
 
 log = logging.getLogger(__name__)
 
@@ -116,37 +121,18 @@ class Finetune(Training):
         with redirect_stdout(io.StringIO()):  # transformers prints a line where WANDB_MODE=offline
             from transformers import PrinterCallback, Trainer  # noqa: F401
 
-        from staff.training.checkpoints import Checkpoints, EpochAdapters
+        from staff.training.checkpoints import Checkpoints
         from staff.training.online import OnlineEfforts
-        from staff.training.reports import Progress, checksums
-        from staff.training.trainer import AnswerTrainer, checkpoint_blocks
+        from staff.training.reports import checksums
 
-        settings, samples = self.settings, self.samples
         model = self.spec.load()
-        model = fresh_lora(model, settings.lora, self.seed) if settings.kind == "lora" else model.float()
-        efforts = OnlineEfforts(model, self.online, len(samples)) if self.online else None
+        adapt = self.settings.kind == "lora"
+        model = fresh_lora(model, self.settings.lora, self.seed) if adapt else model.float()
+        efforts = OnlineEfforts(model, self.online, len(self.samples)) if self.online else None
         work = meter.checkpoints or folder / "checkpoints"
-        shown = Progress(self.spec.name, len(samples))
-        callbacks: list[Any] = [shown]
-        if self.adapter is not None:
-            callbacks.append(EpochAdapters(work / EPOCHS, self.epochs, self.moments))
-        if settings.gradient_checkpointing:
-            checkpoint_blocks(model)
-        trainer = AnswerTrainer(
-            model=model,
-            tokenizer=self.spec.tokenizer(),
-            ids=samples.ids,
-            objective=settings.objective,
-            efforts=efforts,
-            schedule=self.schedule,
-            warmup_start=settings.warmup_start,
-            args=self.training_arguments(work),
-            train_dataset=_Rows(samples),
-            callbacks=callbacks,
-        )
-        trainer.remove_callback(PrinterCallback)
         before = checksums(model)
-        with closing(shown), without_cudnn_attention(), preemption.deferred() as asked_to_end:
+        with self._trainer(model, efforts, work) as trainer, preemption.deferred() as asked_to_end:
+            trainer.remove_callback(PrinterCallback)
             saved = Checkpoints(work, meter, efforts, asked_to_end)
             trainer.add_callback(saved)
             result = trainer.train(resume_from_checkpoint=saved.last and str(saved.last))
@@ -156,7 +142,7 @@ class Finetune(Training):
         if not math.isfinite(result.training_loss):
             raise UserError(
                 f"fine-tuning {self.spec.path} ended with a loss of {result.training_loss}: lower "
-                f"finetune.learning_rate={settings.learning_rate}."
+                f"finetune.learning_rate={self.settings.learning_rate}."
             )
         self._count(meter, _trainable(model))
         if processes.is_main_process():
@@ -170,6 +156,34 @@ class Finetune(Training):
         del trainer, model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    @contextmanager
+    def _trainer(self, model: Any, efforts: OnlineEfforts | None, work: Path) -> Iterator[AnswerTrainer]:
+        """The trainer, which shows its progress within the block."""
+        from staff.training.checkpoints import EpochAdapters
+        from staff.training.reports import Progress
+        from staff.training.trainer import AnswerTrainer, Rows, checkpoint_blocks
+
+        shown = Progress(self.spec.name, len(self.samples))
+        callbacks: list[Any] = [shown]
+        if self.adapter is not None:
+            callbacks.append(EpochAdapters(work / EPOCHS, self.epochs, self.moments))
+        if self.settings.gradient_checkpointing:
+            checkpoint_blocks(model)
+        trainer = AnswerTrainer(
+            model=model,
+            tokenizer=self.spec.tokenizer(),
+            ids=self.samples.ids,
+            objective=self.settings.objective,
+            efforts=efforts,
+            schedule=self.schedule,
+            warmup_start=self.settings.warmup_start,
+            args=self.training_arguments(work),
+            train_dataset=Rows(self.samples),
+            callbacks=callbacks,
+        )
+        with closing(shown), without_cudnn_attention():
+            yield trainer
 
     def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         self._count(meter, trained_parameters(self.spec, self.adapter))
@@ -277,24 +291,6 @@ def read_learning_rates(trained: Artifact, epochs: int) -> np.ndarray:
     known = sorted({epoch for epoch, _ in steps})
     means = [np.mean([rate for of, rate in steps if of == epoch]) for epoch in known]
     return np.interp(np.arange(1, epochs + 1), known, means)
-
-
-class _Rows:
-    """The samples as a map-style data set, which shares their token ids. By "length", the lengths of all."""
-
-    def __init__(self, samples: TokenizedSamples) -> None:
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, at: int | str) -> Any:
-        samples = self._samples
-        if at == "length":
-            return samples.lengths.tolist()
-        i = int(at)
-        row = {"input_ids": samples.row(i).tolist(), "prompt_length": int(samples.prompt_lengths[i]), "row": i}
-        return row if samples.labelled is None else {**row, "labelled": samples.label_mask(i).tolist()}
 
 
 def _trainable(model: Any) -> int:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorForSeq2Seq, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
-from staff.data.tokens import IGNORED
+from staff.data.tokens import IGNORED, TokenizedSamples
 from staff.errors import UserError
 from staff.runtime import processes
 from staff.scoring.positions import ARCHITECTURES, Positions, last_block, last_block_at
@@ -264,3 +264,21 @@ def _labels(sample: dict[str, Any]) -> list[int]:
     if "labelled" not in sample:
         return [IGNORED] * start + tokens[start:]
     return [token if wanted else IGNORED for token, wanted in zip(tokens, sample["labelled"], strict=True)]
+
+
+class Rows:
+    """The samples as a map-style data set, which shares their token ids. By "length", the lengths of all."""
+
+    def __init__(self, samples: TokenizedSamples) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, at: int | str) -> Any:
+        samples = self._samples
+        if at == "length":
+            return samples.lengths.tolist()
+        i = int(at)
+        row = {"input_ids": samples.row(i).tolist(), "prompt_length": int(samples.prompt_lengths[i]), "row": i}
+        return row if samples.labelled is None else {**row, "labelled": samples.label_mask(i).tolist()}

@@ -47,9 +47,9 @@ def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_a_benchmark_replaces_its_section_of_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for name, cell in (("first", "1"), ("second", "2"), ("first", "3")):
-        common.write("scoring", name, "How fast.\n", ["| a |", "|---|", f"| {cell} |"])
-    text = (tmp_path / "results/benchmarks/scoring.md").read_text()
-    assert [line for line in text.splitlines() if line.startswith("#")] == ["# Scoring", "## first", "## second"]
+        common.write(name, "How fast.\n", ["| a |", "|---|", f"| {cell} |"])
+    text = (tmp_path / "results/benchmarks/README.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("#")] == ["# Benchmarks", "## first", "## second"]
     assert [row["a"] for row in rows_of(text)] == ["3", "2"]
 
 
@@ -133,7 +133,7 @@ def test_the_tiny_family_is_pretrained_without_its_reserved_samples_and_measured
     assert len({row["fname"] for row in excerpt} - {row["fname"] for row in dialogues}) == 20
     assert ModelSpec(str(assets / "tiny/smaller")).load().num_parameters() > 0
 
-    card = ROOT / "staff/assets/tiny/README.md"
+    card = ROOT / "staff/assets/README.md"
     before = card.read_bytes()
     models = [f"family.{name}.path={assets / 'tiny/smaller'}" for name in ("small", "target")]
     rows = benchmark("pretraining.measure", *models, f"task.data_dir={assets / 'dialogsum'}", *TINY)

@@ -23,8 +23,8 @@ from support import any_pool
 from support.any_pool import METHODS, DrawnPool, method_named
 from support.tiny import sums
 
+from staff.data.splits import DataView
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
-from staff.data.views import DataView
 from staff.evaluation.floors import FILE as FLOORS
 from staff.evaluation.floors import ChooseConstant, Floors
 from staff.evaluation.generator import Greedy
