@@ -129,12 +129,29 @@ def machine() -> str:
     )
 
 
-def write(name: str, doc: str | None, *tables: list[str]) -> None:
-    """Print tables, and write them with the benchmark's description and the machine.
+def command() -> str:
+    """The command line of the benchmark, with FOLDER in place of absolute paths."""
+    said = " ".join(["python -m", f"experiments.benchmarks.{called()}", *sys.argv[1:]])
+    return re.sub(r"(?<=[= ])/\S+", "FOLDER", said)
 
-    They are the section `name` of README.md in results/benchmarks, and replace the one that it has by that name.
+
+def called() -> str:
+    """The name of the benchmark that runs."""
+    return Path(sys.argv[0]).stem
+
+
+def write(name: str | None, doc: str | None, *tables: list[str]) -> None:
+    """Print tables, and write them with the benchmark's description, its command and the machine.
+
+    They are the section `name` of README.md in results/benchmarks, and replace the one that it has by that name. By
+    default the section is the benchmark's own, which alone has the description.
     """
-    text = "\n".join([f"## {name}\n\n{doc}", *("\n".join([*table, ""]) for table in tables), machine(), ""])
+    name = name or called()
+    about = doc if name == called() else f"See [{called()}](#{called()}) for what is measured."
+    made = f"Made by `{command()}`."
+    text = "\n".join(
+        [f"## {name}\n\n{about}", made, "", *("\n".join([*table, ""]) for table in tables), machine(), ""]
+    )
     FOLDER.mkdir(parents=True, exist_ok=True)
     file = FOLDER / "README.md"
     before = file.read_text() if file.exists() else "# Benchmarks\n\n"

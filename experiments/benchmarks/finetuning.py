@@ -178,7 +178,7 @@ def main() -> None:
         new = [compare(run, options.rounds), against_peers(run, options)]
         lines, peers = lines + new[0], peers + new[1]
         print(*new[0], *new[1], sep="\n", flush=True)
-    write(options.name or "finetuning", __doc__, lines, peers)
+    write(options.name, __doc__, lines, peers)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main() -> None:
     for case in cases:
         lines.append(compare(configured(*case, f"task.test_limit={options.samples}"), options.rounds))
         print(lines[-1], flush=True)
-    write(options.name or "generation", __doc__, lines)
+    write(options.name, __doc__, lines)
 
 
 if __name__ == "__main__":

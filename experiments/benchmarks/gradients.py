@@ -158,7 +158,7 @@ def main() -> None:
                 if options.bergson:
                     others.append(case.against_bergson(options.rounds))
                     print(others[-1], flush=True)
-    write(options.name or "gradients", __doc__, lines, *([others] if options.bergson else []))
+    write(options.name, __doc__, lines, *([others] if options.bergson else []))
 
 
 if __name__ == "__main__":

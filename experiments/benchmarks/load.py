@@ -225,7 +225,7 @@ def main() -> None:
             measured, lambda stage: f"{stage.peak / 1e6:,.0f} ({stage.before / 1e6:,.0f})", lambda stage: stage.peak
         )
         title = ["Seconds of processor time:", ""], ["Peak memory in MB (before):", ""]
-        common.write(options.name or "load", __doc__, title[0] + seconds, title[1] + memory)
+        common.write(options.name, __doc__, title[0] + seconds, title[1] + memory)
 
 
 def _in_a_process(measured: Callable[..., Any], *arguments: Any) -> Any:

@@ -90,7 +90,7 @@ def main() -> None:
             shape, memory = f"{size:,} x {dimensions}", f"{this.memory / 1e6:,.0f}"
             lines.append(row(shape, search, this.seconds, this.cpu_seconds, memory, *quality))
             print(lines[-1], flush=True)
-    write(options.name or "neighbours", __doc__, lines)
+    write(options.name, __doc__, lines)
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ def main() -> None:
             growing += growth(run, options.growth, load)
     on_processor = [] if torch.cuda.is_available() else [spent]
     tables = [lines, bounds, *on_processor, growing] if options.authors else [bounds]
-    write(options.name or "scoring", __doc__, *tables)
+    write(options.name, __doc__, *tables)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def main() -> None:
         print(lines[-1], flush=True)
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     lines += ["", f"BLAS: {blas['name']} {blas['version']}."]
-    write(options.name or "selection", __doc__, lines)
+    write(options.name, __doc__, lines)
 
 
 if __name__ == "__main__":

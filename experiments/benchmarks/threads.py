@@ -116,7 +116,7 @@ def main() -> None:
     for (name, beside), seconds in taken.items():
         wall, processor = np.median(seconds, axis=0).tolist()
         lines.append(row(name, f"{beside} busy processes", wall, processor))
-    write("threads", f"{__doc__}\nHere the load was {load:.1f}.\n", lines)
+    write(None, f"{__doc__}\nHere the load was {load:.1f}.\n", lines)
 
 
 if __name__ == "__main__":

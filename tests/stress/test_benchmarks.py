@@ -36,7 +36,7 @@ def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     def run(command: str, *arguments: str) -> Rows:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", [command, *arguments])
+        monkeypatch.setattr("sys.argv", [command.rpartition(".")[2], *arguments])
         importlib.import_module(f"experiments.{command}").main()
         written = list(tmp_path.glob("results/benchmarks/*.md"))
         return rows_of(written[0].read_text() if written else capsys.readouterr().out)
