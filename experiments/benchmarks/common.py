@@ -157,7 +157,10 @@ def write(name: str | None, doc: str | None, *tables: list[str]) -> None:
     before = file.read_text() if file.exists() else "# Benchmarks\n\n"
     head, *sections = re.split(r"^(?=## )", before, flags=re.MULTILINE)
     known = {section.partition("\n")[0]: section.rstrip("\n") + "\n" for section in sections}
-    file.write_text(head + "\n".join((known | {f"## {name}": text}).values()))
+    known[f"## {name}"] = text
+    contents = " · ".join(f"[{title[3:]}](#{title[3:]})" for title in known)
+    head = re.sub("^Contents: .*$", f"Contents: {contents}.", head, flags=re.MULTILINE)
+    file.write_text(head + "\n".join(known.values()))
     print(text)
 
 
