@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import vectors
 from peft import LoraConfig, get_peft_model
 from support.any_pool import AnyPool
-from support.golden import recorded
 from support.tiny import planted_pool, tiny_pool
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
@@ -194,7 +194,7 @@ def test_nothing_to_generate_is_no_error(model):
 # ---------------------------------------------------------------- in context
 
 
-DISTANCES = [case for case in recorded("delift") if "distance" in case]
+DISTANCES = [case for case in vectors("delift") if "distance" in case]
 SAMPLES = TokenizedSamples.of_rows(["a", "b"], [[1, 5, 6, 7, 2], [1, 8, 9, 2]], [3, 2], begin=1)
 
 
@@ -221,14 +221,14 @@ def test_a_sample_stands_behind_each_example_with_one_begin_token_and_its_own_an
 
 @pytest.mark.parametrize("case", DISTANCES)
 def test_the_distance_is_that_of_the_released_code(case: str):
-    vectors = recorded("delift")[case]
-    ids, response = torch.tensor(vectors["input_ids"]).long(), torch.tensor(vectors["token_type_ids"]).bool()
+    golden = vectors("delift")[case]
+    ids, response = torch.tensor(golden["input_ids"]).long(), torch.tensor(golden["token_type_ids"]).bool()
     labels = torch.where(response, ids, -100)
     answered = (labels[:, 1:] != -100).any(1)
     at = Positions.of_predictions(labels)
-    batch = Pass(labels, torch.full((len(ids),), ids.shape[1]), at, at.gather(torch.tensor(vectors["logits"]))[0])
+    batch = Pass(labels, torch.full((len(ids),), ids.shape[1]), at, at.gather(torch.tensor(golden["logits"]))[0])
     values = Distance().compute(batch)
-    np.testing.assert_allclose(values[answered], vectors["distance"][answered], atol=1e-6)
+    np.testing.assert_allclose(values[answered], golden["distance"][answered], atol=1e-6)
 
 
 @pytest.mark.parametrize("view", ["pool", "dev"])

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.any_pool import AnyPool, chosen, pool_of, select
-from support.golden import recorded
 
 from baselines.data_whisperer import (
     DataWhisperer,
@@ -25,7 +25,7 @@ from staff.selection import Draws
 # ---------------------------------------------------------------- DELIFT
 
 
-DELIFT_VECTORS = recorded("delift")
+DELIFT_VECTORS = vectors("delift")
 ORDERS, DISTANCES, KERNELS = (
     [case for case in DELIFT_VECTORS if case.startswith(f"delift_{name}")] for name in ("N", "distance", "kernel")
 )
@@ -120,7 +120,7 @@ def test_a_large_pool_is_refused_before_anything_is_asked_and_bad_gains_and_fiel
 # ---------------------------------------------------------------- Data Whisperer
 
 
-WHISPERER_VECTORS = recorded("data_whisperer")
+WHISPERER_VECTORS = vectors("data_whisperer")
 ATTENTION = [case for case in WHISPERER_VECTORS if case.startswith("dw_attention")]
 RUNS = [case for case in WHISPERER_VECTORS if case not in ATTENTION]
 

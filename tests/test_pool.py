@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import vectors
 from safetensors.numpy import load_file
-from support.golden import recorded
 from support.tiny import SETTINGS, pool_of_sums, random_model
 
 from baselines.el2n import EL2N
@@ -199,7 +199,7 @@ def test_what_one_method_asked_another_reads(tmp_path: Path):
 
 
 def test_el2n_equals_the_recorded_values() -> None:
-    golden = recorded("el2n")["a"]
+    golden = vectors("el2n")["a"]
     logits, labels = torch.from_numpy(golden["logits"]), torch.from_numpy(golden["labels"])
     predictions, answers = Positions.of_predictions(labels), Positions.of_answers(labels)
     standard = el2n_scores(predictions.gather(logits)[0], predictions)

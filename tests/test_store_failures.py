@@ -13,7 +13,7 @@ from support.processes import KILLED_WHILE_WRITING, Clock, Job, flip_a_bit, neve
 
 from staff.errors import UserError
 from staff.store import cost
-from staff.store.attempts import failed_attempts
+from staff.store.cost import failed_attempts
 from staff.store.store import Store
 
 SCORES, AGAIN = Job({"seed": 0}), Job({"seed": 0}, never)
@@ -105,7 +105,7 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next_run_whatever_t
 
 
 def test_attempts_that_led_to_nothing_are_recorded_apart_from_the_cost(store, tmp_path, monkeypatch):
-    script = "from staff.store import attempts\nattempts.BEAT = 0.05\n" + KILLED_WHILE_WRITING
+    script = "from staff.store import cost\ncost.BEAT = 0.05\n" + KILLED_WHILE_WRITING
     with run(script, store.root, tmp_path / "started") as process:
         wait_for(tmp_path / "started")
         (file,) = (store.root / "attempts").glob("*.json")
