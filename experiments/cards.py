@@ -61,16 +61,6 @@ def model_card(record: Mapping[str, Any], base: str, on_hub: bool, form: str, lo
         "tags": ["coreset", *(["lora"] if config["finetune"]["kind"] == "lora" else [])],
     }
     metrics = {name: f"{value:.4g}" for name, value in record["metrics"].items() if value is not None}
-    recipe = {
-        **_facts_of_coreset(record),
-        "coreset tokens": f"{record['counts']['selected_tokens']:,} of {record['counts']['pool_tokens']:,}"
-        if "selected_tokens" in record["counts"]
-        else "-",
-        "fine-tuning took": f"{record['finetuning']['seconds']:,.1f} s, {record['finetuning']['flops']:.3g} FLOPs",
-        "fine-tuning seed": about["finetune_seed"],
-        "run": f"{about['name']}, fingerprint {about['fingerprint']}",
-        "code": f"commit {record['provenance']['git_commit']}",
-    }
     template = "the columns of the data" if task.get("prompt") is None else f"`{json.dumps(task['prompt'])}`"
     how = f"in the chat template of the tokenizer, on {config['family']['date']}"
     return f"""---
@@ -96,7 +86,7 @@ On {record["counts"]["test"]:,} test samples of {task["name"]}:
 
 ## Recipe
 
-{_table(recipe)}
+{_table(_recipe(record))}
 
 ```yaml
 {_settings({"method": config["method"], "finetune": config["finetune"]})}
@@ -104,6 +94,20 @@ On {record["counts"]["test"]:,} test samples of {task["name"]}:
 
 {_licence(record)} The base model has a licence of its own.
 """
+
+
+def _recipe(record: Mapping[str, Any]) -> dict[str, Any]:
+    """How the model was made."""
+    return {
+        **_facts_of_coreset(record),
+        "coreset tokens": f"{record['counts']['selected_tokens']:,} of {record['counts']['pool_tokens']:,}"
+        if "selected_tokens" in record["counts"]
+        else "-",
+        "fine-tuning took": f"{record['finetuning']['seconds']:,.1f} s, {record['finetuning']['flops']:.3g} FLOPs",
+        "fine-tuning seed": record["run"]["finetune_seed"],
+        "run": f"{record['run']['name']}, fingerprint {record['run']['fingerprint']}",
+        "code": f"commit {record['provenance']['git_commit']}",
+    }
 
 
 def _facts_of_coreset(record: Mapping[str, Any]) -> dict[str, Any]:

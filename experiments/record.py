@@ -83,20 +83,7 @@ def _write(run: Run, outcome: Outcome) -> None:
             "notes": list(coreset.notes),
             **_composition(run, coreset),
         },
-        "counts": {
-            "pool": len(run.pool.ids),
-            "dropped_too_long": len(run.splits.pool) - len(run.pool.ids),
-            "dropped_duplicates": run.splits.dropped,
-            "dev": len(run.pool.slices["dev"].target) if run.splits.dev else 0,
-            "budget": len(coreset.indices),
-            "selected": len(coreset.indices),
-            "pool_tokens": int(run.pool.lengths.sum()),
-            "selected_tokens": int(run.pool.lengths[coreset.indices].sum()),
-            "trained": len(coreset.trained) if tuned else 0,
-            "test": len(answers),
-            "test_dropped_too_long": len(run.splits.test) - len(answers),
-            "test_prompts_in_pool": run.splits.test_prompts_in_pool,
-        },
+        "counts": _counts(run, outcome, len(answers)),
         "duplicates": run.splits.duplicates and run.splits.duplicates.counts(),
         "config": run.config,
         "identity": run.identity,
@@ -108,6 +95,24 @@ def _write(run: Run, outcome: Outcome) -> None:
         },
     }
     tracking.write_record(run.folder, record)
+
+
+def _counts(run: Run, outcome: Outcome, answered: int) -> dict[str, int]:
+    """Samples and tokens of the pool, the coreset and the test split, of which so many were answered."""
+    return {
+        "pool": len(run.pool.ids),
+        "dropped_too_long": len(run.splits.pool) - len(run.pool.ids),
+        "dropped_duplicates": run.splits.dropped,
+        "dev": len(run.pool.slices["dev"].target) if run.splits.dev else 0,
+        "budget": len(outcome.coreset.indices),
+        "selected": len(outcome.coreset.indices),
+        "pool_tokens": int(run.pool.lengths.sum()),
+        "selected_tokens": int(run.pool.lengths[outcome.coreset.indices].sum()),
+        "trained": len(outcome.coreset.trained) if outcome.tuned else 0,
+        "test": answered,
+        "test_dropped_too_long": len(run.splits.test) - answered,
+        "test_prompts_in_pool": run.splits.test_prompts_in_pool,
+    }
 
 
 def _answers(run: Run, measured: Artifact | None) -> tuple[dict[str, float], pd.DataFrame]:

@@ -29,7 +29,7 @@ from staff.evaluation.stage import Generate, Measure
 from staff.models.prepare import ConvertGguf
 from staff.pool import Select
 from staff.scoring.stage import Score
-from staff.store.attempts import failed_attempts
+from staff.store.cost import failed_attempts
 from staff.store.manifest import check_contents, check_sizes, read_manifest
 from staff.store.store import RESERVED, SAMPLES, Store
 from staff.training.stage import Finetune

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -45,6 +46,16 @@ def run_shrunk(results: Path, *overrides: str) -> dict[str, Any]:
         del cfg["hydra"]
     folder = run_configuration(cfg, {str(k): v for k, v in choices.items()})
     return {**json.loads((folder / "metrics.json").read_text()), "folder": folder}
+
+
+def vectors(method: str) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of every case that was recorded from a method's released code, by case and name."""
+    cases: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(ROOT / f"tests/golden/{method}.npz", allow_pickle=False) as packed:
+        for key in packed.files:
+            case, _, name = key.rpartition("/")
+            cases.setdefault(case, {})[name] = packed[key]
+    return cases
 
 
 LONGEST = (

@@ -55,7 +55,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="killed attempts forgotten",
-        place="staff/store/attempts.py:attempt",
+        place="staff/store/cost.py:attempt",
         old="yield earlier",
         new="yield []",
         test="test_store_failures.py::test_attempts_that_led_to_nothing_are_recorded_apart_from_the_cost",

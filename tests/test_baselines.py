@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 from support.any_pool import DrawnPool, select
-from support.golden import recorded
 
 from baselines.ccs import CCS
 from baselines.d2 import D2
@@ -29,7 +29,7 @@ from staff.selection import Coreset, SelectionMethod
 from staff.signals.effort import Effort
 from staff.store.stage import identity
 
-VECTORS = {method: recorded(method) for method in ("ccs", "d2")}  # of the authors' code
+VECTORS = {method: vectors(method) for method in ("ccs", "d2")}  # of the authors' code
 
 
 # ---------------------------------------------------------------- random, RS2, EL2N, GraNd

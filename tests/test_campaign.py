@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,12 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.records import copied, grid
 
 from experiments.campaign import differences, pack
 from experiments.recorded import packed_runs, recorded_run, recorded_runs, run_folders
+from experiments.report.__main__ import summary, write
+from experiments.report.records import collect
 from staff.errors import UserError
 from staff.tracking import write_record
 
@@ -227,3 +231,23 @@ def test_the_committed_results_are_small():
     results = [file for file in files if file.is_relative_to(ROOT / "results")]
     assert len(results) < 60 and sum(file.stat().st_size for file in results) < 12e6
     assert [file for file in results if "runs" in file.parts or file.suffix == ".html"] == []
+
+
+def test_a_report_of_a_packed_campaign_is_that_of_its_run_folders(real: Path, tmp_path: Path):
+    grid(real, tmp_path / "folders", {"raw": -5, "full": 0, "random": -2, "staff": 3}, seeds=2)
+    copied(real, tmp_path / "folders", "staff", 0.5, (0, 0), np.full(8, 30.0), config__method__num_regions=20)
+    pack(recorded_runs(tmp_path / "folders"), tmp_path / "tables")
+    texts, reports = [], []
+    for results in (tmp_path / "folders", tmp_path / "tables"):
+        texts.append(summary(table := collect(results)))
+        write(results, table)
+        files = [
+            results / "metrics.csv",
+            results / "report.html",
+            *results.glob("tables/*"),
+            *results.glob("*/*.svg"),
+        ]
+        named = {file.relative_to(results): file.read_text().replace(str(results), "RESULTS") for file in files}
+        reports.append({name: re.sub(r"base64,[\w+/=]+", "", text) for name, text in named.items()})
+    assert texts[0] == texts[1]
+    assert len(reports[0]) > 20 and [name for name in reports[0] if reports[0][name] != reports[1].get(name)] == []

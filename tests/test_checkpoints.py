@@ -19,8 +19,8 @@ from support.tiny import SETTINGS, SPEC, difference, history, samples_of
 from transformers import Trainer
 
 from staff.runtime import preemption
-from staff.store import attempts
-from staff.store.attempts import failed_attempts
+from staff.store import cost
+from staff.store.cost import failed_attempts
 from staff.store.manifest import Artifact
 from staff.store.store import Store
 from staff.training import checkpoints
@@ -63,7 +63,7 @@ def tune_and_stop(store: Path, at: int, stage: Finetune, pause: float) -> None:
         return step(self, *args, **kwargs)
 
     Trainer.training_step = stop
-    attempts.BEAT = 0.05
+    cost.BEAT = 0.05
     tuned(store, stage)
 
 

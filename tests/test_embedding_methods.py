@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from support.any_pool import AnyPool, select
-from support.golden import recorded
 
 import baselines.k_center as k_center
 from baselines.asks import unit_rows
@@ -21,7 +21,7 @@ from baselines.prototypes import Prototypes, prototype_distances
 from baselines.rds_plus import RDSPlus, best_first, scaled, take_turns
 from staff.errors import UserError
 
-RDS, CENTERS, MODERATE, PROTOTYPES = map(recorded, ("rds_plus", "k_center", "moderate", "prototypes"))
+RDS, CENTERS, MODERATE, PROTOTYPES = map(vectors, ("rds_plus", "k_center", "moderate", "prototypes"))
 
 
 def in_blobs(sizes: list[int], dimensions: int = 6) -> np.ndarray:

@@ -14,14 +14,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.any_pool import AnyPool
-from support.golden import recorded
-from support.tiny import planted_pool, tiny_pool
+from support.tiny import planted_pool
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
-from baselines.delift import distance_official
 from baselines.within_groups import GroupPool
-from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.evaluation.decoding import can_decode
 from staff.evaluation.generator import generate
@@ -29,11 +26,6 @@ from staff.evaluation.in_context import before
 from staff.evaluation.metrics import named_metric
 from staff.models.flops import forward_flops
 from staff.models.spec import ARCHITECTURES
-from staff.pool import Pool
-from staff.scoring import in_context
-from staff.scoring.passes import Pass
-from staff.scoring.positions import Positions
-from staff.signals.distance import Distance
 from staff.store.cost import Meter
 
 # ---------------------------------------------------------------- greedy decoding
@@ -192,75 +184,6 @@ def test_nothing_to_generate_is_no_error(model):
 
 
 # ---------------------------------------------------------------- in context
-
-
-DISTANCES = [case for case in recorded("delift") if "distance" in case]
-SAMPLES = TokenizedSamples.of_rows(["a", "b"], [[1, 5, 6, 7, 2], [1, 8, 9, 2]], [3, 2], begin=1)
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    return tiny_pool(tmp_path_factory.mktemp("store"), size=4)
-
-
-def distance(target, row: list[int], prompt: int) -> float:
-    """From one forward pass, in the formula of the released code."""
-    logits = target(torch.tensor([row])).logits.detach().double().numpy()
-    answer = (np.arange(len(row)) >= prompt)[None]
-    return float(distance_official(logits, np.array([row]), answer)[0])
-
-
-def test_a_sample_stands_behind_each_example_with_one_begin_token_and_its_own_answer():
-    pairs = in_context.behind_examples(SAMPLES.take([1]), SAMPLES, [30, 31])
-    assert [pairs.row(i).tolist() for i in range(2)] == [[1, 5, 6, 7, 30, 31, 8, 9, 2], [1, 8, 9, 30, 31, 8, 9, 2]]
-    assert list(pairs.ids) == ["b after a", "b after b"] and pairs.prompt_lengths.tolist() == [7, 6]
-    assert pairs.labels(0).tolist() == [-100] * 7 + [9, 2]
-    chat = in_context.behind_examples(SAMPLES, SAMPLES, None)
-    assert len(chat) == 4 and chat.row(1).tolist() == [1, 8, 9, 2, 5, 6, 7, 2]
-
-
-@pytest.mark.parametrize("case", DISTANCES)
-def test_the_distance_is_that_of_the_released_code(case: str):
-    vectors = recorded("delift")[case]
-    ids, response = torch.tensor(vectors["input_ids"]).long(), torch.tensor(vectors["token_type_ids"]).bool()
-    labels = torch.where(response, ids, -100)
-    answered = (labels[:, 1:] != -100).any(1)
-    at = Positions.of_predictions(labels)
-    batch = Pass(labels, torch.full((len(ids),), ids.shape[1]), at, at.gather(torch.tensor(vectors["logits"]))[0])
-    values = Distance().compute(batch)
-    np.testing.assert_allclose(values[answered], vectors["distance"][answered], atol=1e-6)
-
-
-@pytest.mark.parametrize("view", ["pool", "dev"])
-def test_gains_are_the_fall_of_the_distance_behind_each_example(planted: Pool, view: str, monkeypatch):
-    monkeypatch.setattr(in_context, "PAIRS_AT_ONCE", 9)  # two samples at a time
-    gains = planted.ask("in_context_gain", of="target", view=view)
-    samples, helped = planted.slices["pool"].target, planted.slices[view].target
-    assert gains.shape == (len(helped), 4)
-    target, tokenizer = planted.family.target.load(), planted.family.target.tokenizer()
-    blank = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-    for i in (0, len(helped) - 1):
-        row, prompt = helped.row(i).tolist(), int(helped.prompt_lengths[i])
-        alone = distance(target, row, prompt)
-        for j in range(4):
-            before = [*samples.row(j).tolist()[:-1], *blank]
-            behind = distance(target, [*before, *row[helped.begin :]], len(before) + prompt - helped.begin)
-            assert gains[i, j] == pytest.approx(alone - behind, abs=1e-5)
-
-
-def test_a_pair_that_does_not_fit_the_model_is_refused_before_it_runs(planted: Pool, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(type(planted.family.target), "window", lambda spec: 150)
-    with pytest.raises(UserError, match=r"takes up to \d+ tokens, and the model has 150 positions: lower"):
-        replace(planted, store=type(planted.store)(tmp_path)).ask("in_context_gain", of="target")
-    assert not list(tmp_path.iterdir())
-
-
-def test_in_a_group_the_columns_are_those_of_its_samples():
-    whole, members = AnyPool(6), np.array([4, 1, 5])
-    gains, part = whole.ask("in_context_gain", "target"), GroupPool(whole, members)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(part.ask("in_context_gain", "target"), gains[np.ix_(members, members)])
-    of_slice = whole.ask("in_context_gain", "target", view="dev")
-    np.testing.assert_array_equal(part.ask("in_context_gain", "target", view="dev"), of_slice[:, members])
 
 
 # ---------------------------------------------------------------- answers and attention

@@ -8,16 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from experiments.configuration import check_size
 from experiments.figures import strength
 from experiments.sweep import jobs_of
+from hydra_plugins.staff_sweeper import CasesSweeper
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.selection import budget_of
@@ -160,18 +161,9 @@ def test_the_target_is_the_same_whichever_family_selects(run: Callable[..., dict
 # ---------------------------------------------------------------- without evaluation, and budgets
 
 
-def row(number: int) -> dict[str, Any]:
-    return {"question": f"What is {number} plus {number}?", "answer": f"It is {2 * number}.", "id": f"r{number}"}
-
-
-def write(folder: Path, train: list[dict[str, Any]]) -> None:
-    for name, rows in (("train", train), ("test", [row(900)])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-
-
 def test_a_run_without_evaluation_ends_with_the_coreset_and_its_costs_and_reads_no_test_split(run, tmp_path: Path):
-    write(tmp_path, [row(number) for number in range(24)])
-    (tmp_path / "test.jsonl").unlink()
+    rows = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}."} for n in range(24)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = ["task=file", f"task.data_dir={tmp_path}", "task.prompt='{question}'", "task.answer=' {answer}'"]
     record = run(*data, "method=staff", "evaluation=none", "task.deduplicate=exact")
     assert record["coreset"]["size"] == 6 and record["overhead"]["flops"] > 0
@@ -198,40 +190,6 @@ def test_a_select_only_record_is_printed_and_exported_and_left_out_of_the_report
     exported = export(folder, "trl", tmp_path / "out")
     assert len((exported / "train.jsonl").read_text().splitlines()) == 6
     assert collect(tmp_path / "results").empty
-
-
-def test_exported_rows_are_those_of_the_file_with_all_fields_and_their_numbers(run, tmp_path: Path):
-    from experiments.export import export
-
-    rows = [
-        {**row(number // 2), "source": f"book {number}", "nested": {"n": [number, None]}} for number in range(40)
-    ]
-    write(tmp_path, rows)
-    data = [
-        f"task.data_dir={tmp_path}",
-        "task.prompt='{question}'",
-        "task.answer=' {answer}'",
-        "task.train_limit=40",
-    ]
-    more = ["task.deduplicate=exact", "task.dev_size=5", "pruning_rate=0.5", "evaluation=none"]
-    folder = run("task=file", *data, *more, "method=random")["folder"]
-    out = export(folder, "rows", tmp_path / "out")
-    table = pd.read_csv(out / "rows.csv")
-    exported = [json.loads(line) for line in (out / "train.jsonl").read_text("utf-8").splitlines()]
-    assert len(table) == 7 and exported == [rows[number - 1] for number in table["row"]]
-    chosen = pd.read_csv(folder / "coreset.csv")
-    assert table["id"].tolist() == chosen["id"].tolist()
-
-
-def test_exported_conversations_are_messages(run, tmp_path: Path):
-    from experiments.export import export
-
-    turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(12)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": some}) + "\n" for some in turns))
-    run_folder = run("task=file", f"task.data_dir={tmp_path}", "evaluation=none", "method=random")["folder"]
-    out = export(run_folder, "trl", tmp_path / "out")
-    exported = [json.loads(line) for line in (out / "train.jsonl").read_text("utf-8").splitlines()]
-    assert len(exported) == 3 and all(row["messages"] in turns for row in exported)
 
 
 def test_the_same_selection_is_made_once_with_and_without_evaluation(run, tmp_path: Path):
@@ -293,3 +251,43 @@ def test_a_job_sets_the_size_of_its_coreset_once():
     check_size(["method=staff", "pruning_rate=null", "budget_tokens=900", "budget=null"])
     with pytest.raises(UserError, match=r"pruning_rate=0.5 and budget_tokens=900 both set the size of the coreset"):
         check_size(["pruning_rate=0.5", "method=staff", "budget_tokens=900"])
+
+
+@pytest.mark.parametrize(("size", "count"), [("budget=40", 2), ("budget_tokens=50,90", 4), ("budget=null", 10)])
+def test_a_budget_takes_the_place_of_the_rates_that_a_preset_sweeps(size: str, count: int):
+    overrides = ["experiment=table1", "method=staff,random", "seed=0", size]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=overrides[:1], return_hydra_config=True)
+    jobs = jobs_of(cfg, overrides)
+    assert len(jobs) == count
+    assert all((size == "budget=null") == any(o.startswith("pruning_rate") for o in job) for job in jobs)
+
+
+def test_a_sweep_that_sets_the_size_twice_is_refused_before_any_job():
+    sweeper = object.__new__(CasesSweeper)
+    sweeper.cases = []
+    twice = OverridesParser.create().parse_overrides(["pruning_rate=0.5,0.9", "budget=4"])
+    with pytest.raises(UserError, match=r"pruning_rate=0.5 and budget=4 both set the size"):
+        sweeper.split_arguments(twice, None)
+
+
+@pytest.mark.parametrize(("family", "dim"), [("tiny", 1024), ("gemma", 8192)])
+def test_the_twin_of_a_method_whose_settings_follow_the_family_has_them_too(family: str, dim: int):
+    names = ("method=less", "method=random_matched method@method.reference=less")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        alone, twin = (compose("config", overrides=[f"family={family}", *name.split()]).method for name in names)
+    assert alone == twin.reference and alone.dim == dim
+
+
+@pytest.mark.parametrize(("task", "count"), [("planted", 9), ("dialogsum", 7)])
+def test_an_audit_matches_groups_where_the_task_has_them_and_every_job_composes(task: str, count: int):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        overrides = ["experiment=audit", f"task={task}", "candidate=ifd", "seed=0"]
+        cfg = compose("config", overrides=overrides, return_hydra_config=True)
+        jobs = jobs_of(cfg, overrides)
+        composed = [compose("config", overrides=job) for job in jobs]
+    assert len(jobs) == count and all(cfg.candidate is None for cfg in composed)
+    matched = [cfg.method for cfg in composed if "reference" in cfg.method]
+    assert {method.reference._target_ for method in matched} == {"baselines.ifd.IFD"}
+    assert [list(method.match) for method in matched][:2] == [["length"], ["tokens"]]
+    assert [cfg.finetune.match for cfg in composed].count("steps") == 2

@@ -167,3 +167,46 @@ def test_a_field_of_several_types_is_named_where_a_table_cannot_hold_it(run, tmp
 @given(st.text())
 def test_a_cell_is_no_formula_and_gives_its_text_back(text: str):
     assert inert(text)[:1] not in ("=", "+", "-", "@", "\t", "\r") and original(inert(text)) == text
+
+
+def row(number: int) -> dict[str, Any]:
+    return {"question": f"What is {number} plus {number}?", "answer": f"It is {2 * number}.", "id": f"r{number}"}
+
+
+def write(folder: Path, train: list[dict[str, Any]]) -> None:
+    for name, rows in (("train", train), ("test", [row(900)])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_exported_rows_are_those_of_the_file_with_all_fields_and_their_numbers(run, tmp_path: Path):
+    from experiments.export import export
+
+    rows = [
+        {**row(number // 2), "source": f"book {number}", "nested": {"n": [number, None]}} for number in range(40)
+    ]
+    write(tmp_path, rows)
+    data = [
+        f"task.data_dir={tmp_path}",
+        "task.prompt='{question}'",
+        "task.answer=' {answer}'",
+        "task.train_limit=40",
+    ]
+    more = ["task.deduplicate=exact", "task.dev_size=5", "pruning_rate=0.5", "evaluation=none"]
+    folder = run("task=file", *data, *more, "method=random")["folder"]
+    out = export(folder, "rows", tmp_path / "out")
+    table = pd.read_csv(out / "rows.csv")
+    exported = [json.loads(line) for line in (out / "train.jsonl").read_text("utf-8").splitlines()]
+    assert len(table) == 7 and exported == [rows[number - 1] for number in table["row"]]
+    chosen = pd.read_csv(folder / "coreset.csv")
+    assert table["id"].tolist() == chosen["id"].tolist()
+
+
+def test_exported_conversations_are_messages(run, tmp_path: Path):
+    from experiments.export import export
+
+    turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(12)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": some}) + "\n" for some in turns))
+    run_folder = run("task=file", f"task.data_dir={tmp_path}", "evaluation=none", "method=random")["folder"]
+    out = export(run_folder, "trl", tmp_path / "out")
+    exported = [json.loads(line) for line in (out / "train.jsonl").read_text("utf-8").splitlines()]
+    assert len(exported) == 3 and all(row["messages"] in turns for row in exported)

@@ -25,9 +25,10 @@ from experiments.report import (
 )
 from experiments.report.__main__ import left_over, write
 from experiments.report.records import collect
+from staff.data.task import Sample
 from staff.errors import UserError
 from staff.evaluation.floors import best_constant, candidates, specificity, warnings, with_floors
-from staff.evaluation.metrics import NAMED, named_metric
+from staff.evaluation.metrics import NAMED, check_metrics, measure, named_metric
 from staff.evaluation.metrics.rouge import rouge_l_matrix
 
 ROWS = [json.loads(line) for line in (ROOT / "staff/assets/dialogsum/test.jsonl").open()]
@@ -197,3 +198,46 @@ def test_floors_split_the_score_of_each_method_and_name_the_best_constant(real: 
     assert packed.read_text().splitlines()[:-1] == file.read_text().splitlines()[:-1], (
         "tables do as well as folders"
     )
+
+
+@pytest.mark.parametrize(
+    ("metric", "text", "instead"),
+    [
+        ("rougeL", "Бүгін ауа райы жылы болады.", "rougeL_intl"),
+        ("rouge1", "今天天气很暖和。", "rouge1_zh"),
+        ("rouge2", "नमस्ते दुनिया", "rouge2_intl"),
+        ("rougeL", "Café crème: ça va très bien", "rougeL_intl"),
+        ("rougeL_zh", "今日はとても暖かいです。", "rougeL_char"),
+        ("rougeL_intl", "วันนี้อากาศอบอุ่น", "rougeL_char"),
+        ("rougeL", "The café in Zürich opens early in the morning.", None),
+        ("rougeL", "3.5 + 4 = 7.5 (42 %)", None),
+        ("rougeL", "SHOUTING ABOUT NOTHING", None),
+        ("rougeL_zh", "今天天气 很暖和 in Paris 吗", None),
+        ("rougeL_intl", "오늘은 날씨가 매우 따뜻합니다", None),
+        ("bleu", "今天天气很暖和。", "chrf"),
+        ("bleu", "今日はとても暖かいです。", "chrf"),
+        ("bleu", "コーヒー", "chrf"),
+        ("bleu", "วันนี้อากาศอบอุ่น", "chrf"),
+        ("bleu", "Бүгін ауа райы жылы болады.", None),
+        ("bleu", "오늘은 날씨가 매우 따뜻합니다", None),
+        ("chrf", "今天天气很暖和。", None),
+        ("chrf", "Бүгін ауа райы жылы болады.", None),
+    ],
+)
+def test_a_metric_that_cannot_read_the_references_script_is_refused_with_one_that_can(metric, text, instead):
+    samples = [Sample("a", "?", "y", ("y",)), Sample("b7", "?", text, ("y", text))]
+    if instead is None:
+        check_metrics([metric], samples)
+        if len(text.split()) > 3:
+            assert measure([named_metric(metric)], [text], [(text,)])[0][metric] == pytest.approx(100)
+        return
+    with pytest.raises(UserError, match=rf"task\.metrics {metric} cannot compare .*'b7': take {instead} instead"):
+        check_metrics([metric], samples)
+    check_metrics([instead], samples)
+    assert measure([named_metric(instead)], [text], [(text,)])[0][instead] == pytest.approx(100)
+
+
+def test_a_metric_is_refused_by_all_letters_of_the_references_and_not_by_one_name_in_one_of_them():
+    samples = [Sample(f"{i}", "?", "in the morning", ("in the morning",)) for i in range(9)]
+    check_metrics(["rougeL"], [*samples, Sample("b7", "?", "Zoë", ("Zoë",))])
+    check_metrics(["rougeL"], [])

@@ -22,6 +22,7 @@ from support.tiny import composed
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.runtime import hub as client
+from staff.runtime import patience
 
 TINY = ROOT / "staff/assets/tiny"
 NAME = "somebody/tiny"
@@ -191,7 +192,7 @@ def test_no_stage_is_charged_for_a_download_and_a_slow_one_has_a_line(hub: Hub, 
     from staff.store.cost import Meter
 
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(client, "QUIET", 0.5)
+    monkeypatch.setattr(patience, "QUIET", 0.5)
     hub.faults = [Fault("GET .*safetensors", delay=1.5)]
     with Meter() as meter:
         ModelSpec(NAME).repository.fetch([WEIGHTS])

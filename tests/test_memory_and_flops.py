@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -217,3 +219,27 @@ def test_fine_tuning_leaves_it_out(seen: set[bool], tmp_path: Path):
 def test_generation_leaves_it_out(seen: set[bool]):
     generate(TINY.load(), TINY.tokenizer(), [[5, 6], [7]], max_new_tokens=2, batch_tokens=None)
     assert seen == {False} and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+HOLDS = """
+import mmap
+from staff.store.cost import Meter
+
+def hold(megabytes):
+    with mmap.mmap(-1, megabytes << 20) as memory:
+        for page in range(0, len(memory), mmap.PAGESIZE):
+            memory[page] = 1
+
+with Meter() as large:
+    hold(120)
+with Meter() as small, small.paused():
+    hold(120)
+print(large.cost.peak_memory_bytes - small.cost.peak_memory_bytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+def test_peak_memory_is_that_of_the_block_without_its_pauses():
+    """In a process of its own, and past its allocator: what others have left behind in either is no part of it."""
+    difference = subprocess.run([sys.executable, "-c", HOLDS], capture_output=True, text=True, check=True).stdout
+    assert 100e6 < int(difference) < 140e6

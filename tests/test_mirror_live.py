@@ -13,6 +13,7 @@ from support.records import pages, stages_of, table_of
 
 from staff.errors import UserError
 from staff.evaluation.stage import Generate
+from staff.tracking.mirror import check
 
 pytestmark = pytest.mark.usefixtures("a_user_who_is_not_logged_in")
 
@@ -153,3 +154,28 @@ def test_scores_are_histograms_and_the_overhead_a_table_by_stage(twice, resumed)
     assert histogram["_type"] == "histogram" and sum(histogram["values"]) == len(scores)
     overhead = table_of(resumed, "overhead_stages")
     assert overhead["seconds"].sum() == pytest.approx(twice["overhead"]["seconds"])
+
+
+@pytest.mark.parametrize("tags", ["pilot", [""], ["x" * 65], 7])
+def test_tags_that_wandb_would_refuse_are_refused_beforehand(tags):
+    with pytest.raises(UserError, match=r"tracking\.tags=.* must be a list of tags"):
+        check({"mode": "auto", "tags": tags})
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (
+            "502: <!DOCTYPE html>\n<html><head><title>Bad\n Gateway</title></head>\n<body>x</body>",
+            "502: Bad Gateway",
+        ),
+        (r'upload: "\u003chtml\u003e\n\u003cbody\u003eblocked"', 'upload: "a page of HTML'),
+        ("a < b\nmore", "a < b"),
+        ("x" * 999, "x" * 200),
+        ("", ""),
+    ],
+)
+def test_a_page_of_a_proxy_or_server_is_one_short_line(said: str, line: str):
+    from staff.tracking.pages import sentence
+
+    assert sentence(ValueError(said)) == f"ValueError: {line}".removesuffix(": ")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import vectors
 from safetensors.numpy import load_file
-from support.golden import recorded
 from support.tiny import SETTINGS, pool_of_sums, random_model
 
 from baselines.el2n import EL2N
@@ -22,7 +22,7 @@ from staff.scoring.passes import score_samples
 from staff.scoring.positions import Positions
 from staff.scoring.stage import Score, ScoringSettings
 from staff.selection import Coreset
-from staff.signals import NAMED, named
+from staff.signals import NAMED, named, named_all
 from staff.signals.effort import Effort
 from staff.signals.el2n import el2n_scores
 from staff.signals.embedding import Embedding
@@ -199,7 +199,7 @@ def test_what_one_method_asked_another_reads(tmp_path: Path):
 
 
 def test_el2n_equals_the_recorded_values() -> None:
-    golden = recorded("el2n")["a"]
+    golden = vectors("el2n")["a"]
     logits, labels = torch.from_numpy(golden["logits"]), torch.from_numpy(golden["labels"])
     predictions, answers = Positions.of_predictions(labels), Positions.of_answers(labels)
     standard = el2n_scores(predictions.gather(logits)[0], predictions)
@@ -278,3 +278,29 @@ def test_signals_of_answers_are_means_over_their_tokens(likely_model, samples: T
 def test_a_name_is_the_signals_own():
     for name in NAMED:
         assert named(name).name == name and isinstance(type(named(name)).version, int)
+
+
+@pytest.mark.parametrize(
+    ("ask", "sentence"),
+    [
+        (lambda: named("grand"), "signal='grand' is unknown: choose one of effort, el2n, loss, nll, embedding"),
+        (lambda: named("loss", variant="raw"), "signal 'loss' has no option 'variant': it has prompt, text"),
+        (lambda: EL2N("raw"), "variant='raw' of the signal 'el2n': choose standard or official"),
+        (lambda: Effort("all"), "gradient='all' is unknown: choose last_v_b, all_lora, all_linear"),
+        (lambda: Effort(fresh_adapter={"rank": 2}), "must have rank, alpha and targets"),
+        (
+            lambda: Effort("all_linear", {"rank": 2, "alpha": 4, "targets": "all-linear"}),
+            "gradient=all_linear .*: leave out fresh_adapter",
+        ),
+        (lambda: Loss(text="prompt"), "text='prompt' of the signal 'loss' is unknown: choose answer or all"),
+        (lambda: Embedding(pooling="max"), "pooling='max' of the signal 'embedding': choose answer_mean"),
+    ],
+)
+def test_an_unknown_signal_or_option_is_refused_with_the_choices(ask: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        ask()
+
+
+def test_options_of_several_signals_reach_those_that_have_them() -> None:
+    loss, error = named_all(["loss", EL2N()], {"prompt": False, "variant": "official"})
+    assert (loss, error) == (Loss(prompt=False), EL2N("official"))

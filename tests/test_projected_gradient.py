@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.golden import recorded
+from conftest import vectors
 from support.tiny import adapted, random_model, tiny_pool
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from staff.training.stage import Finetune, read_learning_rates
 # ---------------------------------------------------------------- projected gradients
 
 
-ADAM = [case for case in recorded("less") if case.startswith("less_adam")]
+ADAM = [case for case in vectors("less") if case.startswith("less_adam")]
 
 
 def samples(n: int = 5) -> TokenizedSamples:
@@ -143,7 +143,7 @@ def test_random_words_are_those_of_splitmix_from_wherever_they_are_read():
 
 @pytest.mark.parametrize("case", ADAM)
 def test_adams_direction_is_that_of_the_released_code(case: str):
-    vectors = {name: torch.tensor(recorded("less")[case][name]) for name in ("grad", "m", "v", "adam")}
+    vectors = {name: torch.tensor(vectors("less")[case][name]) for name in ("grad", "m", "v", "adam")}
     direction = adam_direction(vectors["grad"], vectors["m"], vectors["v"])
     torch.testing.assert_close(direction, vectors["adam"], rtol=1e-6, atol=1e-6)
 

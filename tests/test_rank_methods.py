@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.any_pool import AnyPool, select
-from support.golden import recorded
 
 from baselines import facility_location as facility
 from baselines.facility_location import (
@@ -26,7 +26,7 @@ from staff.errors import UserError
 
 # ---------------------------------------------------------------- length, perplexity and IFD
 
-PERPLEXITY, DIFFICULTY = recorded("perplexity"), recorded("ifd")
+PERPLEXITY, DIFFICULTY = vectors("perplexity"), vectors("ifd")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_an_answer_of_no_loss_without_its_prompt_is_refused_by_its_id():
 # ---------------------------------------------------------------- facility location
 
 
-KERNELS = recorded("facility_location")
+KERNELS = vectors("facility_location")
 PLAIN = [case for case in KERNELS if "superfiltering" not in case]
 
 

@@ -18,10 +18,8 @@ import pytest
 from conftest import ROOT
 from support.records import RATES, copied, grid, invented, only_context, write_runs
 
-from experiments.campaign import pack
-from experiments.recorded import recorded_runs
 from experiments.report import figures, overview, performance, supplementary, verdicts
-from experiments.report.__main__ import left_over, main, summary, write
+from experiments.report.__main__ import left_over, main, write
 from experiments.report.comparisons import mean, pairs
 from experiments.report.contrasts import parse, registered
 from experiments.report.figures import pareto
@@ -306,23 +304,3 @@ def test_the_same_records_give_the_same_files(real: Path, tmp_path: Path):
     second = dict(written())
     assert [name for name in first if first[name] != second.get(name)] == []
     assert left_over(tmp_path) == [stale]
-
-
-def test_a_report_of_a_packed_campaign_is_that_of_its_run_folders(real: Path, tmp_path: Path):
-    grid(real, tmp_path / "folders", {"raw": -5, "full": 0, "random": -2, "staff": 3}, seeds=2)
-    copied(real, tmp_path / "folders", "staff", 0.5, (0, 0), np.full(8, 30.0), config__method__num_regions=20)
-    pack(recorded_runs(tmp_path / "folders"), tmp_path / "tables")
-    texts, reports = [], []
-    for results in (tmp_path / "folders", tmp_path / "tables"):
-        texts.append(summary(table := collect(results)))
-        write(results, table)
-        files = [
-            results / "metrics.csv",
-            results / "report.html",
-            *results.glob("tables/*"),
-            *results.glob("*/*.svg"),
-        ]
-        named = {file.relative_to(results): file.read_text().replace(str(results), "RESULTS") for file in files}
-        reports.append({name: re.sub(r"base64,[\w+/=]+", "", text) for name, text in named.items()})
-    assert texts[0] == texts[1]
-    assert len(reports[0]) > 20 and [name for name in reports[0] if reports[0][name] != reports[1].get(name)] == []

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from support.records import copied, only_context
 
+from experiments.report import performance
+from experiments.report.comparisons import mean
 from experiments.report.statistics import (
     Difference,
     holm,
@@ -235,3 +240,25 @@ def test_regions_are_alike_where_both_models_rank_alike_and_by_chance_where_noth
     shifted = region_similarity(np.arange(10.0), np.array([*range(1, 10), 0.0]), 2)
     assert shifted["same region"] == 0.8 and shifted["mean overlap"] == pytest.approx(4 / 6)
     assert region_similarity(np.ones(5), small[:5], 3)["Spearman"] != 1
+
+
+def test_variance_is_split_where_the_grid_has_both_seeds(real: Path, tmp_path: Path):
+    rng = np.random.default_rng(3)
+    for selection, chance in enumerate(rng.normal(0, 3, size=4)):
+        for finetune in range(3):
+            answers = np.full(5, 20 + chance + rng.normal(0, 0.01))
+            copied(real, tmp_path, "staff", 0.5, (selection, finetune), answers)
+    context = only_context(tmp_path)
+    table = performance.variance(context)
+    assert table is not None and table.cells.loc[0, "grid"] == "4 x 3"
+    assert float(table.cells.loc[0, "selection"]) > 1 and float(table.cells.loc[0, "fine-tuning"]) < 0.1
+    found = mean(context, "staff", 0.5)
+    assert found and found.units == 3, "runs that share a coreset, or a fine-tuning seed, are no independent draws"
+
+
+def test_the_interval_of_a_grid_knows_of_fine_tuning_though_no_selection_differs(real: Path, tmp_path: Path):
+    for selection in range(3):
+        for finetune, result in enumerate((24.0, 26.0, 25.0)):
+            copied(real, tmp_path, "staff", 0.5, (selection, finetune), np.full(5, result))
+    found = mean(only_context(tmp_path), "staff", 0.5)
+    assert found and (found.value, found.half) == pytest.approx((25.0, t_interval([24.0, 26.0, 25.0])[1]))

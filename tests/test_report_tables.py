@@ -22,7 +22,6 @@ from experiments.report.comparisons import mean, of_finetuning, pairs
 from experiments.report.figures import overlap
 from experiments.report.records import collect, contexts
 from experiments.report.settings import told_apart, variants
-from experiments.report.statistics import t_interval
 from experiments.report.supplementary import similarity
 from staff.tracking import write_record
 
@@ -241,28 +240,6 @@ def test_measured_and_estimated_ratios_are_kept_apart(real: Path, tmp_path: Path
     assert table.cells.loc[0, ["STR", "STR, estimated"]].tolist() == ["0.500", "~3.00"]
     said = summary(collect(tmp_path))
     assert "1.75" not in said and "0.500" in said and "3.000" in said
-
-
-def test_variance_is_split_where_the_grid_has_both_seeds(real: Path, tmp_path: Path):
-    rng = np.random.default_rng(3)
-    for selection, chance in enumerate(rng.normal(0, 3, size=4)):
-        for finetune in range(3):
-            answers = np.full(5, 20 + chance + rng.normal(0, 0.01))
-            copied(real, tmp_path, "staff", 0.5, (selection, finetune), answers)
-    context = only_context(tmp_path)
-    table = performance.variance(context)
-    assert table is not None and table.cells.loc[0, "grid"] == "4 x 3"
-    assert float(table.cells.loc[0, "selection"]) > 1 and float(table.cells.loc[0, "fine-tuning"]) < 0.1
-    found = mean(context, "staff", 0.5)
-    assert found and found.units == 3, "runs that share a coreset, or a fine-tuning seed, are no independent draws"
-
-
-def test_the_interval_of_a_grid_knows_of_fine_tuning_though_no_selection_differs(real: Path, tmp_path: Path):
-    for selection in range(3):
-        for finetune, result in enumerate((24.0, 26.0, 25.0)):
-            copied(real, tmp_path, "staff", 0.5, (selection, finetune), np.full(5, result))
-    found = mean(only_context(tmp_path), "staff", 0.5)
-    assert found and (found.value, found.half) == pytest.approx((25.0, t_interval([24.0, 26.0, 25.0])[1]))
 
 
 def test_runs_that_answered_other_test_samples_stand_in_tables_of_their_own(real: Path, tmp_path: Path):

@@ -22,7 +22,7 @@ from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.scoring.passes import score_samples
 from staff.scoring.signal import Signal
-from staff.signals import el2n, named, named_all
+from staff.signals import el2n
 from staff.signals.effort import Effort
 from staff.signals.el2n import EL2N
 from staff.signals.embedding import Embedding
@@ -250,32 +250,6 @@ def test_a_score_that_is_not_finite_is_refused_with_the_sample_named(signal: Any
     samples.row(7)[-1] = BROKEN_TOKEN
     with pytest.raises(UserError, match=r"'s7'.*not finite"):
         score(model, samples, signal)
-
-
-@pytest.mark.parametrize(
-    ("ask", "sentence"),
-    [
-        (lambda: named("grand"), "signal='grand' is unknown: choose one of effort, el2n, loss, nll, embedding"),
-        (lambda: named("loss", variant="raw"), "signal 'loss' has no option 'variant': it has prompt, text"),
-        (lambda: EL2N("raw"), "variant='raw' of the signal 'el2n': choose standard or official"),
-        (lambda: Effort("all"), "gradient='all' is unknown: choose last_v_b, all_lora, all_linear"),
-        (lambda: Effort(fresh_adapter={"rank": 2}), "must have rank, alpha and targets"),
-        (
-            lambda: Effort("all_linear", {"rank": 2, "alpha": 4, "targets": "all-linear"}),
-            "gradient=all_linear .*: leave out fresh_adapter",
-        ),
-        (lambda: Loss(text="prompt"), "text='prompt' of the signal 'loss' is unknown: choose answer or all"),
-        (lambda: Embedding(pooling="max"), "pooling='max' of the signal 'embedding': choose answer_mean"),
-    ],
-)
-def test_an_unknown_signal_or_option_is_refused_with_the_choices(ask: Any, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        ask()
-
-
-def test_options_of_several_signals_reach_those_that_have_them() -> None:
-    loss, error = named_all(["loss", EL2N()], {"prompt": False, "variant": "official"})
-    assert (loss, error) == (Loss(prompt=False), EL2N("official"))
 
 
 def test_signals_of_one_pass_differentiate_by_the_same_parameters() -> None:

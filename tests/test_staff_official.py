@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import vectors
 from scipy.stats import spearmanr
 from support.any_pool import AnyPool, method_named, select
-from support.golden import recorded
 
 from baselines.staff_official import StaffOfficial, min_max
 from staff import ArrayPool
@@ -21,7 +21,7 @@ from staff.speculative import Staff, fitted_exponent
 # ---------------------------------------------------------------- the authors' code
 
 
-VECTORS = recorded("staff")
+VECTORS = vectors("staff")
 OFFICIAL: Any = method_named("staff_official")
 
 

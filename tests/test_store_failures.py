@@ -13,7 +13,7 @@ from support.processes import KILLED_WHILE_WRITING, Clock, Job, flip_a_bit, neve
 
 from staff.errors import UserError
 from staff.store import cost
-from staff.store.attempts import failed_attempts
+from staff.store.cost import failed_attempts
 from staff.store.store import Store
 
 SCORES, AGAIN = Job({"seed": 0}), Job({"seed": 0}, never)
@@ -105,7 +105,7 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next_run_whatever_t
 
 
 def test_attempts_that_led_to_nothing_are_recorded_apart_from_the_cost(store, tmp_path, monkeypatch):
-    script = "from staff.store import attempts\nattempts.BEAT = 0.05\n" + KILLED_WHILE_WRITING
+    script = "from staff.store import cost\ncost.BEAT = 0.05\n" + KILLED_WHILE_WRITING
     with run(script, store.root, tmp_path / "started") as process:
         wait_for(tmp_path / "started")
         (file,) = (store.root / "attempts").glob("*.json")
@@ -235,3 +235,21 @@ def test_an_error_of_another_place_is_not_blamed_on_the_store(store, error):
     with pytest.raises(OSError) as raised:
         store.get(Job({"seed": 0}, work))
     assert raised.value is error
+
+
+def test_a_disk_that_is_full_when_the_record_is_written_costs_nothing_that_was_computed(run):
+    folder = run("method=random", "evaluation=none")["folder"]
+    (folder / "metrics.json").unlink()
+    (folder / "samples.parquet").unlink()
+    (folder / "samples.parquet").symlink_to("/dev/full")
+    with pytest.raises(UserError) as refused:
+        run("method=random", "evaluation=none")
+    assert str(refused.value) == (
+        f"the record of the run cannot be written to {folder} (No space left on device): make room, or name "
+        "another results_dir; everything computed is stored, and the same command writes the record."
+    )
+    assert not (folder / "metrics.json").exists()
+    (folder / "samples.parquet").unlink()
+    again = run("method=random", "evaluation=none")
+    assert not any(stage["computed"] for stage in again["overhead"]["stages"])
+    assert not (folder / "failure.txt").exists()

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from support.processes import (
     PARALLEL,
     check_left_behind,
@@ -27,8 +25,8 @@ from support.processes import (
 
 from experiments.report import means
 from experiments.report.__main__ import main as report
-from experiments.sweep import FOLDER, end, jobs_of, name
-from hydra_plugins.staff_sweeper import CasesSweeper, in_cases
+from experiments.sweep import FOLDER, end, name
+from hydra_plugins.staff_sweeper import in_cases
 from staff.errors import UserError
 from staff.tracking import write_record
 
@@ -185,46 +183,6 @@ def test_a_sweep_in_cases_runs_every_case_with_every_value_of_its_parameters():
     assert in_cases(jobs, []) == jobs
     with pytest.raises(UserError, match=r"cases names <model>: set hydra.sweeper.params.model"):
         in_cases(jobs, ["method=<model>"])
-
-
-@pytest.mark.parametrize(("size", "count"), [("budget=40", 2), ("budget_tokens=50,90", 4), ("budget=null", 10)])
-def test_a_budget_takes_the_place_of_the_rates_that_a_preset_sweeps(size: str, count: int):
-    overrides = ["experiment=table1", "method=staff,random", "seed=0", size]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=overrides[:1], return_hydra_config=True)
-    jobs = jobs_of(cfg, overrides)
-    assert len(jobs) == count
-    assert all((size == "budget=null") == any(o.startswith("pruning_rate") for o in job) for job in jobs)
-
-
-def test_a_sweep_that_sets_the_size_twice_is_refused_before_any_job():
-    sweeper = object.__new__(CasesSweeper)
-    sweeper.cases = []
-    twice = OverridesParser.create().parse_overrides(["pruning_rate=0.5,0.9", "budget=4"])
-    with pytest.raises(UserError, match=r"pruning_rate=0.5 and budget=4 both set the size"):
-        sweeper.split_arguments(twice, None)
-
-
-@pytest.mark.parametrize(("family", "dim"), [("tiny", 1024), ("gemma", 8192)])
-def test_the_twin_of_a_method_whose_settings_follow_the_family_has_them_too(family: str, dim: int):
-    names = ("method=less", "method=random_matched method@method.reference=less")
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        alone, twin = (compose("config", overrides=[f"family={family}", *name.split()]).method for name in names)
-    assert alone == twin.reference and alone.dim == dim
-
-
-@pytest.mark.parametrize(("task", "count"), [("planted", 9), ("dialogsum", 7)])
-def test_an_audit_matches_groups_where_the_task_has_them_and_every_job_composes(task: str, count: int):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        overrides = ["experiment=audit", f"task={task}", "candidate=ifd", "seed=0"]
-        cfg = compose("config", overrides=overrides, return_hydra_config=True)
-        jobs = jobs_of(cfg, overrides)
-        composed = [compose("config", overrides=job) for job in jobs]
-    assert len(jobs) == count and all(cfg.candidate is None for cfg in composed)
-    matched = [cfg.method for cfg in composed if "reference" in cfg.method]
-    assert {method.reference._target_ for method in matched} == {"baselines.ifd.IFD"}
-    assert [list(method.match) for method in matched][:2] == [["length"], ["tokens"]]
-    assert [cfg.finetune.match for cfg in composed].count("steps") == 2
 
 
 # ---------------------------------------------------------------- what fails says so in one line

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.any_pool import AnyPool, chosen, pool_of, select
-from support.golden import recorded
 
 from baselines import less as less
 from baselines import tsds as tsds
@@ -34,7 +34,7 @@ from staff.errors import UserError
 # ---------------------------------------------------------------- LESS
 
 
-LESS_VECTORS = recorded("less")
+LESS_VECTORS = vectors("less")
 MATCHING, ADAM, PROJECTIONS = (
     [case for case in LESS_VECTORS if case.startswith(f"less_{name}")] for name in ("match", "adam", "proj")
 )
@@ -197,7 +197,7 @@ def test_gradients_that_are_not_finite_are_refused():
 # ---------------------------------------------------------------- TSDS
 
 
-TSDS_VECTORS = recorded("tsds")
+TSDS_VECTORS = vectors("tsds")
 
 
 @pytest.mark.parametrize("case", TSDS_VECTORS)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from support.any_pool import AnyPool, chosen, select
-from support.golden import recorded
 
 from baselines.cartography import (
     STATISTICS,
@@ -29,7 +29,7 @@ from staff.selection import Draws
 # ---------------------------------------------------------------- S2L
 
 
-S2L_VECTORS = recorded("s2l")
+S2L_VECTORS = vectors("s2l")
 every_case = pytest.mark.parametrize("case", S2L_VECTORS)
 
 
@@ -189,7 +189,7 @@ def test_squared_distances_are_right_and_exactly_zero_between_equal_rows(points:
 # ---------------------------------------------------------------- data maps
 
 
-VECTORS = recorded("cartography")
+VECTORS = vectors("cartography")
 MAPS, EVENTS, AUM = (
     [case for case in VECTORS if case.startswith(name)] for name in ("cartography", "forgetting", "aum")
 )

@@ -129,8 +129,7 @@ def unfinished(results: Path) -> tuple[list[str], list[str]]:
     return failures, [job for job in expected if job not in done and job not in failed]
 
 
-@pipeable
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="staff-report", description=__doc__)
     parser.add_argument(
         "--results", type=Path, default=Path("results"), help="folder with runs/ or the tables of a campaign"
@@ -156,7 +155,12 @@ def main() -> None:
         "--browse", type=Path, metavar="RUN", help="write a page of the samples that RESULTS/runs/NAME chose from"
     )
     parser.add_argument("--output", type=Path, help="the file of --browse; RUN/browse.html without it")
-    arguments = parser.parse_args()
+    return parser
+
+
+@pipeable
+def main() -> None:
+    arguments = _parser().parse_args()
     try:
         if arguments.output and not arguments.browse:
             raise UserError("--output is given without --browse: name a run to browse, or leave it out.")

@@ -263,20 +263,31 @@ def tokenize(
         while some := list(islice(left, BLOCK)):
             pieces = [pieces_of(sample) for sample in some]
             several |= every and any(sum(piece.answer for piece in of_one) > 1 for of_one in pieces)
-            tokens = iter(_tokens([piece.text for of_one in pieces for piece in of_one], tokenizer))
-            rows, prompt_lengths, masks = [], [], []
-            for of_one in pieces:
-                parts = [next(tokens) + [end] * piece.ends for piece in of_one]
-                parts[0] = begin + parts[0]
-                rows.append(np.array([token for part in parts for token in part], dtype=np.int32))
-                prompt_lengths.append(len(rows[-1]) - len(parts[-1]))
-                if every:
-                    answers = [piece.answer for piece in of_one]
-                    masks.append(np.repeat(answers, [len(part) for part in parts]))
-            ids = [sample.id for sample in some]
-            blocks.append(TokenizedSamples.of_rows(ids, rows, prompt_lengths, len(begin), masks if every else None))
+            blocks.append(_block([sample.id for sample in some], pieces, tokenizer, begin, end, every))
             bar.update(len(some))
     return _joined(blocks, labelled=several)
+
+
+def _block(
+    ids: Sequence[str],
+    pieces: Sequence[Sequence[Piece]],
+    tokenizer: Any,
+    begin: list[int],
+    end: int,
+    every: bool,
+) -> TokenizedSamples:
+    """Samples from the pieces of each; `every`: all answers have labels, not the last alone."""
+    # Not verbose, since `fitting` reports what is too long.
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    tokens = iter(tokenizer([piece.text for of_one in pieces for piece in of_one], **options)["input_ids"])
+    rows, prompt_lengths, masks = [], [], []
+    for of_one in pieces:
+        parts = [next(tokens) + [end] * piece.ends for piece in of_one]
+        parts[0] = begin + parts[0]
+        rows.append(np.array([token for part in parts for token in part], dtype=np.int32))
+        prompt_lengths.append(len(rows[-1]) - len(parts[-1]))
+        masks.append(np.repeat([piece.answer for piece in of_one], [len(part) for part in parts]))
+    return TokenizedSamples.of_rows(ids, rows, prompt_lengths, len(begin), masks if every else None)
 
 
 def _joined(blocks: Sequence[TokenizedSamples], labelled: bool) -> TokenizedSamples:
@@ -289,8 +300,3 @@ def _joined(blocks: Sequence[TokenizedSamples], labelled: bool) -> TokenizedSamp
         blocks[0].begin,
         np.concatenate([block.labelled for block in blocks if block.labelled is not None]) if labelled else None,
     )
-
-
-def _tokens(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each text, without special tokens; not verbose, since `fitting` reports what is too long."""
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]

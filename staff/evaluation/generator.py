@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -110,13 +110,17 @@ def generate(
     for others in processes.all_gather(answers):
         answers |= others
     if meter is not None:
-        from staff.models.flops import forward_flops
-
-        # The last generated token is not processed.
-        processed = [len(prompts[i]) + answer.generated - 1 for i, answer in answers.items()]
-        generated = [answer.generated for answer in answers.values()]
-        meter.add(forward_flops(base.config, processed, generated), tokens_forward=sum(processed))
+        _count(meter, base.config, prompts, answers)
     return [answers[i].tokens for i in range(len(prompts))]
+
+
+def _count(meter: Meter, config: Any, prompts: Sequence[Sequence[int]], answers: Mapping[int, Answer]) -> None:
+    from staff.models.flops import forward_flops
+
+    # The last generated token is not processed.
+    processed = [len(prompts[i]) + answer.generated - 1 for i, answer in answers.items()]
+    generated = [answer.generated for answer in answers.values()]
+    meter.add(forward_flops(config, processed, generated), tokens_forward=sum(processed))
 
 
 @contextmanager

@@ -106,11 +106,8 @@ def score_samples(
     # Longest first, so that memory runs out in the first batch, if at all.
     order = processes.shard(np.argsort(-samples.lengths, kind="stable"))
     budget = 1 if one_at_a_time else batch_tokens or default_batch_tokens(model)
-    gradient = gradient_of(signals)
-    how: dict[str, Any] = {"signals": signals, "pad_token_id": pad_token_id, "moments": moments}
-    if gradient and not one_at_a_time:
-        how["layers"] = gradient_layers(model, gradient.parameters)
-    run = partial(_run_alone if one_at_a_time else _run_batch, model, **how)
+    how = {"signals": signals, "pad_token_id": pad_token_id, "moments": moments}
+    run = partial(_run_alone, model, **how) if one_at_a_time else _by_batches(model, **how)
     batches = (_in_step if is_sharded(model) else _independently)(samples, order, budget, run)
     with (
         processes.raise_on_all_ranks(apart=not is_sharded(model)),
@@ -127,7 +124,7 @@ def score_samples(
     if meter is not None:
         tokens = int(samples.lengths.sum())
         flops = scoring_flops(model, samples.lengths, samples.answer_lengths, signals, one_at_a_time)
-        meter.add(flops, tokens, tokens if gradient else 0)
+        meter.add(flops, tokens, tokens if gradient_of(signals) else 0)
     return {name: processes.all_reduce_sum(value) for name, value in values.items()}
 
 
@@ -210,6 +207,12 @@ def _refuse(values: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
         f"sample {batch.ids[bad]!r}: its {signal} is not finite; take it out, or score in float32 if the "
         f"model has a lower precision."
     )
+
+
+def _by_batches(model: Any, *, signals: Sequence[Signal], **how: Any) -> Run:
+    gradient = gradient_of(signals)
+    layers = gradient_layers(model, gradient.parameters) if gradient else None
+    return partial(_run_batch, model, signals=signals, layers=layers, **how)
 
 
 def _run_batch(

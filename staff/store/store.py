@@ -3,7 +3,7 @@
     root/<kind>/<fingerprint>/    the files of an artefact (safetensors, parquet, JSON) and its manifest.json
     root/tmp/                     artefacts that are being written
     root/locks/                   a lock file for each artefact
-    root/attempts/                stages that were started and not finished (`staff.store.attempts`)
+    root/attempts/                stages that were started and not finished (`staff.store.cost`)
     root/checkpoints/             checkpoints of long stages, to resume from
     root/samples/                 the samples of large data files, once read (`staff.data.stored`)
 
@@ -32,8 +32,7 @@ from filelock import Timeout
 from staff.errors import UserError
 from staff.runtime import processes
 from staff.runtime.files import OF_STORAGE, error_number
-from staff.store.attempts import attempt
-from staff.store.cost import Meter
+from staff.store.cost import Meter, attempt
 from staff.store.locks import Busy, check_locks_between_nodes, file_lock, turn
 from staff.store.manifest import (
     Artifact,
