@@ -138,7 +138,9 @@ def select_official(scores: np.ndarray, budget: int, method: str) -> np.ndarray:
         ties = np.argsort(by_text) if method == "optimized_json" else np.arange(len(best))
         return np.lexsort((ties, -best))[:budget]
     reduced, _, end = method.rpartition("_")
-    values = (scaled(scores.astype(np.float64)) if reduced == "normalized_mean" else scores).mean(axis=0, dtype=float)
+    values = (scaled(scores.astype(np.float64)) if reduced == "normalized_mean" else scores).mean(
+        axis=0, dtype=float
+    )
     ascending = np.argsort(values, kind="stable")
     return ascending[-budget:] if end == "max" else ascending[:budget]
 
@@ -155,7 +157,7 @@ def select_multi_task_official(
         scores: of each task, (queries, N).
         method: "max", "min" or "mean" over queries; "normalized_mean" is overwritten by "mean" there.
     """
-    reduced = np.stack([REDUCTIONS[method](task, axis=0) for task in scores])
+    reduced = np.stack([REDUCTIONS[method](task.astype(np.float64), axis=0) for task in scores])
     if aggregate == "mean_maximize":
         return best_first(reduced.mean(axis=0), budget)
     ranked = np.argsort(-reduced if method == "max" else reduced, axis=1, kind="stable")
@@ -164,5 +166,7 @@ def select_multi_task_official(
 
 def _in_turns(ranked: np.ndarray, budget: int, usable: np.ndarray) -> np.ndarray:
     if budget > ranked.shape[1]:
-        raise UserError(f"a budget of {budget} is more than the {ranked.shape[1]} samples to select from: lower it.")
+        raise UserError(
+            f"a budget of {budget} is more than the {ranked.shape[1]} samples to select from: lower it."
+        )
     return _first_of_each(ranked.T[usable.T])[:budget]
