@@ -85,8 +85,9 @@ def preference(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
 def cherry_official(scores: np.ndarray, kept: np.ndarray, count: int) -> np.ndarray:
     """Cherry's selection, ascending: the last `count` of the samples kept, by IFD and position.
 
-    The count is int(rate x samples kept), or a number; 0 selects all of them. The released code also keeps a sample that was cut and has a
-    ratio of NaN, which compares as neither lower nor higher, so that the order is that of Python's sort.
+    The count is int(rate x samples kept), or a number; 0 selects all of them. The released code also keeps a sample
+    that was cut and has a ratio of NaN, which compares as neither lower nor higher: the order is that of Python's
+    sort.
 
     Args:
         scores: IFD, (N,).
