@@ -104,7 +104,7 @@ def summary(table: pd.DataFrame) -> str:
     grouped.columns = [" ".join(column) for column in grouped.columns]
     grouped.insert(0, "runs", table.groupby(keys, dropna=False).size())
     text = grouped.astype(object).map(lambda v: "-" if pd.isna(v) else v if isinstance(v, int) else f"{v:.3f}")
-    said = f"runs are told apart by {', '.join(key.removeprefix('setting.') for key in keys)}"
+    said = f"runs differ by {', '.join(key.removeprefix('setting.') for key in keys)}"
     return f"{text.reset_index().to_string(index=False)}\n\n{said}; averaged over seeds alone."
 
 
