@@ -153,7 +153,10 @@ def main() -> None:
         "--allow-missing", action="store_true", help="a partial look: failed or missing runs are no error"
     )
     parser.add_argument(
-        "--browse", type=Path, metavar="RUN", help="write a page of the samples that RESULTS/runs/NAME chose from"
+        "--browse",
+        type=Path,
+        metavar="RUN",
+        help="write a page of the samples that a run chose from: its name in RESULTS/runs, or its folder",
     )
     parser.add_argument("--output", type=Path, help="the file of --browse; RUN/browse.html without it")
     arguments = parser.parse_args()
@@ -161,7 +164,9 @@ def main() -> None:
         if arguments.output and not arguments.browse:
             raise UserError("--output is given without --browse: name a run to browse, or leave it out.")
         if arguments.browse:
-            print(browse(arguments.browse, arguments.output))
+            by_name = len(arguments.browse.parts) == 1 and not arguments.browse.exists()
+            run = arguments.results / "runs" / arguments.browse if by_name else arguments.browse
+            print(browse(run, arguments.output))
             return
         table = collect(arguments.results)
         if table.empty:
