@@ -162,7 +162,8 @@ def forgetting_balanced_official(events: np.ndarray, labels: np.ndarray, fractio
 
 
 def margins_official(logits: np.ndarray, targets: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUM's margins, (T, N) with NaN where a sample was not seen, and their mean over the epochs seen, (N,).
+    """AUM's margins, (T, N) with NaN where a sample was not seen, and their mean over the epochs seen, (N,), NaN
+    for a sample that was never seen.
 
     Args:
         logits: (T, N, C).
@@ -174,4 +175,5 @@ def margins_official(logits: np.ndarray, targets: np.ndarray, seen: np.ndarray) 
     own = logits[:, assigned]
     rival = np.where(assigned, -np.inf, logits).max(axis=2)
     margins = np.where(seen, own - rival, np.nan)
-    return margins, np.nanmean(margins, axis=0)
+    times = np.sum(seen, axis=0)
+    return margins, np.nansum(margins, axis=0) / np.where(times, times, np.nan)

@@ -227,7 +227,18 @@ def _apricot_kernel(x: np.ndarray, metric: str) -> np.ndarray:
         distances = ((x[:, None] - x) ** 2).sum(axis=2)
         return (distances.max() - distances).astype(np.float32)
     unit = unit_rows(x)
-    return ((unit @ unit.T) ** 2).astype(np.float32)
+    squared = ((unit @ unit.T) ** 2).astype(np.float32)
+    np.fill_diagonal(squared, 1)  # of a zero vector, too
+    return squared
+
+
+def nearest_alone(kernel: np.ndarray, num_neighbors: int) -> np.ndarray:
+    """What submodlib's sparse mode makes of a kernel, (N, N): each row keeps its `num_neighbors` highest, itself
+    among them, and a pair counts where either of the two keeps it."""
+    kept = np.zeros_like(kernel)
+    highest = np.argsort(-kernel, axis=1, kind="stable")[:, :num_neighbors]
+    np.put_along_axis(kept, highest, np.take_along_axis(kernel, highest, axis=1), axis=1)
+    return np.maximum(kept, kept.T)
 
 
 def superfiltering_official(

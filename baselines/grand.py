@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_scores
 
 
@@ -41,3 +43,28 @@ class GraNd:
         options = {"parameters": self.gradient, "fresh_adapter": self.fresh_adapter}
         scores = check_scores(pool.ask("effort", of="target_tuned", **options), pool.ids, "GraNd score", minimum=0)
         return Coreset(rng.highest_first(scores)[:budget], scores={"grand": scores})
+
+
+# ---------------------------------------------------------------- as released
+
+
+def grand_official(
+    hidden: np.ndarray, logits: np.ndarray, labels: np.ndarray, batch_size: int | None = None
+) -> np.ndarray:
+    """The gradient norm of a classifier's last layer, weights and bias, (N,): EL2N times sqrt(1 + |h|^2).
+
+    Args:
+        hidden: input of the last layer, (N, d).
+        logits: (N, C).
+        labels: (N,).
+        batch_size: DeepCore differentiates the mean over a batch of so many, so that each norm is divided by the
+            size of its batch, and a short last batch scores too high; None: undivided.
+    """
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    errors = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+    errors[np.arange(len(labels)), labels] -= 1
+    norms = np.linalg.norm(errors, axis=1) * np.sqrt(1 + (hidden.astype(np.float64) ** 2).sum(axis=1))
+    if batch_size is None:
+        return norms
+    batch = np.arange(len(norms)) // batch_size
+    return norms / np.bincount(batch)[batch]

@@ -77,3 +77,57 @@ def is_kept(scores: np.ndarray, ratio: str, limit: float) -> np.ndarray:
 def preference(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """A key (N,) by which the highest comes first: the kept by descending score, then the others by ascending."""
     return np.where(kept, scores, -scores)
+
+
+# ---------------------------------------------------------------- as released
+
+
+def cherry_official(scores: np.ndarray, kept: np.ndarray, count: int) -> np.ndarray:
+    """Cherry's selection, ascending: the last `count` of the samples kept, by IFD and position.
+
+    The count is int(rate x samples kept), or a number; 0 selects all of them. The released code also keeps a sample
+    that was cut and has a ratio of NaN, which compares as neither lower nor higher: the order is that of Python's
+    sort.
+
+    Args:
+        scores: IFD, (N,).
+        kept: whether a sample was not dropped, (N,).
+    """
+    order = sorted(np.flatnonzero(kept).tolist(), key=lambda i: float(scores[i]))
+    return np.sort(order[-count:])
+
+
+def vicuna_official(scores: np.ndarray, count: int) -> np.ndarray:
+    """The selection of Cherry's scripts for Vicuna: the `count` highest kept, in this order; int(rate N) of all."""
+    kept = np.flatnonzero(is_kept(scores, "losses", 1.0))
+    return kept[np.argsort(-scores[kept], kind="stable")[:count]]
+
+
+def superfiltering_rate_official(scores: np.ndarray, rate: float, limit: float = 1.0) -> np.ndarray:
+    """Superfiltering's selection, highest first: int(52002 rate) of the samples below `limit`."""
+    kept = np.flatnonzero(is_kept(scores, "perplexities", limit))
+    return kept[np.argsort(-scores[kept], kind="stable")[: int(52002 * rate)]]
+
+
+def pre_experience_official(
+    labels: np.ndarray, perplexity: np.ndarray, count: int = 10, low: float = 1, high: float = 99
+) -> np.ndarray:
+    """What Cherry's model sees before it scores: of each cluster, evenly spread samples of middling perplexity.
+
+    A cluster of fewer than `count` is taken whole. Of the others, those within two percentiles of their perplexity,
+    every floor(n / count)-th of n, at most `count`, in the order of the file.
+
+    Args:
+        labels: the cluster of each sample, (N,), from 0.
+        perplexity: of the prompt, (N,).
+        low: percentile, linear, inclusive; the released script has 25 and 75.
+    """
+    picked = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) >= count:
+            at_least, at_most = np.percentile(perplexity[members], [low, high])
+            members = members[(perplexity[members] >= at_least) & (perplexity[members] <= at_most)]
+            members = members[:: max(len(members) // count, 1)][:count]
+        picked.append(members)
+    return np.concatenate(picked)

@@ -77,7 +77,20 @@ class Imported:
                 "give every sample of the pool one."
             )
         scores = check_scores(np.array([self.by_id[id] for id in pool.ids]), pool.ids, "imported score")
-        return Coreset(take(scores, self.which, budget, rng), scores={"imported": scores})
+        return Coreset(take(scores, self.which, budget, rng), scores={"imported": scores}, notes=degenerate(scores))
+
+
+FEWEST, MOST_ALIKE = 10, 0.9
+
+
+def degenerate(scores: np.ndarray) -> tuple[str, ...]:
+    """A sentence where a score has fewer than ten values, or one that nine samples of ten share."""
+    values, counts = np.unique(scores, return_counts=True)
+    share = counts.max() / len(scores)
+    if len(values) >= FEWEST and share < MOST_ALIKE:
+        return ()
+    have = f"{len(values)} different value{'s' if len(values) > 1 else ''}"
+    return (f"the imported score has {have}, and {share:.0%} of the samples share one: draws decide among equals.",)
 
 
 Rows = list[tuple[Any, Any]]  # ids and scores

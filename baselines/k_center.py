@@ -93,3 +93,24 @@ def _farthest(distances: np.ndarray) -> tuple[np.ndarray, tuple[float, int]]:
     order = np.argsort(-distances, kind="stable")
     window, rest = np.sort(order[:WINDOW]), order[WINDOW:]
     return window, (float(distances[rest[0]]), -int(rest[0])) if len(rest) else (-np.inf, 0)
+
+
+# ---------------------------------------------------------------- as released
+
+
+def balanced_official(points: np.ndarray, labels: np.ndarray, fraction: float, starts: np.ndarray) -> np.ndarray:
+    """DeepCore's picks with `balance`, class by class: round(fraction n) of the n samples of each.
+
+    Args:
+        points: (N, d).
+        labels: class of each, (N,).
+        starts: the first pick of each class, in the order of the classes; drawn at random there.
+    """
+    picked = []
+    for label, start in zip(np.unique(labels), starts, strict=True):
+        members = np.flatnonzero(labels == label)
+        count = round(fraction * len(members))
+        begun = np.flatnonzero(members == start)
+        picks, _ = farthest_first(points[members], begun, max(count - 1, 0))
+        picked.append(members[np.concatenate([begun, picks])[:count]])
+    return np.concatenate(picked)

@@ -13,6 +13,7 @@ then moves it up, so that its size is always exact.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -67,3 +68,21 @@ def window_from(order: np.ndarray, start: float, budget: int) -> np.ndarray:
     """`budget` entries of `order` from rank int(start N) on; fewer where the list ends before."""
     first = int(start * len(order))
     return order[first : first + budget]
+
+
+# ---------------------------------------------------------------- as released
+
+
+def ccds_official(perplexity: np.ndarray, share: float, seed: int, which: str = "top") -> np.ndarray:
+    """Positions in the order in which CCDS writes them.
+
+    The int(share N) lowest, ascending, are cut into thirds at int(0.333 m) and int(0.666 m). Each is shuffled, the
+    middle one first, and "top" begins with the first third, "mid" with the middle one.
+    """
+    ascending = np.argsort(perplexity, kind="stable")[: int(share * len(perplexity))].tolist()
+    cuts = int(0.333 * len(ascending)), int(0.666 * len(ascending))
+    first, middle, last = ascending[: cuts[0]], ascending[cuts[0] : cuts[1]], ascending[cuts[1] :]
+    draws = random.Random(seed)
+    for third in (middle, first, last):
+        draws.shuffle(third)
+    return np.array(first + middle + last if which == "top" else middle + first + last, dtype=np.int64)

@@ -15,12 +15,14 @@ they are 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from baselines.asks import Embedded, unit_rows
+from staff.errors import UserError
 from staff.selection import Coreset, Draws, ScorePool, check_choice
 
 AGGREGATES = ("round_robin", "max", "mean", "normalised_mean")
@@ -91,12 +93,80 @@ def take_turns(ranked: np.ndarray, budget: int, lose_turn: bool) -> np.ndarray:
         lose_turn: a query whose next position has been taken takes none in that round.
     """
     if lose_turn:
-        sequence = ranked.T.ravel()
-        _, first = np.unique(sequence, return_index=True)
-        return sequence[np.sort(first)[:budget]]
+        return _first_of_each(ranked.T.ravel())[:budget]
     taken: dict[int, None] = {}
     looking = [map(int, row) for row in ranked]
     while len(taken) < budget:
         for positions in looking[: budget - len(taken)]:
             taken[next(position for position in positions if position not in taken)] = None
     return np.array(list(taken))
+
+
+def _first_of_each(sequence: np.ndarray) -> np.ndarray:
+    """`sequence` without repetitions."""
+    return sequence[np.sort(np.unique(sequence, return_index=True)[1])]
+
+
+# ---------------------------------------------------------------- as released
+
+REDUCTIONS = {"max": np.max, "min": np.min, "mean": np.mean, "normalized_mean": np.mean}
+"""Over the queries of a task."""
+
+
+def select_official(scores: np.ndarray, budget: int, method: str) -> np.ndarray:
+    """Positions in the order in which `get_top_influences.py` and `get_top_optimized.py` write them.
+
+    "max" and "min": queries take turns, and one whose next sample has been taken loses its turn; "min" passes over
+    infinite scores. "mean_max" and "normalized_mean_max" come in ascending order, the highest last; "mean_min" and
+    "normalized_mean_min" are the lowest. "optimized_pkl" and "optimized_json" are the highest maxima, where equal
+    ones are ordered by position, in JSON by its decimal text.
+
+    Args:
+        scores: of each query for each sample, (Q, N); the released code divides by zero for a constant query of
+            "normalized_mean", here it is 0 for every sample.
+
+    Raises:
+        UserError: by turns, a budget above the number of samples, with which the released code fails.
+    """
+    if method in ("max", "min"):
+        ranked = np.argsort(-scores if method == "max" else scores, axis=1, kind="stable")
+        usable = np.isfinite(np.take_along_axis(scores, ranked, 1)) | (method == "max")
+        return _in_turns(ranked, budget, usable)
+    if method.startswith("optimized"):
+        best = scores.max(axis=0)
+        by_text = np.argsort(np.arange(len(best)).astype(str), kind="stable")
+        ties = np.argsort(by_text) if method == "optimized_json" else np.arange(len(best))
+        return np.lexsort((ties, -best))[:budget]
+    reduced, _, end = method.rpartition("_")
+    values = (scaled(scores.astype(np.float64)) if reduced == "normalized_mean" else scores).mean(
+        axis=0, dtype=float
+    )
+    ascending = np.argsort(values, kind="stable")
+    return ascending[-budget:] if end == "max" else ascending[:budget]
+
+
+def select_multi_task_official(
+    scores: Sequence[np.ndarray], budget: int, method: str, aggregate: str = "round_robin"
+) -> np.ndarray:
+    """Positions in the order in which `get_top_aggregated_influences.py` writes them.
+
+    Each task's scores are reduced over its queries. "round_robin": tasks take turns as queries do; those that are
+    reduced by "max" take the highest, by anything else the lowest. "mean_maximize": the highest mean over tasks.
+
+    Args:
+        scores: of each task, (queries, N).
+        method: "max", "min" or "mean" over queries; "normalized_mean" is overwritten by "mean" there.
+    """
+    reduced = np.stack([REDUCTIONS[method](task.astype(np.float64), axis=0) for task in scores])
+    if aggregate == "mean_maximize":
+        return best_first(reduced.mean(axis=0), budget)
+    ranked = np.argsort(-reduced if method == "max" else reduced, axis=1, kind="stable")
+    return _in_turns(ranked, budget, np.ones(ranked.shape, dtype=bool))
+
+
+def _in_turns(ranked: np.ndarray, budget: int, usable: np.ndarray) -> np.ndarray:
+    if budget > ranked.shape[1]:
+        raise UserError(
+            f"a budget of {budget} is more than the {ranked.shape[1]} samples to select from: lower it."
+        )
+    return _first_of_each(ranked.T[usable.T])[:budget]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -165,12 +166,29 @@ def main() -> None:
 
 def _leave(error: Exception) -> NoReturn:
     if processes.claims_error_report():
-        sentence = sweep.sentence_of(error)
+        sentence = sweep.sentence_of(_of_a_sweep(error))
         if sentence is None:
             traceback.print_exception(error)
         print(f"staff: {sentence or repr(error)}", file=sys.stderr)
         processes.report_done()
     processes.leave(1)
+
+
+def _of_a_sweep(error: Exception) -> Exception:
+    """`error`; but where the command line is wrong even as a sweep's, that fault.
+
+    An experiment may sweep without --multirun. If it cannot be composed, Hydra takes the command for a single run,
+    and complains of the first comma in place of the fault.
+    """
+    arguments = sys.argv[1:]
+    if "Ambiguous value" in str(error) and not any(argument.startswith("-") for argument in arguments):
+        with hydra.initialize_config_dir(CONF, version_base="1.3"):
+            try:
+                loader = GlobalHydra.instance().config_loader()
+                loader.load_configuration("config", arguments, RunMode.MULTIRUN, validate_sweep_overrides=False)
+            except Exception as fault:
+                return fault
+    return error
 
 
 def _quiet() -> None:

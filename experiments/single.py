@@ -255,6 +255,8 @@ class Run:
     def carry_out(self) -> Outcome:
         """Run every stage, or read it."""
         chosen, coreset = self.select()
+        for note in coreset.notes:
+            log.info("%s: %s", self.name, note)
         if (evaluation := self.evaluation) is None:
             return Outcome(chosen, coreset)
         tuning = self.finetuning(coreset)

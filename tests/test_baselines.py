@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from support.any_pool import DrawnPool, select
 from baselines.ccs import CCS
 from baselines.d2 import D2
 from baselines.el2n import EL2N
-from baselines.grand import GraNd
+from baselines.grand import GraNd, grand_official
 from baselines.neighbours import nearest_neighbours
 from baselines.random import Random
 from baselines.random_matched import RandomMatched
@@ -313,3 +314,19 @@ def test_d2_takes_zero_embeddings_and_importance_below_zero():
     features = np.zeros((20, 4))
     coreset = select(D2(), d2_pool(np.linspace(-1, 1, 20), features), 20)
     assert len(coreset.indices) == 20 and (coreset.scores["density"] > 0).all()
+
+
+def test_the_released_grand_is_the_gradient_norm_of_a_last_layer_over_the_size_of_its_batch():
+    rng = np.random.default_rng(0)
+    hidden, labels = torch.tensor(rng.normal(size=(11, 4))), torch.tensor(rng.integers(0, 3, 11))
+    weight, bias = torch.tensor(rng.normal(size=(3, 4)), requires_grad=True), torch.zeros(3, dtype=torch.float64)
+    bias.requires_grad_()
+    norms = []
+    for state, label in zip(hidden, labels):
+        loss = torch.nn.functional.cross_entropy(weight @ state + bias, label)
+        norms.append(torch.cat([g.ravel() for g in torch.autograd.grad(loss, (weight, bias))]).norm().item())
+    given = hidden.numpy(), (hidden @ weight.T + bias).detach().numpy(), labels.numpy()
+    np.testing.assert_allclose(grand_official(*given), norms, rtol=1e-12)
+    np.testing.assert_allclose(
+        grand_official(*given, batch_size=4), np.divide(norms, [4] * 8 + [3] * 3), rtol=1e-12
+    )

@@ -12,8 +12,8 @@ from support.records import Invented, invented
 
 from experiments.campaign import pack
 from experiments.report import audit
-from experiments.report.contrasts import Contrast, Outcome, parse
-from experiments.report.records import collect, contexts
+from experiments.report.contrasts import Contrast, Outcome, parse, registered
+from experiments.report.records import Context, collect, contexts
 from experiments.report.rendering import Table
 from experiments.report.seeds import Contest, Progress, nominal_levels, progress
 from experiments.report.statistics import Difference
@@ -236,6 +236,17 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "ours": (OURS, "epochs"),
     "preset": ({**OURS, "k": 9}, "epochs"),
     "twin": ({"_target_": audit.TWIN, "reference": OURS, "match": ["length"]}, "epochs"),
+    "random_matched tokens": ({"_target_": audit.TWIN, "reference": OURS, "match": ["tokens"]}, "epochs"),
+    "random_matched ccs": (
+        {"_target_": audit.TWIN, "reference": {"_target_": "a.CCS"}, "match": ["length"]},
+        "epochs",
+    ),
+    "random_matched ccs tokens": (
+        {"_target_": audit.TWIN, "reference": {"_target_": "a.CCS"}, "match": ["tokens"]},
+        "epochs",
+    ),
+    "oracle": ({"_target_": "baselines.oracle.Oracle"}, "epochs"),
+    "ccs": ({"_target_": "baselines.ccs.CCS"}, "epochs"),
     "random at steps": ({"_target_": "baselines.random.Random"}, "steps"),
     "ours at steps": (OURS, "steps"),
     "highest": ({"_target_": audit.LEFT_OUT, "reference": OURS, "out": "highest"}, "epochs"),
@@ -243,8 +254,8 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def audited(effects: Mapping[str, float], results: Path) -> list[Table]:
-    """The tables of runs with these effects by part, of three seeds."""
+def audited_contexts(effects: Mapping[str, float], results: Path) -> list[Context]:
+    """Of runs with these effects by part, of three seeds."""
     runs = {}
     for run in invented(effects, rates=(0.9,)):
         method, match = PARTS[run.about["method"]]
@@ -254,7 +265,21 @@ def audited(effects: Mapping[str, float], results: Path) -> list[Table]:
         }
         runs[run.name] = Audited(run.name, about, run.answers, run.texts, run.pool, method, match)
     pack(runs, results)
-    return [table for context in contexts(collect(results), results) for table in audit.tables(context)]
+    return contexts(collect(results), results)
+
+
+def audited(effects: Mapping[str, float], results: Path) -> list[Table]:
+    return [table for context in audited_contexts(effects, results) for table in audit.tables(context)]
+
+
+def test_by_default_a_method_meets_its_own_twin_of_matched_length_and_no_ceiling(tmp_path: Path):
+    twins = ("twin", "random_matched tokens", "random_matched ccs", "random_matched ccs tokens")
+    parts = ("random", "ours", *twins, "oracle", "ccs")
+    context = audited_contexts(dict.fromkeys(parts, 0.0), tmp_path)[0]
+    found = {(contrast.method, contrast.others) for contrast in registered(context, None)}
+    twin = "random_matched reference=Ours match=[length]"
+    assert found == {("ours", ("random",)), ("ours", ("random", "ccs")), ("ours", (twin,))}
+    assert "random_matched reference=CCS match=[tokens]" in context.variants and "oracle" in context.variants
 
 
 def test_an_audit_tells_what_is_left_of_a_gain_beyond_length_and_steps(tmp_path: Path):

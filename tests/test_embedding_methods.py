@@ -14,11 +14,11 @@ from support.any_pool import AnyPool, select
 
 import baselines.k_center as k_center
 from baselines.asks import unit_rows
-from baselines.k_center import KCenter, farthest_first
+from baselines.k_center import KCenter, balanced_official, farthest_first
 from baselines.kmeans_coverage import KMeansCoverage
 from baselines.moderate import Moderate, distances_to_median, middle_ranks
 from baselines.prototypes import Prototypes, prototype_distances
-from baselines.rds_plus import RDSPlus, best_first, scaled, take_turns
+from baselines.rds_plus import RDSPlus, best_first, select_multi_task_official, select_official, take_turns
 from staff.errors import UserError
 
 RDS, CENTERS, MODERATE, PROTOTYPES = map(vectors, ("rds_plus", "k_center", "moderate", "prototypes"))
@@ -57,27 +57,30 @@ def test_unit_rows_of_weighted_means_have_the_recorded_cosines(case: str):
     np.testing.assert_allclose(queries @ points.T, vectors["sims"], atol=1e-6)
 
 
-def expected_by(name: str, scores: np.ndarray, budget: int) -> np.ndarray:
-    """What the rule that a recorded key names selects, in its order, ties by index."""
-    if name.startswith("max"):
-        return take_turns(best_first(scores, budget), budget, lose_turn=True)
-    if name == "min":
-        return take_turns(best_first(-scores, budget), budget, lose_turn=True)
-    if name.startswith("optimized"):
-        return best_first(scores.max(0), budget)
-    mean = (scaled(scores) if name.startswith("normalized") else scores).mean(0, dtype=np.float64)
-    # The released list is ascending: the best come last, and the higher index of equals.
-    return best_first(-mean, budget) if name.endswith("min") else best_first(-mean, len(mean))[-budget:]
-
-
 @pytest.mark.parametrize("case", [case for case in RDS if case.startswith("select")])
 def test_turns_maxima_and_means_select_what_is_recorded(case: str):
     vectors, seen = RDS[case], set()
     for key in (key for key in vectors if key.endswith("_idx")):
-        name, budget = key.removesuffix("_idx").rsplit("_b", 1)
-        assert expected_by(name, vectors["scores"], int(budget)).tolist() == vectors[key].tolist(), key
+        name, budget = key.removesuffix("_idx").removeprefix("max_json").rsplit("_b", 1)
+        ours = select_official(vectors["scores"], int(budget), name or "max")
+        assert ours.tolist() == vectors[key].tolist(), key
         seen.add(name)
     assert len(seen) >= 6
+
+
+def test_by_turns_infinite_scores_are_passed_over_and_a_budget_above_the_samples_is_refused():
+    scores = np.array([[-np.inf, 0.3, 0.2, 0.1], [0.4, 0.1, 0.2, np.inf]])
+    assert select_official(scores, 3, "min").tolist() == [1, 3, 2]
+    with pytest.raises(UserError, match="a budget of 5 is more than the 4 samples"):
+        select_official(scores, 5, "max")
+
+
+def test_tasks_take_turns_as_queries_do_and_those_reduced_by_a_mean_take_the_lowest():
+    scores = [np.array([[0.9, 0.0, 0.1, 0.2], [0.0, 0.8, 0.1, 0.2]]), np.array([[0.7, 0.1, 0.6, 0.5]])]
+    expected = {"max": [0, 1, 2], "min": [0, 1, 3], "mean": [2, 1, 3]}
+    for method, picked in expected.items():
+        assert select_multi_task_official(scores, 3, method).tolist() == picked, method
+    assert select_multi_task_official(scores, 2, "mean", "mean_maximize").tolist() == [0, 2]
 
 
 @settings(max_examples=100, deadline=None)
@@ -166,6 +169,22 @@ def test_every_pick_is_the_first_of_the_farthest_points_whatever_the_window(n, s
             assert pick == to_nearest.argmax()
         centres.append(pick)
     assert sorted(centres) == list(range(n))
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 1.0])
+def test_by_class_every_pick_is_the_farthest_of_its_class(fraction: float):
+    rng = np.random.default_rng(0)
+    points, labels = rng.integers(0, 9, (60, 2)).astype(np.float32), rng.integers(0, 3, 60)
+    starts = np.array([rng.choice(np.flatnonzero(labels == label)) for label in range(3)])
+    picked, expected = balanced_official(points, labels, fraction, starts), []
+    for label, start in enumerate(starts.tolist()):
+        members, chosen = np.flatnonzero(labels == label), [start]
+        while len(chosen) < round(fraction * len(members)):
+            squares = ((points[members][:, None] - points[chosen]) ** 2).sum(axis=2).min(axis=1)
+            squares[np.isin(members, chosen)] = -1
+            chosen.append(int(members[squares.argmax()]))
+        expected += chosen
+    assert picked.tolist() == expected
 
 
 def test_k_center_reaches_every_blob_before_any_twice_and_reports_its_radius():

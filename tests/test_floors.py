@@ -125,6 +125,28 @@ def test_the_constant_answer_to_sums_is_the_number_that_comes_up_most():
     assert constant.kind.startswith("ending") and constant.text.endswith("7") and constant.judged == 25
 
 
+def test_in_a_script_without_spaces_openings_and_endings_are_of_characters():
+    answers = [f"两人在谈论{topic}。" for topic in ("天气", "工作", "学校", "旅行", "晚饭")]
+    constant = best_constant("rougeL_char", answers)
+    assert constant.text == "两人在谈论" and constant.kind == "opening of 5 characters"
+    assert "opening of 2 words" in candidates("rougeL", ["we met " + answer for answer in ANSWERS]).values()
+
+
+def test_a_metric_over_classes_is_held_against_its_own_value_of_a_constant_and_of_shuffles():
+    references = [("yes",)] * 90 + [("no",)] * 10
+    answers = ["yes"] * 75 + ["no"] * 25  # 85 of 100 right, and every "no" found
+    ids = [str(number) for number in range(100)]
+    split, constant = (
+        specificity("macro_f1", answers, references, ids),
+        best_constant("macro_f1", ["yes", "yes", "no"]),
+    )
+    headline = named_metric("macro_f1").measure(answers, references)[0]
+    assert split.own.mean() == pytest.approx(headline) and 70 < headline < 75
+    assert constant.text == "yes" and constant.scores("macro_f1", references).mean() == pytest.approx(100 * 9 / 19)
+    assert abs(split.others.mean() - 47) < 5 and 0 < split.error < 2
+    assert specificity("exact", answers, references, ids).own.mean() == 85
+
+
 def test_candidates_do_not_depend_on_the_order_of_the_answers():
     assert candidates("rougeL", TRAINING[:200]) == candidates("rougeL", TRAINING[:200][::-1])
 

@@ -178,6 +178,23 @@ def test_imported_scores_are_ranked_by_id_whatever_the_order_of_the_file(tmp_pat
     assert select(method, AnyPool(4), 2).indices.tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        (np.arange(100.0), ""),
+        (np.arange(100) % 10, ""),
+        (np.arange(100) % 9, "9 different values, and 12% of the samples share one"),
+        (np.maximum(np.arange(100) - 89, 0), "11 different values, and 90% of the samples share one"),
+        (np.ones(100), "1 different value, and 100% of the samples share one"),
+    ],
+)
+def test_a_score_of_few_values_or_of_one_for_nearly_all_is_told(scores: np.ndarray, said: str, tmp_path: Path):
+    file = tmp_path / "scores.csv"
+    pd.DataFrame({"id": [f"sample {i}" for i in range(100)], "score": scores}).to_csv(file, index=False)
+    notes = select(Imported(str(file)), AnyPool(100), 10).notes
+    assert said in "".join(notes) and bool(notes) == bool(said)
+
+
 def test_the_scores_of_a_coreset_can_be_imported(tmp_path: Path):
     pool = AnyPool(30)
     select(Perplexity(), pool, 5).save(tmp_path, pool.ids)

@@ -186,16 +186,22 @@ def test_every_sample_of_the_pool_is_there_with_its_text_its_scores_and_its_regi
 
 def test_the_command_writes_beside_the_run_or_where_output_says(run: Path, tmp_path: Path, monkeypatch, capsys):
     for arguments, file in (
-        ([], run / "browse.html"),
-        (["--output", f"{tmp_path}/a/b.html"], tmp_path / "a/b.html"),
+        ([str(run)], run / "browse.html"),
+        ([run.name, "--results", str(run.parents[1])], run / "browse.html"),
+        ([str(run), "--output", f"{tmp_path}/a/b.html"], tmp_path / "a/b.html"),
     ):
         file.unlink(missing_ok=True)
-        monkeypatch.setattr(sys, "argv", ["staff-report", "--browse", str(run), *arguments])
+        monkeypatch.setattr(sys, "argv", ["staff-report", "--browse", *arguments])
         main()
         assert file.is_file() and str(file) in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["staff-report", "--output", "a.html"])
     with pytest.raises(SystemExit, match="--output is given without --browse"):
         main()
+
+
+def test_tables_have_titles_in_words():
+    kinds = {"specific": "Floors", "break-even": "Break even", "audit-s2l-p0.9": "Audit s2l, pruning rate 0.9"}
+    assert {kind: page._title(kind) for kind in kinds} == kinds
 
 
 def test_changed_data_is_refused(run: Path):

@@ -17,11 +17,21 @@ from baselines.facility_location import (
     half_cosine,
     kernel_matrix,
     lazy_greedy,
+    nearest_alone,
     superfiltering_official,
 )
-from baselines.ifd import IFD, difficulty, is_kept, preference
+from baselines.ifd import (
+    IFD,
+    cherry_official,
+    difficulty,
+    is_kept,
+    pre_experience_official,
+    preference,
+    superfiltering_rate_official,
+    vicuna_official,
+)
 from baselines.length import Length
-from baselines.perplexity import Perplexity, window_from
+from baselines.perplexity import Perplexity, ccds_official, window_from
 from staff.errors import UserError
 
 # ---------------------------------------------------------------- length, perplexity and IFD
@@ -70,6 +80,14 @@ def test_the_lowest_perplexities_are_the_set_that_ccds_keeps(case: str):
             assert set(select(Perplexity("low"), pool, len(kept)).indices) == set(kept), name
 
 
+@pytest.mark.parametrize("case", PERPLEXITY)
+def test_shuffled_thirds_of_the_lowest_come_in_the_recorded_order(case: str):
+    for name in (name for name in PERPLEXITY[case] if name.endswith("_idx") and name.startswith("ccds")):
+        _, which, share, seed, _ = name.split("_")
+        ours = ccds_official(PERPLEXITY[case]["ccds_ppl"], float(share[1:]), int(seed[4:]), which)
+        assert ours.tolist() == PERPLEXITY[case][name].tolist(), name
+
+
 def test_a_middle_that_would_end_past_the_pool_moves_up_and_says_so():
     pool = AnyPool(60, {"loss": np.arange(60.0)[::-1]})  # the highest loss first
     method = Perplexity("middle", middle_start=0.33)
@@ -106,6 +124,28 @@ def test_cherrys_ratio_and_the_ratios_it_selects_are_the_recorded_ones(case: str
     for name in (name for name in vectors if name.startswith("selected")):
         chosen = order[: len(vectors[name])]
         assert sorted(scores[chosen]) == sorted(scores[vectors[name]]), name
+    if "vic" in case:
+        for name, count in (("rate_0.06", 3), ("rate_0.5", 30), ("number_5", 5)):
+            assert vicuna_official(scores, count).tolist() == vectors[f"selected_sample_{name}"].tolist()
+
+
+@pytest.mark.parametrize("case", [case for case in DIFFICULTY if "cherry" in case and "vic" not in case])
+def test_cherrys_selection_is_the_recorded_one_where_a_nan_is_kept_too(case: str):
+    vectors = DIFFICULTY[case]
+    kept, names = vectors["kept"], [name for name in vectors if name.startswith("selected")]
+    assert np.isnan(vectors["ifd"][kept]).any() == case.startswith("nan") and len(names) > 3
+    for name in names:
+        number = name.rpartition("_")[2]
+        count = int(number) if "number" in name else int(kept.sum() * float(number))
+        assert cherry_official(vectors["ifd"], kept, count).tolist() == vectors[name].tolist(), name
+    assert len(cherry_official(vectors["ifd"], kept, 0)) == kept.sum()
+
+
+def test_before_it_scores_cherrys_model_sees_evenly_spread_samples_of_middling_perplexity():
+    labels, perplexity = np.repeat([0, 1, 2], [3, 9, 40]), np.r_[5.0, 1, 9, np.arange(9), np.arange(40)[::-1]]
+    picked = pre_experience_official(labels, perplexity, count=4, low=25, high=75)
+    # A small cluster whole; ranks 2 to 6, every one, at most four; ranks 9.75 to 29.25, every fifth of twenty.
+    assert picked.tolist() == [0, 1, 2, 5, 6, 7, 8, 22, 27, 32, 37]
 
 
 @pytest.mark.parametrize("case", [case for case in DIFFICULTY if case.startswith("super")])
@@ -116,9 +156,10 @@ def test_superfilterings_ratio_and_what_it_selects_are_the_recorded_ones(case: s
     np.testing.assert_allclose(computed[scores != 0], scores[scores != 0], rtol=1e-6)
     for name in (name for name in vectors if name.startswith("selected")):
         rate, _, limit = name.removeprefix("selected_rate_").partition("_thresh_")
-        kept = is_kept(scores, "perplexities", float(limit or 1))
-        order = np.argsort(-preference(scores, kept), kind="stable")
-        assert order[: min(int(52002 * float(rate)), kept.sum())].tolist() == vectors[name].tolist(), name
+        expected = vectors[name].tolist()
+        assert superfiltering_rate_official(scores, float(rate), float(limit or 1)).tolist() == expected, name
+        order = np.argsort(-preference(scores, is_kept(scores, "perplexities", float(limit or 1))), kind="stable")
+        assert order[: len(expected)].tolist() == expected, name
 
 
 class WithAndWithoutPrompt(AnyPool):
@@ -152,6 +193,10 @@ PLAIN = [case for case in KERNELS if "superfiltering" not in case]
 
 def recorded_kernel(case: str) -> np.ndarray:
     golden = KERNELS[case]
+    if "sparse" in case:
+        kernel = np.zeros((golden["size"], golden["size"]), dtype=np.float32)
+        kernel[golden["row"], golden["col"]] = golden["val"]
+        return nearest_alone(kernel, int(golden["num_neighbors"]))
     return golden["kernel"] if "kernel" in golden else kernel_matrix(golden["embeddings"], case.split("_")[-1])
 
 
@@ -209,6 +254,20 @@ def test_similarities_in_blocks_are_those_of_the_whole_matrix(similarity, metric
     rows, columns = np.array([7, 3, 11]), np.arange(40)
     block = similarity(embeddings)(rows, columns)
     np.testing.assert_allclose(block, kernel_matrix(embeddings, metric)[rows], atol=1e-4)
+
+
+def test_of_its_nearest_alone_a_sample_keeps_itself_and_pairs_count_from_either_side():
+    kernel = np.array([[1, 0.9, 0.5], [0.9, 1, 0.8], [0.5, 0.8, 1]], dtype=np.float32)
+    expected = [[1, 0.9, 0], [0.9, 1, 0.8], [0, 0.8, 1]]  # the third keeps the second, which keeps the first
+    np.testing.assert_array_equal(nearest_alone(kernel, 2), np.float32(expected))
+
+
+def test_apricots_kernels_are_squared_cosines_and_what_is_left_of_the_largest_squared_distance():
+    x = np.array([[0, 0], [3, 4], [6, 8], [-4, 3]], dtype=np.float32)
+    cosines = [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]  # a zero vector is like itself alone
+    np.testing.assert_allclose(kernel_matrix(x, "apricot_cosine"), cosines, atol=1e-6)
+    distances = np.array([[0, 25, 100, 25], [25, 0, 25, 50], [100, 25, 0, 125], [25, 50, 125, 0]])
+    np.testing.assert_allclose(kernel_matrix(x, "apricot_euclidean"), 125 - distances)
 
 
 @settings(deadline=None, max_examples=40)

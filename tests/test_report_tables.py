@@ -106,7 +106,7 @@ def test_runs_that_differ_in_anything_but_the_seed_are_never_averaged(real: Path
         ("finetune.learning_rate", "0.003"): 20.5,
         ("finetune.learning_rate", "0.5"): 39.0,
     }
-    assert "told apart by method, pruning_rate, method.num_regions" in summary(table)
+    assert "runs differ by method, pruning_rate, method.num_regions" in summary(table)
     write(tmp_path, table)
     head, _, *rows = (
         (tmp_path / "tables/performance-tiny-dialogsum-num_regions-of-staff.md").read_text().split("\n")

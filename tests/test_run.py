@@ -303,6 +303,13 @@ def test_a_comma_without_quotes_is_a_text_a_list_or_a_sweep(tmp_path: Path):
     )
 
 
+def test_a_fault_in_an_experiment_that_sweeps_is_named_and_not_its_commas(tmp_path: Path):
+    ended = staff("experiment=planted", "method=raw,full", "outpt_dir=x", f"results_dir={tmp_path}")
+    assert ended.returncode == 1 and ended.stderr.startswith(
+        "staff: outpt_dir is no setting (did you mean results_dir"
+    )
+
+
 def test_help_lists_groups_and_options_without_importing_torch():
     code = (
         "import atexit, sys, experiments.run as r; sys.argv[1:] = ['--help'];"

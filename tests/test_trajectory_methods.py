@@ -257,6 +257,14 @@ def test_margins_and_their_means_are_those_of_the_released_code(case: str):
         assert set(ours) == set(golden["order_desc"][-20:])
 
 
+def test_an_epoch_without_the_sample_does_not_count_and_one_never_seen_has_no_margin():
+    logits = np.zeros((3, 2, 2))
+    logits[:, 0, 0] = [1, 2, 6]
+    margins, means = margins_official(logits, np.array([0, 1]), np.array([[1, 0], [0, 0], [1, 0]], dtype=bool))
+    np.testing.assert_array_equal(margins, [[1, np.nan], [np.nan, np.nan], [6, np.nan]])
+    np.testing.assert_array_equal(means, [3.5, np.nan])
+
+
 def test_each_statistic_ranks_plain_trajectories_as_its_name_says():
     trajectories = {"probability": [[0.1, 0.9], [0.9, 0.9], [0.1, 0.1]], "correct": [[1, 0], [1, 1], [0, 0]]}
     first = {

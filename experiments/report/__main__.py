@@ -104,7 +104,7 @@ def summary(table: pd.DataFrame) -> str:
     grouped.columns = [" ".join(column) for column in grouped.columns]
     grouped.insert(0, "runs", table.groupby(keys, dropna=False).size())
     text = grouped.astype(object).map(lambda v: "-" if pd.isna(v) else v if isinstance(v, int) else f"{v:.3f}")
-    said = f"runs are told apart by {', '.join(key.removeprefix('setting.') for key in keys)}"
+    said = f"runs differ by {', '.join(key.removeprefix('setting.') for key in keys)}"
     return f"{text.reset_index().to_string(index=False)}\n\n{said}; averaged over seeds alone."
 
 
@@ -152,7 +152,10 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-missing", action="store_true", help="a partial look: failed or missing runs are no error"
     )
     parser.add_argument(
-        "--browse", type=Path, metavar="RUN", help="write a page of the samples that RESULTS/runs/NAME chose from"
+        "--browse",
+        type=Path,
+        metavar="RUN",
+        help="write a page of the samples that a run chose from: its name in RESULTS/runs, or its folder",
     )
     parser.add_argument("--output", type=Path, help="the file of --browse; RUN/browse.html without it")
     return parser
@@ -165,7 +168,9 @@ def main() -> None:
         if arguments.output and not arguments.browse:
             raise UserError("--output is given without --browse: name a run to browse, or leave it out.")
         if arguments.browse:
-            print(browse(arguments.browse, arguments.output))
+            by_name = len(arguments.browse.parts) == 1 and not arguments.browse.exists()
+            run = arguments.results / "runs" / arguments.browse if by_name else arguments.browse
+            print(browse(run, arguments.output))
             return
         table = collect(arguments.results)
         if table.empty:

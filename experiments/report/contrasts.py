@@ -22,6 +22,9 @@ TWINS = ("random_length", "random_matched")
 CONTROLS = (*TWINS, "leave_out")
 """Methods that say something of another one, and are no rivals."""
 
+CEILING = "oracle"
+"""Knows what no method may know, and is no rival either."""
+
 
 @dataclass(frozen=True)
 class Contrast:
@@ -134,7 +137,7 @@ def registered(context: Context, named: Sequence[Contrast] | None) -> list[Contr
         random = _runs_of(context, "random")
         found += [Contrast(method, (other,)) for other in random]
         found += [Contrast(method, rivals)] if set(rivals) - set(random) else []
-        found += [Contrast(method, (twin,)) for twin in _runs_of(context, *TWINS) if twin != method]
+        found += [Contrast(method, (twin,)) for twin in _twin(context, method)]
     return found
 
 
@@ -151,9 +154,32 @@ def _runs_of(context: Context, *methods: str) -> list[str]:
     return [v for v in context.variants if any(f"{v} ".startswith(f"{method} ") for method in methods)]
 
 
+def _twin(context: Context, method: str) -> list[str]:
+    """Random draws with the answer lengths of this method's coresets, and not of another's; of several names for
+    the same, the one with most runs.
+
+    A family may set other hyper-parameters of a method than of a reference. So the class decides where no run here
+    is exactly what a twin refers to.
+    """
+    twins, runs = _runs_of(context, *TWINS), context.runs["variant"].value_counts()
+    if not twins:
+        return []
+    first = context.runs.groupby("variant")["name"].first()
+    configs = {v: context.recorded[str(name)].record()["config"]["method"] for v, name in first.items()}
+    found = []
+    for twin in twins:
+        reference = configs[twin].get("reference", {})
+        same = configs[method] == reference
+        alike = reference not in configs.values() and configs[method].get("_target_") == reference.get("_target_")
+        by_length = configs[twin].get("match", ["length"]) == ["length"]  # an older random_length had no match
+        if by_length and (same or alike):
+            found.append(twin)
+    return sorted(found, key=lambda twin: -runs[twin])[:1]
+
+
 def _rivals(context: Context, method: str) -> tuple[str, ...]:
-    """Every other method that selects, but for twins, which are controls, and for STAFF's presets beside STAFF."""
-    apart = {method, *_runs_of(context, *REFERENCES, *CONTROLS)}
+    """Every other method that selects, but for controls, the oracle, and STAFF's presets beside STAFF."""
+    apart = {method, *_runs_of(context, *REFERENCES, *CONTROLS, CEILING)}
     kin = {v for v in context.variants if context.is_staff(v)} if context.is_staff(method) else set()
     return tuple(v for v in context.variants if v not in apart | kin)
 

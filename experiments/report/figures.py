@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.comparisons import mean
-from experiments.report.contrasts import CONTROLS, Outcome, outcomes, registered
+from experiments.report.contrasts import CEILING, CONTROLS, Outcome, outcomes, registered
 from experiments.report.coreset_figures import Made, agreement, coreset, length, overlap
 from experiments.report.records import Context
 from experiments.report.rendering import Drawn, figure_of, metric, save, styled
@@ -95,8 +95,8 @@ def pareto(context: Context) -> Made:
     for seconds, found, look in points:
         axes.errorbar(seconds, found.value, yerr=found.half or 0, capsize=1.5, elinewidth=0.7, linestyle="", **look)
     front, sign = [], named_metric(context.metric).sign
-    for seconds, found, _ in sorted(points, key=lambda p: (p[0], -sign * p[1].value)):
-        if not front or sign * found.value > sign * front[-1][1]:
+    for seconds, found, look in sorted(points, key=lambda p: (p[0], -sign * p[1].value)):
+        if look["label"] != CEILING and (not front or sign * found.value > sign * front[-1][1]):
             front.append((seconds, found.value))
     axes.step(
         *zip(*front), where="post", color="0.35", linewidth=0.8, linestyle="--", label="Pareto front", zorder=0

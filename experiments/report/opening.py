@@ -28,11 +28,18 @@ def compared(contexts: Sequence[Context], table: pd.DataFrame) -> dict[str, str]
     facts = {
         "Model families": _names(table["family"]),
         "Tasks": f"{_names(table['task'])}, by {', '.join(metrics)}",
-        "Methods": ", ".join(variants),
+        "Methods": _listed([*variants]),
         "Pruning rates": ", ".join(f"{rate:g}" for rate in rates),
         "Seeds": f"{len(seeds)}, {len(table):,} runs in all",
     }
     return {name: text for name, text in facts.items() if text}
+
+
+def _listed(variants: Sequence[str]) -> str:
+    """By name, but matched random coresets, of which an audit has many, by their number."""
+    named = [v for v in variants if not v.startswith("random_matched ")]
+    matched = len(variants) - len(named)
+    return ", ".join(named) + (f", and {matched} of random_matched" if matched else "")
 
 
 def _names(column: pd.Series) -> str:

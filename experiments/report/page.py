@@ -86,7 +86,7 @@ def _section(section: Section, embedded: dict[Path, str]) -> dict[str, Any]:
         "metric": metric(section.context),
         "rate": f"{rate:g}",
         "tables": [
-            {**_table(table), "title": table.name.removesuffix(f"-{section.context.name}").capitalize()}
+            {**_table(table), "title": _title(table.name.removesuffix(f"-{section.context.name}"))}
             for table in section.tables
         ],
         "pictures": [
@@ -100,6 +100,13 @@ def _section(section: Section, embedded: dict[Path, str]) -> dict[str, Any]:
         ],
         "answers": _answers(section.context, runs) if section.context.varied == "method" else [],
     }
+
+
+def _title(kind: str) -> str:
+    """Such as "Break even" and "Audit staff, pruning rate 0.9", by the name of a table's file."""
+    kind = {"specific": "floors"}.get(kind, kind)
+    words, rate = re.sub(r"-p(?=[\d.]+$)", "\n", kind).partition("\n")[::2]
+    return words.replace("-", " ").capitalize() + (f", pruning rate {rate}" if rate else "")
 
 
 def _short(text: str, contexts: Sequence[Context]) -> str:
@@ -183,6 +190,8 @@ def parts(contexts: Sequence[Context]) -> list[dict[str, Any]]:
 
 def _context(context: Context, seeds: int, known: Constants) -> dict[str, Any] | None:
     rate, _ = context.shown
+    measured = all(context.metric in floors for floors in context.runs["floors"])
+    seeds = None if measured else seeds
     found = {v: split for v in context.variants if (split := _split(context, v, rate, seeds))}
     if not found:
         return None
@@ -215,8 +224,8 @@ def _context(context: Context, seeds: int, known: Constants) -> dict[str, Any] |
     }
 
 
-def _split(context: Context, variant: str, rate: float, seeds: int) -> tuple[float, float] | None:
-    """The mean score against other samples' references, and what is left of the own score."""
+def _split(context: Context, variant: str, rate: float, seeds: int | None) -> tuple[float, float] | None:
+    """The mean score against other samples' references, and what is left of the own score; over so many seeds."""
     runs = context.cells.get((variant, REFERENCES.get(variant, rate)))
     if runs is None:
         return None

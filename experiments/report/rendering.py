@@ -15,6 +15,7 @@ import pandas as pd
 
 from experiments.report.comparisons import mean
 from experiments.report.records import Context
+from staff.evaluation.metrics import named_metric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,10 +89,12 @@ def seeds(context: Context) -> str:
 
 
 def basis(context: Context) -> str:
-    """What the differences of a corpus metric rest on, as a sentence of a caption."""
-    if context.metric not in ("bleu", "chrf"):
+    """What differences rest on where the metric is no mean over samples, as a sentence of a caption."""
+    measured = named_metric(context.metric)
+    if not measured.of_samples:
         return ""
-    return f" Means are corpus {metric(context)}; differences and marks rest on the means of sentence values."
+    whole = f"{'corpus ' if measured.has_parts else ''}{metric(context)}"
+    return f" Means are {whole}; differences and marks rest on the means of {measured.of_samples}."
 
 
 def machine(context: Context) -> str:

@@ -30,8 +30,8 @@ def is_untold(setting: str) -> bool:
 def told_apart(table: pd.DataFrame) -> list[str]:
     """The columns by which runs differ in anything but their seeds, as few as tell all of them apart.
 
-    Names come first, then settings in the order of the configuration; one that tells apart no runs that those
-    before it had not told apart already (a method's own settings, where its name says it all) is left out.
+    Names come first, then settings in the order of the configuration; one that separates no runs that those
+    before it had not separated already (a method's own settings, where its name says it all) is left out.
     """
     keys = list(NAMES)
     groups = pd.concat([texts(table, name) for name in NAMES], axis=1).agg("|".join, axis=1)
@@ -59,6 +59,8 @@ def variants(table: pd.DataFrame) -> pd.Series:
     for key in told_apart(table)[len(NAMES) :]:
         name = key.removeprefix("setting.")
         values = pd.Series([_short(value) for value in table[key]], index=table.index)
+        if name.endswith("._target_"):
+            values, name = _ends(values, "."), name.removesuffix("._target_")
         if name.startswith("method."):  # shown where one method has several
             several = values.groupby(texts(table, "method")).transform("nunique") > 1
             values, name = values.where(several, ""), name.removeprefix("method.")
@@ -73,7 +75,15 @@ def _short(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value)
+    if text.startswith("["):  # as on the command line
+        text = text.replace('"', "").replace(", ", ",")
     return text[:8] if len(text) == 64 else text
+
+
+def _ends(values: pd.Series, separator: str) -> pd.Series:
+    """The part of each text after the last separator, where these differ as the texts do."""
+    ends = values.str.rsplit(separator, n=1).str[-1]
+    return ends if ends.nunique() == values.nunique() else values
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,6 @@ def _ablation(runs: pd.DataFrame, key: str, apart: list[str]) -> Ablation:
     named = {k: k.removeprefix("setting.").removeprefix("method.") for k in (key, *apart)}
     fixed = "".join(f", {named[k]}={_short(runs[k].iloc[0])}" for k in apart)
     values = pd.Series([_short(value) or "none" for value in runs[key]], index=runs.index)
-    ends = values.str.rsplit("/", n=1).str[-1]  # of paths
-    values = ends if ends.nunique() == values.nunique() else values
+    values = _ends(values, "/")  # of paths
     title = f"{named[key]} of {runs['method'].fillna('custom').iloc[0]}{fixed}"
     return Ablation(named[key], title, runs.assign(variant=values))

@@ -19,7 +19,7 @@ import numpy as np
 
 from staff.draws import Draws
 from staff.evaluation.metrics import NAMED, named_metric
-from staff.evaluation.metrics.metric import Metric
+from staff.evaluation.metrics.metric import Metric, is_unspaced, letters_of
 from staff.evaluation.metrics.rouge import rouge_l_matrix
 from staff.evaluation.stage import Generate, read_predictions
 from staff.store.cost import Meter
@@ -36,7 +36,8 @@ References = Sequence[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Specificity:
-    """A metric of each sample's answer, shape (samples,) each.
+    """A metric of each sample's answer, shape (samples,) each; of one without parts (`Metric.has_parts`), its value
+    over all of them, at each.
 
     Attributes:
         own: against the sample's own references.
@@ -70,15 +71,14 @@ def specificity(
     """
     every = len(answers) - 1
     if not every:
-        return Specificity(_scores(metric, answers, references), np.array([np.nan]), float("nan"))
+        return Specificity(_values(metric, answers, references), np.array([np.nan]), float("nan"))
     partners = _partners(ids, min(shifts or (every if of_every_pair(metric) else SHIFTS), every))
     if of_every_pair(metric):
         matrix = rouge_l_matrix(answers, references, metric)
         own, scores = np.diag(matrix).copy(), matrix[np.arange(len(answers)), partners]
     else:
-        own = _scores(metric, answers, references)
-        found = _scores(metric, [*answers] * len(partners), [references[j] for j in partners.ravel()])
-        scores = found.reshape(partners.shape)
+        own = _values(metric, answers, references)
+        scores = np.stack([_values(metric, answers, [references[j] for j in row]) for row in partners])
     drawn, error = len(partners), 0.0
     if drawn < every:
         spread = scores.mean(axis=1).std(ddof=1) if drawn > 1 else float("nan")
@@ -106,7 +106,7 @@ class Constant:
 
     def scores(self, metric: str, references: References) -> np.ndarray:
         """`metric` of it on each sample's references, shape (samples,)."""
-        return _scores(metric, [self.text] * len(references), references)
+        return _values(metric, [self.text] * len(references), references)
 
 
 def best_constant(metric: str, training: Sequence[str], judges: References | None = None) -> Constant:
@@ -131,21 +131,24 @@ def best_constant(metric: str, training: Sequence[str], judges: References | Non
 def candidates(metric: str, training: Sequence[str]) -> dict[str, str]:
     """Texts that might do well as an answer to everything, each with its kind.
 
-    - The ten most frequent openings, and the ten most frequent endings, of 1 to 32 words (`LENGTHS`), each in two
-      answers or more.
+    - The ten most frequent openings, and the ten most frequent endings, of 1 to 32 words (`LENGTHS`), or characters
+      in a script without spaces, each in two answers or more.
     - The ten most frequent whole answers, likewise.
     - The medoid: of a keyed draw of 150 answers, the one with the highest mean metric against the others.
     """
     found: dict[str, str] = {}
-    words = [text.split(" ") for text in training]
+    drawn = _drawn(training, "medoid", MEDOID)
+    letters = [letter for text in drawn for letter in letters_of(text)]
+    spaced = 2 * sum(map(is_unspaced, letters)) <= len(letters)
+    gap, unit = (" ", "word") if spaced else ("", "character")
+    words = [text.split(" ") if spaced else list(text) for text in training]
     for length in LENGTHS:
         long = [w for w in words if len(w) > length]
         for kind, parts in (("opening", [w[:length] for w in long]), ("ending", [w[-length:] for w in long])):
-            for text in _frequent(" ".join(part) for part in parts):
-                found.setdefault(text, f"{kind} of {length} word{'s' if length > 1 else ''}")
+            for text in _frequent(gap.join(part) for part in parts):
+                found.setdefault(text, f"{kind} of {length} {unit}{'s' if length > 1 else ''}")
     for text in _frequent(training):
         found.setdefault(text, "whole answer")
-    drawn = _drawn(training, "medoid", MEDOID)
     medoid = int(np.argmax(_matrix(metric, drawn, [(text,) for text in drawn]).mean(axis=1)))
     found.setdefault(drawn[medoid], "medoid")
     return found
@@ -168,9 +171,11 @@ def _drawn(texts: Sequence[str], purpose: str, count: int) -> list[str]:
     return [texts[int(i)] for i in Draws(0, texts).choose(purpose, np.arange(len(texts)), count)]
 
 
-def _scores(metric: str, answers: Sequence[str], references: References) -> np.ndarray:
-    """One value a sample; of a corpus metric the sentences' own."""
-    return np.array(named_metric(metric).measure(answers, references)[1], dtype=np.float64)
+def _values(metric: str, answers: Sequence[str], references: References) -> np.ndarray:
+    """One value a sample; of a corpus metric the sentences' own, and of one without parts the whole for each."""
+    measured = named_metric(metric)
+    whole, values = measured.measure(answers, references)
+    return np.array(values if measured.has_parts else [whole] * len(values), dtype=np.float64)
 
 
 def _matrix(metric: str, answers: Sequence[str], references: References) -> np.ndarray:
@@ -178,7 +183,8 @@ def _matrix(metric: str, answers: Sequence[str], references: References) -> np.n
     if of_every_pair(metric):
         return rouge_l_matrix(answers, references, metric)
     pairs = [answer for answer in answers for _ in references]
-    return _scores(metric, pairs, [*references] * len(answers)).reshape(len(answers), -1)
+    values = named_metric(metric).measure(pairs, [*references] * len(answers))[1]
+    return np.reshape(np.array(values, dtype=np.float64), (len(answers), -1))
 
 
 FILE = "floors.json"

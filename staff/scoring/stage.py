@@ -129,9 +129,17 @@ class Score(Stage):
             checkpoints: of the model, whose values are held together.
 
         Raises:
-            UserError: values larger than memory, or a model without the parameters to differentiate by.
+            UserError: values larger than memory, or a model without the layer that is read or the parameters to
+                differentiate by.
         """
         config = self.state.spec.config().get_text_config()
+        for layer in {signal.layer for signal in self.signals} - {None, -1}:
+            blocks = self._shapes().config.get_text_config().num_hidden_layers
+            if not -blocks <= layer < blocks:
+                raise UserError(
+                    f"layer={layer} is no block of {self.state.spec.name}: choose 0 to {blocks - 1}, or -1 for the "
+                    "last hidden states."
+                )
         for signal in self.signals:
             one = checkpoints * math.prod(signal.shape(config)) * np.dtype(signal.dtype).itemsize
             if (needed := one * len(self.samples)) > (free := free_ram()):

@@ -152,6 +152,7 @@ def write_runs(results: Path, *args: Any, **kwargs: Any) -> Path:
 
 METHODS = {"raw": "baselines.full.Raw", "full": "baselines.full.Full", "random": "baselines.random.Random"}
 METHODS |= {"ccs": "baselines.ccs.CCS", "staff": "staff.speculative.Staff"}
+METHODS |= {"random_length": "baselines.random_matched.RandomMatched"}
 RATES = {"raw": (1.0,), "full": (0.0,)}
 
 
@@ -168,6 +169,8 @@ def copied(
     record["metrics"] |= {"rougeL": float(answers.mean()), "nll": float(answers.mean()) / 10}
     record["evaluation"]["fingerprint"] = str(hash(answers.tobytes()))
     settings = record["config"]["method"] if method == "staff" else {}
+    if method == "random_length":
+        settings = {"match": ["length"], "reference": record["config"]["method"]}
     record["config"] |= {**own, "method": {**settings, "_target_": METHODS.get(method, "baselines.own.Own")}}
     record["identity"]["method"] = method
     for path, value in changes.items():

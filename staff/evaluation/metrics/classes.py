@@ -23,6 +23,8 @@ class MacroF1(Metric):
     """
 
     version: ClassVar[int] = 1
+    of_samples: ClassVar[str] = "right answers, which is accuracy"
+    has_parts: ClassVar[bool] = False
 
     def measure(self, predictions: Sequence[str], references: References) -> Values:
         true = [normalised(targets[0]) for targets in references]
@@ -80,6 +82,8 @@ class ChoiceMacroF1(ChoiceAccuracy):
     """`MacroF1` of the choices that `ChoiceAccuracy` finds likeliest."""
 
     version: ClassVar[int] = 1
+    of_samples: ClassVar[str] = MacroF1.of_samples
+    has_parts: ClassVar[bool] = False
 
     def measure_choices(self, choices: Choices, references: References) -> Values:
         return MacroF1(self.name).measure(self._chosen(choices), references)

@@ -15,6 +15,7 @@ class Corpus(Metric):
     """A metric of sacrebleu with its default settings. The headline is the corpus value, not a mean."""
 
     version: ClassVar[int] = 1
+    of_samples: ClassVar[str] = "sentence values"
 
     def measure(self, predictions: Sequence[str], references: References) -> Values:
         corpus, sentence = self._scorers()

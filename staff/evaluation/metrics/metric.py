@@ -43,6 +43,9 @@ class Metric:
         needs: "answers", generated ones; "likelihood", that of the references under the model; "choices", that of
             each of a sample's choices.
         alternatives: names of metrics that read more scripts, the nearest first.
+        of_samples: what a sample's value is, where the headline is not the mean of these: differences between
+            methods rest on them.
+        has_parts: whether a sample's value is of the metric's own kind, as that of a sentence for BLEU.
     """
 
     version: ClassVar[int]
@@ -50,6 +53,8 @@ class Metric:
     margin: ClassVar[float] = 1.0
     unit: ClassVar[str] = "point"
     needs: ClassVar[str] = "answers"
+    of_samples: ClassVar[str] = ""
+    has_parts: ClassVar[bool] = True
 
     name: str
 
