@@ -167,3 +167,19 @@ def test_a_field_of_several_types_is_named_where_a_table_cannot_hold_it(run, tmp
 @given(st.text())
 def test_a_cell_is_no_formula_and_gives_its_text_back(text: str):
     assert inert(text)[:1] not in ("=", "+", "-", "@", "\t", "\r") and original(inert(text)) == text
+
+
+def test_data_that_was_named_relative_to_another_folder_is_refused_with_its_name(run, tmp_path: Path, monkeypatch):
+    rows = "".join(json.dumps({"question": f"{n}?", "answer": str(n)}) + "\n" for n in range(8))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/train.jsonl").write_text(rows)
+    monkeypatch.chdir(tmp_path)
+    folder = run("method=random", "evaluation=none", "task=file", "task.data_dir=mine")["folder"]
+    assert [
+        json.loads(line)["question"] for line in (export(folder, "jsonl", tmp_path / "a") / "train.jsonl").open()
+    ]
+    monkeypatch.chdir("/")
+    with pytest.raises(
+        UserError, match="it was named as mine, relative to the folder where the run was started, so"
+    ):
+        export(folder, "jsonl", tmp_path / "b")
