@@ -272,10 +272,19 @@ def _attention(spec: ModelSpec) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
+    config = spec.config()
+    # BERT and its kin have a head that predicts the next token, but their attention sees it.
+    of_bert = {"is_decoder", "add_cross_attention"} <= type(config).__dataclass_fields__.keys()
+    if config.is_encoder_decoder or (of_bert and not config.is_decoder):
+        what = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
+        raise UserError(
+            f"family path={spec.path} is {what} (model type {config.model_type!r}): name a decoder, which predicts "
+            "the next token from those before it."
+        )
     for attention in (spec.attention, "eager"):
         try:
             with torch.device("meta"):
-                AutoModelForCausalLM.from_config(spec.config(), attn_implementation=attention)
+                AutoModelForCausalLM.from_config(config, attn_implementation=attention)
             return attention
         except UserError:
             raise
@@ -285,4 +294,7 @@ def _attention(spec: ModelSpec) -> str:
                     f"family attention={spec.attention} cannot be used with {spec.name} ({reason(error)}): "
                     "choose sdpa or eager."
                 ) from error
-    raise UserError(f"the model {spec.name} is no causal language model that transformers knows.")
+    raise UserError(
+        f"family path={spec.path} (model type {config.model_type!r}) is no causal language model that transformers "
+        "knows: name a decoder."
+    )
