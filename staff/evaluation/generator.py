@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from staff.errors import UserError
-from staff.models.spec import is_sharded
+from staff.models.spec import ARCHITECTURES, is_sharded
 from staff.runtime import processes
 from staff.runtime.machine import without_cudnn_attention
 from staff.runtime.progress import progress
@@ -152,7 +152,8 @@ def _answers(
         mine = {i: prompts[i] for i in processes.shard(order)}
         yield from decode(base, mine, max_new_tokens=new, stop=stop, batch_tokens=budget)
     else:
-        if len(prompts) > 1 and not _ignores_padding(base, config, prompts[order[0]]):
+        unknown = base.config.model_type not in ARCHITECTURES and len(prompts) > 1
+        if unknown and not _ignores_padding(base, config, prompts[order[0]]):
             budget = 1
         for batch in _batches(prompts, order, new, budget, together=is_sharded(base)):
             yield from _answered(base, config, stop, {i: prompts[i] for i in batch}).items()
