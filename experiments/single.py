@@ -257,6 +257,8 @@ class Run:
                 f"budget_tokens={self.size.tokens} holds no sample: the shortest of the pool has {least} tokens."
             )
         self.settings.on_each_device(processes.world_size())
+        for spec in (self.family.target, self.selecting.target, self.selecting.small):
+            spec.check_weights()
         if self.settings.quantization:
             check_quantization()
         if self.budget and self.setup.memory_check:

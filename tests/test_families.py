@@ -112,7 +112,9 @@ def test_a_model_that_does_not_predict_the_next_token_is_refused_by_its_kind(tmp
 
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=rf"family path={tmp_path} .*{said}.*: name a decoder"):
-        ModelSpec(str(tmp_path)).shapes()
+        spec = ModelSpec(str(tmp_path))
+        spec.check()
+        spec.shapes()
 
 
 @pytest.mark.parametrize("kind", ["llama4_text", "phimoe"])
