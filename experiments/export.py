@@ -41,7 +41,7 @@ from staff.data.samples import Sample, data_digest
 from staff.data.splits import load_splits
 from staff.data.task import Task
 from staff.errors import UserError
-from staff.runtime.files import csv_of
+from staff.runtime.files import csv_of, local_path
 from staff.store.store import SAMPLES
 
 PUSHED = ("datasets", *export_model.FORMS)
@@ -165,7 +165,16 @@ def _task_and_pool(run: RecordedRun) -> tuple[Task, Sequence[Sample]]:
         task = replace(task, revision=source["commit"])
     store = record["config"].get("store_dir")  # records of before have none
     kept = Path(str(store)).absolute() / SAMPLES if store and Path(str(store)).is_dir() else None
-    samples = load_splits(task, record["evaluation"] is not None, kept).pool
+    try:
+        samples = load_splits(task, record["evaluation"] is not None, kept).pool
+    except UserError as error:
+        named = task.data_dir or task.train_file
+        if not isinstance(named, str) or local_path(named).is_absolute():
+            raise
+        raise UserError(
+            f"the data of {run.name} cannot be read here ({str(error).rstrip('.')}): it was named as {named}, "
+            "relative to the folder where the run was started, so give this command there."
+        ) from None
     if data_digest(samples) != record["identity"]["data"]["train"]:
         raise UserError(
             f"the training samples of task {task.name!r} are no longer those that {run.name} was selected from: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from dataclasses import dataclass
@@ -151,7 +152,18 @@ class Run:
 
     @property
     def recorded(self) -> bool:
-        return (self.folder / "metrics.json").is_file()
+        """Whether the run has its record, by all of the metrics and with the references that are asked for: the
+        run's name tells neither.
+        """
+        file = self.folder / "metrics.json"
+        if not file.is_file():
+            return False
+        if self.evaluation is None:
+            return True
+        record = json.loads(file.read_text())
+        measured = {*record["config"]["task"]["metrics"], *record["metrics"]}
+        test = self.identity["data"]["test"]
+        return measured >= set(self.task.metrics) and record["identity"]["data"].get("test", test) == test
 
     @cached_property
     def reader(self) -> Reader:
@@ -245,6 +257,8 @@ class Run:
                 f"budget_tokens={self.size.tokens} holds no sample: the shortest of the pool has {least} tokens."
             )
         self.settings.on_each_device(processes.world_size())
+        for spec in (self.family.target, self.selecting.target, self.selecting.small):
+            spec.check_weights()
         if self.settings.quantization:
             check_quantization()
         if self.budget and self.setup.memory_check:

@@ -28,16 +28,18 @@ TINY = "pkg://staff/assets/tiny/target"
 LINES: dict[str, tuple[object, dict[str, Any], str]] = {
     "not UTF-8": (b'{"question": "\xff"}', {}, r"line 2: not UTF-8 \(byte 14\); convert the file to UTF-8"),
     "Latin-1": ('{"question": "é"}'.encode("latin-1"), {}, r"line 2: not UTF-8 \(byte 14\)"),
-    "UTF-16": ('{"question": "x"}'.encode("utf-16"), {}, r"line 2: not UTF-8 \(byte 0\)"),
+    "UTF-16": ('{"question": "x"}'.encode("utf-16"), {}, "line 2: UTF-16, not UTF-8; convert the file"),
     "gzip": (b"\x1f\x8b\x08\x00", {}, r"line 2: not UTF-8 \(byte 1\)"),
     "not JSON": ("question: one?", {}, r"line 2: not JSON \(Expecting value, column 1\); each line must be"),
     "single quotes": ("{'question': 'one?'}", {}, "line 2: not JSON"),
     "cut off in the middle": ('{"question": "one?", "ans', {}, r"line 2: not JSON \(Invalid control character"),
     "two objects": ('{"question": "a"} {"question": "b"}', {}, r"line 2: not JSON \(Extra data, column 19\)"),
-    "a trailing comma": ('{"question": "a",}', {}, "line 2: not JSON"),
+    "a trailing comma": ('{"question": "a",}', {}, r"line 2: not JSON \(a comma before a closing bracket"),
+    "a comma between lines": ('{"question": "a"},', {}, r"line 2: not JSON \(a comma behind the object, column"),
+    "a key twice": ('{"question": {"a": 1, "a": 2}}', {}, r"line 2: not JSON \(the key 'a' comes twice\)"),
     "a tab inside a string": ('{"question": "a\tb"}', {}, r"line 2: not JSON \(Invalid control character"),
     "pretty-printed": ("{\n  'question': 1}", {}, "line 2: not JSON"),
-    "a list": ("[1, 2]", {}, "line 2: a list, not an object; each line must be {...}"),
+    "a list": ("[1, 2]", {}, "line 2: a list, not an object; each line must be {...}, and an array be named"),
     "a text": ('"one?"', {}, "line 2: a str, not an object"),
     "a null": ("null", {}, "line 2: a NoneType, not an object"),
     "nested too deep": ("[" * 100_000, {}, r"line 2: not JSON \(nested too deep\)"),
@@ -64,6 +66,7 @@ LINES: dict[str, tuple[object, dict[str, Any], str]] = {
     "a list for an id": ({**GOOD, "id": [1]}, {"id_field": "id"}, "line 2: field 'id' is list, not an id"),
     "a reference missing": (None, {"references": ["r1"]}, r"line 1: no field 'r1' \(wanted by task.references\)"),
     "an unknown field": (None, {"prompt": "{quest}"}, r"no field 'quest' \(wanted by task.prompt\); it has"),
+    "a nested id twice": ({**GOOD, "in": {"id": 1}}, {"id_field": "in[id]"}, "line 2: the id '1' comes twice"),
     "a position for a field": (None, {"prompt": "{}"}, r"^task.prompt='{}': '{}' names no field; write {field} or"),
     "an attribute for a field": (None, {"prompt": "{question.x}"}, "^task.prompt=.*'{question.x}' names no field"),
     "a format for a field": (None, {"answer": "{answer:>9}"}, "^task.answer=.*'{answer:>9}' names no field"),
@@ -87,6 +90,7 @@ def test_a_bad_line_or_template_gives_its_sentence(tmp_path: Path, case: str):
     bad, fields, sentence = LINES[case]
     first = {**GOOD, "id": {"an id as text and as number": 7, "no id": "b"}.get(case, "a")}
     first |= {"question": {"en": "x"}} if isinstance(bad, dict) and isinstance(bad.get("question"), dict) else {}
+    first |= {"in": {"id": 1}}
     if case == "a null id":
         first["id"] = "None"
     write(tmp_path, first, GOOD if bad is None else bad)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,18 @@ def test_a_template_that_wants_content_in_parts_gets_it_so(part: str):
     template = START + "{% for p in m.content %}" + part + "{% endfor %}<end>" + ASK + "{% endif %}"
     tokenizer = tokenizer_of(template, special=["<end>"])
     assert answers_of(tokenize(SAMPLES, tokenizer, "chat"), tokenizer) == ["It is 4.<end>", "Two\n\nlines<end>"]
+
+
+def test_a_template_that_wants_a_system_turn_reads_samples_that_have_one():
+    refusal = "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    tokenizer = tokenizer_of(refusal + chat("<end>"), special=["<turn>", "<end>"])
+    turns = (("system", "Be brief."), ("user", "What is 2 plus 2?"), ("assistant", "It is 4."))
+    tokens = tokenize([replace(SAMPLES[0], turns=turns)], tokenizer, "chat", loss_on="all")
+    roles = [{"role": role, "content": text} for role, text in turns]
+    assert tokenizer.decode(tokens.row(0)) == tokenizer.apply_chat_template(roles, tokenize=False)
+    assert answers_of(tokens, tokenizer) == ["It is 4.<end>"]
+    with pytest.raises(UserError, match="fails on sample 'a' with 'no system turn'"):
+        tokenize(SAMPLES, tokenizer, "chat")
 
 
 @pytest.mark.parametrize(

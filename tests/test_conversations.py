@@ -55,6 +55,52 @@ LAYOUTS = {
         (("user", "Add.\n\n2, 2"), SAID),
     ),
     "Alpaca with numbers": ({"instruction": "2 + 2?", "output": 4}, (ASKED, ("assistant", "4"))),
+    "Alpaca with NaN input": (
+        {"instruction": "2 + 2?", "input": float("nan"), "output": "It is 4."},
+        (ASKED, SAID),
+    ),
+    "Alpaca with a list for text": (
+        {"instruction": "Reverse.", "input": "[]", "output": "[]"},
+        (("user", "Reverse.\n\n[]"), ("assistant", "[]")),
+    ),
+    **{
+        f"turns with {role} and {text}": (
+            {"conversations": messages(ASKED, SAID, role=role, content=text)},
+            (ASKED, SAID),
+        )
+        for role in ("role", "from")
+        for text in ("content", "value", "text")
+    },
+    "turns with the keys of both": (
+        {"conversations": [{"role": None, "content": None, "from": n, "value": t} for n, t in (ASKED, SAID)]},
+        (ASKED, SAID),
+    ),
+    "a conversation": ({"conversation": messages(ASKED, SAID)}, (ASKED, SAID)),
+    "messages as JSON in a table": ({"messages": json.dumps(messages(ASKED, SAID))}, (ASKED, SAID)),
+    "no tools in a table": ({"conversations": shared(ASKED, SAID), "tools": "[]"}, (ASKED, SAID)),
+    "a question that is not trained": (
+        {"messages": [{**messages(ASKED)[0], "weight": 0}, {**messages(SAID)[0], "weight": 1}]},
+        (ASKED, SAID),
+    ),
+    "a list and a completion": ({"prompt": messages(SYSTEM, ASKED), "completion": SAID[1]}, SEVERAL[:3]),
+    "a prompt and a list": ({"prompt": ASKED[1], "completion": messages(SAID)}, (ASKED, SAID)),
+    **{
+        f"{question} and {answer}": (
+            {question: "2 + 2?", answer: "It is 4.", "system_prompt": "Be brief."},
+            SEVERAL[:3],
+        )
+        for question, answer in (
+            ("instruction", "response"),
+            ("question", "answer"),
+            ("question", "response"),
+            ("query", "response"),
+            ("problem", "solution"),
+        )
+    },
+    "Dolly with a context": (
+        {"instruction": "Add.", "context": "2, 2", "response": "It is 4."},
+        (("user", "Add.\n\n2, 2"), SAID),
+    ),
 }
 
 
@@ -71,6 +117,9 @@ def test_a_conversation_is_recognised_by_its_columns(tmp_path: Path, kind: str):
     [
         ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", " 4"),
         ({"prompt": "2 + 2 =", "answer": 4}, "2 + 2 =", " 4"),
+        ({"prompt": "2 + 2 =", "response": 4}, "2 + 2 =", " 4"),
+        ({"inputs": "2 + 2 =", "targets": 4}, "2 + 2 =", " 4"),
+        ({"input": "2 + 2 =", "output": 4}, "2 + 2 =", " 4"),
     ],
 )
 def test_a_prompt_and_an_answer_are_recognised_too(tmp_path: Path, row: dict[str, Any], prompt: str, answer: str):
@@ -82,18 +131,63 @@ def test_the_layout_is_told_in_one_line_and_templates_override_it(tmp_path: Path
     caplog.set_level("INFO")
     rows = [{"messages": messages(ASKED, SAID), "q": "a", "a": "b"}] * 3
     load(tmp_path, *rows)
-    assert [r.message for r in caplog.records] == ["the train split is read as OpenAI messages"]
+    assert [r.message for r in caplog.records] == ["the train split is read as messages"]
     assert load(tmp_path, *rows, prompt="{q}", answer="{a}")[0].turns == ()
     assert len(caplog.records) == 1
     (sample, *_) = load(tmp_path, *rows, prompt="{{ messages[0].content }}", answer="{messages[1][content]}")
     assert (sample.prompt, sample.answer) == ("2 + 2?", "It is 4.")
 
 
-def test_columns_of_no_layout_and_half_a_pair_of_templates_are_refused(tmp_path: Path):
-    with pytest.raises(
-        UserError, match=r"line 1: task.prompt and task.answer are null, and the fields a, b are of no"
-    ):
-        load(tmp_path, {"a": 1, "b": 2})
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"text": "x"}, "line 1: the row has the field text alone, but a sample is a prompt and its answer"),
+        ({"prompt": [{"role": "user"}]}, "the row has the field prompt alone"),
+        (
+            {"a": 1, "b": 2},
+            "the fields a, b are of no known layout: set both to .*such as '{a}'",
+        ),
+        (
+            {"prompt": "x", "answer": "y", "system": "z"},
+            "'system' is filled, but the layout 'prompt and answer'",
+        ),
+        (
+            {"question": "x", "answer": "y", "choices": ["y"]},
+            "'choices' is filled, but the layout 'question and",
+        ),
+        (
+            {"messages": messages(ASKED, SAID), "images": ["a.png"]},
+            "'images' is filled, but the layout 'messages'",
+        ),
+        (
+            {"messages": "[{'role': 'user'}]"},
+            "'messages' is text that begins like a list of turns, but is not",
+        ),
+        (
+            {"conversations": [{"speaker": "a", "text": "b"}]},
+            r"\[0\] has the role None.* has speaker, text",
+        ),
+    ],
+)
+def test_a_row_of_which_a_part_would_be_lost_is_refused(tmp_path: Path, row: dict[str, Any], sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        load(tmp_path, row)
+
+
+def test_choices_that_a_metric_asks_for_are_no_lost_part_and_empty_fields_are_none(tmp_path: Path):
+    row = {"question": "x", "answer": "y", "choices": ["y", "n"], "context": "", "history": [], "image": None}
+    (sample,) = load(tmp_path, row, choices_field="choices")
+    assert sample.turns == (("user", "x"), ("assistant", "y"))
+
+
+def test_an_earlier_turn_of_weight_0_is_read_where_the_last_answer_alone_is_trained(tmp_path: Path):
+    row = {"messages": [{**turn, "weight": int(at == 4)} for at, turn in enumerate(messages(*SEVERAL))]}
+    with pytest.raises(UserError, match=r"messages\[2\] has weight=0, but .*: set task.loss_on=last where"):
+        load(tmp_path, row)
+    assert load(tmp_path, row, loss_on="last")[0].turns == SEVERAL
+
+
+def test_half_a_pair_of_templates_and_an_unknown_loss_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"task.answer=None must be a template"):
         replace(TASK, prompt="{q}")
     with pytest.raises(UserError, match=r"task.loss_on='first' is unknown: choose 'all' or 'last'"):
@@ -124,7 +218,7 @@ BAD = {
     ),
     "a turn that is not trained": (
         {"messages": [*messages(ASKED), {"role": "assistant", "content": "x", "weight": 0}]},
-        r"messages\[1\] has the weight 0",
+        r"messages\[1\] has weight=0, but every answer is trained .*: remove the field or the turn",
     ),
     "no role": ({"messages": [{"content": "x"}]}, r"messages\[0\] has the role None"),
     "a text for a turn": ({"messages": ["x"]}, r"messages\[0\] is str, not a turn; write {role, content}"),

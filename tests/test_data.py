@@ -289,3 +289,22 @@ def test_a_field_with_a_curious_name_is_reached_by_the_row(tmp_path: Path):
     (tmp_path / "train.jsonl").write_bytes(lines([{"the question?": "x", "answer": "y"}]))
     (sample,) = replace(TEMPLATED, data_dir=str(tmp_path), prompt="{{ row['the question?'] }}:").load("train")
     assert sample.prompt == "x:"
+
+
+def test_a_recorded_run_is_measured_again_by_other_metrics_and_with_other_references(run, tmp_path: Path):
+    rows = [{"q": f"{n}?", "a": "x", "all": ["x", str(n)]} for n in range(8)]
+    ask = ("method=random", "task=file", f"task.data_dir={tmp_path}", "task.prompt='{q}'", "task.answer=' {a}'")
+
+    def measured(*more: str) -> dict[str, Any]:
+        for name in ("train", "test"):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run(*ask, "task.references=[all]", *more)
+
+    first = measured("task.metrics=[exact]")
+    assert measured("task.metrics=[exact]") == first, "what is recorded is not done again"
+    second = measured("task.metrics=[exact,rouge1]")
+    assert set(second["metrics"]) == {"exact", "rouge1", "output_tokens"} and second["folder"] == first["folder"]
+    rows[0]["all"].append("y")
+    third = measured("task.metrics=[exact]")
+    assert third["identity"]["data"]["test"] != first["identity"]["data"]["test"]
+    assert not any(stage["computed"] for record in (second, third) for stage in record["overhead"]["stages"])

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import lzma
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,13 @@ def table(separator: str) -> bytes:
     return file.getvalue().encode()
 
 
+def indexed() -> bytes:
+    """A table with an index that has no name, as pandas writes it."""
+    import pandas as pd
+
+    return pd.DataFrame(ROWS).to_csv().encode()
+
+
 def parquet(folder: Path) -> None:
     import pandas as pd
 
@@ -65,6 +73,17 @@ FORMATS = {
     "JSON array": put("train.json", json.dumps(ROWS, indent=1).encode()),
     "JSON array with a byte order mark": put("train.json", b"\xef\xbb\xbf \n" + json.dumps(ROWS).encode()),
     "gzip": put("train.jsonl.gz", gzip.compress(lines())),
+    "xz": put("train.jsonl.xz", lzma.compress(lines())),
+    "JSON Lines after a byte order mark and a blank line": put("train.jsonl", b"\xef\xbb\xbf\n" + lines()),
+    "JSON object with the rows as data": put(
+        "train.json", json.dumps({"version": 1, "data": ROWS}, indent=1).encode()
+    ),
+    "JSON object with the splits": put("train.json", json.dumps({"test": [], "train": ROWS}).encode()),
+    "CSV with old line ends": put("train.csv", table(",").replace(b"\r\n", b"\r")),
+    "CSV with an index": put("train.csv", indexed()),
+    "CSV with semicolons and a comma in the header": put(
+        "train.csv", table(";").replace(b"answer", b'answer;"a,b"', 1)
+    ),
     "bzip2": put("train.jsonl.bz2", bz2.compress(lines())),
     "gzipped CSV": put("train.csv.gz", gzip.compress(table(","))),
     "CSV": put("train.csv", table(",")),
@@ -78,6 +97,7 @@ FORMATS = {
         put("train-00001-of-00002.jsonl", lines(ROWS[2:]))(folder),
     ),
     "save_to_disk": saved,
+    "save_to_disk of each split": lambda folder: saved(folder / "train", splits=False),
     "save_to_disk of one split": lambda folder: saved(folder, splits=False),
 }
 
@@ -159,6 +179,7 @@ def test_a_folder_with_curious_signs_in_its_name_is_read(tmp_path: Path, name: s
             {"train_file": "a.txt"},
             r"a.txt: the format is not known by its name: choose .jsonl",
         ),
+        ((), {"train_file": "https://x.org/a.csv"}, r"train_file=https://x.org/a.csv is an address: download the"),
         ((), {"train_file": []}, r"task.train_file=\[\] must be a path, a glob or a list"),
         ((), {"train_file": 3}, r"task.train_file=3 must be a path, a glob or a list"),
     ],
@@ -175,8 +196,11 @@ def test_a_file_for_a_folder_a_split_that_is_not_there_and_no_data_are_refused(t
     with pytest.raises(UserError, match=r"train.jsonl is a file: name its folder, or give the file as task"):
         replace(TASK, data_dir=str(tmp_path / "train.jsonl")).load("train")
     saved(tmp_path / "saved")
-    with pytest.raises(UserError, match="saved has no split 'dev': it has train, test"):
+    with pytest.raises(UserError, match=r"saved has no split 'dev', but train, test: name one by task"):
         replace(TASK, data_dir=str(tmp_path / "saved"), train_split="dev").load("train")
+    saved(tmp_path / "one", splits=False)
+    with pytest.raises(UserError, match="one holds one data set without splits, which is the training split: set"):
+        replace(TASK, data_dir=str(tmp_path / "one")).load("test")
     with pytest.raises(UserError, match=r"task 't' names no data: set task.data_dir=FOLDER"):
         replace(TASK, data_dir=None)
     with pytest.raises(UserError, match=r"task.test_file=null names no file"):
@@ -201,18 +225,45 @@ def test_a_file_for_a_folder_a_split_that_is_not_there_and_no_data_are_refused(t
             b'[{"question": "a",}]',
             r"train.json: not JSON \(.*\); the file must be an array",
         ),
-        ("train.json", b'{"a":\n [1]}', r"train.json, line 1: not JSON \(Expecting value, column \d"),
+        ("train.json", b'{"a":\n 1]}', r"train.json: not JSON \(Expecting ',' delimiter, line 2, column \d"),
+        (
+            "train.json",
+            b'{"question": ["a"], "answer": ["b"]}',
+            r"train.json: an object of 2 lists, not rows",
+        ),
+        (
+            "train.jsonl",
+            gzip.compress(lines(), mtime=0),
+            r"train.jsonl: the content is that of a .gz file",
+        ),
+        ("train.csv", b"PAR1", r"train.csv: the content is that of a .parquet file"),
+        (
+            "train.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            r"a pointer of Git LFS",
+        ),
+        ("train.jsonl.zip", b"PK", r"train.jsonl does not exist, and train.jsonl.zip is of no format that is read"),
         ("train.csv", b"question,answer\na,b\nc,\n", r"train.csv, row 2: the answer is empty"),
         (
             "train.csv",
             b"question,answer\na,b,c\n",
-            r"train.csv: cannot be read as CSV \(ParserWarning: Length",
+            r"train.csv, row 1: 3 values, but the header names 2 column",
         ),
-        ("train.csv", b"question,answer\na,b\nc,d,e\n", r"train.csv: cannot be read as CSV \(.*Expected 2 fields"),
+        (
+            "train.csv",
+            b"question,answer\na,b\nc,d,e\n",
+            r"train.csv, row 2: 3 values, but the header names 2",
+        ),
         ("train.csv", b"question,answer,answer\na,b,c\n", r"train.csv: the column 'answer' comes twice; rename"),
         ("train.csv", b"question, answer\na,b\n", r"no field 'answer' .*; it has ' answer', question"),
         ("train.csv", b"question,answer\n", r"the train split is empty"),
-        ("train.csv", b"", r"train.csv: cannot be read as CSV \(EmptyDataError: No columns to parse"),
+        ("train.csv", b"", r"the train split is empty"),
+        ("train.csv", b'question,answer\n"a,b\nc,d\n', r"train.csv, near line 3: a stray quote \(unexpected end"),
+        (
+            "train.tsv",
+            b'question\tanswer\n"a\tb\n"c\td\n',
+            r"train.tsv, near line 3: a stray quote",
+        ),
         (
             "train.csv",
             "question,answer\né,b\n".encode("latin-1"),

@@ -210,3 +210,17 @@ def test_exported_conversations_are_messages(run, tmp_path: Path):
     out = export(run_folder, "trl", tmp_path / "out")
     exported = [json.loads(line) for line in (out / "train.jsonl").read_text("utf-8").splitlines()]
     assert len(exported) == 3 and all(row["messages"] in turns for row in exported)
+
+
+def test_data_that_was_named_relative_to_another_folder_is_refused_with_its_name(run, tmp_path: Path, monkeypatch):
+    rows = "".join(json.dumps({"question": f"{n}?", "answer": str(n)}) + "\n" for n in range(8))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/train.jsonl").write_text(rows)
+    monkeypatch.chdir(tmp_path)
+    folder = run("method=random", "evaluation=none", "task=file", "task.data_dir=mine")["folder"]
+    assert [
+        json.loads(line)["question"] for line in (export(folder, "jsonl", tmp_path / "a") / "train.jsonl").open()
+    ]
+    monkeypatch.chdir("/")
+    with pytest.raises(UserError, match="it was named as mine, relative to the folder where the run"):
+        export(folder, "jsonl", tmp_path / "b")

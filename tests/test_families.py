@@ -17,6 +17,7 @@ from staff.data.tokens import tokenize
 from staff.errors import UserError
 from staff.evaluation.generator import Greedy, generate
 from staff.evaluation.stage import Generate, read_predictions
+from staff.models.adapters import LoraSpec, fresh_lora
 from staff.models.family import Family
 from staff.models.spec import ModelSpec
 from staff.models.state import ModelState
@@ -97,6 +98,38 @@ def test_every_architecture_goes_from_scores_to_answers(folder_of, tmp_path: Pat
     }
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("bert", "is an encoder"),
+        ("roberta", "is an encoder"),
+        ("t5", "is an encoder-decoder"),
+        ("vit", "is no causal"),
+    ],
+)
+def test_a_model_that_does_not_predict_the_next_token_is_refused_by_its_kind(tmp_path: Path, kind: str, said: str):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"family path={tmp_path} .*{said}.*: name a decoder"):
+        spec = ModelSpec(str(tmp_path))
+        spec.check()
+        spec.shapes()
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "phimoe"])
+def test_a_router_of_experts_that_returns_two_tensors_gets_no_adapter(kind: str):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1, "vocab_size": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, head_dim=16, **sizes, **experts))
+    adapted = fresh_lora(model, LoraSpec(2, 4), 0)
+    names = {name.rsplit(".", 1)[-1] for name, module in adapted.named_modules() if hasattr(module, "lora_B")}
+    assert "v_proj" in names and not names & {"router", "gate"}
+    adapted(input_ids=torch.ones(1, 4, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("template", CHAT.values(), ids=CHAT)
 def test_a_chat_model_reads_its_template_and_learns_the_answer_and_its_end_of_turn(template: str):
     tokenizer = chat_tokenizer(template)
@@ -113,6 +146,32 @@ def test_a_chat_model_reads_its_template_and_learns_the_answer_and_its_end_of_tu
         answer = [token for token in tokens.labels(i) if token != -100]
         assert tokenizer.decode(answer[:-1]).strip() == sample.answer.strip()
         assert tokenizer.decode(answer[-1:]) == ("<|im_end|>" if "im_end" in template else tokenizer.eos_token)
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "recurrent_gemma", "mamba"])
+def test_a_model_that_reads_its_padding_answers_as_one_at_a_time(kind: str, caplog):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    caplog.set_level("INFO")
+    tokenizer = TINY.tokenizer()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "attention_hidden_size": 32, "lru_width": 32}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "attention_window_size": 64,
+        "intermediate_size": 48,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes, **heads)
+    ).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(6 if weight.dim() > 1 else 1)
+    prompts = [tokenizer(text).input_ids for text in ("How are you?", "x is", "A long prompt that goes on", "y or")]
+    alone = [generate(model, tokenizer, [prompt], max_new_tokens=6, batch_tokens=None)[0] for prompt in prompts]
+    assert generate(model, tokenizer, prompts, max_new_tokens=6, batch_tokens=10_000) == alone
+    assert ("reads padding" in caplog.text) == (kind != "mamba") and len({*map(tuple, alone)}) == len(alone)
 
 
 def test_generation_stops_at_a_further_end_token():

@@ -244,3 +244,56 @@ def test_replacing_an_adapter_undoes_the_tuning_there_and_keeps_it_elsewhere():
         else:
             assert not hasattr(module, "lora_A")
             torch.testing.assert_close(module.weight.detach(), raw[f"{name}.weight"].detach() + delta[name])
+
+
+def _changed(folder: Path, **settings: object) -> None:
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+
+
+BROKEN = {
+    "quantised": (
+        lambda folder: _changed(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
+        r"is quantised \(gptq\), and packed weights have no exact gradients: name the model that it was made from",
+    ),
+    "damaged": (
+        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+        r"model.safetensors is damaged or incomplete \(.*\); copy it again",
+    ),
+    "without weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "it has no safetensors weights",
+    ),
+    "without a tokenizer": (
+        lambda folder: [(folder / f"tokenizer{name}.json").unlink() for name in ("", "_config")],
+        "it has no tokenizer that can be read; copy tokenizer.json",
+    ),
+    "without a configuration": (
+        lambda folder: (folder / "config.json").unlink(),
+        "it has no config.json",
+    ),
+    "of other shapes": (
+        lambda folder: _changed(folder, intermediate_size=40),
+        "its weights have other shapes",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_target_is_refused_before_the_small_model_is_fine_tuned(run, tmp_path: Path, kind: str):
+    breaks, sentence = BROKEN[kind]
+    target = tmp_path / "target"
+    shutil.copytree(ModelSpec("pkg://staff/assets/tiny/small").local or "", target)
+    breaks(target)
+    with pytest.raises(UserError, match=sentence) as refused:
+        run("method=staff" if kind != "of other shapes" else "method=raw", f"family.target.path={target}")
+    assert "\n" not in str(refused.value)
+    assert kind == "of other shapes" or not (tmp_path / "results/artifacts/finetune").exists()
+
+
+def test_weights_that_a_model_does_not_use_are_told_of(tmp_path: Path, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(ModelSpec("pkg://staff/assets/tiny/small").local or "", folder)
+    _changed(folder, num_hidden_layers=1)
+    ModelSpec(str(folder)).load()
+    assert "weights that LlamaForCausalLM does not use, such as model.layers.1." in caplog.text

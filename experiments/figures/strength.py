@@ -49,9 +49,9 @@ def table(results: Path, setting: str, rate: float) -> pd.DataFrame:
 
 def comparable(found: pd.DataFrame, setting: str) -> pd.DataFrame:
     """The runs of methods with two values of the setting or more, of seeds that ran at all the method's values."""
-    values = found.groupby("method")[setting].transform("nunique")
-    of_seed = found.groupby(["method", "seed"])[setting].transform("nunique")
-    return found[(values > 1) & (of_seed == values)]
+    values = found.groupby("method")[setting].transform("nunique").to_numpy()
+    of_seed = found.groupby(["method", "seed"])[setting].transform("nunique").to_numpy()
+    return found.loc[(values > 1) & (of_seed == values)]
 
 
 def draw(found: pd.DataFrame, setting: str, file: Path, made_by: str) -> Drawn:

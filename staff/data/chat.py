@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from staff.data.samples import Piece, Turns
@@ -173,16 +174,17 @@ class ChatTemplate:
     def _probed(self) -> tuple[tuple[str, str], str]:
         """How the generation prompt and the text before an answer differ (`_apart`), and the text after an answer.
 
-        Content is passed as text, or as a list of parts if the template requires it.
+        Content is passed as text, or as a list of parts if the template requires it. A template that requires a
+        system turn gets one here; samples need one of their own.
         """
         refusal = UserError(
             f"the chat template of {self.name} does not put an answer as it is behind its prompt: set "
             "family.prompt_format=plain."
         )
         failure = None
-        for self.content_as_parts in (False, True):
+        for system, self.content_as_parts in product(((), (("system", _QUESTION),)), (False, True)):
             try:
-                before, whole = self._render((("user", _QUESTION), ("assistant", _ANSWER)))
+                before, whole = self._render((*system, ("user", _QUESTION), ("assistant", _ANSWER)))
             except UserError as error:
                 failure = failure or error
                 continue

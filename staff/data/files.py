@@ -39,9 +39,14 @@ def files_of(split: str, given: Files | None, data_dir: str | None, name: str | 
     if given is None and data_dir is None:
         raise UserError(f"task.{split}_file=null names no file: set it, or task.data_dir=FOLDER.")
     if given is None:
-        return [folder] if is_saved(folder) else _named_after(name or split, split, folder)
+        return _saved(split, folder) if is_saved(folder) else _named_after(name or split, split, folder)
     found: list[Path] = []
     for pattern in [given] if isinstance(given, str) else given:
+        if "://" in pattern:
+            raise UserError(
+                f"task.{split}_file={pattern} is an address: download the file and name it by its path, or set "
+                "task.hub=NAME for a data set of the hub."
+            )
         path = folder / local_path(pattern)
         # A name that exists is meant as it stands, whatever signs it holds.
         matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
@@ -54,8 +59,21 @@ def files_of(split: str, given: Files | None, data_dir: str | None, name: str | 
     return list(dict.fromkeys(found))
 
 
+def _saved(split: str, folder: Path) -> list[Path]:
+    if split != "train" and not (folder / "dataset_dict.json").is_file():
+        raise UserError(
+            f"{folder} holds one data set without splits, which is the training split: set task.{split}_file"
+            + (", or evaluation=none to select alone." if split == "test" else ".")
+        )
+    return [folder]
+
+
 def _named_after(name: str, split: str, folder: Path) -> list[Path]:
-    """NAME.jsonl, or another format; else the shards NAME-*, as in folders of the hub."""
+    """NAME.jsonl, or another format, or a folder NAME of `save_to_disk`; else the shards NAME-*, as in folders of
+    the hub.
+    """
+    if is_saved(folder / name):
+        return [folder / name]
     whole, shards = (
         sorted(path for path in folder.glob(pattern) if format_of(path)) for pattern in (f"{name}.*", f"{name}-*")
     )
@@ -64,8 +82,9 @@ def _named_after(name: str, split: str, folder: Path) -> list[Path]:
         raise UserError(f"{folder} holds {names}: choose by task.{split}_file.")
     if not whole and not shards:
         other = f"set task.{split}_file" + (", or evaluation=none to select alone" if split == "test" else "")
+        unread = next((f", and {p.name} is of no format that is read" for p in sorted(folder.glob(f"{name}*"))), "")
         raise UserError(
-            f"{folder / name}.jsonl does not exist: task.data_dir must be a folder with {name}.jsonl (or "
+            f"{folder / name}.jsonl does not exist{unread}: task.data_dir must be a folder with {name}.jsonl (or "
             f".json, .csv, .tsv, .parquet), or {other}."
         )
     return whole or shards

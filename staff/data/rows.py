@@ -1,7 +1,8 @@
 """Rows of data files, each with its place for messages.
 
-The `datasets` library reads CSV, Parquet and what it saved itself. JSON is parsed here, row by row: the library
-wants one type for a column, so that it makes dates of text and 1.0 of 1, and null of a missing field.
+The `datasets` library reads Parquet and what it saved itself. JSON is parsed here, row by row: the library wants
+one type for a column, so that it makes dates of text and 1.0 of 1, and null of a missing field. CSV is read by the
+standard library: pandas takes the rows behind a stray quote for one value.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import glob
 import io
 import json
 import logging
-import warnings
+import lzma
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ FORMATS = {
     ".tsv": "TSV",
     ".parquet": "Parquet",
 }
-COMPRESSED = (".gz", ".bz2", ".zst")
+COMPRESSED = (".gz", ".bz2", ".zst", ".xz")
 
 
 def format_of(path: Path) -> str | None:
@@ -53,7 +56,7 @@ def read_rows(path: Path, split: str) -> Rows:
     """The rows of a file, or of a folder of `save_to_disk`, streamed.
 
     Args:
-        split: of a folder that holds several.
+        split: of a folder or a JSON object that holds several.
 
     Raises:
         UserError: a format that is not known, a file that is damaged, a line that is no JSON object.
@@ -62,9 +65,36 @@ def read_rows(path: Path, split: str) -> Rows:
         return _read_saved(path, split)
     kind = format_of(path)
     if kind is None:
-        raise UserError(f"{path}: the format is not known by its name: choose {', '.join(FORMATS)}.")
-    read = {"JSON Lines": read_json_lines, "JSON": _read_json, "Parquet": _read_parquet}.get(kind, _read_csv)
+        known = ", ".join(FORMATS)
+        raise UserError(f"{path}: the format is not known by its name: choose {known}, each without an archive.")
+    _check_content(path)
+    if kind == "JSON":
+        return _read_json(path, split)
+    read = {"JSON Lines": read_json_lines, "Parquet": _read_parquet}.get(kind, _read_csv)
     return read(path)
+
+
+CONTENTS = {
+    b"\x1f\x8b": ".gz",
+    b"BZh": ".bz2",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"\xfd7zXZ": ".xz",
+    b"PK\x03\x04": ".zip",
+    b"PAR1": ".parquet",
+}
+"""What files of other formats than their name tells begin with."""
+
+
+def _check_content(path: Path) -> None:
+    with _readable(path, format_of(path) or "text"), path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a pointer of Git LFS in place of the file: fetch it by git lfs pull.")
+    name = path.name.lower()
+    for mark, suffix in CONTENTS.items():
+        if start.startswith(mark) and not name.endswith(suffix):
+            what = "unpack it" if suffix == ".zip" else f"let its name end with {suffix}"
+            raise UserError(f"{path}: the content is that of a {suffix} file: {what}.")
 
 
 def read_json_lines(path: Path) -> Rows:
@@ -75,46 +105,86 @@ def read_json_lines(path: Path) -> Rows:
     """
     with _opened(path) as lines:
         for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(BOM_UTF8) if number == 1 else line
             if line.strip():
                 where = f"{path}, line {number}"
-                row = _parsed(line, where, "each line must be one JSON object", first=number == 1)
-                yield where, _object(row, where, "each line must be {...}")
+                row = _parsed(line, where, "each line must be one JSON object")
+                yield where, _object(row, where, "each line must be {...}, and an array be named .json")
 
 
-def _read_json(path: Path) -> Rows:
-    """The rows of a JSON array ("file, row n"), or of JSON Lines that are named .json."""
+def _read_json(path: Path, split: str) -> Rows:
+    """The rows of a JSON array ("file, row n"), alone or in an object; or of JSON Lines that are named .json."""
     with _opened(path) as file:
-        array = file.peek(1024).removeprefix(BOM_UTF8).lstrip().startswith(b"[")
-        text = file.read() if array else b""
-    if not array:
+        start = b""
+        while not start.strip() and (line := file.readline()):
+            start = line.removeprefix(BOM_UTF8)
+        lines = start.startswith(b"{") and start.rstrip().endswith(b"}") and file.peek(1).strip() != b""
+        text = b"" if lines else start + file.read()
+    if lines or not text.strip():
         yield from read_json_lines(path)
         return
-    rows = _parsed(text, str(path), "the file must be an array of objects, or one object a line", first=True)
+    rows = _parsed(text, str(path), "the file must be an array of objects, or one object a line")
+    if not isinstance(rows, list):
+        rows = _within(_object(rows, str(path), "the file must hold {...}"), path, split)
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
         yield where, _object(row, where, "the array must hold {...}")
+
+
+def _within(whole: Mapping[str, Any], path: Path, split: str) -> list[Any]:
+    """The rows in a JSON object: a list of objects by the name of the split or "data", or the object itself."""
+    for name in (split, "data"):
+        if isinstance(found := whole.get(name), list) and all(isinstance(row, dict) for row in found):
+            return found
+    kinds = {type(value) for value in whole.values()}
+    if len(whole) > 1 and kinds in ({list}, {dict}):
+        raise UserError(
+            f"{path}: an object of {len(whole)} {kinds.pop().__name__}s, not rows: write an array of objects, as "
+            "pandas does by to_json(orient='records')."
+        )
+    return [whole]
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedReader]:
     import pyarrow as pa
 
-    with _readable(path, format_of(path) or "text"), pa.input_stream(str(path), compression="detect") as file:
-        yield io.BufferedReader(file)
+    with _readable(path, format_of(path) or "text"):
+        unpacked: Any = lzma.open if path.suffix.lower() == ".xz" else pa.input_stream
+        with unpacked(str(path)) as file:
+            yield io.BufferedReader(file)
 
 
-def _parsed(text: bytes, where: str, wanted: str, first: bool) -> Any:
-    """What JSON says; only the file's first line may begin with a byte order mark."""
+def _parsed(text: bytes, where: str, wanted: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8.") from None
+        return json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
+        if (wide := json.detect_encoding(text)).startswith(("utf-16", "utf-32")):
+            raise UserError(f"{where}: {wide.upper()}, not UTF-8; convert the file to UTF-8.") from None
+        if isinstance(error, UnicodeDecodeError):
+            raise UserError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8.") from None
         said = "nested too deep" if isinstance(error, RecursionError) else str(error)
         if isinstance(error, json.JSONDecodeError):
             line = f"line {error.lineno}, " if b"\n" in text.strip() else ""
-            said = f"{error.msg}, {line}column {error.colno}"
+            said = f"{_why(error)}, {line}column {error.colno}"
         raise UserError(f"{where}: not JSON ({said}); {wanted}.") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shortened(repr(twice))} comes twice")
+    return row
+
+
+def _why(error: json.JSONDecodeError) -> str:
+    if error.doc[: error.pos].rstrip().endswith(",") and error.doc[error.pos : error.pos + 1] in ("}", "]"):
+        return "a comma before a closing bracket"
+    if error.doc[error.pos :].strip() == ",":
+        return "a comma behind the object"
+    return error.msg
 
 
 def _object(row: Any, where: str, wanted: str) -> Mapping[str, Any]:
@@ -124,44 +194,59 @@ def _object(row: Any, where: str, wanted: str) -> Mapping[str, Any]:
 
 
 def _read_csv(path: Path) -> Rows:
-    """The rows of a CSV or TSV file with a header ("file, row n"), every value as the text that the file has."""
-    from datasets import Features, Value
-
-    options = {"sep": _separator(path), "keep_default_na": False, "index_col": False}
-    first = next(_streamed("csv", path, **options), {})
-    features = Features({str(name): Value("string") for name in first})
-    for number, row in enumerate(_streamed("csv", path, **options, features=features) if first else (), start=1):
-        yield f"{path}, row {number}", row
-
-
-def _separator(path: Path) -> str:
-    """What separates the columns: a comma, or where the header has none, a semicolon, tab or bar as spreadsheets
-    write; a tab in a TSV file.
+    """The rows of a CSV or TSV file with a header ("file, row n"), every value as the text that the file has.
 
     Raises:
-        UserError: a column comes twice, of which pandas would rename one.
+        UserError: a row with more values than the header has names, a column that comes twice, a stray quote.
     """
-    with _opened(path) as lines:
-        header = next((line for line in lines if line.strip()), b"").decode("utf-8-sig").strip("\r\n")
-    found = "\t" if format_of(path) == "TSV" else next((mark for mark in ",;\t|" if mark in header), ",")
-    names = next(csv.reader([header], delimiter=found), [])
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{path}: the column {twice[0]!r} comes twice; rename one of them.")
-    return found
+    csv.field_size_limit(2**31 - 1)
+    with _opened(path) as file:
+        lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
+        header: list[str] = []
+        try:
+            start = next((line for line in lines if line.strip()), "")
+            reader = csv.reader(chain([start], lines), delimiter=_separator(path, start), strict=True)
+            header = next(reader, [])
+            if twice := [name for name in header if name and header.count(name) > 1]:
+                raise UserError(f"{path}: the column {twice[0]!r} comes twice; rename one of them.")
+            for number, values in enumerate(filter(None, reader), start=1):
+                where = f"{path}, row {number}"
+                if len(values) > len(header):
+                    raise UserError(
+                        f"{where}: {len(values)} values, but the header names {len(header)} column(s); put a value "
+                        "that holds the separator in quotes."
+                    )
+                yield where, dict(zip_longest(header, values, fillvalue=""))
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, near line {reader.line_num}: a stray quote ({error}); put the whole value in quotes and "
+                "double the quotes in it."
+            ) from None
+
+
+def _separator(path: Path, header: str) -> str:
+    """What separates the columns: a comma, or where the header has none, a semicolon, tab or bar as spreadsheets
+    write; a tab in a TSV file.
+    """
+    bare = re.sub(r'"[^"]*"', "", header)
+    return "\t" if format_of(path) == "TSV" else next((mark for mark in ",;\t|" if mark in bare), ",")
 
 
 def _read_parquet(path: Path) -> Rows:
-    if _is_empty(path):  # which the library takes for an error
-        return
-    for number, row in enumerate(_streamed("parquet", path), start=1):
-        yield f"{path}, row {number}", row
-
-
-def _is_empty(path: Path) -> bool:
+    import datasets
     from pyarrow import parquet
 
     with _readable(path, "Parquet"):
-        return path.suffix.lower() == ".parquet" and parquet.read_metadata(path).num_rows == 0
+        facts = parquet.read_metadata(path)
+        names = facts.schema.to_arrow_schema().names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{path}: the column {twice[0]!r} comes twice; rename one of them.")
+        if not facts.num_rows:  # which the library takes for an error
+            return
+        files = [glob.escape(str(path.absolute()))]
+        data = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        for number, row in enumerate(plain_rows(data), start=1):
+            yield f"{path}, row {number}", row
 
 
 def _read_saved(folder: Path, split: str) -> Rows:
@@ -176,22 +261,13 @@ def _read_saved(folder: Path, split: str) -> Rows:
         data = load_from_disk(folder)
     if isinstance(data, DatasetDict):
         if split not in data:
-            raise UserError(f"{folder} has no split {split!r}: it has {', '.join(map(str, data))}.")
+            raise UserError(
+                f"{folder} has no split {split!r}, but {', '.join(map(str, data))}: name one by task.train_split, "
+                "task.test_split or task.dev_split."
+            )
         data = data[split]
     for number, row in enumerate(plain_rows(data), start=1):
         yield f"{folder}, row {number}", row
-
-
-def _streamed(builder: str, path: Path, **options: Any) -> Iterator[dict[str, Any]]:
-    import datasets
-    from pandas.errors import ParserWarning
-
-    with _readable(path, format_of(path) or builder), warnings.catch_warnings():
-        warnings.simplefilter("error", ParserWarning)  # a row with more values than the header has names
-        files = [glob.escape(str(path.absolute()))]
-        yield from plain_rows(
-            datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
-        )
 
 
 def plain_rows(data: Any) -> Iterator[dict[str, Any]]:

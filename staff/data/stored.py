@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from staff.data import duplicates, files, rows, samples, templates
+from staff.data import duplicates, files, layouts, rows, samples, templates
 from staff.data.duplicates import Duplicates
 from staff.data.samples import Sample, computed_digest, several_answers
 from staff.data.task import Task
@@ -168,5 +168,5 @@ def _code(task: Task) -> str:
     from staff.data import splits
 
     own = sys.modules[type(task).__module__]
-    modules = {samples, duplicates, files, rows, templates, splits, sys.modules[Task.__module__], own}
+    modules = {samples, layouts, duplicates, files, rows, templates, splits, sys.modules[Task.__module__], own}
     return " ".join(sorted(map(inspect.getsource, modules)))

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from staff.data.files import Files, files_of, read_folder, read_hub
+from staff.data.layouts import Layout, layout_of
 from staff.data.rows import Rows, read_rows
-from staff.data.samples import Layout, Sample, Turns, layout_of, plain_text, several_answers
-from staff.data.templates import check_template, id_of, render, shortened, text_of, texts_of
+from staff.data.samples import Sample, Turns, plain_text, several_answers
+from staff.data.templates import check_template, field_of, id_of, render, shortened, texts_of
 from staff.errors import UserError
 from staff.runtime import processes
 from staff.runtime.files import local_path
@@ -31,7 +32,7 @@ class Task:
 
     Templates name fields of a row in braces, `{translation[kk]}` and `{answers[0]}` reach into nested ones; a
     template with `{{` or `{%` is Jinja. Prompt and answer are tokenised separately, so white space between them
-    should start the answer. Without templates, the columns tell the layout (`staff.data.samples.LAYOUTS`).
+    should start the answer. Without templates, the columns tell the layout (`staff.data.layouts.LAYOUTS`).
     """
 
     name: str
@@ -247,13 +248,15 @@ class Task:
         references: tuple[str, ...] = ()
         if split == "test" and self.references:
             references = texts_of(row, self.references, where, "task.references")
+        if layout is not None:
+            layout.check(row, where, (self.id_field, self.group_field, self.choices_field, *self.references))
         if layout is not None and layout.turns is not None:
-            turns = layout.turns(row, where)
+            turns = layout.turns(row, where, self.loss_on == "all")
             prompt, answer = plain_text(turns)
         else:
             prompt, answer = self._texts(row, where, layout, references)
         id = id_of(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
-        group = text_of(row, [self.group_field], where, "task.group_field") if self.group_field else None
+        group = field_of(row, self.group_field, where, "task.group_field") if self.group_field else None
         asked = split == "test" or self.evaluate_on == "dev"
         choices: tuple[str, ...] = tuple(self.choices) if asked else ()
         if asked and self.choices_field is not None:

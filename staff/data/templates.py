@@ -99,10 +99,17 @@ def render(template: str, row: Mapping[str, Any], where: str, setting: str) -> s
     return "".join(text + (text_of(row, path, where, setting) if path else "") for text, path in parts)
 
 
-def path_of(field: str, setting: str) -> list[str]:
-    """The path that {field} or {field[key]} spells, braces left out."""
+def path_in(row: Mapping[str, Any], field: str, setting: str) -> list[str]:
+    """The path that a setting spells as in a template, braces left out: `field` or `field[key]`."""
+    if field in row:
+        return [field]
     (part,) = _parsed(f"{{{field}}}", setting)
     return part[1]
+
+
+def field_of(row: Mapping[str, Any], field: str, where: str, setting: str) -> str:
+    """The text of a field that a setting names."""
+    return text_of(row, path_in(row, field, setting), where, setting)
 
 
 @cache
@@ -192,7 +199,7 @@ def texts_of(row: Mapping[str, Any], fields: Sequence[str], where: str, setting:
     """The texts of these fields, and of the lists among them."""
     texts: list[str] = []
     for field in fields:
-        path = [field] if field in row else path_of(field, setting)
+        path = path_in(row, field, setting)
         value = lookup(row, path, where, setting)
         several = value if isinstance(value, list) else [value]
         texts += [checked_text(one, path, where, setting) for one in several]
@@ -203,7 +210,8 @@ def texts_of(row: Mapping[str, Any], fields: Sequence[str], where: str, setting:
 
 def id_of(row: Mapping[str, Any], field: str, where: str) -> str:
     """The id in a field: a whole number or a text that is not empty."""
-    value = lookup(row, [field], where, "task.id_field")
+    path = path_in(row, field, "task.id_field")
+    value = lookup(row, path, where, "task.id_field")
     if type(value) is int:
         return str(value)
     if value == "" or not isinstance(value, str):
@@ -212,4 +220,4 @@ def id_of(row: Mapping[str, Any], field: str, where: str) -> str:
             f"{where}: field {field!r} is {kind}, not an id (wanted by task.id_field); fill it, or set "
             "task.id_field=null for ids from the text."
         )
-    return text_of(row, [field], where, "task.id_field")
+    return text_of(row, path, where, "task.id_field")

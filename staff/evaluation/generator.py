@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from staff.errors import UserError
-from staff.models.spec import is_sharded
+from staff.models.spec import ARCHITECTURES, is_sharded
 from staff.runtime import processes
 from staff.runtime.machine import without_cudnn_attention
 from staff.runtime.progress import progress
@@ -16,6 +18,8 @@ from staff.runtime.progress import progress
 if TYPE_CHECKING:
     from staff.evaluation.decoding import Answer
     from staff.store.cost import Meter
+
+log = logging.getLogger(__name__)
 
 
 class Generator(Protocol):
@@ -152,23 +156,51 @@ def _answers(
         mine = {i: prompts[i] for i in processes.shard(order)}
         yield from decode(base, mine, max_new_tokens=new, stop=stop, batch_tokens=budget)
     else:
+        unknown = base.config.model_type not in ARCHITECTURES and len(prompts) > 1
+        if unknown and not _ignores_padding(base, config, prompts[order[0]]):
+            budget = 1
         for batch in _batches(prompts, order, new, budget, together=is_sharded(base)):
             yield from _answered(base, config, stop, {i: prompts[i] for i in batch}).items()
 
 
-def _answered(base: Any, config: Any, stop: set[int], prompts: dict[int, Sequence[int]]) -> dict[int, Answer]:
-    """The answers to a batch of prompts, by the prompts' keys."""
+def _ignores_padding(base: Any, config: Any, prompt: Sequence[int]) -> bool:
+    """Whether the model continues a prompt alike in a padded batch: some recurrent ones read the padding."""
     import torch
 
-    from staff.evaluation.decoding import Answer
+    how = {"generation_config": copy.deepcopy(config), "output_logits": True, "return_dict_in_generate": True}
+    how["generation_config"].max_new_tokens = 2
+    prompt = prompt[:16]
+    alone, beside = (
+        torch.stack(base.generate(**_padded(base, config, rows), **how).logits)[:, 0].float()
+        for rows in ([prompt], [prompt, [*prompt, *prompt[:3]]])
+    )
+    tolerance = 1e-3 if base.dtype == torch.float32 else 0.1
+    same = bool((alone[0] - beside[0]).abs().max() <= tolerance * alone[0].std())
+    if not same:
+        log.info("%s reads padding: prompts are answered one at a time", type(base).__name__)
+    return same
 
-    width = max(len(prompt) for prompt in prompts.values())
+
+def _padded(base: Any, config: Any, prompts: Collection[Sequence[int]]) -> dict[str, Any]:
+    """Token ids and mask, padded on the left."""
+    import torch
+
+    width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), config.pad_token_id, device=base.device)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts.values()):
+    for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt, device=base.device)
         mask[row, width - len(prompt) :] = 1
-    output = base.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _answered(base: Any, config: Any, stop: set[int], prompts: dict[int, Sequence[int]]) -> dict[int, Answer]:
+    """The answers to a batch of prompts, by the prompts' keys."""
+    from staff.evaluation.decoding import Answer
+
+    read = _padded(base, config, prompts.values())
+    width = read["input_ids"].shape[1]
+    output = base.generate(**read, generation_config=config)
     answers = {}
     for i, row in zip(prompts, output[:, width:].tolist(), strict=True):
         # Padding comes only after an end token. Before one, the padding token is part of the answer.

@@ -48,10 +48,8 @@ def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
-    # PEFT refuses an adapter on the output projection of Mamba's blocks, which a fused kernel reads directly.
-    kernel_reads = ["out_proj"] if "mamba" in model.config.model_type and targets == "all-linear" else None
     config = LoraConfig(
-        exclude_modules=kernel_reads,
+        exclude_modules=_left_out(model) if targets == "all-linear" else None,
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
@@ -64,6 +62,21 @@ def fresh_lora(model: Any, spec: LoraSpec, seed: int) -> Any:
             return get_peft_model(model, config).eval()
         except ValueError as error:  # no layer has such a name
             raise UserError(f"LoRA targets={targets!r}: {str(error).split('. ')[0]}; name others.") from error
+
+
+def _left_out(model: Any) -> list[str] | None:
+    """The linear layers of "all-linear" that cannot have an adapter; None: all can."""
+    from torch import Tensor, nn
+
+    # PEFT refuses one on the output projection of Mamba's blocks, which a fused kernel reads directly.
+    kind = model.config.model_type
+    names = ["out_proj"] if "mamba" in kind or kind in ("falcon_h1", "nemotron_h") else []
+    # Some routers of experts are linear layers by class, but return more than one tensor.
+    for name, module in model.named_modules():
+        own = type(module).__module__.startswith("transformers.models")
+        if own and isinstance(module, nn.Linear) and not isinstance(module(module.weight[:1]), Tensor):
+            names.append(name)
+    return names or None
 
 
 @lru_cache(maxsize=8)

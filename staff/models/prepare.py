@@ -55,7 +55,9 @@ def from_objects(model: Any, tokenizer: Any, store: Store) -> ModelSpec:
 def _prepared(spec: ModelSpec, store: Store) -> ModelSpec:
     """A GGUF file converted to a folder, a name on the hub pinned to its commit, a folder unchanged."""
     if spec.local is None or spec.local.is_dir():
-        return spec.pinned()
+        spec = spec.pinned()
+        spec.check()
+        return spec
     return replace(spec, prepared=store.get(ConvertGguf(spec)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from staff.errors import UserError
 from staff.models.depth import DepthPruning
-from staff.models.weights import ATTENTIONS, NO_CODE, load_safetensors, reason, weight_files
+from staff.models.weights import (
+    ATTENTIONS,
+    NO_CODE,
+    check_config,
+    check_weights,
+    load_safetensors,
+    reason,
+    weight_files,
+)
 from staff.runtime import processes
 from staff.runtime.files import PACKAGE_PREFIX, local_path
 from staff.runtime.hub import Repository
@@ -20,6 +29,8 @@ from staff.runtime.progress import naming_bars_of_transformers
 
 if TYPE_CHECKING:
     from staff.store.manifest import Artifact
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16")
 QUANTIZATIONS = ("nf4",)
@@ -174,6 +185,15 @@ class ModelSpec:
         with torch.device(device):
             return AutoModelForCausalLM.from_config(self.config(), **options)
 
+    def check(self) -> None:
+        """Refuse a model that cannot be trained and scored, by its configuration (`weights.check_config`)."""
+        check_config(self.path, self.config())
+
+    def check_weights(self) -> None:
+        """Refuse a local folder whose weights cannot be read, without reading them."""
+        if self.local is not None and self.local.is_dir():
+            self._from_pretrained(check_weights)
+
     def weights(self, **options: Any) -> Any:
         """The model, loaded by transformers with these options.
 
@@ -190,6 +210,9 @@ class ModelSpec:
         model, found = self._from_pretrained(load, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):  # transformers only warns and initialises them at random
             raise UserError(f"the model in {self.path} lacks {len(missing)} of its weights, such as {missing[0]}.")
+        if unused := sorted(found["unexpected_keys"]):
+            said = (self.path, len(unused), type(model).__name__, unused[0])
+            log.warning("%s holds %d weights that %s does not use, such as %s", *said)
         return model
 
     def _from_pretrained(self, load: Callable[..., Any], **options: Any) -> Any:
@@ -202,7 +225,9 @@ class ModelSpec:
             return load(str(where), **options)
         except UserError:
             raise
-        except expected as error:
+        except Exception as error:
+            if not isinstance(error, expected) and "ignore_mismatched_sizes" not in str(error):
+                raise
             place = f"in {self.local}" if self.local else f"{self.path!r}"
             raise UserError(f"the model {place} cannot be loaded: {reason(error)}") from error
 
@@ -272,10 +297,11 @@ def _attention(spec: ModelSpec) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
+    config = spec.config()
     for attention in (spec.attention, "eager"):
         try:
             with torch.device("meta"):
-                AutoModelForCausalLM.from_config(spec.config(), attn_implementation=attention)
+                AutoModelForCausalLM.from_config(config, attn_implementation=attention)
             return attention
         except UserError:
             raise
@@ -285,4 +311,7 @@ def _attention(spec: ModelSpec) -> str:
                     f"family attention={spec.attention} cannot be used with {spec.name} ({reason(error)}): "
                     "choose sdpa or eager."
                 ) from error
-    raise UserError(f"the model {spec.name} is no causal language model that transformers knows.")
+    raise UserError(
+        f"family path={spec.path} (model type {config.model_type!r}) is no causal language model that transformers "
+        "knows: name a decoder."
+    )

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from staff.errors import UserError
+
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Attention implementations of transformers and of packages. For other names transformers downloads code."""
 
@@ -31,10 +33,15 @@ def load_safetensors(folder: str, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    _refuse_adapter(folder)
+    if "gguf_file" not in options:
+        check_weights(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, **options, **NO_CODE, use_safetensors=True)
+
+
+def _refuse_adapter(folder: str) -> None:
     if (Path(folder) / _ADAPTER).is_file():
         raise ValueError(f"it has an adapter, {_ADAPTER}; merge it into the weights, or remove it")
-    weight_files(Path(folder))
-    return AutoModelForCausalLM.from_pretrained(folder, **options, **NO_CODE, use_safetensors=True)
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -51,12 +58,59 @@ def weight_files(folder: Path) -> list[str]:
     return [explicit] if explicit else sorted(set(shards)) or [_WHOLE]
 
 
+def check_config(path: str, config: Any) -> None:
+    """Refuse a model whose kind or weights cannot be fine-tuned to predict the next token.
+
+    Raises:
+        UserError: an encoder, or packed weights.
+    """
+    # BERT and its kin have a head that predicts the next token, but their attention sees it.
+    of_bert = {"is_decoder", "add_cross_attention"} <= type(config).__dataclass_fields__.keys()
+    if config.is_encoder_decoder or (of_bert and not config.is_decoder):
+        what = "an encoder-decoder" if config.is_encoder_decoder else "an encoder"
+        raise UserError(
+            f"family path={path} is {what} (model type {config.model_type!r}): name a decoder, which predicts the "
+            "next token from those before it."
+        )
+    if packed := getattr(config, "quantization_config", None):
+        method = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
+        raise UserError(
+            f"family path={path} is quantised ({method}), and packed weights have no exact gradients: name the "
+            "model that it was made from; finetune=qlora quantises that itself."
+        )
+
+
+def check_weights(folder: str) -> None:
+    """Refuse weights that `load_safetensors` would, by the headers of the files.
+
+    Raises:
+        ValueError, OSError: as `load_safetensors`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    _refuse_adapter(folder)
+    for name in weight_files(Path(folder)):
+        if not (file := Path(folder) / name).is_file():
+            raise OSError(f"no file named {name}" if name == _WHOLE else f"{name} is missing; copy it there")
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{name} is damaged or incomplete ({error}); copy it again") from None
+
+
 def reason(error: Exception) -> str:
     """Why a model cannot be loaded and how to fix it, in one clause."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own, which is never executed; choose a model that transformers supports"
     if "no file named model.safetensors" in str(error) or "cannot be loaded with `safetensors`" in str(error):
         return "it has no safetensors weights, and a pickle, which can contain code, is never read; convert them"
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says; copy both from one model"
+    if "backend tokenizer" in str(error):
+        return "it has no tokenizer that can be read; copy tokenizer.json and tokenizer_config.json beside it"
+    if "model_type" in str(error):
+        return "it has no config.json that names its model_type; name the folder of a whole model"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

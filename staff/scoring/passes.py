@@ -27,7 +27,14 @@ from staff.scoring.gradients import (
     gradient_layers,
     gradient_parameters,
 )
-from staff.scoring.positions import Positions, last_block_at, padded, scoring_mode, token_losses
+from staff.scoring.positions import (
+    Positions,
+    last_block_at,
+    model_name,
+    padded,
+    scoring_mode,
+    token_losses,
+)
 from staff.scoring.projection import Moments
 from staff.scoring.signal import Signal, gradient_of
 from staff.store.cost import Meter
@@ -263,6 +270,11 @@ def _run_alone(
         if weights:
             predictions = Positions.of_predictions(labels)
             losses = token_losses(predictions.gather(logits)[0], predictions.targets)
+            if gradient and not losses.requires_grad:
+                raise UserError(
+                    f"gradient={gradient.parameters}: these weights of {model_name(model)} take no part in its "
+                    "forward pass; choose gradient=all_lora."
+                )
             # The gradient of a weight that the model does not use (an adapter on Mamba's dt_proj) is zero.
             found = torch.autograd.grad(losses.mean(), list(weights.values()), materialize_grads=True)
             this.gradients = SampleGradients(dict(zip(weights, found, strict=True)))
