@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 REPEATED = (408, 429, 500, 502, 503, 504)
 """HTTP states that may pass."""
-CUTS = 3
+CUTS = 2
 """A download that breaks off so often at the same byte has failed."""
 SILENCE = 7.0
 """Seconds without a byte after which a request has failed."""
