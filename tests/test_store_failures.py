@@ -205,12 +205,14 @@ from staff.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 writers = {
     "plain": lambda file: file.write_bytes(bytes(100_000)),
+    "numpy": lambda file: np.save(file.open("wb"), np.zeros(100_000)),
     "parquet": lambda file: pq.write_table(pa.table({"score": [i * 0.37 for i in range(100_000)]}), file),
     "safetensors": lambda file: save_file({"score": np.zeros(100_000)}, file),
 }
 for kind, write in writers.items():
     try:
-        store.get(Job({"kind": kind}, lambda folder, meter: write(folder / "scores")))
+        inner = Job({"kind": kind}, lambda folder, meter: write(folder / "scores"))
+        store.get(Job({"outer": kind}, lambda folder, meter: store.get(inner)))
     except UserError as error:
         print(error)
 """
@@ -219,9 +221,12 @@ for kind, write in writers.items():
 def test_a_disk_that_takes_no_more_is_one_sentence_and_publishes_nothing(store, tmp_path):
     """A limit on the size of files stands for the full disk: the same errors at the same places."""
     sentences = run(FULL_DISK, store.root, tmp_path).communicate(timeout=60)[0].splitlines()
-    assert len(sentences) == 3
+    assert len(sentences) == 4
     for sentence in sentences:
-        assert re.search(f"^the store in {store.root} cannot .*File too large.*store_dir=PATH$", sentence)
+        said = (
+            f"^the store in {store.root} cannot be used \\((File too large|No space left on device): {store.root}"
+        )
+        assert re.search(f"{said}\\S*\\); .*store_dir=PATH$", sentence)
     assert not (store.root / "scores").exists() and not list((store.root / "tmp").iterdir())
 
 

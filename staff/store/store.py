@@ -32,7 +32,7 @@ from filelock import Timeout
 
 from staff.errors import UserError
 from staff.runtime import processes
-from staff.runtime.files import OF_STORAGE, error_number
+from staff.runtime.files import storage_failure
 from staff.store.attempts import attempt
 from staff.store.cost import Meter
 from staff.store.locks import Busy, check_locks_between_nodes, file_lock, turn
@@ -292,10 +292,10 @@ class Store:
             filename = getattr(error, "filename", None)
             where = self.root if filename is None else Path(str(filename))
             ours = where.is_relative_to(self.root) or self.root.is_relative_to(where)
-            if error_number(error) not in OF_STORAGE or not ours:
+            if (why := storage_failure(error)) is None or not ours:
                 raise
             raise UserError(
-                f"the store in {self.root} cannot be used ({getattr(error, 'strerror', None) or error}: {where}); "
+                f"the store in {self.root} cannot be used ({why}: {where}); "
                 "fix this or set another folder with store_dir=PATH"
             ) from error
 
