@@ -35,7 +35,7 @@ from staff.runtime import processes
 from staff.runtime.files import storage_failure
 from staff.store.attempts import attempt
 from staff.store.cost import Meter
-from staff.store.locks import Busy, check_locks_between_nodes, file_lock, turn
+from staff.store.locks import Busy, check_locks_between_nodes, file_lock, is_free, turn
 from staff.store.manifest import (
     Artifact,
     Charges,
@@ -163,14 +163,7 @@ class Store:
 
     def held_locks(self) -> list[Path]:
         """The lock files that some process holds."""
-        held = []
-        for file in (self.root / "locks").glob("*.lock"):
-            try:
-                with file_lock(file, timeout=0):
-                    pass
-            except Timeout:
-                held.append(file)
-        return held
+        return [file for file in (self.root / "locks").glob("*.lock") if not is_free(file)]
 
     def attempts(self, stage: Stage) -> Path:
         """The file that records failed attempts at the stage."""
