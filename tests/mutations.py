@@ -44,6 +44,14 @@ MUTATIONS = (
         "test_what_a_killed_process_was_writing_is_removed_by_the_next_run_whatever_that_makes",
     ),
     Mutation(
+        name="attempts at what is done stay",
+        place="staff/store/store.py:Store.remove_dead_drafts",
+        old="left.unlink()",
+        new="None",
+        test="test_store_failures.py::"
+        "test_a_signal_at_any_line_leaves_an_artefact_whole_or_absent_and_the_next_process_goes_on",
+    ),
+    Mutation(
         name="another order after a kill",
         place="staff/training/checkpoints.py:Checkpoints.on_epoch_begin",
         old="torch.set_rng_state(self._epoch_began)",

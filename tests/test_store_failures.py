@@ -5,15 +5,20 @@ import logging
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
+from contextvars import copy_context
+from itertools import count
 
 import pytest
 from support.processes import KILLED_WHILE_WRITING, Clock, Job, flip_a_bit, never, run, wait_for
 
 from staff.errors import UserError
-from staff.store import cost
+from staff.runtime.preemption import Preempted
+from staff.store import attempts, cost
 from staff.store.attempts import failed_attempts
+from staff.store.manifest import check_contents, read_manifest
 from staff.store.store import Store
 
 SCORES, AGAIN = Job({"seed": 0}), Job({"seed": 0}, never)
@@ -240,3 +245,50 @@ def test_an_error_of_another_place_is_not_blamed_on_the_store(store, error):
     with pytest.raises(OSError) as raised:
         store.get(Job({"seed": 0}, work))
     assert raised.value is error
+
+
+# Signals
+
+WRITING = tuple(f"/staff/store/{name}.py" for name in ("store", "attempts", "locks", "manifest"))
+
+
+def interrupted(at: int, store: Store) -> bool:
+    """Whether a signal at this line of `WRITING`, counted as they are run, ended the making of an artefact."""
+    left = at
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if not frame.f_code.co_filename.endswith(WRITING):
+            return None
+        left -= event == "line"
+        if left < 0:
+            sys.settrace(None)
+            raise Preempted
+        return trace
+
+    sys.settrace(trace)
+    try:
+        copy_context().run(store.get, SCORES)
+    except Preempted:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_a_signal_at_any_line_leaves_an_artefact_whole_or_absent_and_the_next_process_goes_on(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(attempts, "BEAT", 3600)  # threads that a signal leaves behind end with their process
+    for at in count():
+        store = Store(tmp_path / str(at))
+        stopped = interrupted(at, store)
+        for folder in store.root.glob("scores/*"):
+            check_contents(folder, read_manifest(folder)[0])
+        artefact = Store(store.root).get(SCORES)
+        assert (artefact.path / "scores.json").read_text() == "[1, 2]"
+        left = [file for name in ("tmp", "attempts", "checkpoints") for file in (store.root / name).glob("*")]
+        assert not left, at
+        if not stopped:
+            break
+    assert at > 100

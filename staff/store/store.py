@@ -147,11 +147,16 @@ class Store:
         stage.run(folder, meter, *inputs)
 
     def remove_dead_drafts(self) -> None:
-        """Remove the temporary folders of dead processes: those whose lock is free."""
+        """Remove what dead processes left: temporary folders whose lock is free, and the attempts and checkpoints
+        of artefacts that are published."""
         for draft in (self.root / "tmp").glob("*-*"):
             lock = file_lock(self.root / "locks" / f"{draft.name[:32]}.lock", timeout=0)
             with suppress(OSError, Timeout), lock:  # a live process, or a store that is only read
                 shutil.rmtree(draft)
+        for left in (*(self.root / "attempts").glob("*"), *(self.root / "checkpoints").glob("*")):
+            if any(self.root.glob(f"*/{left.name[:32]}/manifest.json")):
+                with suppress(OSError):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def remove(self, artifact: Path) -> None:
         """Remove a published folder, atomically for readers."""
