@@ -104,11 +104,11 @@ def report_job(number: int, job: str, result: Path | Exception) -> None:
     if isinstance(result, Exception):
         if (folder / f"{number:05d}.json").exists():  # the job has said why, before it was ended
             return
+        sentence = sentence_of(result) or f"{type(result).__name__}: {result}"
+        log.error("failed: %s: %s", job, sentence)
         file = folder / f"{number:05d}.traceback.txt"
         file.write_text("".join(traceback.format_exception(result)))
-        sentence = sentence_of(result) or f"{type(result).__name__}: {result}"
         word |= {"failure": sentence, "traceback": str(file)}
-        log.error("failed: %s: %s", job, sentence)
     else:
         word |= {"folder": str(result)}
     draft = folder / f"{number:05d}.draft"

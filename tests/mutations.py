@@ -136,6 +136,14 @@ MUTATIONS = (
         test="test_shared_store.py::test_files_have_the_permissions_that_the_umask_leaves",
     ),
     Mutation(
+        name="a store must be written to",
+        place="staff/store/locks.py:_acquired",
+        old="return False",
+        new="raise",
+        test="test_shared_store.py::"
+        "test_a_store_on_a_mount_that_is_only_read_is_read_by_one_process_and_by_several",
+    ),
+    Mutation(
         name="results of old code are read",
         place="staff/store/stage.py:Stage.fingerprint_of",
         old='"version": version',

@@ -157,6 +157,23 @@ def test_a_file_system_without_locks_between_nodes_is_refused_before_any_work(tm
     assert locks.is_free(nodes.lock), "it is free again"
 
 
+@as_root
+def test_a_store_on_a_mount_that_is_only_read_is_read_by_one_process_and_by_several(tmp_path, monkeypatch):
+    Store(tmp_path / "store").get(Job({"seed": 0}))
+    (tmp_path / "mount").mkdir()
+    subprocess.run(["mount", "--bind", tmp_path / "store", tmp_path / "mount"], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", tmp_path / "mount"], check=True)
+        store = Store(tmp_path / "mount")
+        assert not store.get(Job({"seed": 0}, never)).computed
+        with pytest.raises(UserError, match=r"cannot be used \(Read-only file system.*store_dir=PATH"):
+            store.get(Job({"seed": 1}))
+        TwoNodes(monkeypatch)
+        locks.check_locks_between_nodes(store.root)
+    finally:
+        subprocess.run(["umount", tmp_path / "mount"], check=True)
+
+
 def test_a_file_system_without_any_locks_is_refused(tmp_path, monkeypatch):
     import fcntl
 

@@ -7,6 +7,7 @@ refused.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -65,7 +66,9 @@ def _acquired(lock: FileLock) -> bool:
     try:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except PermissionError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         return False
     return True
 
