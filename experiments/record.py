@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +19,7 @@ from staff.evaluation.floors import read_floors, warnings
 from staff.evaluation.metrics import measure, named_metric
 from staff.evaluation.stage import choices_of, read_measured
 from staff.runtime import processes
+from staff.runtime.files import storage_failure
 from staff.selection import Coreset
 from staff.store.cost import Cost
 from staff.store.manifest import Artifact, Charges, read_manifest
@@ -40,17 +39,12 @@ def write(run: Run, outcome: Outcome) -> Path:
     try:
         _write(run, outcome)
     except OSError as error:
+        why = storage_failure(error) or error
         raise UserError(
-            f"the record of the run cannot be written to {run.folder} ({_reason(error)}): make room, or name "
+            f"the record of the run cannot be written to {run.folder} ({why}): make room, or name "
             "another results_dir; everything computed is stored, and the same command writes the record."
         ) from error
     return run.folder
-
-
-def _reason(error: OSError) -> str:
-    """Why a file cannot be written; Arrow puts it into its own words."""
-    number = re.search(r"\[errno (\d+)\]", str(error), re.IGNORECASE)
-    return os.strerror(int(number[1])) if number else error.strerror or str(error)
 
 
 def _write(run: Run, outcome: Outcome) -> None:

@@ -5,7 +5,6 @@ Jobs may run in other processes or on other machines; they report through small 
 
 from __future__ import annotations
 
-import errno
 import inspect
 import json
 import logging
@@ -42,13 +41,13 @@ from experiments.configuration import params_left
 from hydra_plugins.staff_sweeper import in_cases
 from staff.errors import UserError
 from staff.runtime import processes
+from staff.runtime.files import storage_failure
 from staff.store.manifest import digest
 
 FOLDER = "STAFF_SWEEP_FOLDER"
 _NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory"  # torch's word for it on a processor, a plain RuntimeError
 )
-_NOT_WRITABLE = (errno.EACCES, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*)'$", re.M)
 _UNEXPECTED = re.compile(r"call to target '([^']+)'.*unexpected keyword argument '(\w+)'.*full_key: (\S+)", re.S)
 _NOT_FOUND = re.compile(r"Error locating target '([^']+)'.*full_key: (\S+)", re.S)
@@ -105,11 +104,11 @@ def report_job(number: int, job: str, result: Path | Exception) -> None:
     if isinstance(result, Exception):
         if (folder / f"{number:05d}.json").exists():  # the job has said why, before it was ended
             return
+        sentence = sentence_of(result) or f"{type(result).__name__}: {result}"
+        log.error("failed: %s: %s", job, sentence)
         file = folder / f"{number:05d}.traceback.txt"
         file.write_text("".join(traceback.format_exception(result)))
-        sentence = sentence_of(result) or f"{type(result).__name__}: {result}"
         word |= {"failure": sentence, "traceback": str(file)}
-        log.error("failed: %s: %s", job, sentence)
     else:
         word |= {"folder": str(result)}
     draft = folder / f"{number:05d}.draft"
@@ -176,8 +175,9 @@ def sentence_of(error: BaseException | None) -> str | None:
             )
         if processes.world_size() > 1 and any(words in str(error) for words in _CUT_OFF):
             return "another process of this run was killed (by the system, out of memory?)."
-        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and error.filename:
-            return f"{error.filename}: {error.strerror}; mend that or name another folder."
+        if why := storage_failure(error):
+            where = getattr(error, "filename", None) or "a file of results_dir or of the temporary folder"
+            return f"{where}: {why}; mend that or name another folder, and the same command resumes."
         if isinstance(error, OverrideParseException):
             return _unreadable(error.override)
         if isinstance(error, ConfigCompositionException) and (found := _AMBIGUOUS.search(str(error))):

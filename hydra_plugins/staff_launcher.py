@@ -22,7 +22,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
 from hydra import version
 from hydra.core.utils import JobReturn, JobStatus, env_override, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
@@ -34,7 +33,7 @@ from experiments.schedule import Queue, starting_order
 from staff.errors import UserError
 from staff.runtime import preemption
 from staff.runtime.machine import worker_threads
-from staff.store.locks import Busy, Turn, file_lock, turn
+from staff.store.locks import Busy, Turn, is_free, turn
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +90,7 @@ class LocalLauncher(Launcher):
         try:
             while queue or any(worker.job for worker in workers):
                 for worker in workers:
-                    if not worker.job and (at := queue.take(_is_free)) is not None:
+                    if not worker.job and (at := queue.take(is_free)) is not None:
                         overrides, number = job_overrides[at], initial_job_idx + at
                         log.info("\t#%d : %s", number, " ".join(filter_overrides(overrides)))
                         worker.start_job(self._compose(number, overrides, count), turns[at])
@@ -147,14 +146,6 @@ def failed_job(context: HydraContext, config: DictConfig, number: int, error: Us
     failure.return_value = error
     context.callbacks.on_job_end(config=config, job_return=failure)
     return failure
-
-
-def _is_free(lock: Path) -> bool:
-    try:
-        with file_lock(lock, timeout=0):
-            return True
-    except Timeout:
-        return False
 
 
 class _Worker:

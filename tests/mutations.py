@@ -2,6 +2,7 @@
 
     python -m tests.mutations            # all, half an hour
     python -m tests.mutations NAME ...   # some
+    python -m tests.mutations 2/4        # the second of four parts
 
 Each runs in a copy of the tree. The test passes as the source stands; then the change is made, and the test has to
 fail. The exit status is not zero if one does not.
@@ -9,9 +10,12 @@ fail. The exit status is not zero if one does not.
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # as pytest does
@@ -38,6 +42,14 @@ MUTATIONS = (
         new="pass",
         test="test_store_failures.py::"
         "test_what_a_killed_process_was_writing_is_removed_by_the_next_run_whatever_that_makes",
+    ),
+    Mutation(
+        name="attempts at what is done stay",
+        place="staff/store/store.py:Store.remove_dead_drafts",
+        old="left.unlink()",
+        new="None",
+        test="test_store_failures.py::"
+        "test_a_signal_at_any_line_leaves_an_artefact_whole_or_absent_and_the_next_process_goes_on",
     ),
     Mutation(
         name="another order after a kill",
@@ -122,6 +134,14 @@ MUTATIONS = (
         old="file.chmod(mode)",
         new="pass",
         test="test_shared_store.py::test_files_have_the_permissions_that_the_umask_leaves",
+    ),
+    Mutation(
+        name="a store must be written to",
+        place="staff/store/locks.py:_acquired",
+        old="return False",
+        new="raise",
+        test="test_shared_store.py::"
+        "test_a_store_on_a_mount_that_is_only_read_is_read_by_one_process_and_by_several",
     ),
     Mutation(
         name="results of old code are read",
@@ -300,8 +320,12 @@ MUTATIONS = (
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or [mutation.name for mutation in MUTATIONS]
-    if unknown := set(wanted) - {mutation.name for mutation in MUTATIONS}:
+    began = time.monotonic() / 60
+    names = [mutation.name for mutation in MUTATIONS]
+    wanted = sys.argv[1:] or names
+    if part := re.fullmatch(r"(\d+)/(\d+)", wanted[0]):
+        wanted = names[int(part[1]) - 1 :: int(part[2])]
+    if unknown := set(wanted) - set(names):
         sys.exit(f"no mutation is called {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
@@ -314,6 +338,9 @@ def main() -> None:
                 found = survives(mutation, tree)
                 bad += found != "noticed"
                 print(f"{found:14} {mutation.name:36} {mutation.test}", flush=True)
+    spent = os.times()
+    processor = (spent.children_user + spent.children_system) / 60
+    print(f"{len(wanted)} mutations: {time.monotonic() / 60 - began:.0f} minutes, {processor:.0f} of a processor")
     sys.exit(f"{bad} not noticed" if bad else 0)
 
 

@@ -96,6 +96,7 @@ def test_revisions_are_followed_and_pinned_to_their_commits(hub: Hub):
         (Fault("/tree/", status=500), "the hub answers HTTP 500", "run the same command again"),
         (Fault("/api/", status=429, headers={"Retry-After": "300"}), "asks to wait 300 s", "again"),
         (Fault("GET .*safetensors", cut=5000), f"download of {WEIGHTS} breaks off", "again"),
+        (Fault("GET .*safetensors", stall=30), f"download of {WEIGHTS} breaks off", "again"),
         (Fault("GET .*safetensors", short=5000), "should be of size", "again"),
         (Fault("GET .*safetensors", spoil=True), f"{WEIGHTS} does not match its checksum and was removed", "again"),
         (Fault("GET .*tokenizer.json", spoil=True), "tokenizer.json does not match its checksum", "again"),

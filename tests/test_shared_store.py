@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -34,15 +36,14 @@ def save(folder: Path, meter: object) -> None:
     save_file({"score": np.zeros(3)}, folder / "scores.safetensors")
 
 
-def in_a_shared_folder(path: Path) -> Path:
-    """A store for a group, as its administrator makes it: new files take its group."""
-    path.mkdir()
-    os.chown(path, -1, GROUP)
-    path.chmod(0o2775)
-    for parent in path.parents:
-        if parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o055)
-    return path
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A store for a group, as its administrator makes it: new files take its group. It lies outside of pytest's
+    folder, which any other session of pytest closes to other users."""
+    with TemporaryDirectory() as folder:
+        os.chown(folder, -1, GROUP)
+        Path(folder).chmod(0o2775)
+        yield Path(folder)
 
 
 def as_another_user(store: Path, script: str, umask: int = 0o002) -> str:
@@ -75,8 +76,7 @@ def test_files_have_the_permissions_that_the_umask_leaves(tmp_path, umask, mode)
 
 
 @as_root
-def test_a_reader_without_write_permission_reads_and_is_refused_in_a_sentence_what_is_to_be_computed(tmp_path):
-    shared = in_a_shared_folder(tmp_path / "store")
+def test_a_reader_without_write_permission_reads_and_is_refused_in_a_sentence_what_is_to_be_computed(shared):
     before = os.umask(0o022)
     try:
         Store(shared).get(Job({"seed": 0}, save))
@@ -97,8 +97,7 @@ except UserError as error:
 
 
 @as_root
-def test_members_of_a_group_write_in_one_store_and_take_each_others_locks(tmp_path):
-    shared = in_a_shared_folder(tmp_path / "store")
+def test_members_of_a_group_write_in_one_store_and_take_each_others_locks(shared):
     before = os.umask(0o002)
     try:
         mine = Store(shared).get(Job({"seed": 0}, save))
@@ -140,7 +139,7 @@ class TwoNodes:
         """The other process tries the lock while the main one waits for its answer."""
         if not self.main:
             return [got]
-        return [got, locks._got(locks.file_lock(self.lock, timeout=0))]
+        return [got, locks.is_free(self.lock)]
 
     lock = Path()
 
@@ -152,10 +151,27 @@ def test_a_file_system_without_locks_between_nodes_is_refused_before_any_work(tm
     if locking:
         locks.check_locks_between_nodes(tmp_path)
     else:
-        monkeypatch.setattr(locks, "_got", lambda lock: True)
+        monkeypatch.setattr(locks, "is_free", lambda lock: True)
         with pytest.raises(UserError, match="no locks between them: mount it with flock"):
             locks.check_locks_between_nodes(tmp_path)
-    assert locks._got(locks.file_lock(nodes.lock, timeout=0)), "it is free again"
+    assert locks.is_free(nodes.lock), "it is free again"
+
+
+@as_root
+def test_a_store_on_a_mount_that_is_only_read_is_read_by_one_process_and_by_several(tmp_path, monkeypatch):
+    Store(tmp_path / "store").get(Job({"seed": 0}))
+    (tmp_path / "mount").mkdir()
+    subprocess.run(["mount", "--bind", tmp_path / "store", tmp_path / "mount"], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", tmp_path / "mount"], check=True)
+        store = Store(tmp_path / "mount")
+        assert not store.get(Job({"seed": 0}, never)).computed
+        with pytest.raises(UserError, match=r"cannot be used \(Read-only file system.*store_dir=PATH"):
+            store.get(Job({"seed": 1}))
+        TwoNodes(monkeypatch)
+        locks.check_locks_between_nodes(store.root)
+    finally:
+        subprocess.run(["umount", tmp_path / "mount"], check=True)
 
 
 def test_a_file_system_without_any_locks_is_refused(tmp_path, monkeypatch):

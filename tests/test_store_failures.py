@@ -5,15 +5,20 @@ import logging
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
+from contextvars import copy_context
+from itertools import count
 
 import pytest
 from support.processes import KILLED_WHILE_WRITING, Clock, Job, flip_a_bit, never, run, wait_for
 
 from staff.errors import UserError
+from staff.runtime.preemption import Preempted
 from staff.store import cost
 from staff.store.cost import failed_attempts
+from staff.store.manifest import check_contents, read_manifest
 from staff.store.store import Store
 
 SCORES, AGAIN = Job({"seed": 0}), Job({"seed": 0}, never)
@@ -205,12 +210,14 @@ from staff.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 writers = {
     "plain": lambda file: file.write_bytes(bytes(100_000)),
+    "numpy": lambda file: np.save(file.open("wb"), np.zeros(100_000)),
     "parquet": lambda file: pq.write_table(pa.table({"score": [i * 0.37 for i in range(100_000)]}), file),
     "safetensors": lambda file: save_file({"score": np.zeros(100_000)}, file),
 }
 for kind, write in writers.items():
     try:
-        store.get(Job({"kind": kind}, lambda folder, meter: write(folder / "scores")))
+        inner = Job({"kind": kind}, lambda folder, meter: write(folder / "scores"))
+        store.get(Job({"outer": kind}, lambda folder, meter: store.get(inner)))
     except UserError as error:
         print(error)
 """
@@ -219,9 +226,12 @@ for kind, write in writers.items():
 def test_a_disk_that_takes_no_more_is_one_sentence_and_publishes_nothing(store, tmp_path):
     """A limit on the size of files stands for the full disk: the same errors at the same places."""
     sentences = run(FULL_DISK, store.root, tmp_path).communicate(timeout=60)[0].splitlines()
-    assert len(sentences) == 3
+    assert len(sentences) == 4
     for sentence in sentences:
-        assert re.search(f"^the store in {store.root} cannot .*File too large.*store_dir=PATH$", sentence)
+        said = (
+            f"^the store in {store.root} cannot be used \\((File too large|No space left on device): {store.root}"
+        )
+        assert re.search(f"{said}\\S*\\); .*store_dir=PATH$", sentence)
     assert not (store.root / "scores").exists() and not list((store.root / "tmp").iterdir())
 
 
@@ -253,3 +263,50 @@ def test_a_disk_that_is_full_when_the_record_is_written_costs_nothing_that_was_c
     again = run("method=random", "evaluation=none")
     assert not any(stage["computed"] for stage in again["overhead"]["stages"])
     assert not (folder / "failure.txt").exists()
+
+
+# Signals
+
+WRITING = tuple(f"/staff/store/{name}.py" for name in ("store", "cost", "locks", "manifest"))
+
+
+def interrupted(at: int, store: Store) -> bool:
+    """Whether a signal at this line of `WRITING`, counted as they are run, ended the making of an artefact."""
+    left = at
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if not frame.f_code.co_filename.endswith(WRITING):
+            return None
+        left -= event == "line"
+        if left < 0:
+            sys.settrace(None)
+            raise Preempted
+        return trace
+
+    sys.settrace(trace)
+    try:
+        copy_context().run(store.get, SCORES)
+    except Preempted:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_a_signal_at_any_line_leaves_an_artefact_whole_or_absent_and_the_next_process_goes_on(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cost, "BEAT", 3600)  # threads that a signal leaves behind end with their process
+    for at in count():
+        store = Store(tmp_path / str(at))
+        stopped = interrupted(at, store)
+        for folder in store.root.glob("scores/*"):
+            check_contents(folder, read_manifest(folder)[0])
+        artefact = Store(store.root).get(SCORES)
+        assert (artefact.path / "scores.json").read_text() == "[1, 2]"
+        left = [file for name in ("tmp", "attempts", "checkpoints") for file in (store.root / name).glob("*")]
+        assert not left, at
+        if not stopped:
+            break
+    assert at > 100

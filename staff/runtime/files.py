@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import errno
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -65,9 +66,16 @@ OF_STORAGE = {
 """Errors of a disk, a folder or a file system, by their number."""
 
 
-def error_number(error: Exception) -> int | None:
-    """The errno of an OSError, or of the same failure in a message of safetensors' Rust code."""
-    if isinstance(error, OSError):
-        return error.errno
-    rust = re.search(r"\(os error (\d+)\)", str(error))
-    return int(rust[1]) if rust else None
+def storage_failure(error: BaseException) -> str | None:
+    """Why a disk, a folder or a file system failed, in the system's words; None if the error is of another kind.
+
+    Other libraries hide the error's number: safetensors and Arrow in their message, and NumPy tells of bytes.
+    """
+    if isinstance(error, UserError):
+        return None
+    number, said = getattr(error, "errno", None), str(error)
+    if found := re.search(r"[(\[](?:os error|errno) (\d+)[)\]]", said):
+        number = int(found[1])
+    elif re.fullmatch(r"\d+ requested and \d+ written", said):
+        number = errno.ENOSPC
+    return os.strerror(number) if number in OF_STORAGE else None

@@ -26,7 +26,7 @@ REPEATED = (408, 429, 500, 502, 503, 504)
 """HTTP states that may pass."""
 QUIET = 5.0
 """Seconds of downloading after which the log has a line."""
-CUTS = 3
+CUTS = 2
 """A download that breaks off so often at the same byte has failed."""
 SILENCE = 7.0
 """Seconds without a byte after which a request has failed."""

@@ -7,6 +7,7 @@ refused.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ def file_lock(file: Path, timeout: float = -1) -> FileLock:
     return FileLock(file, timeout=timeout, fallback_to_soft=False)
 
 
+def is_free(file: Path) -> bool:
+    """Whether no process holds the lock."""
+    try:
+        with file_lock(file, timeout=0):
+            return True
+    except Timeout:
+        return False
+
+
 def check_locks_between_nodes(folder: Path) -> None:
     """Have the processes of a run try one lock, before they begin. One process alone has nothing to try, and a
     store that they can only read needs no locks.
@@ -41,8 +51,7 @@ def check_locks_between_nodes(folder: Path) -> None:
         return
     got = False
     with processes.raise_on_all_ranks():
-        if not processes.is_main_process():
-            got = _got(file_lock(folder / "locks" / "probe.lock", timeout=0))
+        got = not processes.is_main_process() and is_free(folder / "locks" / "probe.lock")
     double = any(processes.all_gather(got))
     if processes.is_main_process():
         held.release()
@@ -57,17 +66,11 @@ def _acquired(lock: FileLock) -> bool:
     try:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except PermissionError:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         return False
     return True
-
-
-def _got(lock: FileLock) -> bool:
-    try:
-        with lock:
-            return True
-    except Timeout:
-        return False
 
 
 @dataclass(frozen=True)

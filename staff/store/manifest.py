@@ -115,8 +115,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Artifact]:
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        checksum = manifest.pop("checksum", None)  # early manifests have none
-        if checksum is not None and checksum != digest(manifest):
+        if manifest.pop("checksum") != digest(manifest):
             raise ValueError("its checksum differs")
         inputs = {
             read: Charge(entry["stage"], entry["label"], Cost.from_dict(entry["cost"]))

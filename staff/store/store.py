@@ -31,9 +31,9 @@ from filelock import Timeout
 
 from staff.errors import UserError
 from staff.runtime import processes
-from staff.runtime.files import OF_STORAGE, error_number
+from staff.runtime.files import storage_failure
 from staff.store.cost import Meter, attempt
-from staff.store.locks import Busy, check_locks_between_nodes, file_lock, turn
+from staff.store.locks import Busy, check_locks_between_nodes, file_lock, is_free, turn
 from staff.store.manifest import (
     Artifact,
     Charges,
@@ -143,11 +143,16 @@ class Store:
         stage.run(folder, meter, *inputs)
 
     def remove_dead_drafts(self) -> None:
-        """Remove the temporary folders of dead processes: those whose lock is free."""
+        """Remove what dead processes left: temporary folders whose lock is free, and the attempts and checkpoints
+        of artefacts that are published."""
         for draft in (self.root / "tmp").glob("*-*"):
             lock = file_lock(self.root / "locks" / f"{draft.name[:32]}.lock", timeout=0)
             with suppress(OSError, Timeout), lock:  # a live process, or a store that is only read
                 shutil.rmtree(draft)
+        for left in (*(self.root / "attempts").glob("*"), *(self.root / "checkpoints").glob("*")):
+            if any(self.root.glob(f"*/{left.name[:32]}/manifest.json")):
+                with suppress(OSError):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def remove(self, artifact: Path) -> None:
         """Remove a published folder, atomically for readers."""
@@ -159,14 +164,7 @@ class Store:
 
     def held_locks(self) -> list[Path]:
         """The lock files that some process holds."""
-        held = []
-        for file in (self.root / "locks").glob("*.lock"):
-            try:
-                with file_lock(file, timeout=0):
-                    pass
-            except Timeout:
-                held.append(file)
-        return held
+        return [file for file in (self.root / "locks").glob("*.lock") if not is_free(file)]
 
     def attempts(self, stage: Stage) -> Path:
         """The file that records failed attempts at the stage."""
@@ -286,9 +284,9 @@ class Store:
             filename = getattr(error, "filename", None)
             where = self.root if filename is None else Path(str(filename))
             ours = where.is_relative_to(self.root) or self.root.is_relative_to(where)
-            if error_number(error) not in OF_STORAGE or not ours:
+            if (why := storage_failure(error)) is None or not ours:
                 raise
             raise UserError(
-                f"the store in {self.root} cannot be used ({getattr(error, 'strerror', None) or error}: {where}); "
+                f"the store in {self.root} cannot be used ({why}: {where}); "
                 "fix this or set another folder with store_dir=PATH"
             ) from error

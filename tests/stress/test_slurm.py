@@ -87,7 +87,7 @@ def test_two_tasks_carry_out_a_run_together(tmp_path: Path, undisturbed: Path):
 
 def test_a_cancelled_fine_tuning_resumes_from_its_checkpoint_by_the_same_command(tmp_path, undisturbed_long):
     sweep = start(tmp_path, *LONG, *CLUSTER)
-    until(lambda: "  step " in logs(tmp_path))
+    until(lambda: ": 480 steps" in logs(tmp_path))
     (job,) = running()
     subprocess.run(["scancel", job], check=True)
     out, err = sweep.communicate(timeout=180)

@@ -200,7 +200,7 @@ def a_manifest_that_was_changed_is_refused_in_a_sentence(
     place = int(at * len(whole))
     manifest.write_bytes(whole[:place] + change + whole[place + length :])
     found = sentence_or(lambda: read_manifest(folder))
-    if found is not None and '"checksum"' in manifest.read_text(errors="replace"):
+    if found is not None:
         assert found[0] == {name: value for name, value in json.loads(whole).items() if name != "checksum"}
 
 

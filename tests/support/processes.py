@@ -180,7 +180,7 @@ def run(script: str, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def wait_for(file: Path, seconds: float = 30) -> None:
+def wait_for(file: Path, seconds: float = 120) -> None:
     """Until the file is there; fails after so many seconds."""
     deadline = time.monotonic() + seconds
     while not file.exists():

@@ -53,6 +53,7 @@ class Fault:
     Attributes:
         status, headers: the answer in place of the right one.
         delay: seconds before anything is answered.
+        stall: seconds between the headers and the body.
         cut: bytes of the body after which the connection is closed.
         spoil: the body's first byte is another one.
         short: the body says that it ends after so many bytes.
@@ -63,6 +64,7 @@ class Fault:
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     delay: float = 0.0
+    stall: float = 0.0
     cut: int | None = None
     spoil: bool = False
     short: int | None = None
@@ -207,6 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            time.sleep(fault.stall)
             self.wfile.write(body if fault.cut is None else body[: fault.cut])
         if fault.cut is not None:
             self.close_connection = True
