@@ -162,7 +162,7 @@ def test_the_report_averages_over_seeds_alone_and_names_what_is_missing(
         return status, capsys.readouterr().out
 
     status, out = reported("--results", results)
-    assert status is None and "told apart by method, pruning_rate" in out
+    assert status is None and "distinguished by method, pruning_rate" in out
     assert (results / "metrics.csv").read_text().count("\n") == 6
     assert str(reported("--results", tmp_path)[0]).startswith(f"{tmp_path}/runs holds no record")
 
