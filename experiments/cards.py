@@ -1,6 +1,4 @@
-"""What the hub is given: cards that say what a coreset or a model is, how it was made and what it was measured at;
-and the upload, by the libraries' own `push_to_hub`.
-"""
+"""Cards for the hub, which say what a coreset or a model is, how it was made and how it performed; and the upload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hand on the coreset of a run, or the target that was fine-tuned on it: `staff-export RUN --format jsonl`.
+"""Export the coreset of a run, or the target that was fine-tuned on it: `staff-export RUN --format jsonl`.
 
 Writes a folder with README.md, a card that tells how the coreset was chosen, at what cost, and what was measured:
 

@@ -1,4 +1,4 @@
-"""Records into results: metrics.csv, tables/, figures/ and report.html; means over seeds are printed."""
+"""Write metrics.csv, tables/, figures/ and report.html from records, and print means over seeds."""
 
 from __future__ import annotations
 
