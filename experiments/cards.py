@@ -1,4 +1,4 @@
-"""Cards for the hub, which say what a coreset or a model is, how it was made and how it performed; and the upload."""
+"""Cards for the hub, which say what a coreset or a model is, how it was made and how it performed; and its upload."""
 
 from __future__ import annotations
 
