@@ -1,4 +1,4 @@
-"""Cards for the hub, which say what a coreset or a model is, how it was made and how it performed; and its upload."""
+"""Cards for the hub, which say what a coreset or a model is, how it was made and how it performed; and uploads."""
 
 from __future__ import annotations
 
