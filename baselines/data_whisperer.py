@@ -2,7 +2,7 @@
 
 The raw target answers queries after a few demonstrations. Each demonstration is credited with the metric of an
 answer times its share of the attention that the answer pays, and a sample's score is the mean of its credits over
-queries. In each of several rounds every sample of the pool is a demonstration once, in an order drawn anew. Queries
+queries. In each of several rounds every sample of the pool is a demonstration once, in a new random order. Queries
 come from the validation slice, or each half of the pool is queried after demonstrations of the other.
 
 The released code (commit 4e59bf6) goes through the file once, in its order. Its result depends on the order of the

@@ -1,5 +1,5 @@
-"""Oracle: the coreset of whoever knows what was planted. A ceiling to measure methods by, not a rival: nobody knows
-the truth of real data.
+"""Oracle: a coreset chosen with knowledge of what was planted. A ceiling to measure methods by, not a rival: nobody
+knows the truth of real data.
 
 Right answers that copy no other sample come first, as many of each skill as there are of the others; then right
 copies; then wrong answers. On `task=planted` alone, whose truth it reads (`staff.data.planted`).

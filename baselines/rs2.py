@@ -5,7 +5,7 @@ of the pool than a fixed random coreset. A method that selects one coreset shoul
 
 The paper has two forms. In Algorithm 1 every epoch's subset is drawn from the whole pool (`repeats: true`, the
 default). Without replacement (`repeats: false`), an epoch takes samples that none before has had, until the pool is
-used up and its order is drawn anew.
+used up and a new order is drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from staff.selection import Coreset, Draws, ScorePool, check_range
 
 @dataclass(frozen=True)
 class RS2:
-    """Uniform over the pool, drawn anew for every epoch. The score "epochs" is how many of them a sample is in.
+    """Uniform over the pool, drawn again for every epoch. The score "epochs" is how many of them a sample is in.
 
     Attributes:
         epochs: of fine-tuning on the coreset.

@@ -1,6 +1,4 @@
-"""What the hub is given: cards that say what a coreset or a model is, how it was made and what it was measured at;
-and the upload, by the libraries' own `push_to_hub`.
-"""
+"""Cards for the hub, which say what a coreset or a model is, how it was made and how it performed; and uploads."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from staff.errors import UserError
 
 
 def coreset_card(record: Mapping[str, Any], how_to_read: str) -> str:
-    """What whoever is given the coreset should know, as Markdown."""
+    """The card of an exported coreset, as Markdown."""
     about, counts, task = record["run"], record["counts"], record["config"]["task"]["name"]
     facts = {
         **_facts_of_coreset(record),
@@ -45,7 +43,7 @@ The method's settings:
 
 
 def model_card(record: Mapping[str, Any], base: str, on_hub: bool, form: str, load: str) -> str:
-    """What whoever is given the fine-tuned target should know, as Markdown with the hub's metadata.
+    """The card of an exported model, as Markdown with the hub's metadata.
 
     Args:
         base: name of the model that was fine-tuned.
@@ -129,7 +127,7 @@ def _table(facts: Mapping[str, Any]) -> str:
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    """Settings as YAML, without classes and without paths of whoever made them."""
+    """Settings as YAML, without classes and without local paths."""
 
     def plain(value: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -147,7 +145,7 @@ def _licence(record: Mapping[str, Any]) -> str:
 
 
 def _origin(record: Mapping[str, Any]) -> str:
-    """Where the texts come from, without a folder of whoever reads it."""
+    """Where the texts come from, without local folders."""
     if source := record["identity"]["data"]["source"]:
         return f"{source['hub']} (commit {source['commit']})"
     data = record["config"]["task"]

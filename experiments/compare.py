@@ -1,4 +1,4 @@
-"""Set records that were made again beside the first: `staff-compare results/tiny results/rebuilt`.
+"""Compare records with those of the same runs made again: `staff-compare results/tiny results/rebuilt`.
 
 Runs are matched by name, which holds the fingerprint of all that determines their numbers. On the same kind of
 processor and with the same versions every coreset, answer and metric must be equal; elsewhere rounding differs, a

@@ -1,4 +1,4 @@
-"""Where the shipped configuration lies, and what Hydra does not check of overrides itself."""
+"""Where the shipped configuration is, how jobs are composed, and checks of overrides that Hydra does not make."""
 
 from __future__ import annotations
 

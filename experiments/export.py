@@ -1,4 +1,4 @@
-"""Hand on the coreset of a run, or the target that was fine-tuned on it: `staff-export RUN --format jsonl`.
+"""Export the coreset of a run, or the target that was fine-tuned on it: `staff-export RUN --format jsonl`.
 
 Writes a folder with README.md, a card that tells how the coreset was chosen, at what cost, and what was measured:
 
@@ -109,7 +109,7 @@ class Chosen(NamedTuple):
 
 
 def chosen_samples(run: RecordedRun) -> list[Sample]:
-    """The coreset's samples in the pool's order, read anew from the run's own data."""
+    """The coreset's samples in the pool's order, read again from the run's own data."""
     return [chosen.sample for chosen in chosen_rows(run)]
 
 
@@ -150,7 +150,7 @@ def _plain(name: Any, value: float) -> float | int | None:
 
 
 def training_samples(run: RecordedRun) -> Sequence[Sample]:
-    """The training samples that a run selected from, read anew from its own data.
+    """The training samples that a run selected from, read again from its own data.
 
     Raises:
         UserError: the data is not there, or has changed since.

@@ -1,4 +1,4 @@
-"""What a sweep will take, before it is paid for: `staff-plan OVERRIDES --gpu h100`.
+"""The cost of a sweep, estimated before it runs: `staff-plan OVERRIDES --gpu h100`.
 
 The overrides are those of the sweep. Its runs are carried out as a dry run, on a store in which every stage is
 estimated from shapes instead of run. No weights are loaded, and a stage that runs share is counted once.

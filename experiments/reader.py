@@ -1,5 +1,5 @@
 """The samples of a run as its models read them, tokenised and without those that do not fit; and the stages that
-evaluate the target: they answer the test prompts, and measure.
+evaluate the target.
 """
 
 from __future__ import annotations

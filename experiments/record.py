@@ -56,10 +56,7 @@ def _write(run: Run, outcome: Outcome) -> None:
     trainings = _trainings(run, chosen, tuned)
     _curves(trainings).to_csv(run.folder / "training.csv", index=False)
     record = {
-        "run": {
-            **run.facts,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
+        "run": {**run.facts, "finished": datetime.now(UTC).isoformat(timespec="seconds")},
         "metrics": metrics,
         **({"floors": floors} if floors else {}),
         "warnings": [
@@ -195,9 +192,9 @@ def _curves(trainings: list[tuple[str, str, dict[str, Any]]]) -> pd.DataFrame:
 def tables(run: Run, outcome: Outcome) -> dict[str, pd.DataFrame]:
     """The tables that a run's page shows with texts; in the run's folder they stand without."""
     shown = {"coreset": _shown_coreset(run, outcome.coreset)}
-    return (
-        shown if outcome.measured is None else {**shown, "predictions": _shown_predictions(run, outcome.measured)}
-    )
+    if outcome.measured is not None:
+        shown["predictions"] = _shown_predictions(run, outcome.measured)
+    return shown
 
 
 def _shown_coreset(run: Run, coreset: Coreset) -> pd.DataFrame:
@@ -271,8 +268,7 @@ def _stages(run: Run, charges: Charges) -> list[dict[str, Any]]:
 
 
 def _made(folder: Path) -> dict[str, int | None]:
-    """What an artefact's seconds depend on and whoever reads it may have otherwise: how many processes worked on
-    the machine, and how many on the stage."""
+    """How many processes worked on the machine, and how many on the stage; its seconds depend on both."""
     if not folder.is_dir():  # removed since it was read
         return {}
     manifest, _ = read_manifest(folder)

@@ -1,4 +1,4 @@
-"""What a plan counts with where models, data sets or a device are not at hand.
+"""Sizes and speeds for a plan where models, data sets or a device are not available.
 
 `sizes.json` has the shapes of the shipped families' models and the lengths of the shipped tasks' samples. How fast
 a device carries out a stage lies in `speeds.json`, which `python -m experiments.benchmarks.gpu plan` measures and

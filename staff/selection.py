@@ -69,7 +69,7 @@ class Coreset:
             computed.
         filled: how many samples were selected to reach the budget rather than by the method's own rule.
         notes: what readers of the result should know, in sentences.
-        schedule: positions by epoch of fine-tuning, shape (epochs, budget), int64, for a method that selects anew
+        schedule: positions by epoch of fine-tuning, shape (epochs, budget), int64, for a method that selects again
             for every epoch; None: the same samples in every epoch.
     """
 

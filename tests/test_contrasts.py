@@ -314,7 +314,7 @@ def test_no_gain_is_divided_where_none_is_shown(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("highest", "lowest", "said"),
-    [(-6, 0, "It tells utility:"), (0, -6, "the wrong way round"), (0, 0, "It is not shown to tell utility")],
+    [(-6, 0, "It measures utility:"), (0, -6, "in reverse"), (0, 0, "It is not shown to measure utility")],
 )
 def test_a_score_tells_utility_if_its_highest_ranks_are_missed_more(
     highest: float, lowest: float, said: str, tmp_path: Path

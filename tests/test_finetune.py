@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from support.tiny import SETTINGS, SPEC, STILL, difference, farthest, history, samples_of, tuned, weights_of
+from support.tiny import SETTINGS, SPEC, difference, farthest, history, samples_of, tuned, weights_of
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from staff.data.tokens import TokenizedSamples
@@ -23,6 +23,9 @@ from staff.training import trainer
 from staff.training.reports import MIN_STEPS
 from staff.training.settings import SCHEDULERS
 from staff.training.stage import Finetune, read_online_efforts
+
+STILL = replace(SETTINGS, learning_rate=1e-12)
+"""Weights stay where they are."""
 
 
 @pytest.fixture(scope="module")

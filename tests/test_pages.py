@@ -22,7 +22,7 @@ from experiments.report import browse as browsing
 from experiments.report import opening, page
 from experiments.report.__main__ import main, write
 from experiments.report.browse import browse
-from experiments.report.figures import _spread_labels
+from experiments.report.coreset_figures import _spread_labels
 from experiments.report.page import WIDTH, parts
 from experiments.report.records import Context, collect, contexts
 from experiments.report.verdicts import DEFAULT

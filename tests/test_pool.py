@@ -285,7 +285,7 @@ def test_a_name_is_the_signals_own():
     [
         (lambda: named("grand"), "signal='grand' is unknown: choose one of effort, el2n, loss, nll, embedding"),
         (lambda: named("loss", variant="raw"), "signal 'loss' has no option 'variant': it has prompt, text"),
-        (lambda: EL2N("raw"), "variant='raw' of the signal 'el2n': choose standard or official"),
+        (lambda: named("el2n", variant="raw"), "variant='raw' of the signal 'el2n': choose standard or official"),
         (lambda: Effort("all"), "gradient='all' is unknown: choose last_v_b, all_lora, all_linear"),
         (lambda: Effort(fresh_adapter={"rank": 2}), "must have rank, alpha and targets"),
         (
@@ -302,5 +302,5 @@ def test_an_unknown_signal_or_option_is_refused_with_the_choices(ask: Any, sente
 
 
 def test_options_of_several_signals_reach_those_that_have_them() -> None:
-    loss, error = named_all(["loss", EL2N()], {"prompt": False, "variant": "official"})
-    assert (loss, error) == (Loss(prompt=False), EL2N("official"))
+    loss, error = named_all(["loss", named("el2n")], {"prompt": False, "variant": "official"})
+    assert (loss, error) == (Loss(prompt=False), named("el2n", variant="official"))

@@ -21,7 +21,7 @@ from experiments.report.__main__ import summary, write
 from experiments.report.comparisons import mean, of_finetuning, pairs
 from experiments.report.figures import overlap
 from experiments.report.records import collect, contexts
-from experiments.report.settings import told_apart, variants
+from experiments.report.settings import variants, varying_columns
 from experiments.report.supplementary import similarity
 from staff.tracking import write_record
 
@@ -92,7 +92,7 @@ def test_runs_that_differ_in_anything_but_the_seed_are_never_averaged(real: Path
         copied(real, tmp_path, "staff", 0.5, (seed, seed), high + seed, config__method__num_regions=20)
         copied(real, tmp_path, "staff", 0.5, (seed, seed), high + 9, config__finetune__learning_rate=0.5)
     table = collect(tmp_path)
-    assert told_apart(table)[4:] == ["setting.method.num_regions", "setting.finetune.learning_rate"]
+    assert varying_columns(table)[4:] == ["setting.method.num_regions", "setting.finetune.learning_rate"]
     assert sorted(variants(table)) == 2 * ["staff num_regions=20 finetune.learning_rate=0.003"] + (
         2 * ["staff num_regions=50 finetune.learning_rate=0.003"]
         + 2 * ["staff num_regions=50 finetune.learning_rate=0.5"]
@@ -139,9 +139,9 @@ def test_a_setting_that_changes_no_number_changes_no_name_of_a_run_and_tells_no_
     changes: dict[str, Any] = {f"config.{name}".replace(".", "__"): value for name, value in NO_NUMBER.items()}
     for seed, of_seed in enumerate(({}, changes)):
         copied(real, tmp_path, "staff", 0.5, (seed, seed), np.full(8, 20.0), **of_seed)
-    assert told_apart(collect(tmp_path))[4:] == []
+    assert varying_columns(collect(tmp_path))[4:] == []
     copied(real, tmp_path, "staff", 0.5, (2, 2), np.full(8, 20.0), config__scoring__dtype="bfloat16")
-    assert told_apart(collect(tmp_path))[4:] == ["setting.scoring.dtype"]
+    assert varying_columns(collect(tmp_path))[4:] == ["setting.scoring.dtype"]
 
 
 def test_a_setting_that_some_runs_do_not_have_tells_apart_too(real: Path, tmp_path: Path):

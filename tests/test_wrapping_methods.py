@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.any_pool import AnyPool, HighestEffort, chosen, pool_of, pool_where_short_answers_score_high, select
+from support.any_pool import AnyPool, chosen, pool_of, select
 
 from baselines.facility_location import FacilityLocation
 from baselines.full import Full
@@ -22,6 +22,23 @@ from baselines.random_matched import RandomMatched, gumbel
 from baselines.within_groups import GroupPool, WithinGroups, largest_remainders
 from staff.errors import UserError
 from staff.selection import Coreset, Draws
+
+
+def pool_where_short_answers_score_high(n: int = 400) -> AnyPool:
+    lengths = np.random.default_rng(1).integers(5, 60, n)
+    scores = 100.0 / lengths + 0.1 * np.random.default_rng(2).random(n)
+    groups = np.where(np.random.default_rng(3).random(n) < 0.25, "poem", "prose")
+    return AnyPool(n, {"effort": scores}, answer_lengths=lengths, groups=groups)
+
+
+@dataclass(frozen=True)
+class HighestEffort:
+    """The plainest method that asks a model: a reference or an inner method for those that have one."""
+
+    def select(self, pool: Any, budget: int, rng: Draws) -> Coreset:
+        scores = np.asarray(pool.ask("effort", of="small"))
+        return Coreset(rng.highest_first(scores)[:budget], scores={"effort": scores}, filled=1, notes=("a note",))
+
 
 # ---------------------------------------------------------------- within groups
 

@@ -1,4 +1,4 @@
-"""What a GPU is measured by, in pieces, without a network: `python -m experiments.benchmarks.gpu [PIECE ...]`.
+"""Benchmarks of a GPU, in pieces, without a network: `python -m experiments.benchmarks.gpu [PIECE ...]`.
 
 - tests: those that a GPU changes.
 - qlora: fine-tuning, scores and answers of a model in 4 bits; needs bitsandbytes.

@@ -4,24 +4,33 @@
 scores and clustered embeddings of 576 dimensions drawn with seed 0. "seconds" is the wall time of `select`, "CPU
 seconds" its processor time over all cores. Ratios are of processor time, which other work on the machine disturbs
 less. Peak memory is that of the process, with interpreter and inputs. --shrink 100 divides the sizes by 100.
+
+With `--search 100000x64,1000000x64` it compares the approximate search for neighbours with the exact one instead:
+D2 at a pruning rate of 0.9, for each N x dimensions. "recall" is the part of the true five nearest neighbours of
+1,000 samples that the approximate search finds. "same coreset" is the part of the exact search's coreset that is
+also in the approximate one's, for N up to --exact. `method.search=approximate` needs faiss.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 
 from baselines.ccs import CCS
 from baselines.d2 import D2
+from baselines.neighbours import nearest_neighbours
 from staff.arrays import ArrayPool
 from staff.selection import Coreset, Draws, ScorePool, SelectionMethod, run_method
 from staff.speculative import Staff
 from staff.store.cost import Cost, Meter
 
+QUERIES, K = 1_000, 5
 DIMENSIONS = 576  # SmolLM2-135M's hidden size
 
 
@@ -64,6 +73,8 @@ class Case:
     method: SelectionMethod
     size: int
     against: Case | None = None
+    dimensions: int = DIMENSIONS
+    kept: float = 0.5
 
 
 def growing(name: str, method: SelectionMethod, shrink: int) -> list[Case]:
@@ -82,20 +93,62 @@ def cases(shrink: int) -> list[Case]:
     ]
 
 
+def embeddings(size: int, dimensions: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((max(1, size // 20), dimensions), dtype=np.float32)
+    features = rng.standard_normal((size, dimensions), dtype=np.float32)
+    for start in range(0, size, 10_000):
+        block = features[start : start + 10_000]
+        block += centres[rng.integers(0, len(centres), len(block))]
+    return features
+
+
 def measure(case: Case) -> Measured:
     rng = np.random.default_rng(0)
     asked = ("effort", "small"), ("effort", "target"), ("el2n", "target_tuned")
     signals: dict[tuple[str, str], np.ndarray] = {key: rng.lognormal(size=case.size) for key in asked}
     if "D2" in case.name:
-        centres = rng.standard_normal((max(1, case.size // 20), DIMENSIONS), dtype=np.float32)
-        features = rng.standard_normal((case.size, DIMENSIONS), dtype=np.float32)
-        features += centres[rng.integers(0, len(centres), case.size)]
-        signals["embedding", "target_tuned"] = features
+        signals["embedding", "target_tuned"] = embeddings(case.size, case.dimensions)
     pool = ArrayPool([f"sample {i}" for i in range(case.size)], signals)
     started = time.process_time()
     with Meter() as meter:
-        coreset = run_method(case.method, pool, case.size // 2, Draws(0, pool.ids))
+        coreset = run_method(case.method, pool, int(case.kept * case.size), Draws(0, pool.ids))
     return Measured(meter.cost, time.process_time() - started, coreset.indices)
+
+
+def apart(way: Callable[..., Any], *arguments: Any) -> Any:
+    """What `way` returns, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        return executor.submit(way, *arguments).result()
+
+
+def recall(size: int, dimensions: int) -> float:
+    """Of the approximate search, over `QUERIES` samples spread over the pool, against all distances."""
+    features = embeddings(size, dimensions)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    found, _ = nearest_neighbours(features, K, "approximate")
+    queries = np.linspace(0, size - 1, QUERIES).astype(int)
+    hits = 0
+    for query in queries:
+        near = features @ features[query]
+        near[query] = -np.inf
+        hits += len(np.intersect1d(np.argpartition(near, -K)[-K:], found[query]))
+    return hits / (K * QUERIES)
+
+
+def searches(size: int, dimensions: int, exact: bool) -> Iterator[tuple[Any, ...]]:
+    """A row for each search for neighbours; the exact one only where asked."""
+    coresets = {}
+    for search in ("exact", "approximate") if exact else ("approximate",):
+        this = apart(measure, Case("D2", D2(search=search), size, dimensions=dimensions, kept=0.1))
+        coresets[search] = this.indices
+        quality = ["", ""]
+        if search == "approximate":
+            quality[0] = f"{apart(recall, size, dimensions):.3f}"
+            if "exact" in coresets:
+                quality[1] = f"{np.isin(coresets['exact'], this.indices).mean():.1%}"
+        shape, memory = f"{size:,} x {dimensions}", f"{this.cost.peak_memory_bytes / 1e6:,.0f}"
+        yield shape, search, this.cost.seconds, this.cpu_seconds, memory, *quality
 
 
 def compared(case: Case, measured: Measured, other: Measured) -> str:
@@ -111,12 +164,22 @@ def main() -> None:
     # Imported here, so that the measured processes, which import this file, do not load torch.
     from experiments.benchmarks.common import arguments, row, table, write
 
-    options, _ = arguments(__doc__, shrink=1)
+    options, _ = arguments(__doc__, shrink=1, search="", exact=100_000)
+    if options.search:
+        lines = table(
+            "N x dimensions", "search", "seconds", "CPU seconds", "peak memory, MB", "recall", "same coreset"
+        )
+        for shape in options.search.split(","):
+            size, dimensions = map(int, shape.split("x"))
+            for cells in searches(size, dimensions, size <= options.exact):
+                lines.append(row(*cells))
+                print(lines[-1], flush=True)
+        write(options.name or "neighbours", __doc__, lines)
+        return
     lines = table("method", "pool", "seconds", "CPU seconds", "ratio", "peak memory, MB")
     done: dict[Case, Measured] = {}
     for case in cases(options.shrink):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-            this = done[case] = executor.submit(measure, case).result()
+        this = done[case] = apart(measure, case)
         ratio = compared(case, this, done[case.against]) if case.against else ""
         memory = f"{this.cost.peak_memory_bytes / 1e6:,.0f}"
         lines.append(row(case.name, f"{case.size:,}", this.cost.seconds, this.cpu_seconds, ratio, memory))

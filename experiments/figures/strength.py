@@ -1,4 +1,4 @@
-"""What a method gives by how strongly something is planted: `python -m experiments.figures.strength`.
+"""Draw the metric of methods against the strength of what is planted: `python -m experiments.figures.strength`.
 
 A line a method over a setting of the planted task, such as the share of wrong answers
 (`experiment=planted task.wrong=0,0.05,0.15,0.3`).

@@ -2,8 +2,8 @@
 
 The pools are reserved: neither model nor tokenizer sees the first 4,000 training dialogues, the first 3,000
 training questions, or any validation or test sample. The models learn from a mixture of instructions over the other
-samples, drawn anew in every epoch. Few of these are summaries in the format of the task, so that fine-tuning on the
-pool still has something to teach.
+samples, drawn again in every epoch. Few of these are summaries in the format of the task, so that fine-tuning on
+the pool still has something to teach.
 """
 
 import json

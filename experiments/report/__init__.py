@@ -1,4 +1,4 @@
-"""Records into tables, figures and a page: `staff-report`; here, what a run prints at its end."""
+"""The report of `staff-report`: tables, figures and a page. This file has what a run prints at its end."""
 
 from __future__ import annotations
 

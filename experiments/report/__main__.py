@@ -1,4 +1,4 @@
-"""Records into results: metrics.csv, tables/, figures/ and report.html; means over seeds are printed."""
+"""Write metrics.csv, tables/, figures/ and report.html from records, and print means over seeds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.report import audit, contrasts, floors, overhead, performance, 
 from experiments.report.browse import browse
 from experiments.report.comparisons import pairs
 from experiments.report.records import by_metric, collect, contexts
-from experiments.report.settings import told_apart
+from experiments.report.settings import varying_columns
 from experiments.report.supplementary import similarity
 from experiments.report.verdicts import DEFAULT, Question
 from staff.errors import UserError
@@ -94,7 +94,7 @@ def left_over(results: Path) -> list[Path]:
 
 def summary(table: pd.DataFrame) -> str:
     """Mean and standard deviation over seeds, never over runs that differ in anything else."""
-    told = told_apart(table)
+    told = varying_columns(table)
     keys = [k for k in told if k in ("method", "pruning_rate") or len({str(v) for v in table[k]}) > 1]
     for basis, column in (("measured", "STR"), ("estimated from FLOPs", "STR estimated")):
         table = table.assign(**{column: table["overhead_str"].where(table["overhead_str_basis"] == basis)})

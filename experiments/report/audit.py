@@ -176,7 +176,7 @@ def _listed(words: list[str]) -> str:
 
 
 def _validity(context: Context, name: str, rate: float) -> Table | None:
-    """Whether the score of a method tells utility: what is lost without its highest and its lowest ranks."""
+    """Whether the score of a method measures utility: what is lost without its highest and its lowest ranks."""
     rows = [
         ("without its highest ranks, against without random ones", "without highest", "random"),
         ("without its lowest ranks, against without random ones", "without lowest", "random"),
@@ -190,7 +190,7 @@ def _validity(context: Context, name: str, rate: float) -> Table | None:
     cells, p_values = _cells(found, "pool")
     by_text = {text: (d, p) for (text, d), p in zip(found, p_values)}
     caption = (
-        f"Does the score of {name} tell which samples are useful? The target is fine-tuned without the {rate:.0%} "
+        f"Does the score of {name} show which samples are useful? The target is fine-tuned without the {rate:.0%} "
         "of the pool that it ranks highest, without those that it ranks lowest, and without random ones. "
         f"{metric(context)} ({named_metric(context.metric).unit}s, above zero: better) on {context.title}. "
         f"{_utility(by_text.get(rows[2][0]))} Intervals hold the errors of seeds and of test samples."
@@ -205,7 +205,7 @@ def _utility(lowest_over_highest: tuple[Difference, float | None] | None) -> str
     if difference is None or p is None:
         return "One seed: no verdict."
     if p > LEVEL:
-        return "It is not shown to tell utility: the third row's difference may be chance."
+        return "It is not shown to measure utility: the difference in the third row may be chance."
     if difference.mean > 0:
-        return "It tells utility: without its highest ranks the target is worse than without its lowest."
-    return "It tells utility the wrong way round: without its highest ranks the target is better."
+        return "It measures utility: without its highest ranks the target is worse than without its lowest."
+    return "It measures utility in reverse: without its highest ranks the target is better."

@@ -74,7 +74,7 @@ def performance(context: Context) -> Made:
 
 
 MANY = 12
-"""Methods beyond which a figure names its points itself, since a legend of so many tells nothing."""
+"""Methods beyond which a figure names its points itself, since a legend of so many cannot be read."""
 
 
 def pareto(context: Context) -> Made:

@@ -1,4 +1,4 @@
-"""What scores say of their prompts: `staff-floors`; a table beside the report's own.
+"""How much of a score is about the prompt: `staff-floors`, which writes a table beside those of the report.
 
 For each task, the best constant answer, and each method's score split into what it gets on other samples'
 references and what is left (`staff.floors`). Reads the runs' predictions, and training answers from a folder.

@@ -160,7 +160,7 @@ def against_paper(context: Context, paper: pd.DataFrame) -> Table | None:
         f"Differences in {metric(context)} points, here ({context.title}) and in Table 1 of the paper (ROUGE-L, "
         "one run a cell). Absolute values are not comparable: the authors' ROUGE has another tokeniser, they "
         "sampled where we decode greedily, their pool and test set were cut from all splits together, and the "
-        "models differ. The table of differences tells how sure ours are; for the paper's nobody can tell."
+        "models differ. The table of differences has the uncertainty of ours; that of the paper's is unknown."
     )
     return Table(f"paper-{context.name}", caption, pd.DataFrame(rows))
 
@@ -181,7 +181,7 @@ def variance(context: Context) -> Table | None:
     caption = (
         f"Standard deviation of {metric(context)} on {context.title} by where it comes from: the seed of "
         "selection, that of fine-tuning, and what neither explains alone (two-way random effects by the method of "
-        "moments; an estimate below zero is shown as 0). Few seeds tell variances roughly."
+        "moments; an estimate below zero is shown as 0). With few seeds, these are rough estimates."
     )
     return Table(f"variance-{context.name}", caption, pd.DataFrame(rows))
 

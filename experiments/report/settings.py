@@ -1,4 +1,4 @@
-"""What tells runs apart: the settings that differ, and ablations, in which one setting differs alone."""
+"""Settings in which runs differ, and ablations, in which a single setting differs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def is_untold(setting: str) -> bool:
     return any(setting == untold or setting.startswith(f"{untold}.") for untold in UNTOLD)
 
 
-def told_apart(table: pd.DataFrame) -> list[str]:
-    """The columns by which runs differ in anything but their seeds, as few as tell all of them apart.
+def varying_columns(table: pd.DataFrame) -> list[str]:
+    """The columns in which runs differ beside their seeds, as few as distinguish all of them.
 
-    Names come first, then settings in the order of the configuration; one that separates no runs that those
-    before it had not separated already (a method's own settings, where its name says it all) is left out.
+    Names come first, then settings in the order of the configuration. A setting is left out where the columns
+    before it distinguish the same runs already, such as a method's own settings where its name says it all.
     """
     keys = list(NAMES)
     groups = pd.concat([texts(table, name) for name in NAMES], axis=1).agg("|".join, axis=1)
@@ -56,7 +56,7 @@ def texts(table: pd.DataFrame, column: str) -> pd.Series:
 def variants(table: pd.DataFrame) -> pd.Series:
     """What each run is called in a table: its method, and the settings in which it differs from others'."""
     labels = table["method"].fillna("custom").replace({"raw": "raw target"})
-    for key in told_apart(table)[len(NAMES) :]:
+    for key in varying_columns(table)[len(NAMES) :]:
         name = key.removeprefix("setting.")
         values = pd.Series([_short(value) for value in table[key]], index=table.index)
         if name.endswith("._target_"):
@@ -108,7 +108,7 @@ def ablations(table: pd.DataFrame) -> tuple[pd.DataFrame, list[Ablation]]:
     ablations alone; an ablation without it counts where its runs are in no larger one. Without such a centre (a
     grid of two settings, or a single ablation) all are compared.
     """
-    keys = ["method", *told_apart(table)[len(NAMES) :]]
+    keys = ["method", *varying_columns(table)[len(NAMES) :]]
     values = pd.concat([texts(table, key) for key in keys], axis=1)
     variant = values.groupby(keys).ngroup()
     values = values.groupby(variant).first()

@@ -1,4 +1,4 @@
-"""How sure the numbers of a report are: intervals over seeds, differences, corrections, and the seeds they take."""
+"""The uncertainty of a report's numbers: intervals, differences, corrections, and the seeds they need."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def region_similarity(small: np.ndarray, target: np.ndarray, num_regions: int) -
 
     Returns:
         "same region": the share of samples that lie in the region of the same rank with both; "by chance": that
-        share were the scores of one model dealt out anew; "mean overlap": Jaccard's index of the two models' i-th
+        share if the scores of one model were shuffled; "mean overlap": Jaccard's index of the two models' i-th
         regions, averaged over those in which either has samples; "Spearman": of the scores, NaN where constant.
     """
     a, b = (stratify(s, equal_width_edges(s.min(), s.max(), num_regions)) for s in (small, target))
@@ -181,8 +181,8 @@ def similarity(context: Context) -> Table | None:
     caption = (
         "Regions of equal score width by the speculative scores (the small model's, unless said otherwise) and by "
         f"the target's, on {context.title}, where the target scored every sample. Same region: the part of the "
-        "samples that both put into the region of the same rank; by chance: as many as would be, were the scores of"
-        " one dealt out anew; mean overlap: Jaccard's index of the two i-th regions, averaged over those in which "
+        "samples that both put into the region of the same rank; by chance: the same if the scores of one model "
+        "were shuffled; mean overlap: Jaccard's index of the two i-th regions, averaged over those in which "
         "either has samples. Means over seeds."
     )
     return Table(f"similarity-{context.name}", caption, pd.DataFrame(rows))
@@ -214,7 +214,7 @@ def warnings(context: Context) -> Table | None:
     if not rows:
         return None
     caption = (
-        f"Results on {context.title} to be read with care. A fine-tuning of few optimiser steps, or that moved no "
+        f"Results on {context.title} to read with care. A fine-tuning of few optimiser steps, or that moved no "
         "weight, leaves the model nearly or exactly as it was. Answers that score less than a constant one tell "
         "little of their prompts. Seeds that give the same answers say nothing of how results vary by seed."
     )

@@ -1,4 +1,4 @@
-"""Samples that are there twice: exactly, but for case and white space, or nearly.
+"""Duplicate samples: exact ones, up to case and white space, and near ones.
 
 Near duplicates are found by MinHash (Broder 1997) over runs of five words, as Lee et al. 2022 (arXiv:2107.06499) do
 for training data: samples whose estimated Jaccard similarity is at least 0.8.

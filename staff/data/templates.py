@@ -1,4 +1,4 @@
-"""Templates with the fields of a row."""
+"""Templates that are filled with the fields of a row."""
 
 from __future__ import annotations
 

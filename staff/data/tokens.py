@@ -26,9 +26,7 @@ from staff.store.stage import Stage, plain
 IGNORED = -100
 """The label of a token without a loss, as in transformers."""
 
-
 LABELLED = "labelled.npy"
-
 BLOCK = 2_000
 """Samples whose texts or positions are in memory at once; a tokenizer's threads share the work within a block."""
 

@@ -1,4 +1,4 @@
-"""Greedy decoding in which a prompt takes the place of each answer that ends.
+"""Greedy decoding in which the next prompt replaces each answer that has ended.
 
 `model.generate` pads a batch to its longest prompt, runs it until its longest answer ends, and copies the whole
 cache in every step. Here every row of the cache is a slot with its own length. A step runs the slots in use, writes

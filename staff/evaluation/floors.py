@@ -1,4 +1,4 @@
-"""What a generated metric gives without reading the prompt: the floors under a score, and the stages that measure
+"""Floors of a metric: what answers score that ignore the prompt, and the stages that measure
 them from stored answers.
 
 Two floors. The *best constant answer* is one text for every prompt. The *shuffled score* gives each answer the

@@ -1,4 +1,4 @@
-"""Answers in context: a model answers queries behind demonstrations, and attends to each of these by so much.
+"""Answers in context: those of a model to queries after demonstrations, and its attention on each demonstration.
 
 A prompt is the demonstrations with their answers, a blank line after each (in a chat: the ends of their turns), and
 the prompt of one query. The answer is generated greedily, and ends where the model starts another sample.

@@ -1,4 +1,4 @@
-"""Models: which, how they are loaded, prepared and adapted, and in which state they are asked."""
+"""Models: which ones, how they are loaded, prepared and adapted, and in which state."""
 
 from staff.models.adapters import LoraSpec as LoraSpec
 from staff.models.depth import DepthPruning as DepthPruning

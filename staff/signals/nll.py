@@ -1,4 +1,4 @@
-"""Negative log-likelihood of an answer, its content and its end apart."""
+"""Negative log-likelihood of an answer, separately for its content and its end."""
 
 from __future__ import annotations
 

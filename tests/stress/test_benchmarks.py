@@ -87,6 +87,13 @@ def test_selection_is_measured_at_every_size_and_d2_is_its_dense_form(benchmark:
     assert rows[-1]["method"] == "D2, dense" and "100.00% the same selection" in rows[-1]["ratio"]
 
 
+def test_the_approximate_search_is_compared_with_the_exact_one(benchmark: Benchmark):
+    pytest.importorskip("faiss")
+    exact, approximate = benchmark("benchmarks.selection", "--search=2000x8")
+    assert exact["search"] == "exact" and not exact["recall"]
+    assert float(approximate["recall"]) > 0.5 and approximate["same coreset"].endswith("%")
+
+
 def test_a_pool_is_measured_from_its_file_to_the_report(benchmark: Benchmark):
     rows = benchmark("benchmarks.load", "--sizes=40", "--methods=d2,staff", "--shrunk=6")
     stages = ["read", "tokenise", "identify", "select by d2", "select by staff", "run", "export", "report"]

@@ -7,14 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import CONF, FAMILIES, FUSED, method_named, save_model, tiny_pool, told_and_peak
+from support.tiny import CONF, FAMILIES, config_of, method_named, tiny_pool, told_and_peak
 
+from staff.models.spec import ModelSpec
 from staff.pool import Pool, Select
 from staff.selection import Coreset, budget_of
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage
 from staff.store.store import Store
+
+FUSED = ("gpt2", "falcon", "bloom", "gpt_neox", "phi3", "mamba")
+"""Families without a `v_proj`."""
+
+
+def save_model(family: str, folder: Path) -> Path:
+    """The tiny model of a family with its tokenizer, in a folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config_of(family)).save_pretrained(folder)
+    ModelSpec("pkg://staff/assets/tiny/target").tokenizer().save_pretrained(folder)
+    return folder
+
 
 # ---------------------------------------------------------------- methods
 

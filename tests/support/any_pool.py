@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,13 +138,6 @@ def pool_of(n: int, constant: bool = False) -> AnyPool:
     return AnyPool(n, constant=constant, groups=groups, dev_groups=np.array(["poem", "prose"] * (DEV_SIZE // 2)))
 
 
-def pool_where_short_answers_score_high(n: int = 400) -> AnyPool:
-    lengths = np.random.default_rng(1).integers(5, 60, n)
-    scores = 100.0 / lengths + 0.1 * np.random.default_rng(2).random(n)
-    groups = np.where(np.random.default_rng(3).random(n) < 0.25, "poem", "prose")
-    return AnyPool(n, {"effort": scores}, answer_lengths=lengths, groups=groups)
-
-
 def select(method: Any, pool: Any, budget: int, seed: int = 0) -> Coreset:
     return run_method(method, pool, budget, Draws(seed, pool.ids))
 
@@ -153,15 +145,6 @@ def select(method: Any, pool: Any, budget: int, seed: int = 0) -> Coreset:
 def chosen(method: Any, pool: Any, budget: int, seed: int = 0) -> set[str]:
     """The ids of the coreset."""
     return {pool.ids[i] for i in select(method, pool, budget, seed).indices}
-
-
-@dataclass(frozen=True)
-class HighestEffort:
-    """The plainest method that asks a model: a reference or an inner method for those that have one."""
-
-    def select(self, pool: Any, budget: int, rng: Draws) -> Coreset:
-        scores = np.asarray(pool.ask("effort", of="small"))
-        return Coreset(rng.highest_first(scores)[:budget], scores={"effort": scores}, filled=1, notes=("a note",))
 
 
 # ---------------------------------------------------------------- what every method keeps

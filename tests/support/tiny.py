@@ -86,9 +86,6 @@ def difference(first: dict[str, Any], second: dict[str, Any]) -> float:
     return (apart / whole) ** 0.5
 
 
-STILL = replace(SETTINGS, learning_rate=1e-12)
-"""Weights stay where they are."""
-
 SIZES = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 SIZES |= {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 100}
 
@@ -249,8 +246,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": LLAMA,
     "gemma2": {**LLAMA, "head_dim": 16},
 }
-FUSED = ("gpt2", "falcon", "bloom", "gpt_neox", "phi3", "mamba")
-"""Families without a `v_proj`."""
 
 
 def config_of(family: str, **other: Any) -> Any:
@@ -260,17 +255,6 @@ def config_of(family: str, **other: Any) -> Any:
     tokenizer = ModelSpec("pkg://staff/assets/tiny/target").tokenizer()
     known = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return AutoConfig.for_model(family, vocab_size=len(tokenizer), **{**known, **FAMILIES[family], **other})
-
-
-def save_model(family: str, folder: Path) -> Path:
-    """The tiny model of a family with its tokenizer, in a folder."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config_of(family)).save_pretrained(folder)
-    ModelSpec("pkg://staff/assets/tiny/target").tokenizer().save_pretrained(folder)
-    return folder
 
 
 # ---------------------------------------------------------------- random models of architectures with exact batches
