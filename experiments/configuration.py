@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from staff.errors import UserError
@@ -80,20 +76,3 @@ def composed(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg, choices
-
-
-def composed_once(job: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
-    """As `composed`, for one of many jobs: Hydra composes those that differ in `VALUES` alone once."""
-    parsed = OverridesParser.create().parse_overrides(list(job))
-    values = {o.key_or_group: o for o in parsed if o.key_or_group in VALUES and o.type == OverrideType.CHANGE}
-    rest = [text for text, o in zip(job, parsed, strict=True) if o not in values.values()]
-    cfg, choices = _shared(tuple(rest))
-    cfg = copy.deepcopy(cfg)
-    for key, override in values.items():
-        OmegaConf.update(cfg, key, override.value())
-    return cfg, dict(choices)
-
-
-@lru_cache(maxsize=32)
-def _shared(job: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
-    return composed(job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +16,14 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from hydra.core.override_parser.types import OverrideType
+from omegaconf import OmegaConf
 
 from experiments import sweep
-from experiments.configuration import CONF, check_size, composed_once, search_path
+from experiments.configuration import CONF, VALUES, check_size, composed, search_path
 from experiments.report.seeds import Planned
 from experiments.schedule import starting_order
-from experiments.setup import Setup, folder_of
+from experiments.setup import Setup
 from experiments.single import Run
 from experiments.sizes import ANSWER, ASSUMED, with_stand_ins
 from staff.models.adapters import shapes, trained_parameters
@@ -188,11 +190,12 @@ def dry_run(overrides: Sequence[str], config_dir: str | None = None) -> DryRun:
     store: DryRunStore | None = None
     with tempfile.TemporaryDirectory() as folder, _first_warnings():
         jobs = []
-        for job, cfg, choices in jobs_of(overrides, config_dir):
+        for job, setup, replaced in jobs_of(overrides, config_dir, Path(folder)):
             if store is not None:  # what the first run warns of, the others would repeat
                 logging.disable(logging.WARNING)
-            store = store or DryRunStore(Path(folder), Store(folder_of(cfg, "store_dir")))
-            estimate(job, cfg, choices, store)
+            store = store or DryRunStore(Path(folder), Store(setup.store))
+            store.planned.replaced = list(dict.fromkeys([*store.planned.replaced, *replaced]))
+            estimate(job, setup, store)
             jobs.append(job)
     assert store is not None
     store.planned.order = starting_order(jobs)
@@ -208,13 +211,12 @@ def _first_warnings() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def estimate(job: list[str], cfg: DictConfig, choices: dict[str, Any], store: DryRunStore) -> None:
+def estimate(job: list[str], setup: Setup, store: DryRunStore) -> None:
     """Carry out a run on a store that estimates."""
     planned = store.planned
-    planned.replaced = list(dict.fromkeys([*planned.replaced, *with_stand_ins(cfg, store.root)]))
     known = {stage.speed for stage in planned.stages.values()}
     planned.jobs.append([])
-    run = Run(Setup.of(cfg, choices), store)
+    run = Run(setup, store)
     tokenized = run.tokenized
     store.certain |= {samples.fingerprint for samples in tokenized.values()}
     chosen, coreset = run.select()
@@ -262,9 +264,13 @@ def _measure(run: Run, planned: DryRun) -> None:
 
 
 def jobs_of(
-    overrides: Sequence[str], config_dir: str | None
-) -> Iterator[tuple[list[str], DictConfig, dict[str, Any]]]:
-    """Overrides, configuration and choices of every run of the sweep."""
+    overrides: Sequence[str], config_dir: str | None, folder: Path
+) -> Iterator[tuple[list[str], Setup, list[str]]]:
+    """Overrides and setup of every run of the sweep, and what stands in for others (`with_stand_ins`).
+
+    Args:
+        folder: where samples that stand in are written.
+    """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     plain = [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
     overrides, plain = ([*given, *search_path(config_dir)] for given in (overrides, plain))
@@ -274,5 +280,23 @@ def jobs_of(
         with progress(len(every), "plan", unit="job") as bar:
             for job in every:
                 check_size(job)
-                yield job, *composed_once(job)
+                yield job, *_setup(job, folder)
                 bar.update()
+
+
+def _setup(job: Sequence[str], folder: Path) -> tuple[Setup, list[str]]:
+    parsed = OverridesParser.create().parse_overrides(list(job))
+    values = {o.key_or_group: o for o in parsed if o.key_or_group in VALUES and o.type == OverrideType.CHANGE}
+    rest = [text for text, o in zip(job, parsed, strict=True) if o not in values.values()]
+    pickled, setup, replaced = _shared(tuple(rest), folder)
+    cfg = pickle.loads(pickled)  # a tenth of the time of a deep copy
+    for key, override in values.items():
+        OmegaConf.update(cfg, key, override.value())
+    return setup.varied(cfg), replaced
+
+
+@lru_cache(maxsize=32)
+def _shared(job: tuple[str, ...], folder: Path) -> tuple[bytes, Setup, list[str]]:
+    cfg, choices = composed(job)
+    replaced = with_stand_ins(cfg, folder)
+    return pickle.dumps(cfg), Setup.of(cfg, choices), replaced

@@ -30,7 +30,6 @@ from experiments import pipeable, sweep
 from experiments.dry_run import DryRun, DryRunStore, PlannedStage, dry_run, estimate, jobs_of, speed_of
 from experiments.report.seeds import checked_effect, sentences
 from experiments.schedule import wall_seconds
-from experiments.setup import Setup
 from experiments.single import Run
 from experiments.sizes import ASSUMED, GPUS, line, speed_on
 from staff.store.cost import Cost
@@ -75,9 +74,9 @@ def calibrated(planned: DryRun, config_dir: str | None = None) -> dict[str, tupl
             short = [f"task.train_limit={few}", f"task.test_limit={few // 4}", f"results_dir={folder}"]
             real, dry = TimedStore(Path(folder) / "real"), DryRunStore(Path(folder) / "plan", Store(folder))
             for overrides in planned.distinct:
-                for job, cfg, choices in jobs_of([*overrides, *short, "tracking=none"], config_dir):
-                    estimate(job, cfg, choices, dry)
-                    Run(Setup.of(cfg, choices), real).carry_out()
+                for job, setup, _ in jobs_of([*overrides, *short, "tracking=none"], config_dir, dry.root):
+                    estimate(job, setup, dry)
+                    Run(setup, real).carry_out()
             stages = dry.planned.stages.values()
             at_full_length = {stage.speed: stage.cost.flops for stage in stages if stage.stage == "evaluation"}
             for speed, cost in real.times:

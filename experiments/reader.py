@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -28,9 +28,13 @@ from staff.models.state import ModelState
 from staff.pool import Slice
 from staff.scoring.stage import Score, ScoringSettings
 from staff.signals.nll import AnswerNll
+from staff.store.manifest import Artifact
 from staff.store.store import Store
 
 log = logging.getLogger("staff")
+
+_tokens = lru_cache(maxsize=8)(read_tokens)
+"""The runs of a sweep share their tokens, whose fingerprint takes a while in a large pool."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,14 @@ class Reader:
             families["selecting"] = self.selecting
         specs = {name: f.small if name == "small" else f.target for name, f in families.items()}
         how = self.task.reading(samples)
-        read = {
-            name: read_tokens(self.store.get(Tokens(samples, specs[name], {**f.reading, **how})))
-            for name, f in families.items()
-        }
+        tokens = [
+            self.store.get(Tokens(samples, specs[name], {**f.reading, **how})) for name, f in families.items()
+        ]
         names = {"target": "target", "small": "small model", "selecting": "target that selects"}
-        windows = {names[name]: spec.window() for name, spec in specs.items()}
-        keep = fitting(list(read.values()), self.max_length, self.task.too_long, windows)
-        if len(keep) < len(samples):
-            read = {name: tokens.take(keep) for name, tokens in read.items()}
+        windows = tuple((names[name], spec.window()) for name, spec in specs.items())
+        read = dict(
+            zip(families, _fitting(tuple(tokens), self.max_length, self.task.too_long, windows), strict=True)
+        )
         return {"selecting": read["target"], **read}
 
     def slice(self, samples: Sequence[Sample], read: Mapping[str, TokenizedSamples]) -> Slice:
@@ -83,7 +86,7 @@ class Reader:
         """The test samples as the target reads them, those whose answer fits its context window."""
         read = self._by_target(test)
         keep = answerable(read, self.task.max_new_tokens, self.family.target.window(), self.task.too_long)
-        return read.take(keep)
+        return read if len(keep) == len(read) else read.take(keep)
 
     def references(self, test: Sequence[Sample]) -> TokenizedSamples:
         """The references that fit the target's window, each behind its prompt, as the target reads them."""
@@ -109,7 +112,17 @@ class Reader:
         return read
 
     def _by_target(self, samples: Sequence[Sample]) -> TokenizedSamples:
-        return read_tokens(self.store.get(Tokens(samples, self.family.target, self.family.reading)))
+        return _tokens(self.store.get(Tokens(samples, self.family.target, self.family.reading)))
+
+
+@lru_cache(maxsize=4)
+def _fitting(
+    tokens: tuple[Artifact, ...], max_length: int, too_long: str, windows: tuple[tuple[str, int | None], ...]
+) -> list[TokenizedSamples]:
+    """The samples of each artefact that fit in all of them."""
+    read = [_tokens(artifact) for artifact in tokens]
+    keep = fitting(read, max_length, too_long, dict(windows))
+    return read if len(keep) == len(read[0]) else [samples.take(keep) for samples in read]
 
 
 @dataclass(frozen=True)

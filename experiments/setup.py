@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +124,36 @@ class Setup:
             "task": instantiate(cfg.task, _convert_="all"),
         }
         mirror.check(OmegaConf.to_container(cfg.tracking))  # type: ignore[arg-type]
-        for name in ("selection_seed", "finetune_seed"):
-            if type(cfg[name]) is not int or not 0 <= cfg[name] < 2**32:
-                raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0 and below 2^32.")
         return cls(
-            config={str(name): value for name, value in OmegaConf.to_container(cfg, resolve=True).items()},  # type: ignore[union-attr]
+            config=_resolved(cfg),
             choices=choices,
             results=results,
             store=folder_of(cfg, "store_dir"),
             method=method,
             size=Size.of(cfg, method),
             tracking=cfg.tracking.mode,
-            **{name: cfg[name] for name in ("seed", "selection_seed", "finetune_seed", "memory_check")},
+            memory_check=cfg.memory_check,
+            **_seeds(cfg),
             **parts,
         )
+
+    def varied(self, cfg: DictConfig) -> Setup:
+        """As `of`, for a configuration that differs in its seeds and in the size of its coreset.
+
+        Parts that these do not change are not made again, which takes a plan most of its time.
+        """
+        config = _resolved(cfg)
+        if any(config[name] != value for name, value in self.config.items() if isinstance(value, dict)):
+            return Setup.of(cfg, self.choices)
+        return replace(self, config=config, size=Size.of(cfg, self.method), **_seeds(cfg))
+
+
+def _resolved(cfg: DictConfig) -> dict[str, Any]:
+    return {str(name): value for name, value in OmegaConf.to_container(cfg, resolve=True).items()}  # type: ignore[union-attr]
+
+
+def _seeds(cfg: DictConfig) -> dict[str, int]:
+    for name in ("selection_seed", "finetune_seed"):
+        if type(cfg[name]) is not int or not 0 <= cfg[name] < 2**32:
+            raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0 and below 2^32.")
+    return {name: cfg[name] for name in ("seed", "selection_seed", "finetune_seed")}

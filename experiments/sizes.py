@@ -7,6 +7,7 @@ writes; where nothing was measured, it is assumed. Importing it needs neither Hy
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,10 +46,11 @@ class KnownShape(ModelSpec):
     def pinned(self) -> KnownShape:
         return self
 
-    def config(self) -> Any:
-        from transformers import AutoConfig
+    def tokenizer_identity(self) -> dict[str, Any]:
+        return {"rule": TOKEN}
 
-        return AutoConfig.for_model(**sizes_of("models")[self.path])
+    def config(self) -> Any:
+        return copy.deepcopy(_config(self.path))
 
     def tokenizer(self) -> Any:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -93,6 +95,13 @@ def with_stand_ins(cfg: DictConfig, folder: Path) -> list[str]:
         task = OmegaConf.create(OmegaConf.to_container(cfg.task, resolve=True))
         cfg.task = OmegaConf.merge(task, {"data_dir": str(_data(cfg.task.hub, folder))})
     return replaced
+
+
+@cache
+def _config(path: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**sizes_of("models")[path])
 
 
 @cache
