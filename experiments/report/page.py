@@ -191,8 +191,8 @@ def parts(contexts: Sequence[Context]) -> list[dict[str, Any]]:
 def _context(context: Context, seeds: int, known: Constants) -> dict[str, Any] | None:
     rate, _ = context.shown
     measured = all(context.metric in floors for floors in context.runs["floors"])
-    seeds = None if measured else seeds
-    found = {v: split for v in context.variants if (split := _split(context, v, rate, seeds))}
+    most = None if measured else seeds
+    found = {v: split for v in context.variants if (split := _split(context, v, rate, most))}
     if not found:
         return None
     lines = {"everything": sum(found["full"])} if "full" in found else {}
@@ -209,7 +209,7 @@ def _context(context: Context, seeds: int, known: Constants) -> dict[str, Any] |
         "context": context,
         "metric": metric(context),
         "rate": f"{rate:g}",
-        "seeds": seeds,
+        "seeds": most,
         "lines": [(name, place(value), f"{value:.1f}") for name, value in lines.items()],
         "rows": [
             {
