@@ -24,6 +24,7 @@ from experiments.report import (
     overview,
 )
 from experiments.report.__main__ import left_over, write
+from experiments.report.floors import training_answers
 from experiments.report.records import collect
 from staff.data.task import Sample
 from staff.errors import UserError
@@ -166,6 +167,7 @@ def test_a_run_records_its_floors_and_its_summary_warns_of_answers_below_them(
     floors = record["floors"]["exact"]
     assert list(record["floors"]) == ["exact"], "a loss has no answers to be shuffled"
     assert floors["score"] == record["metrics"]["exact"] == 0 < floors["constant"] <= 12
+    assert len(training_answers(record["config"]["task"], tmp_path)) == 700, "made again, without a file"
     (said,) = [text for text in record["warnings"] if "constant" in text]
     assert said.startswith(f"the raw target scores 0.00 exact, less than {floors['constant']:.2f} of the constant")
     assert f"warning: {record['run']['name']}: {said}" in overview([record["folder"]])

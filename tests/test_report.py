@@ -160,6 +160,7 @@ def test_runs_are_compared_by_another_metric_in_files_of_their_own(real: Path, t
     page = write(
         tmp_path, by_metric(table, "nll"), Question((*parse(["staff-random"], ["staff", "random"]),), 0.02)
     )
+    assert re.search(r"difference is [+-]0\.\d{3} nll \[[+-]0\.\d{3}, [+-]0\.\d{3}\]", page.read_text())
     assert page.name == "report-by-nll.html" and (tmp_path / "report.html").read_text() == first
     found = (tmp_path / "tables/verdicts-tiny-dialogsum-by-nll.md").read_text()
     assert "nll (lower is better)" in found and re.search(r"\[[+-]0\.\d{3}, [+-]0\.\d{3}\]", found)

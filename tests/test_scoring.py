@@ -26,7 +26,7 @@ from staff.signals import el2n
 from staff.signals.effort import Effort
 from staff.signals.el2n import EL2N
 from staff.signals.embedding import Embedding
-from staff.signals.loss import Loss
+from staff.signals.loss import Loss, Perplexity
 from staff.store.cost import Meter
 
 BROKEN_TOKEN = 60
@@ -74,6 +74,8 @@ def one_at_a_time(model: Any, samples: TokenizedSamples, signal: Any) -> np.ndar
             case Effort(parameters=parameters):
                 wanted = [p for name, p in model.named_parameters() if is_wanted(parameters, name, model)]
                 values.append(torch.cat([g.flatten() for g in torch.autograd.grad(out.loss, wanted)]).norm())
+            case Perplexity():
+                values.append(out.loss.exp())
             case Loss():
                 values.append(out.loss)
             case Embedding(pooling="answer_mean"):
@@ -104,6 +106,7 @@ SIGNALS: list[Any] = [
     Loss(),
     Loss(prompt=False),
     Loss(text="all"),
+    Perplexity(prompt=False),
     Embedding(),
     Embedding(layer=0),
     Embedding(pooling="position_weighted"),

@@ -16,7 +16,7 @@ import pandas as pd
 from experiments.campaign import fields
 from experiments.report.comparisons import comparison
 from experiments.report.records import Context
-from experiments.report.rendering import NONE, Table, basis, metric, p_value
+from experiments.report.rendering import NONE, Table, basis, digits, metric, p_value, signed
 from experiments.report.settings import is_untold
 from experiments.report.statistics import LEVEL, Difference, holm
 from staff.evaluation.metrics import named_metric
@@ -110,14 +110,14 @@ def _differences(context: Context, rate: float, rows: list[tuple[str, str, str]]
     return [(text, difference) for text, difference in found if difference is not None]
 
 
-def _cells(found: list[tuple[str, Difference]], head: str) -> tuple[pd.DataFrame, list[float | None]]:
+def _cells(found: list[tuple[str, Difference]], head: str, digits: int) -> tuple[pd.DataFrame, list[float | None]]:
     tested = iter(holm([p for _, d in found if (p := d.p) is not None]))
     p_values = [None if d.p is None else float(next(tested)) for _, d in found]
     rows = [
         {
             head: text,
-            "difference": f"{d.mean:+.2f}",
-            "95 % interval": f"[{d.mean - d.half:+.2f}, {d.mean + d.half:+.2f}]",
+            "difference": signed(d.mean, digits),
+            "95 % interval": f"[{signed(d.mean - d.half, digits)}, {signed(d.mean + d.half, digits)}]",
             "p (Holm)": p_value(p),
             "seeds": str(d.seeds),
         }
@@ -137,7 +137,7 @@ def _audit(context: Context, name: str, rate: float) -> Table | None:
     found = _differences(context, rate, rows)
     if not found:
         return None
-    cells, p_values = _cells(found, "gain")
+    cells, p_values = _cells(found, "gain", digits(context))
     gain = found[0][1] if found[0][0] == "over random" else None
     shown = gain is not None and gain.half < gain.mean
     left = [
@@ -187,7 +187,7 @@ def _validity(context: Context, name: str, rate: float) -> Table | None:
     found = _differences(context, rate, rows)
     if not found:
         return None
-    cells, p_values = _cells(found, "pool")
+    cells, p_values = _cells(found, "pool", digits(context))
     by_text = {text: (d, p) for (text, d), p in zip(found, p_values)}
     caption = (
         f"Does the score of {name} show which samples are useful? The target is fine-tuned without the {rate:.0%} "

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from hydra.utils import instantiate
 
 from experiments.report.comparisons import REFERENCES, Comparison
 from experiments.report.records import Context, collect, contexts
@@ -99,11 +100,13 @@ def task_of(context: Context) -> dict[str, Any]:
 
 
 def training_answers(config: dict[str, Any], data: Path) -> list[str]:
-    """The answers of the pool that runs of a task selected from, read again below `data`.
+    """The answers of the pool that runs of a task selected from, read again below `data`, or made again.
 
     Raises:
         UserError: a file that is not there or does not read as the task.
     """
+    if "data_dir" not in config:  # a task that reads no file, such as planted
+        return [sample.answer for sample in instantiate(config, _convert_="all").load("train")]
     known = {field.name: config[field.name] for field in fields(Task) if field.name in config}
     folder = Path(str(known["data_dir"] or known["name"])).name
     return [sample.answer for sample in Task(**{**known, "data_dir": str(data / folder)}).load("train")]

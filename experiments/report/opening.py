@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.records import Context
-from experiments.report.rendering import metric, number
+from experiments.report.rendering import digits_for, metric, number, signed
 from experiments.report.settings import SEEDS
 from experiments.report.verdicts import Question, Verdict, judged
 from staff.evaluation.metrics import named_metric
@@ -94,10 +94,11 @@ def _largest(contexts: Sequence[Context], question: Question) -> str:
     context, verdict = max(
         decided, key=lambda pair: abs(pair[1].outcome.hardest.mean) / question.margin_of(pair[0].metric)
     )
-    difference, low, high = verdict.outcome.shown
+    digits = digits_for(question.margin_of(context.metric))
+    difference, low, high = (signed(value, digits) for value in verdict.outcome.shown)
     which = "largest decided difference" if verdict.decided else "largest difference"
     return (
-        f"The {which} is {difference:+.2f} {metric(context)} [{low:+.2f}, {high:+.2f}], "
+        f"The {which} is {difference} {metric(context)} [{low}, {high}], "
         f"{verdict.outcome.contrast.name} on {context.title} at {_rates(verdict)}: {verdict.words}."
     )
 
@@ -147,7 +148,7 @@ def forest(contexts: Sequence[Context], question: Question) -> list[dict[str, An
             {
                 "context": context,
                 "metric": f"{metric(context)}, {named_metric(context.metric).words}",
-                "rows": [_row(verdict, axis, sign) for verdict in made],
+                "rows": [_row(verdict, axis, sign, digits_for(margin)) for verdict in made],
                 "band": (axis.place(-margin), axis.place(margin)),
                 "zero": axis.place(0.0),
                 "ticks": [(axis.place(tick), f"{sign * tick + 0.0:+g}" if tick else "0") for tick in axis.ticks],
@@ -156,7 +157,7 @@ def forest(contexts: Sequence[Context], question: Question) -> list[dict[str, An
     return groups
 
 
-def _row(verdict: Verdict, axis: Axis, sign: int) -> dict[str, Any]:
+def _row(verdict: Verdict, axis: Axis, sign: int, digits: int) -> dict[str, Any]:
     outcome = verdict.outcome
     difference, low, high = outcome.shown
     start, end = sorted((sign * low, sign * high))
@@ -164,8 +165,8 @@ def _row(verdict: Verdict, axis: Axis, sign: int) -> dict[str, Any]:
     return {
         "name": outcome.contrast.name,
         "rates": f"{outcome.rates[0]:g}" if len(outcome.rates) == 1 else f"mean of {len(outcome.rates)}",
-        "difference": f"{difference:+.2f}",
-        "interval": f"[{low:+.2f}, {high:+.2f}]",
+        "difference": signed(difference, digits),
+        "interval": f"[{signed(low, digits)}, {signed(high, digits)}]",
         "words": verdict.words,
         "seeds": outcome.seeds,
         "kind": kind if verdict.decided else "undecided",

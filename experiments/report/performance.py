@@ -11,7 +11,9 @@ from experiments.report.rendering import (
     INTERVAL_OVER,
     NONE,
     Table,
+    around,
     basis,
+    digits,
     metric,
     p_value,
     rate_column,
@@ -43,7 +45,7 @@ def performance(context: Context, found: list[Pair], effect: float = 1.0) -> Tab
     rows = []
     for variant in context.variants:
         means = {rate: mean(context, variant, rate) for rate in context.rates}
-        rows.append({"method": variant, **{rate_column(r): _mean(m) for r, m in means.items()}})
+        rows.append({"method": variant, **{rate_column(r): _mean(m, digits(context)) for r, m in means.items()}})
     cells = pd.DataFrame(rows)
     marks = {}
     for rate in context.rates:
@@ -63,7 +65,7 @@ def performance(context: Context, found: list[Pair], effect: float = 1.0) -> Tab
     gained = ""
     if gain is not None:
         sure = "over test samples alone" if gain.p is None else f"p {p_value(gain.p)}, uncorrected"
-        size = f"{gain.mean:+.2f} ± {gain.half:.2f}, {sure}"
+        size = f"{around(gain.mean, gain.half, digits(context))}, {sure}"
         gained = f" What fine-tuning on everything gives over the raw target: {size}."
     caption = (
         f"{metric(context)} ({named_metric(context.metric).words}) on {context.title} "
@@ -84,7 +86,7 @@ def differences(context: Context, found: list[Pair], effect: float = 1.0) -> Tab
             "pruning rate": f"{pair.rate:g}",
             "method": pair.a,
             "against": pair.b,
-            "difference": f"{pair.difference.mean:+.2f} ± {pair.difference.half:.2f}",
+            "difference": around(pair.difference.mean, pair.difference.half, digits(context)),
             "p": p_value(pair.difference.p),
             "p (Holm)": p_value(pair.p),
             "interval over": INTERVAL_OVER[pair.difference.seeds > 1],
@@ -186,10 +188,10 @@ def variance(context: Context) -> Table | None:
     return Table(f"variance-{context.name}", caption, pd.DataFrame(rows))
 
 
-def _mean(found: Mean | None) -> str:
+def _mean(found: Mean | None, digits: int) -> str:
     if found is None:
         return NONE
-    return f"{found.value:.2f}" + ("" if found.half is None else f" ± {found.half:.2f}")
+    return f"{found.value:.{digits}f}" + ("" if found.half is None else f" ± {found.half:.{digits}f}")
 
 
 def _gain(ours: float | None, theirs: float | None, sign: int) -> float | None:

@@ -4,6 +4,7 @@ captions are worded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -86,6 +87,26 @@ def seeds(context: Context) -> str:
         f"Means over {many} seeds, ± 95 % t-interval over seeds, on these test samples: their error is not in it "
         "(no interval where one seed ran or all seeds answer the same)."
     )
+
+
+def digits_for(margin: float) -> int:
+    """Decimals that show a difference of a tenth of the margin, at least two."""
+    return max(2, 1 - math.floor(math.log10(margin)))
+
+
+def signed(value: float, digits: int) -> str:
+    """With its sign, and zero as +0."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"
+
+
+def digits(context: Context) -> int:
+    """Decimals of the metric's values, by its margin."""
+    return digits_for(named_metric(context.metric).margin)
+
+
+def around(value: float, half: float, digits: int) -> str:
+    """A difference and half the width of its interval."""
+    return f"{signed(value, digits)} ± {half:.{digits}f}"
 
 
 def basis(context: Context) -> str:

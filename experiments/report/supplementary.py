@@ -15,7 +15,7 @@ from scipy import stats
 
 from experiments.report.comparisons import REFERENCES, Pair, mean, pairs
 from experiments.report.records import Context
-from experiments.report.rendering import NONE, Table, basis, metric, p_value, rate_column
+from experiments.report.rendering import NONE, Table, around, basis, digits, metric, p_value, rate_column
 from experiments.report.settings import SEEDS
 from staff.evaluation.metrics import named_metric
 from staff.regions import equal_width_edges, stratify
@@ -32,9 +32,9 @@ def ablations(context: Context, ablated: Sequence[Context]) -> Table | None:
                 "value": variant,
                 "as it is": pair.b,
                 "pruning rate": f"{pair.rate:g}",
-                "mean": NONE if ours is None else f"{ours.value:.2f}",
-                "mean as it is": NONE if centre is None else f"{centre.value:.2f}",
-                "difference": f"{pair.difference.mean:+.2f} ± {pair.difference.half:.2f}",
+                "mean": NONE if ours is None else f"{ours.value:.{digits(context)}f}",
+                "mean as it is": NONE if centre is None else f"{centre.value:.{digits(context)}f}",
+                "difference": around(pair.difference.mean, pair.difference.half, digits(context)),
                 "p (Holm)": p_value(pair.p),
                 "seeds": str(pair.difference.seeds),
             }

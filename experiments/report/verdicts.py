@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +12,7 @@ import pandas as pd
 from experiments.report.comparisons import REFERENCES, comparison
 from experiments.report.contrasts import Contrast, Outcome, outcomes, registered
 from experiments.report.records import Context
-from experiments.report.rendering import INTERVAL_OVER, NONE, Table, basis, metric, p_value
+from experiments.report.rendering import INTERVAL_OVER, NONE, Table, basis, digits_for, metric, p_value, signed
 from experiments.report.seeds import PLANNED, Contest, progress
 from experiments.report.statistics import LEVEL, MOST, Difference, holm, seeds_needed, seeds_to_decide
 from staff.evaluation.metrics import named_metric
@@ -126,8 +125,8 @@ def table(context: Context, question: Question = DEFAULT) -> Table | None:
         row = {
             "contrast": outcome.contrast.name,
             "pruning rate": f"{outcome.rates[0]:g}" if len(outcome.rates) == 1 else f"mean of {len(outcome.rates)}",
-            "difference": f"{difference:+.{digits}f}",
-            "95 % interval": f"[{low:+.{digits}f}, {high:+.{digits}f}]",
+            "difference": signed(difference, digits),
+            "95 % interval": f"[{signed(low, digits)}, {signed(high, digits)}]",
             "interval over": INTERVAL_OVER[outcome.seeds > 1],
             "p (Holm)": NONE if verdict.p is None else p_value(verdict.p),
             "verdict": verdict.words,
@@ -151,11 +150,6 @@ def table(context: Context, question: Question = DEFAULT) -> Table | None:
     return Table(f"verdicts-{context.name}", caption, pd.DataFrame(rows))
 
 
-def digits_for(margin: float) -> int:
-    """Decimals that show a difference of a tenth of the margin, at least two."""
-    return max(2, 1 - math.floor(math.log10(margin)))
-
-
 def looks(context: Context, question: Question = DEFAULT) -> Table | None:
     """Where each contrast with a single other method stands in the sequential design, from its first look on."""
     sign, contests = named_metric(context.metric).sign, {}
@@ -177,7 +171,7 @@ def looks(context: Context, question: Question = DEFAULT) -> Table | None:
             "looked at": f"{decision.seeds} seeds",
             "difference": NONE
             if not decision.seeds
-            else f"{sign * decision.mean:+.{digits}f} ± {decision.half:.{digits}f}",
+            else f"{signed(sign * decision.mean, digits)} ± {decision.half:.{digits}f}",
             "verdict": decision.verdict
             or ("open; not worse" if decision.mean - decision.half > -margin else "open"),
         }

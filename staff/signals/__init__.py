@@ -30,6 +30,7 @@ NAMED = {
     "correct": "correct.Correct",
     "distance": "distance.Distance",
     "projected_gradient": "projected_gradient.ProjectedGradient",
+    "perplexity": "loss.Perplexity",
 }
 """The included signals by name: module and class in this package."""
 

@@ -30,10 +30,21 @@ class Loss(Signal):
 
     def __post_init__(self) -> None:
         if self.text not in ("answer", "all"):
-            raise UserError(f"text={self.text!r} of the signal 'loss' is unknown: choose answer or all.")
+            raise UserError(f"text={self.text!r} of the signal {self.name!r} is unknown: choose answer or all.")
 
     def compute(self, batch: Pass) -> Tensor:
         from staff.scoring.positions import token_losses
 
         predictions = batch.positions("predictions")
         return predictions.mean(token_losses(batch.logits_at(predictions), predictions.targets))
+
+
+@dataclass(frozen=True)
+class Perplexity(Loss):
+    """The exponential of the mean cross-entropy, with the fields of `Loss`: (B,). Both rank samples alike."""
+
+    name: ClassVar[str] = "perplexity"
+    version: ClassVar[int] = 1
+
+    def compute(self, batch: Pass) -> Tensor:
+        return super().compute(batch).exp()
