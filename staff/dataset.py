@@ -9,7 +9,7 @@ from typing import Any
 
 from staff.data.task import Task
 from staff.data.tokens import Tokens, read_tokens
-from staff.data.views import fitting
+from staff.data.views import check_vocabulary, fitting
 from staff.models.family import Family
 from staff.models.prepare import from_objects, prepare
 from staff.models.spec import ModelSpec
@@ -65,6 +65,8 @@ def dataset_pool(
     models = (family.small, family.target)
     reading = {**family.reading, **task.reading(samples)}
     for_small, for_target = (read_tokens(kept.get(Tokens(samples, m, reading))) for m in models)
+    for read, spec in zip((for_small, for_target), models, strict=True):
+        check_vocabulary(read, spec)
     windows = {"small model": family.small.window(), "target": family.target.window()}
     fitting([for_small, for_target], settings.max_length, "refuse", windows)
     return Pool({"pool": Slice(for_small, for_target)}, family, settings, kept, seed=0)

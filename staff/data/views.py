@@ -11,6 +11,7 @@ import numpy as np
 
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
+from staff.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,19 @@ class DataView:
         if not self.prompt:
             samples = samples.without_prompts()
         return samples if self.text == "answer" else samples.all_as_answer()
+
+
+def check_vocabulary(samples: TokenizedSamples, spec: ModelSpec) -> None:
+    """Refuse tokens that the model has no embedding for, as after adding tokens to its tokenizer alone."""
+    rows = getattr(spec.config().get_text_config(), "vocab_size", None)
+    if rows is None or not len(samples.tokens) or int(samples.tokens.max()) < rows:
+        return
+    at = int(np.argmax(samples.tokens >= rows))
+    id = samples.ids[int(np.searchsorted(samples.offsets, at, side="right")) - 1]
+    raise UserError(
+        f"sample {id!r} has the token {samples.tokens[at]} of the tokenizer in {spec.path}, but the model has "
+        f"{rows} embeddings: resize them (resize_token_embeddings), or take the tokenizer that belongs to it."
+    )
 
 
 def fitting(
