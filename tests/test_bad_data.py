@@ -189,9 +189,7 @@ def test_a_token_without_an_embedding_is_refused_before_a_model_loads(run, tmp_p
     monkeypatch.setattr(ModelSpec, "load", lambda spec: pytest.fail("a model was loaded"))
     ask = ("method=staff", "task=file", f"task.data_dir={tmp_path}", "pruning_rate=0")
     for role in ("target", "small"):
-        with pytest.raises(
-            UserError, match=r"has the token 4096 .* but the model has 4096 embeddings"
-        ):
+        with pytest.raises(UserError, match=r"has the token 4096 .* but the model has 4096 embeddings"):
             run(*ask, f"family.{role}.path={folder}")
 
 
