@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from staff.data.samples import Sample
-from staff.data.splits import Splits, answerable, fitting
+from staff.data.splits import Splits, answerable, check_vocabulary, fitting
 from staff.data.task import Task
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
 from staff.errors import UserError
@@ -67,6 +67,8 @@ class Reader:
         tokens = [
             self.store.get(Tokens(samples, specs[name], {**f.reading, **how})) for name, f in families.items()
         ]
+        for name, artifact in zip(families, tokens, strict=True):
+            check_vocabulary(_tokens(artifact), specs[name])
         names = {"target": "target", "small": "small model", "selecting": "target that selects"}
         windows = tuple((names[name], spec.window()) for name, spec in specs.items())
         read = dict(
@@ -112,7 +114,9 @@ class Reader:
         return read
 
     def _by_target(self, samples: Sequence[Sample]) -> TokenizedSamples:
-        return _tokens(self.store.get(Tokens(samples, self.family.target, self.family.reading)))
+        read = _tokens(self.store.get(Tokens(samples, self.family.target, self.family.reading)))
+        check_vocabulary(read, self.family.target)
+        return read
 
 
 @lru_cache(maxsize=4)

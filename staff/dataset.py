@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from staff.data.splits import fitting
+from staff.data.splits import check_vocabulary, fitting
 from staff.data.task import Task
 from staff.data.tokens import Tokens, read_tokens
 from staff.models.family import Family
@@ -65,6 +65,8 @@ def dataset_pool(
     models = (family.small, family.target)
     reading = {**family.reading, **task.reading(samples)}
     for_small, for_target = (read_tokens(kept.get(Tokens(samples, m, reading))) for m in models)
+    for read, spec in zip((for_small, for_target), models, strict=True):
+        check_vocabulary(read, spec)
     windows = {"small model": family.small.window(), "target": family.target.window()}
     fitting([for_small, for_target], settings.max_length, "refuse", windows)
     return Pool({"pool": Slice(for_small, for_target)}, family, settings, kept, seed=0)

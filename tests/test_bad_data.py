@@ -179,6 +179,20 @@ def test_a_sample_of_a_megabyte_is_refused_by_its_id_and_can_be_dropped():
         assert kept.tolist() == [0]
 
 
+def test_a_token_without_an_embedding_is_refused_before_a_model_loads(run, tmp_path: Path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(ModelSpec(TINY).local or "", folder)
+    tokenizer = ModelSpec(str(folder)).tokenizer()
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.save_pretrained(folder)
+    write(tmp_path, GOOD, {"question": "one <added>?", "answer": "two"})
+    monkeypatch.setattr(ModelSpec, "load", lambda spec: pytest.fail("a model was loaded"))
+    ask = ("method=staff", "task=file", f"task.data_dir={tmp_path}", "pruning_rate=0")
+    for role in ("target", "small"):
+        with pytest.raises(UserError, match=r"has the token 4096 .* but the model has 4096 embeddings"):
+            run(*ask, f"family.{role}.path={folder}")
+
+
 def test_a_cut_off_that_leaves_no_answer_is_refused():
     with pytest.raises(UserError, match="max_length=3 leaves no sample: raise it"):
         fitting([tokens_of("a", "b")], 3, "drop")

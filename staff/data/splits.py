@@ -19,6 +19,7 @@ from staff.data.samples import Sample
 from staff.data.task import Task
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
+from staff.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +181,19 @@ class Slice:
     def of(self, small: bool) -> TokenizedSamples:
         """The samples as the small model or the target reads them."""
         return self.small if small else self.target
+
+
+def check_vocabulary(samples: TokenizedSamples, spec: ModelSpec) -> None:
+    """Refuse tokens that the model has no embedding for, as after adding tokens to its tokenizer alone."""
+    rows = getattr(spec.config().get_text_config(), "vocab_size", None)
+    if rows is None or not len(samples.tokens) or int(samples.tokens.max()) < rows:
+        return
+    at = int(np.argmax(samples.tokens >= rows))
+    id = samples.ids[int(np.searchsorted(samples.offsets, at, side="right")) - 1]
+    raise UserError(
+        f"sample {id!r} has the token {samples.tokens[at]} of the tokenizer in {spec.path}, but the model has "
+        f"{rows} embeddings: resize them (resize_token_embeddings), or take the tokenizer that belongs to it."
+    )
 
 
 def fitting(
