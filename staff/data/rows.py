@@ -143,8 +143,8 @@ def _separator(path: Path) -> str:
     """
     with _opened(path) as lines:
         header = next((line for line in lines if line.strip()), b"").decode("utf-8-sig").strip("\r\n")
-    found = "\t" if format_of(path) == "TSV" else next((mark for mark in ",;\t|" if mark in header), ",")
-    names = next(csv.reader([header], delimiter=found), [])
+        found = "\t" if format_of(path) == "TSV" else next((mark for mark in ",;\t|" if mark in header), ",")
+        names = next(csv.reader(io.StringIO(header, newline=""), delimiter=found), [])
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path}: the column {twice[0]!r} comes twice; rename one of them.")
     return found
