@@ -203,14 +203,14 @@ MUTATIONS = (
     # Reproducibility
     Mutation(
         name="draws by place, not by id",
-        place="staff/selection.py:Draws.__init__",
+        place="staff/draws.py:_hashes",
         old="hashlib.blake2b(id.encode(), digest_size=8).digest() for id in ids",
         new='place.to_bytes(8, "little") for place, _ in enumerate(ids)',
         test="test_methods.py::test_every_method_selects_by_seed_and_id_and_not_by_the_order_of_the_pool",
     ),
     Mutation(
         name="a seed that reaches nothing",
-        place="staff/training/stage.py:Finetune._arguments",
+        place="staff/training/stage.py:Finetune.training_arguments",
         old="data_seed=self.seed",
         new="data_seed=0",
         test="test_same_twice.py::test_each_seed_reaches_all_that_is_random_on_its_side",
