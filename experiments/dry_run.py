@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
-import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
 from experiments.configuration import CONF, VALUES, check_size, composed, search_path
@@ -288,15 +288,15 @@ def _setup(job: Sequence[str], folder: Path) -> tuple[Setup, list[str]]:
     parsed = OverridesParser.create().parse_overrides(list(job))
     values = {o.key_or_group: o for o in parsed if o.key_or_group in VALUES and o.type == OverrideType.CHANGE}
     rest = [text for text, o in zip(job, parsed, strict=True) if o not in values.values()]
-    pickled, setup, replaced = _shared(tuple(rest), folder)
-    cfg = pickle.loads(pickled)  # a tenth of the time of a deep copy
+    cfg, setup, replaced = _shared(tuple(rest), folder)
+    cfg = copy.deepcopy(cfg)
     for key, override in values.items():
         OmegaConf.update(cfg, key, override.value())
     return setup.varied(cfg), replaced
 
 
 @lru_cache(maxsize=32)
-def _shared(job: tuple[str, ...], folder: Path) -> tuple[bytes, Setup, list[str]]:
+def _shared(job: tuple[str, ...], folder: Path) -> tuple[DictConfig, Setup, list[str]]:
     cfg, choices = composed(job)
     replaced = with_stand_ins(cfg, folder)
-    return pickle.dumps(cfg), Setup.of(cfg, choices), replaced
+    return cfg, Setup.of(cfg, choices), replaced

@@ -1,6 +1,6 @@
 """One change to the source for each promise of tests/README.md, and the test that has to notice it.
 
-    python -m tests.mutations            # all, half an hour
+    python -m tests.mutations            # all, about half an hour
     python -m tests.mutations NAME ...   # some
     python -m tests.mutations 2/4        # the second of four parts
 
@@ -129,6 +129,13 @@ MUTATIONS = (
         test="test_store_failures.py::test_a_disk_that_takes_no_more_is_one_sentence_and_publishes_nothing",
     ),
     Mutation(
+        name="drafts of failures stay",
+        place="staff/store/store.py:Store._make",
+        old="shutil.rmtree(draft, ignore_errors=True)",
+        new="pass",
+        test="test_store_failures.py::test_a_disk_that_takes_no_more_is_one_sentence_and_publishes_nothing",
+    ),
+    Mutation(
         name="files of one owner",
         place="staff/store/manifest.py:write_manifest",
         old="file.chmod(mode)",
@@ -172,6 +179,12 @@ MUTATIONS = (
         old="if sample.id in samples:",
         new="if False:",
         test="test_bad_data.py::test_a_bad_line_or_template_gives_its_sentence",
+    ),
+    Mutation(
+        name="the words of a library",
+        place="staff/data/rows.py:_readable",
+        new="yield",
+        test="test_data_files.py::test_a_damaged_file_is_one_true_sentence",
     ),
     Mutation(
         name="a score that is not finite",
@@ -285,6 +298,13 @@ MUTATIONS = (
         name="a damaged download",
         place="staff/runtime/hub.py:_verify",
         old="if digest.hexdigest() != blob.name:",
+        new="if False:",
+        test="test_hub.py::test_a_failing_hub_is_a_sentence_and_the_same_command_goes_on",
+    ),
+    Mutation(
+        name="a download that stalls is waited for",
+        place="staff/runtime/patience.py:Patience._check_cuts",
+        old="if self._opened[at] > CUTS:",
         new="if False:",
         test="test_hub.py::test_a_failing_hub_is_a_sentence_and_the_same_command_goes_on",
     ),

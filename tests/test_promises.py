@@ -49,6 +49,13 @@ def test_the_test_of_every_mutation_is_there():
         assert f"def {function}(" in (ROOT / "tests" / file).read_text(), mutation.name
 
 
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_every_mutation_has_its_place_in_the_source(mutation: Mutation):
+    source = (ROOT / mutation.file).read_text("utf-8")
+    compile(changed := mutation.applied(source), mutation.file, "exec")
+    assert changed != source
+
+
 def test_a_mutation_changes_one_function_and_refuses_where_it_would_change_none():
     source = "def a():\n    return 1\n\n\nclass B:\n    def a(self):\n        'One.'\n        return 1\n"
     changed = Mutation("", "file:B.a", "", old="return 1", new="return 2").applied(source)

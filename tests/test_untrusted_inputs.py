@@ -290,6 +290,8 @@ FINDS: list[tuple[str, dict[str, Any]]] = [
         "a_file_gives_samples_or_a_sentence",
         {"content": b'{"two\\nlines": ""}', "prompt": "{question}", "answer": "{answer}", "settings": {}},
     ),
+    ("a_table_gives_rows_or_a_sentence", {"table": (".csv", b"question,answer\rWhy?,So.\r\x1d<,=1+1\r\n")}),
+    ("a_table_gives_rows_or_a_sentence", {"table": (".csv", b"a,a,b\r\x1d<,=1+1\r\n")}),
     (
         "an_exported_coreset_comes_back_and_stays_in_its_folder",
         {"samples": [("two\rlines", "a", "b"), ("=1+1", "a", "b"), ("'=1", "a", "b")], "talk": False},

@@ -147,7 +147,7 @@ def test_a_thousand_runs_in_one_process_leave_nothing_behind(tmp_path: Path):
         threads.append(threading.active_count())
         if seed % max(1, RUNS // 20) == 0:
             left = f"{handles[-1]} files, {threads[-1]} threads"
-            print(f"{seed}: {memory[-1] / 1e6:.0f} MB, {seconds[-1]:.2f} s, {left}")
+            print(f"{seed}: {memory[-1] / 1e6:.0f} MB, {seconds[-1]:.2f} s, {left}", flush=True)
     hundred = RUNS // 10
     first, last = slice(hundred // 2, hundred), slice(-hundred, None)
     grown = statistics.median(memory[last]) / statistics.median(memory[first])
