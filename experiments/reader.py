@@ -17,7 +17,7 @@ from staff.data.splits import Splits, answerable, check_vocabulary, fitting
 from staff.data.task import Task
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens
 from staff.errors import UserError
-from staff.evaluation.floors import ChooseConstant, Floors, with_floors
+from staff.evaluation.floors import ChooseConstant, Floors, typical_count, with_floors
 from staff.evaluation.generator import Generator
 from staff.evaluation.metrics import named_metric
 from staff.evaluation.metrics.metric import Metric
@@ -189,8 +189,9 @@ class Evaluation:
     def floors(self, answering: Generate) -> Floors | None:
         """The floors under the metrics of answers; None where there are none."""
         answers = [sample.answer for sample in self.splits.pool]
-        constants = tuple(ChooseConstant(metric, answers) for metric in with_floors(self.metrics))
         texts = {sample.id: sample.references for sample in self.splits.test}
+        count = typical_count(texts.values())
+        constants = tuple(ChooseConstant(metric, answers, count) for metric in with_floors(self.metrics))
         return Floors(answering, constants, texts) if constants else None
 
     def _likelihood(self, state: ModelState, samples: TokenizedSamples) -> Score:

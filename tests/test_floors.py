@@ -28,7 +28,15 @@ from experiments.report.floors import training_answers
 from experiments.report.records import collect
 from staff.data.task import Sample
 from staff.errors import UserError
-from staff.evaluation.floors import best_constant, candidates, specificity, warnings, with_floors
+from staff.evaluation.floors import (
+    ChooseConstant,
+    best_constant,
+    candidates,
+    specificity,
+    typical_count,
+    warnings,
+    with_floors,
+)
 from staff.evaluation.metrics import NAMED, check_metrics, measure, named_metric
 from staff.evaluation.metrics.rouge import rouge_l_matrix
 
@@ -118,6 +126,15 @@ def test_the_constant_answer_is_chosen_on_training_answers_and_does_as_well_as_a
     hindsight = best_constant("rougeL", TRAINING[:400], REFERENCES)
     assert hindsight.judged == pytest.approx(hindsight.scores("rougeL", REFERENCES).mean())
     assert hindsight.judged >= constant.scores("rougeL", REFERENCES).mean()
+
+
+def test_where_test_samples_have_several_references_the_constant_is_chosen_by_as_many_training_answers():
+    one, three = (best_constant("rougeL", TRAINING, references=count) for count in (1, typical_count(REFERENCES)))
+    assert three.scores("rougeL", REFERENCES).mean() > one.scores("rougeL", REFERENCES).mean() + 2
+    few = best_constant("exact", ["yes", "yes", "no"], references=5)
+    assert (few.text, few.judged) == ("yes", 100)
+    stages = [ChooseConstant(named_metric("exact"), TRAINING[:9], count) for count in (1, 3)]
+    assert "references" not in stages[0].key() and stages[1].key()["references"] == 3
 
 
 def test_the_constant_answer_to_sums_is_the_number_that_comes_up_most():

@@ -23,7 +23,7 @@ from experiments.report.rendering import NONE, Table, shown_as
 from experiments.report.statistics import Difference, t_interval
 from staff.data import Task
 from staff.errors import UserError
-from staff.evaluation.floors import Specificity, best_constant, specificity
+from staff.evaluation.floors import Specificity, best_constant, specificity, typical_count
 from staff.evaluation.metrics import named_metric
 
 COMMAND = "staff-floors"
@@ -150,7 +150,7 @@ def table(context: Context, rate: float, training: list[str], metric: str) -> Ta
 
 def _constants(metric: str, training: list[str], run: Answered) -> Iterator[dict[str, str]]:
     for chosen, judges in (("chosen on training answers", None), ("in hindsight", run.references)):
-        constant = best_constant(metric, training, judges)
+        constant = best_constant(metric, training, judges, typical_count(run.references))
         split = specificity(metric, [constant.text] * len(run.ids), run.references, run.ids)
         name = f'constant {chosen} ({constant.kind}): "{_shortened(constant.text)}"'
         yield {"answers of": name, "seeds": NONE, **_means([split])}

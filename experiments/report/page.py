@@ -25,7 +25,7 @@ from experiments.report.rendering import Drawn, Table, is_text, metric
 from experiments.report.settings import SEEDS
 from experiments.report.verdicts import DEFAULT, Question
 from staff.errors import UserError
-from staff.evaluation.floors import best_constant, of_every_pair, specificity
+from staff.evaluation.floors import best_constant, of_every_pair, specificity, typical_count
 from staff.evaluation.metrics.rouge import rouge_l_matrix
 
 SAMPLES = 3  # test samples whose answers are shown
@@ -257,11 +257,12 @@ def _constant(context: Context, known: Constants) -> float | None:
     if table is None or data["source"]:  # of the hub: a report fetches nothing
         return None
     asked = (context.metric, data["train"])
+    references = [tuple(group) for group in table["references"]]
     if asked not in known:
         try:
-            known[asked] = best_constant(context.metric, [s.answer for s in training_samples(run)]).text
+            answers, count = [s.answer for s in training_samples(run)], typical_count(references)
+            known[asked] = best_constant(context.metric, answers, references=count).text
         except UserError:  # the data is elsewhere, or has changed
             known[asked] = None
     answer = known[asked]
-    references = [tuple(group) for group in table["references"]]
     return None if answer is None else float(rouge_l_matrix([answer], references, context.metric).mean())

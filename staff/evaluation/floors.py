@@ -109,23 +109,34 @@ class Constant:
         return _values(metric, [self.text] * len(references), references)
 
 
-def best_constant(metric: str, training: Sequence[str], judges: References | None = None) -> Constant:
+def best_constant(
+    metric: str, training: Sequence[str], judges: References | None = None, references: int = 1
+) -> Constant:
     """The constant answer that scores best on training answers; test references have no part in the choice.
 
     Args:
         training: answers; they give the candidates (`candidates`).
-        judges: references to choose by; None: training answers, each a reference of its own (5,000 for ROUGE-L, 500
-            otherwise, by a keyed draw where there are more). Test references make it the best candidate in
-            hindsight, which no method could know.
+        judges: references to choose by; None: training answers (5,000 for ROUGE-L, 500 otherwise, by a keyed draw
+            where there are more). Test references make it the best candidate in hindsight, which no method could
+            know.
+        references: of a test sample (`typical_count`). So many training answers are the references of one judge:
+            where the best of several counts, other constants do well than where there is one.
     """
     texts = [text.strip() for text in training]
-    most = 10 * JUDGES if of_every_pair(metric) else JUDGES
-    judges = judges or [(text,) for text in _drawn(texts, "judges", most)]
+    if judges is None:
+        drawn = _drawn(texts, "judges", 10 * JUDGES if of_every_pair(metric) else JUDGES)
+        last = max(len(drawn) - references, 0)
+        judges = [tuple(drawn[i : i + references]) for i in range(0, last + 1, references)]
     found = candidates(metric, texts)
     means = _matrix(metric, list(found), judges).mean(axis=1)
     best = int(np.argmax(means))
     text, kind = list(found.items())[best]
     return Constant(text, kind, float(means[best]))
+
+
+def typical_count(references: Iterable[tuple[str, ...]]) -> int:
+    """How many references a sample has, the median."""
+    return int(np.median([len(texts) for texts in references]))
 
 
 def candidates(metric: str, training: Sequence[str]) -> dict[str, str]:
@@ -198,7 +209,7 @@ def with_floors(metrics: Sequence[Metric]) -> list[Metric]:
 
 @dataclass(frozen=True)
 class ChooseConstant(Stage):
-    """The best constant answer by a metric, chosen on the answers of the pool."""
+    """The best constant answer by a metric, chosen on the answers of the pool; `references` of a test sample."""
 
     kind: ClassVar[str] = "constant"
     version: ClassVar[int] = 1
@@ -206,16 +217,20 @@ class ChooseConstant(Stage):
 
     metric: Metric
     answers: Sequence[str] = field(repr=False)
+    references: int = 1
 
     @property
     def label(self) -> str:
         return f"choose the best constant answer by {self.metric.name}"
 
     def key(self) -> dict[str, Any]:
-        return {"metric": identity(self.metric), "answers": digest({"answers": list(self.answers)})}
+        several = {"references": self.references} if self.references > 1 else {}
+        return {"metric": identity(self.metric), "answers": digest({"answers": list(self.answers)}), **several}
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
-        (folder / FILE).write_text(json.dumps(asdict(best_constant(self.metric.name, self.answers))))
+        (folder / FILE).write_text(
+            json.dumps(asdict(best_constant(self.metric.name, self.answers, references=self.references)))
+        )
 
 
 @dataclass(frozen=True)
