@@ -150,6 +150,16 @@ def test_a_setting_that_some_runs_do_not_have_tells_apart_too(real: Path, tmp_pa
     assert sorted(len(runs) for runs in only_context(tmp_path).cells.values()) == [1, 2]
 
 
+def test_a_field_that_records_of_an_earlier_version_lack_has_its_default(real: Path, tmp_path: Path):
+    copied(real, tmp_path, "staff", 0.5, (0, 0), np.full(8, 20.0))
+    copied(real, tmp_path, "staff", 0.5, (1, 1), np.full(8, 21.0))
+    file = next((tmp_path / "runs").glob("*/metrics.json"))
+    record = json.loads(file.read_text())
+    assert record["config"]["task"].pop("evaluate_on") == "test"
+    file.write_text(json.dumps(record))
+    assert varying_columns(collect(tmp_path))[4:] == []
+
+
 def test_what_all_ablations_have_in_common_is_the_method_and_each_ablation_has_its_own_table(
     real: Path, tmp_path: Path
 ):

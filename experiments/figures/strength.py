@@ -64,7 +64,7 @@ def draw(found: pd.DataFrame, setting: str, file: Path, made_by: str) -> Drawn:
             axes.errorbar(means.index, means["mean"], reach, marker="o", capsize=2, label=str(method))
         axes.set(xlabel=f"task.{setting}", ylabel=shown_as(str(found["metric"].iloc[0])))
         axes.set_ylim(bottom=min(0, found["value"].min()))
-        axes.legend(ncols=2)
+        axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         seeds = len(set(found["seed"]))
         caption = (
             f"{setting} by method: means over {seeds} seed{'s' if seeds > 1 else ''}, bars from lowest to highest."

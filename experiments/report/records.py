@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from hydra.utils import get_class
 
 from experiments.campaign import fields
 from experiments.recorded import RecordedRun, recorded_runs
@@ -27,7 +29,9 @@ def collect(results: Path) -> pd.DataFrame:
 
 def as_table(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """The records of runs that were evaluated, as `collect` returns them."""
-    table = pd.DataFrame([_row(record) for record in records if record["evaluation"]])
+    rows = [_row(record) for record in records if record["evaluation"]]
+    _fill_later_fields(rows)
+    table = pd.DataFrame(rows)
     settings = [column for column in table.columns if str(column).startswith("setting.")]
     constant = [column for column in settings if texts(table, column).nunique() == 1]
     return table.drop(columns=constant)
@@ -75,6 +79,28 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
         "test_set": _test_set(record),
         **dict(fields(_configured(record), "setting.")),
     }
+
+
+def _fill_later_fields(rows: list[dict[str, Any]]) -> None:
+    """Give records of an earlier version the fields that their classes have had since, by their defaults."""
+    for column in {column for row in rows for column in row if column.startswith("setting.")}:
+        group, _, name = column.rpartition(".")
+        classes = {str(row.get(f"{group}._target_")) for row in rows if column in row}
+        for row in rows:
+            if column not in row and (target := str(row.get(f"{group}._target_"))) in classes:
+                if name in (defaults := _defaults(target)):
+                    row[column] = defaults[name]
+
+
+@cache
+def _defaults(target: str) -> dict[str, Any]:
+    """The defaults of the plain fields of a dataclass, by name; none of a class that is not here."""
+    try:
+        cls = get_class(target)
+    except Exception:
+        return {}
+    given = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    return {f.name: f.default for f in given if isinstance(f.default, str | int | float)}
 
 
 def _test_set(record: dict[str, Any]) -> str:
