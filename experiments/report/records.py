@@ -87,9 +87,9 @@ def _fill_later_fields(rows: list[dict[str, Any]]) -> None:
         group, _, name = column.rpartition(".")
         classes = {str(row.get(f"{group}._target_")) for row in rows if column in row}
         for row in rows:
-            if column not in row and (target := str(row.get(f"{group}._target_"))) in classes:
-                if name in (defaults := _defaults(target)):
-                    row[column] = defaults[name]
+            target = str(row.get(f"{group}._target_"))
+            if column not in row and target in classes and name in _defaults(target):
+                row[column] = _defaults(target)[name]
 
 
 @cache
