@@ -143,9 +143,9 @@ def test_random_words_are_those_of_splitmix_from_wherever_they_are_read():
 
 @pytest.mark.parametrize("case", ADAM)
 def test_adams_direction_is_that_of_the_released_code(case: str):
-    vectors = {name: torch.tensor(vectors("less")[case][name]) for name in ("grad", "m", "v", "adam")}
-    direction = adam_direction(vectors["grad"], vectors["m"], vectors["v"])
-    torch.testing.assert_close(direction, vectors["adam"], rtol=1e-6, atol=1e-6)
+    recorded = vectors("less")[case]
+    grad, m, v, adam = (torch.tensor(recorded[name]) for name in ("grad", "m", "v", "adam"))
+    torch.testing.assert_close(adam_direction(grad, m, v), adam, rtol=1e-6, atol=1e-6)
 
 
 def test_the_projection_is_counted():
