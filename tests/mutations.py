@@ -284,7 +284,8 @@ MUTATIONS = (
         place="experiments/sweep.py:Sweep.on_job_end",
         old="job_return.return_value, job_return.status = None, JobStatus.COMPLETED",
         new="pass",
-        test="test_sweep.py::test_the_same_command_runs_the_jobs_that_failed_and_no_other",
+        test="test_sweep.py::"
+        "test_a_job_that_is_killed_raises_or_exhausts_memory_fails_alone_and_says_why_in_one_line",
     ),
     Mutation(
         name="failure ends well",

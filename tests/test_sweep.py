@@ -276,6 +276,9 @@ def test_a_job_that_is_killed_raises_or_exhausts_memory_fails_alone_and_says_why
     assert "method._target_=failing.Dies: its worker process was killed by SIGKILL" in dies
     assert "method._target_=failing.Raises: RuntimeError: a defect (" in raises
     assert "method._target_=failing.Exhausts: out of memory" in exhausts and "lower" in exhausts
+    assert "Error executing job" not in failed.err and "staff: " not in failed.err, (
+        "the first failure ends no sweep"
+    )
 
 
 def test_the_same_command_runs_the_jobs_that_failed_and_no_other(failed: Sweep):
