@@ -1,6 +1,6 @@
 """One change to the source for each promise of tests/README.md, and the test that has to notice it.
 
-    python -m tests.mutations            # all, about half an hour
+    python -m tests.mutations            # all, a quarter of an hour
     python -m tests.mutations NAME ...   # some
     python -m tests.mutations 2/4        # the second of four parts
 
