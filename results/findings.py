@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
+from experiments.figures import strength
 from experiments.report.__main__ import PAPER
 from experiments.report.comparisons import Comparison, comparison
 from experiments.report.floors import Answered, answered
@@ -123,6 +125,16 @@ def empty(context: Context, rate: float) -> Iterator[str]:
         yield f"  {run.variant}: {(~some).sum()} of {len(some)} empty, the others {scores[some].mean():.1f}"
 
 
+def without_wrong_answers() -> Iterator[str]:
+    """Differences in exact match on the planted pool without wrong answers, over seeds, by Student's t."""
+    runs = strength.measured(HERE / "strength", RATE)
+    exact = runs[runs["wrong"] == 0].pivot(index="seed", columns="method", values="value")
+    for a, b in (("staff", "random"), ("staff", "random_length"), ("random_length", "random")):
+        gains = (exact[a] - exact[b]).dropna()
+        half = stats.t.ppf(0.975, len(gains) - 1) * gains.sem()
+        yield f"  {a} - {b}: {gains.mean():+.2f} ± {half:.2f}, {len(gains)} seeds"
+
+
 def _listed(gains: pd.Series) -> str:
     return ", ".join(f"{method} {gain:+.2f}" for method, gain in gains.items())
 
@@ -147,6 +159,7 @@ def main() -> None:
         if context.metric == "rougeL":
             print(f"{context.title}, p = {RATE}: parts of the score", *parts(context), sep="\n")
         print("small model and target, samples that both scored", *agreement(context), sep="\n")
+    print("planted pool without wrong answers", *without_wrong_answers(), sep="\n")
     for context in compared("smollm2"):
         print(f"{context.title}, p = {RATE}", *empty(context, RATE), *agreement(context), sep="\n")
 

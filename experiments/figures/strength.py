@@ -19,12 +19,8 @@ from staff.errors import UserError
 SETTINGS = ("wrong", "repeats", "near", "rarity", "lengths", "size")
 
 
-def table(results: Path, setting: str, rate: float) -> pd.DataFrame:
-    """Method, strength, seed and first metric of every run on the planted task that is of `rate` or keeps all.
-
-    Raises:
-        UserError: the runs have a single value of the setting, or differ in another one too.
-    """
+def measured(results: Path, rate: float) -> pd.DataFrame:
+    """Method, seed, strengths and first metric of every run on the planted task that is of `rate` or keeps all."""
     rows = []
     for run in recorded_runs(results).values():
         record = run.record()
@@ -33,7 +29,16 @@ def table(results: Path, setting: str, rate: float) -> pd.DataFrame:
             row = {"method": about["method"], "seed": str((about["selection_seed"], about["finetune_seed"]))}
             metric = {"metric": about["metric"], "value": record["metrics"][about["metric"]]}
             rows.append({**row, **{name: task[name] for name in SETTINGS}, **metric})
-    found = pd.DataFrame(rows, columns=["method", "seed", *SETTINGS, "metric", "value"])
+    return pd.DataFrame(rows, columns=["method", "seed", *SETTINGS, "metric", "value"])
+
+
+def table(results: Path, setting: str, rate: float) -> pd.DataFrame:
+    """The runs that `measured` finds, as far as a curve over the setting is made of them.
+
+    Raises:
+        UserError: the runs have a single value of the setting, or differ in another one too.
+    """
+    found = measured(results, rate)
     if len(set(found[setting])) < 2:
         raise UserError(
             f"{results} holds no planted runs at pruning rate {rate:g} with two values of task.{setting}: carry "
