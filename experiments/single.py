@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from experiments import sweep
 from experiments.reader import Evaluation, Reader
+from experiments.recorded import read
 from experiments.setup import Setup
 from staff.data.samples import data_digest
 from staff.data.splits import load_splits
@@ -160,7 +160,7 @@ class Run:
             return False
         if self.evaluation is None:
             return True
-        record = json.loads(file.read_text())
+        record = read(file)
         measured = {*record["config"]["task"]["metrics"], *record["metrics"]}
         test = self.identity["data"]["test"]
         return measured >= set(self.task.metrics) and record["identity"]["data"].get("test", test) == test
