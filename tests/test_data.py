@@ -309,5 +309,5 @@ def test_a_recorded_run_is_measured_again_by_other_metrics_and_with_other_refere
     assert third["identity"]["data"]["test"] != first["identity"]["data"]["test"]
     assert not any(stage["computed"] for record in (second, third) for stage in record["overhead"]["stages"])
     (first["folder"] / "metrics.json").write_text("{")
-    with pytest.raises(UserError, match="metrics.json is damaged .*: delete it, and the run's command records it"):
+    with pytest.raises(UserError, match=r"is damaged .*: delete it, and the run's command records it"):
         measured("task.metrics=[exact]")
