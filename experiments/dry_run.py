@@ -238,7 +238,7 @@ def _compare(run: Run, compared: dict[tuple[str, str], Planned]) -> None:
     """Add the run to what the sweep compares, by family and task; one without evaluation compares nothing."""
     family, task = (str(run.choices.get(group)) for group in ("family", "task"))
     if run.generator is not None:
-        new = Planned(family, task, run.task.metrics[0], len(run.tokenized["test"]))
+        new = Planned(family, task, run.task.metrics[0], len(run.tokenized["test"]), run.setup.results)
         found = compared.setdefault((family, task), new)
         found.seeds.add((run.setup.selection_seed, run.setup.finetune_seed))
         found.rates.add(run.pruning_rate)

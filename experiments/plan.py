@@ -169,9 +169,7 @@ def main() -> None:
     parser.add_argument(
         "--effect", type=float, help="seeds that find a difference of this size, by variances measured before"
     )
-    parser.add_argument(
-        "--measured", type=Path, default=Path("results"), help="recorded runs for --effect (default: results)"
-    )
+    parser.add_argument("--measured", type=Path, help="recorded runs for --effect (default: results_dir)")
     parser.add_argument("--config-dir", help="a folder with configuration of your own, as for staff")
     parser.add_argument("-m", "--multirun", action="store_true", help="changes nothing: as in the sweep's command")
     asked = parser.parse_intermixed_args()
@@ -182,7 +180,7 @@ def main() -> None:
         logging.getLogger("staff").setLevel(logging.WARNING)
         warnings.simplefilter("ignore", FutureWarning)
         planned = dry_run(asked.overrides, asked.config_dir)
-        seeds = [] if effect is None else [*sentences([*planned.compared.values()], asked.measured, effect)]
+        seeds = [] if effect is None else [*sentences([*planned.compared.values()], effect, asked.measured)]
         speeds = calibrated(planned, asked.config_dir) if asked.calibrate else {}
     except Exception as error:
         if sentence := sweep.sentence_of(error):

@@ -72,8 +72,8 @@ def test_a_plan_counts_the_stages_of_a_sweep_once_and_their_flops_as_the_records
 def test_a_plan_of_a_preset_takes_the_command_of_the_sweep_and_prints_hours_and_memory(tmp_path: Path):
     command = [sys.executable, "-m", "experiments.plan", "-m", "experiment=table1", "family=tiny", "seed=0"]
     command += ["method=random,full", f"results_dir={tmp_path}", *SMALL[:-1], "--gpu", "h100"]
-    before = write_runs(tmp_path / "before", {"random": 0.0, "staff": 0.5})
-    command += ["--measured", str(before), "--effect", "0.5"]
+    write_runs(tmp_path, {"random": 0.0, "staff": 0.5})
+    command += ["--effect", "0.5"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     lines = {line[:30].rstrip(): line for line in said.stdout.splitlines()}
@@ -222,8 +222,8 @@ def test_a_plan_says_the_seeds_for_an_effect_from_the_variances_that_were_measur
     write_runs(tmp_path, {"random": 0.0, "ccs": 0.3, "staff": 0.5}, seeds=4)
 
     def said(effect: float, rates: set[float], task: str = "dialogsum", samples: int = 40) -> str:
-        sweep = Planned("gemma", task, "rougeL", samples, rates, {(0, 0), (1, 1)})
-        (sentence,) = sentences([sweep], tmp_path, effect)
+        sweep = Planned("gemma", task, "rougeL", samples, tmp_path, rates, {(0, 0), (1, 1)})
+        (sentence,) = sentences([sweep], effect)
         return sentence
 
     def counts(sentence: str) -> list[int]:
@@ -239,8 +239,8 @@ def test_a_plan_says_the_seeds_for_an_effect_from_the_variances_that_were_measur
 
 
 def test_more_test_samples_need_fewer_seeds_and_with_too_few_no_seeds_suffice():
-    sweeps = [Planned("tiny", "dialogsum", "rougeL", samples, {0.9}) for samples in (250, 3000, 30)]
-    few, many, none = (said.split(": ")[1] for said in sentences(sweeps, ROOT / "results/tiny", 1.0))
+    sweeps = [Planned("tiny", "dialogsum", "rougeL", samples, Path(), {0.9}) for samples in (250, 3000, 30)]
+    few, many, none = (said.split(": ")[1] for said in sentences(sweeps, 1.0, ROOT / "results/tiny"))
     assert 3 < int(many.split()[0]) < int(few.split()[0])
     assert none.startswith("no number up to 1,000 (too few test samples) at pruning rate 0.9")
 

@@ -40,12 +40,17 @@ from staff.evaluation.metrics import named_metric
 
 @dataclass
 class Planned:
-    """What a sweep will compare: methods of a family on a task's test samples, by its first metric."""
+    """What a sweep will compare: methods of a family on a task's test samples, by its first metric.
+
+    Attributes:
+        results: the sweep's folder of results.
+    """
 
     family: str
     task: str
     metric: str
     samples: int
+    results: Path
     rates: set[float] = field(default_factory=set)
     seeds: set[tuple[int, int]] = field(default_factory=set)
 
@@ -61,16 +66,21 @@ def checked_effect(effect: float) -> float:
     return effect
 
 
-def sentences(planned: Iterable[Planned], results: Path, effect: float) -> Iterator[str]:
+def sentences(planned: Iterable[Planned], effect: float, measured: Path | None = None) -> Iterator[str]:
     """For each comparison that is planned, the seeds that find a true difference of `effect`, by pruning rate.
 
-    Variances are those between the methods recorded in `results`, of the same family if it was recorded there; the
-    part of the test samples is scaled to their number in the plan.
+    Variances are those between the methods recorded in `measured`, or else in the sweep's own results: of the same
+    family if it was recorded there. The part of the test samples is scaled to their number in the plan.
     """
-    table = collect(results)
-    known = [] if table.empty else [c for c in contexts(table, results) if c.varied == "method"]
+
+    @cache
+    def recorded(results: Path) -> list[Context]:
+        table = collect(results)
+        return [] if table.empty else [c for c in contexts(table, results) if c.varied == "method"]
+
     for sweep in planned:
-        alike = [c for c in known if c.metric == sweep.metric and _is(c, "task", sweep.task)]
+        results = measured or sweep.results
+        alike = [c for c in recorded(results) if c.metric == sweep.metric and _is(c, "task", sweep.task)]
         alike.sort(key=lambda c: not _is(c, "family", sweep.family))
         needed = next((found for c in alike if (found := _needed(c, sweep, effect))), None)
         unit = named_metric(sweep.metric).unit
