@@ -182,7 +182,7 @@ MUTATIONS = (
     ),
     Mutation(
         name="the words of a library",
-        place="staff/data/rows.py:_readable",
+        place="staff/data/rows.py:readable",
         new="yield",
         test="test_data_files.py::test_a_damaged_file_is_one_true_sentence",
     ),
