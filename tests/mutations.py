@@ -188,8 +188,8 @@ MUTATIONS = (
     ),
     Mutation(
         name="a score that is not finite",
-        place="staff/scoring/passes.py:score_samples",
-        old="if not np.isfinite(value).all():",
+        place="staff/scoring/passes.py:_check_finite",
+        old="if not finite.all():",
         new="if False:",
         test="test_bad_data.py::test_a_score_that_is_not_finite_names_its_sample",
     ),
