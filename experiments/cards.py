@@ -12,9 +12,18 @@ from omegaconf import OmegaConf
 from staff.data.files import files_of
 from staff.errors import UserError
 
+HOW_TO_READ = {
+    "jsonl": '`datasets.load_dataset("json", data_files="train.jsonl")`',
+    "parquet": '`datasets.load_dataset("parquet", data_files="train.parquet")`',
+    "datasets": "`datasets.load_from_disk(FOLDER)`",
+    "rows": "whatever read the data that it comes from",
+    "trl": '`datasets.load_dataset("json", data_files="train.jsonl")`, for `trl.SFTTrainer`',
+    "ids": "`staff method=precomputed method.path=ids.json`, with the same task",
+}
 
-def coreset_card(record: Mapping[str, Any], how_to_read: str) -> str:
-    """The card of an exported coreset, as Markdown."""
+
+def coreset_card(record: Mapping[str, Any], form: str) -> str:
+    """The card of a coreset exported in this format, a key of `HOW_TO_READ`, as Markdown."""
     about, counts, task = record["run"], record["counts"], record["config"]["task"]["name"]
     facts = {
         **_facts_of_coreset(record),
@@ -26,7 +35,7 @@ def coreset_card(record: Mapping[str, Any], how_to_read: str) -> str:
     notes = "".join(f"- {note}\n" for note in record["coreset"]["notes"])
     return f"""# {counts["selected"]:,} samples of {task}, chosen by {facts["method"]}
 
-Read it with {how_to_read}. Prompt and completion are tokenised apart and joined as they are; the run gave \
+Read it with {HOW_TO_READ[form]}. Prompt and completion are tokenised apart and joined as they are; the run gave \
 them to the models in the prompt format `{record["config"]["family"]["prompt_format"]}`.
 
 {_table(facts)}

@@ -8,7 +8,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -188,7 +188,8 @@ def dry_run(overrides: Sequence[str], config_dir: str | None = None) -> DryRun:
         UserError: bad configuration or data.
     """
     store: DryRunStore | None = None
-    with tempfile.TemporaryDirectory() as folder, _first_warnings():
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        stack.callback(logging.disable, logging.NOTSET)
         jobs = []
         for job, setup, replaced in jobs_of(overrides, config_dir, Path(folder)):
             if store is not None:  # what the first run warns of, the others would repeat
@@ -200,15 +201,6 @@ def dry_run(overrides: Sequence[str], config_dir: str | None = None) -> DryRun:
     assert store is not None
     store.planned.order = starting_order(jobs)
     return store.planned
-
-
-@contextmanager
-def _first_warnings() -> Iterator[None]:
-    """Log again after the block, where it has ended warnings."""
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def estimate(job: list[str], setup: Setup, store: DryRunStore) -> None:

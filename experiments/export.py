@@ -75,14 +75,11 @@ def export(
         cards.check_token()
     if of_model:
         tuned = export_model.tuned_target(recorded, form, store)
-        if push_to is not None and form == "adapter" and tuned.spec.local is not None:
-            raise UserError(
-                f"the model {tuned.spec.name} is not on the hub, where its adapter would lack it: push --format "
-                "merged."
-            )
+        if push_to is not None:
+            export_model.check_base(tuned, form)
         make = partial(export_model.write, tuned)
     else:
-        make = partial(_write_coreset, chosen_rows(recorded), coreset_card(recorded.record(), HOW_TO_READ[form]))
+        make = partial(_write_coreset, chosen_rows(recorded), coreset_card(recorded.record(), form))
     output.mkdir(parents=True)
     try:
         make(form, output)
@@ -275,14 +272,6 @@ WRITERS: dict[str, Callable[[Sequence[Chosen], Path], None]] = {
     "rows": _write_rows,
     "trl": _write_trl,
     "ids": _write_ids,
-}
-HOW_TO_READ = {
-    "jsonl": '`datasets.load_dataset("json", data_files="train.jsonl")`',
-    "parquet": '`datasets.load_dataset("parquet", data_files="train.parquet")`',
-    "datasets": "`datasets.load_from_disk(FOLDER)`",
-    "rows": "whatever read the data that it comes from",
-    "trl": '`datasets.load_dataset("json", data_files="train.jsonl")`, for `trl.SFTTrainer`',
-    "ids": "`staff method=precomputed method.path=ids.json`, with the same task",
 }
 
 

@@ -95,6 +95,14 @@ def tuned_target(run: RecordedRun, form: str, store: Path | None) -> TunedTarget
     return TunedTarget(record, family, folder)
 
 
+def check_base(tuned: TunedTarget, form: str) -> None:
+    """Refuse to upload an adapter whose base model is not on the hub."""
+    if form == "adapter" and tuned.spec.local is not None:
+        raise UserError(
+            f"the model {tuned.spec.name} is not on the hub, where its adapter would lack it: push --format merged."
+        )
+
+
 def _beside(run: RecordedRun) -> list[Path]:
     """The store in the results folder that a run lies in, wherever that was moved to."""
     folder = getattr(run, "folder", None)

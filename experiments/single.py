@@ -22,7 +22,6 @@ from staff.data.splits import load_splits
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.evaluation.metrics import check_metrics
-from staff.models.family import Family
 from staff.models.prepare import prepare
 from staff.models.spec import check_quantization
 from staff.models.state import ModelState
@@ -99,7 +98,7 @@ class Run:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Data and models by their content, for the record."""
-        selection = {"selection": _reading(self.selecting)} if self.transferred else {}
+        selection = {"selection": self.selecting.identity} if self.transferred else {}
         return {
             "data": {
                 "train": data_digest(self.splits.pool),
@@ -107,14 +106,14 @@ class Run:
                 **({"dev": data_digest(self.splits.dev)} if self.splits.dev else {}),
                 "source": self.task.source(),
             },
-            **_reading(self.family),
+            **self.family.identity,
             **selection,
         }
 
     @cached_property
     def transferred(self) -> bool:
         """Whether the models that select are of another family than the one fine-tuned on their coreset."""
-        return _reading(self.selecting) != _reading(self.family)
+        return self.selecting.identity != self.family.identity
 
     @property
     def name(self) -> str:
@@ -293,9 +292,3 @@ class Outcome:
     answered: Artifact | None = None
     measured: Artifact | None = None
     floors: Artifact | None = None
-
-
-def _reading(family: Family) -> dict[str, Any]:
-    """A family's models, and how they read samples."""
-    models = {"target": family.target.identity(), "small": family.small.identity()}
-    return {"models": models, **family.reading}

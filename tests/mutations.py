@@ -182,14 +182,14 @@ MUTATIONS = (
     ),
     Mutation(
         name="the words of a library",
-        place="staff/data/rows.py:_readable",
+        place="staff/data/rows.py:readable",
         new="yield",
         test="test_data_files.py::test_a_damaged_file_is_one_true_sentence",
     ),
     Mutation(
         name="a score that is not finite",
-        place="staff/scoring/passes.py:score_samples",
-        old="if not np.isfinite(value).all():",
+        place="staff/scoring/passes.py:_check_finite",
+        old="if not finite.all():",
         new="if False:",
         test="test_bad_data.py::test_a_score_that_is_not_finite_names_its_sample",
     ),

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from support.tiny import TINY, pool_of_sums
 
 from staff.errors import UserError
-from staff.models import spec
 from staff.models.adapters import LoraSpec, fresh_lora, replace_lora
 from staff.models.depth import DepthPruning, keep_blocks
 from staff.models.family import Family
 from staff.models.prepare import prepare
 from staff.models.spec import ModelSpec
+from staff.models.weights import content_digest
 from staff.pool import Select
 from staff.runtime.files import local_path
 from staff.selection import Coreset
@@ -189,7 +189,7 @@ def test_a_model_that_is_not_there_or_not_one_is_told_in_a_sentence(gguf_file: P
     whole = gguf_file.read_bytes()
     for length in (2, 8, 1000, len(whole) // 2, len(whole) - 1):
         (tmp_path / "torn.gguf").write_bytes(whole[:length])
-        spec._digest.cache_clear()
+        content_digest.cache_clear()
         with pytest.raises(UserError, match=r"the model in .*torn.gguf cannot be loaded"):
             converted(tmp_path / "torn.gguf", tmp_path)
     shutil.copytree(local_path(SMALL.path), tmp_path / "base")

@@ -20,6 +20,7 @@ from staff.data.splits import DataView
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
+from staff.scoring.flops import charge
 from staff.scoring.passes import score_samples
 from staff.scoring.signal import Signal
 from staff.signals import el2n
@@ -294,7 +295,8 @@ def test_the_meter_is_told_what_was_computed(signal: Any, layers: int, tied: boo
     rows = np.random.default_rng(0).integers(1, 60, (4, 40)).tolist()
     samples, meter = TokenizedSamples.of_rows(list("abcd"), rows, [30] * 4, begin=1), Meter()
     with FlopCounter() as counted:
-        score(model, samples, signal, batch_tokens=1000, meter=meter)
+        score(model, samples, signal, batch_tokens=1000)
+    charge(meter, model, DataView(prompt=signal.prompt, text=signal.text).of(samples), (signal,))
     exact = isinstance(signal, Effort)  # the others' own work on logits and states is not all counted
     assert meter.cost.flops == pytest.approx(counted.flops, rel=1e-9 if exact else 0.03)
     tokens = 44 if not signal.prompt else 160  # the begin token, and ten of each answer

@@ -25,8 +25,8 @@ from experiments.report.rendering import Drawn, Table, is_text, metric
 from experiments.report.settings import SEEDS
 from experiments.report.verdicts import DEFAULT, Question
 from staff.errors import UserError
-from staff.evaluation.floors import best_constant, of_every_pair, specificity, typical_count
-from staff.evaluation.metrics.rouge import rouge_l_matrix
+from staff.evaluation.floors import best_constant, specificity, typical_count
+from staff.evaluation.metrics.rouge import of_every_pair, rouge_l_matrix
 
 SAMPLES = 3  # test samples whose answers are shown
 FOOT = "seeds for "  # how a row begins that stands below a table's own

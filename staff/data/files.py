@@ -1,4 +1,4 @@
-"""Which files hold a split of a task, and the rows of data sets of the Hugging Face hub.
+"""Which files hold a split of a task, and the rows of data sets that `datasets` saved, or of the Hugging Face hub.
 
 The hub's files are fetched into its local cache and read from there, so that `datasets` asks no server.
 """
@@ -11,13 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from staff.data.rows import Rows, format_of, is_saved, plain_rows, read_rows
+from staff.data.rows import Rows, format_of, plain_rows, read_file, readable
 from staff.errors import UserError
 from staff.runtime.files import local_path
 from staff.runtime.hub import Repository
 
 Files = str | Sequence[str]
 """A path, a glob, or a list of them."""
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def files_of(split: str, given: Files | None, data_dir: str | None, name: str | None = None) -> list[Path]:
@@ -90,6 +95,36 @@ def _named_after(name: str, split: str, folder: Path) -> list[Path]:
     return whole or shards
 
 
+def read_rows(path: Path, split: str) -> Rows:
+    """The rows of a file, or of a folder of `save_to_disk`, streamed; `split` of one that holds several.
+
+    Raises:
+        UserError: a format that is not known, or what cannot be read.
+    """
+    return _read_saved(path, split) if path.is_dir() else read_file(path, split)
+
+
+def _read_saved(folder: Path, split: str) -> Rows:
+    from datasets import DatasetDict, load_from_disk
+
+    if not is_saved(folder):
+        raise UserError(
+            f"{folder} is a folder that save_to_disk did not write: name its files, as in '{folder}/*.jsonl', "
+            "or set task.data_dir."
+        )
+    with readable(folder, "a folder of save_to_disk"):
+        data = load_from_disk(folder)
+    if isinstance(data, DatasetDict):
+        if split not in data:
+            raise UserError(
+                f"{folder} has no split {split!r}, but {', '.join(map(str, data))}: name one by task.train_split, "
+                "task.test_split or task.dev_split."
+            )
+        data = data[split]
+    for number, row in enumerate(plain_rows(data), start=1):
+        yield f"{folder}, row {number}", row
+
+
 def read_hub(repository: Repository, config: str | None, split: str) -> Rows:
     """The rows of a split ("NAME[split] row n"), from the files of one configuration of the data set.
 
@@ -107,7 +142,7 @@ def read_hub(repository: Repository, config: str | None, split: str) -> Rows:
     # In the hub's glob `**/` may stand for nothing, in a pattern of the download it may not.
     every = [form for pattern in patterns for form in {pattern, pattern.replace("**/", "")}] or ["*"]
     folder = repository.fetch(every, leave_out=["*.py", ".gitattributes"])
-    with _readable(repository.name, split):
+    with _readable_hub(repository.name, split):
         data = datasets.load_dataset(str(folder), split=split, **options)
     return _numbered(repository.name, split, data)
 
@@ -118,7 +153,7 @@ def read_folder(folder: Path, config: str | None, split: str) -> Rows:
 
     if is_saved(folder):
         return read_rows(folder, split)
-    with _readable(str(folder), split):
+    with _readable_hub(str(folder), split):
         data = datasets.load_dataset(str(folder), config, split=split)
     return _numbered(str(folder), split, data)
 
@@ -139,7 +174,7 @@ def _configured(repository: Repository, config: str | None, card: Path) -> dict[
 
     if not card.is_file():
         return {"name": config}
-    with _readable(repository.name, "README.md"):
+    with _readable_hub(repository.name, "README.md"):
         data: Any = DatasetCard.load(card).data
         configs, infos = MetadataConfigs.from_dataset_card_data(data), DatasetInfosDict.from_dataset_card_data(data)
         name = config or configs.get_default_config_name()
@@ -158,7 +193,7 @@ def _configured(repository: Repository, config: str | None, card: Path) -> dict[
 
 
 @contextmanager
-def _readable(name: str, split: str) -> Iterator[None]:
+def _readable_hub(name: str, split: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -1,8 +1,8 @@
 """Rows of data files, each with its place for messages.
 
-The `datasets` library reads Parquet and what it saved itself. JSON is parsed here, row by row: the library wants
-one type for a column, so that it makes dates of text and 1.0 of 1, and null of a missing field. CSV is read by the
-standard library: pandas takes the rows behind a stray quote for one value.
+The `datasets` library reads Parquet. JSON is parsed here, row by row: the library wants one type for a column, so
+that it makes dates of text and 1.0 of 1, and null of a missing field. CSV is read by the standard library: pandas
+takes the rows behind a stray quote for one value.
 """
 
 from __future__ import annotations
@@ -47,22 +47,15 @@ def format_of(path: Path) -> str | None:
     return FORMATS.get(Path(name).suffix)
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether a folder was written by `save_to_disk`."""
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
-
-
-def read_rows(path: Path, split: str) -> Rows:
-    """The rows of a file, or of a folder of `save_to_disk`, streamed.
+def read_file(path: Path, split: str) -> Rows:
+    """The rows of a file, streamed.
 
     Args:
-        split: of a folder or a JSON object that holds several.
+        split: of a JSON object that holds several.
 
     Raises:
         UserError: a format that is not known, a file that is damaged, a line that is no JSON object.
     """
-    if path.is_dir():
-        return _read_saved(path, split)
     kind = format_of(path)
     if kind is None:
         known = ", ".join(FORMATS)
@@ -86,7 +79,7 @@ CONTENTS = {
 
 
 def _check_content(path: Path) -> None:
-    with _readable(path, format_of(path) or "text"), path.open("rb") as file:
+    with readable(path, format_of(path) or "text"), path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a pointer of Git LFS in place of the file: fetch it by git lfs pull.")
@@ -149,7 +142,7 @@ def _within(whole: Mapping[str, Any], path: Path, split: str) -> list[Any]:
 def _opened(path: Path) -> Iterator[io.BufferedReader]:
     import pyarrow as pa
 
-    with _readable(path, format_of(path) or "text"):
+    with readable(path, format_of(path) or "text"):
         unpacked: Any = lzma.open if path.suffix.lower() == ".xz" else pa.input_stream
         with unpacked(str(path)) as file:
             yield io.BufferedReader(file)
@@ -236,7 +229,7 @@ def _read_parquet(path: Path) -> Rows:
     import datasets
     from pyarrow import parquet
 
-    with _readable(path, "Parquet"):
+    with readable(path, "Parquet"):
         facts = parquet.read_metadata(path)
         names = facts.schema.to_arrow_schema().names
         if twice := [name for name in names if names.count(name) > 1]:
@@ -247,27 +240,6 @@ def _read_parquet(path: Path) -> Rows:
         data = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
         for number, row in enumerate(plain_rows(data), start=1):
             yield f"{path}, row {number}", row
-
-
-def _read_saved(folder: Path, split: str) -> Rows:
-    from datasets import DatasetDict, load_from_disk
-
-    if not is_saved(folder):
-        raise UserError(
-            f"{folder} is a folder that save_to_disk did not write: name its files, as in '{folder}/*.jsonl', "
-            "or set task.data_dir."
-        )
-    with _readable(folder, "a folder of save_to_disk"):
-        data = load_from_disk(folder)
-    if isinstance(data, DatasetDict):
-        if split not in data:
-            raise UserError(
-                f"{folder} has no split {split!r}, but {', '.join(map(str, data))}: name one by task.train_split, "
-                "task.test_split or task.dev_split."
-            )
-        data = data[split]
-    for number, row in enumerate(plain_rows(data), start=1):
-        yield f"{folder}, row {number}", row
 
 
 def plain_rows(data: Any) -> Iterator[dict[str, Any]]:
@@ -297,7 +269,7 @@ def _named(value: Any, feature: Any) -> Any:
 
 
 @contextmanager
-def _readable(path: Path, what: str) -> Iterator[None]:
+def readable(path: Path, what: str) -> Iterator[None]:
     """Say in one sentence what a library says of a file, and nothing beside it."""
     logger = logging.getLogger("datasets")
     level = logger.level

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -84,6 +84,22 @@ def several_answers(samples: Iterable[Sample]) -> bool:
     if known is not None:
         return known
     return any(sum(role == "assistant" for role, _ in sample.turns) > 1 for sample in samples)
+
+
+def content_id(prompt: str, answer: str) -> str:
+    """The id of a sample without one: a digest of its text."""
+    return hashlib.blake2b(f"{prompt}\0{answer}".encode(), digest_size=8).hexdigest()
+
+
+def asked_once(samples: Iterable[Sample]) -> list[Sample]:
+    """One sample for each prompt, and the choices that it is asked with, with the references of all."""
+    by_prompt: dict[tuple[str, ...], Sample] = {}
+    for sample in samples:
+        asked = (sample.prompt, *sample.choices)
+        if first := by_prompt.get(asked):
+            sample = replace(first, references=tuple(dict.fromkeys((*first.references, *sample.references))))
+        by_prompt[asked] = sample
+    return list(by_prompt.values())
 
 
 def data_digest(samples: Sequence[Sample]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +10,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from staff.data.files import Files, files_of, read_folder, read_hub
+from staff.data.files import Files, files_of, read_folder, read_hub, read_rows
 from staff.data.layouts import Layout, layout_of
-from staff.data.rows import Rows, read_rows
-from staff.data.samples import Sample, Turns, plain_text, several_answers
+from staff.data.rows import Rows
+from staff.data.samples import Sample, Turns, asked_once, content_id, plain_text, several_answers
 from staff.data.templates import check_template, field_of, id_of, render, shortened, texts_of
 from staff.errors import UserError
 from staff.runtime import processes
@@ -165,7 +164,7 @@ class Task:
             samples[sample.id] = sample
         if not samples:
             raise UserError(f"task {self.name!r}: the {split} split is empty; check task.data_dir.")
-        return _asked_once(samples.values()) if split == "test" else list(samples.values())
+        return asked_once(samples.values()) if split == "test" else list(samples.values())
 
     def reference_samples(self, test: Iterable[Sample]) -> list[Sample]:
         """A sample for each reference of the test samples, with the reference as its answer.
@@ -255,7 +254,7 @@ class Task:
             prompt, answer = plain_text(turns)
         else:
             prompt, answer = self._texts(row, where, layout, references)
-        id = id_of(row, self.id_field, where) if self.id_field else _content_id(prompt, answer)
+        id = id_of(row, self.id_field, where) if self.id_field else content_id(prompt, answer)
         group = field_of(row, self.group_field, where, "task.group_field") if self.group_field else None
         asked = split == "test" or self.evaluate_on == "dev"
         choices: tuple[str, ...] = tuple(self.choices) if asked else ()
@@ -285,19 +284,5 @@ def _opening_space(text: str) -> str:
     return text[: len(text) - len(text.lstrip())]
 
 
-def _asked_once(samples: Iterable[Sample]) -> list[Sample]:
-    by_prompt: dict[tuple[str, ...], Sample] = {}
-    for sample in samples:
-        asked = (sample.prompt, *sample.choices)
-        if first := by_prompt.get(asked):
-            sample = replace(first, references=tuple(dict.fromkeys((*first.references, *sample.references))))
-        by_prompt[asked] = sample
-    return list(by_prompt.values())
-
-
 def _are_choices(texts: Sequence[str]) -> bool:
     return len(texts) > 1 and len({text.strip() for text in texts} - {""}) == len(texts)
-
-
-def _content_id(prompt: str, answer: str) -> str:
-    return hashlib.blake2b(f"{prompt}\0{answer}".encode(), digest_size=8).hexdigest()

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from staff.draws import Draws
-from staff.evaluation.metrics import NAMED, named_metric
-from staff.evaluation.metrics.metric import Metric, is_unspaced, letters_of
-from staff.evaluation.metrics.rouge import rouge_l_matrix
+from staff.evaluation.metrics import NAMED, pairwise, sample_values
+from staff.evaluation.metrics.metric import Metric, References, is_unspaced, letters_of
+from staff.evaluation.metrics.rouge import of_every_pair, rouge_l_matrix
 from staff.evaluation.stage import Generate, read_predictions
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact, digest
@@ -31,7 +31,6 @@ FREQUENT = 10  # candidates of a kind
 MEDOID = 150  # training answers that the medoid is one of
 JUDGES = 500  # training answers that candidates are scored against; ten times as many for ROUGE-L, which is fast
 SHIFTS = 20
-References = Sequence[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,14 @@ def specificity(
     """
     every = len(answers) - 1
     if not every:
-        return Specificity(_values(metric, answers, references), np.array([np.nan]), float("nan"))
+        return Specificity(sample_values(metric, answers, references), np.array([np.nan]), float("nan"))
     partners = _partners(ids, min(shifts or (every if of_every_pair(metric) else SHIFTS), every))
     if of_every_pair(metric):
         matrix = rouge_l_matrix(answers, references, metric)
         own, scores = np.diag(matrix).copy(), matrix[np.arange(len(answers)), partners]
     else:
-        own = _values(metric, answers, references)
-        scores = np.stack([_values(metric, answers, [references[j] for j in row]) for row in partners])
+        own = sample_values(metric, answers, references)
+        scores = np.stack([sample_values(metric, answers, [references[j] for j in row]) for row in partners])
     drawn, error = len(partners), 0.0
     if drawn < every:
         spread = scores.mean(axis=1).std(ddof=1) if drawn > 1 else float("nan")
@@ -106,7 +105,7 @@ class Constant:
 
     def scores(self, metric: str, references: References) -> np.ndarray:
         """`metric` of it on each sample's references, shape (samples,)."""
-        return _values(metric, [self.text] * len(references), references)
+        return sample_values(metric, [self.text] * len(references), references)
 
 
 def best_constant(
@@ -128,7 +127,7 @@ def best_constant(
         last = max(len(drawn) - references, 0)
         judges = [tuple(drawn[i : i + references]) for i in range(0, last + 1, references)]
     found = candidates(metric, texts)
-    means = _matrix(metric, list(found), judges).mean(axis=1)
+    means = pairwise(metric, list(found), judges).mean(axis=1)
     best = int(np.argmax(means))
     text, kind = list(found.items())[best]
     return Constant(text, kind, float(means[best]))
@@ -160,14 +159,9 @@ def candidates(metric: str, training: Sequence[str]) -> dict[str, str]:
                 found.setdefault(text, f"{kind} of {length} {unit}{'s' if length > 1 else ''}")
     for text in _frequent(training):
         found.setdefault(text, "whole answer")
-    medoid = int(np.argmax(_matrix(metric, drawn, [(text,) for text in drawn]).mean(axis=1)))
+    medoid = int(np.argmax(pairwise(metric, drawn, [(text,) for text in drawn]).mean(axis=1)))
     found.setdefault(drawn[medoid], "medoid")
     return found
-
-
-def of_every_pair(metric: str) -> bool:
-    """Whether every pair of answers and references is scored in a moment (`rouge_l_matrix`)."""
-    return metric.partition("_")[0] == "rougeL"
 
 
 def _frequent(texts: Iterable[str]) -> list[str]:
@@ -180,22 +174,6 @@ def _frequent(texts: Iterable[str]) -> list[str]:
 def _drawn(texts: Sequence[str], purpose: str, count: int) -> list[str]:
     """So many of the texts, by draws that depend on the texts alone."""
     return [texts[int(i)] for i in Draws(0, texts).choose(purpose, np.arange(len(texts)), count)]
-
-
-def _values(metric: str, answers: Sequence[str], references: References) -> np.ndarray:
-    """One value a sample; of a corpus metric the sentences' own, and of one without parts the whole for each."""
-    measured = named_metric(metric)
-    whole, values = measured.measure(answers, references)
-    return np.array(values if measured.has_parts else [whole] * len(values), dtype=np.float64)
-
-
-def _matrix(metric: str, answers: Sequence[str], references: References) -> np.ndarray:
-    """One value for every answer and sample, shape (answers, samples)."""
-    if of_every_pair(metric):
-        return rouge_l_matrix(answers, references, metric)
-    pairs = [answer for answer in answers for _ in references]
-    values = named_metric(metric).measure(pairs, [*references] * len(answers))[1]
-    return np.reshape(np.array(values, dtype=np.float64), (len(answers), -1))
 
 
 FILE = "floors.json"

@@ -57,6 +57,12 @@ class Family:
         template = {"date": self.date, "template_options": dict(self.template_options or {})}
         return {"prompt_format": self.prompt_format, **template}
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The models by their content, and how they read samples."""
+        models = {"target": self.target.identity(), "small": self.small.identity()}
+        return {"models": models, **self.reading}
+
 
 def check_chat(date: Any, options: Any) -> None:
     """Refuse a bad date or bad options for chat templates.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from staff.models.weights import (
     NO_CODE,
     check_config,
     check_weights,
+    content_digest,
     load_safetensors,
     reason,
     weight_files,
@@ -107,14 +107,14 @@ class ModelSpec:
         if self.prepared is not None:
             return {"prepared": self.prepared.fingerprint}
         if self.local is not None:
-            return {"content": _digest(self.local)}
+            return {"content": content_digest(self.local)}
         return {"hub": self.path, "commit": self.repository.commit()}
 
     def tokenizer_identity(self) -> dict[str, Any]:
         """What identifies the model's tokenizer; the same for models that share a tokenizer."""
         if self.local is None or self.local.is_file():
             return self.source()
-        return {"content": _digest(self.local, weights=False), "model_type": self.config().model_type}
+        return {"content": content_digest(self.local, weights=False), "model_type": self.config().model_type}
 
     @property
     def repository(self) -> Repository:
@@ -262,29 +262,6 @@ def _four_bits() -> Any:
 def is_sharded(model: Any) -> bool:
     """Whether this process has only a shard of the model's weights."""
     return getattr(model, "_is_fsdp_managed_module", False)
-
-
-@cache
-def _digest(model: Path, weights: bool = True) -> str:
-    """SHA-256 of a GGUF file, or of the names and contents of the files in a model's folder.
-
-    Args:
-        weights: whether to include the weights and the model's configuration, besides the tokenizer's files.
-    """
-    if model.is_file():
-        return _file_digest(model).hex()
-    digest = hashlib.sha256()
-    suffixes = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
-    for file in sorted(model.iterdir()):
-        of_model = file.suffix in (".safetensors", ".bin") or file.name in ("config.json", "generation_config.json")
-        if file.suffix in suffixes and (weights or not of_model) and file.name != "manifest.json":
-            digest.update(file.name.encode() + _file_digest(file))
-    return digest.hexdigest()
-
-
-def _file_digest(file: Path) -> bytes:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").digest()
 
 
 @cache

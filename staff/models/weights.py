@@ -1,4 +1,4 @@
-"""Untrusted inputs: weights are read as safetensors or GGUF, never as a pickle, and no model code is executed.
+"""The files of a model. Weights are read as safetensors or GGUF, never as a pickle, and no model code is executed.
 
 The options of transformers ask for this. But three files can make it read other weights: an index or a
 configuration that names them, and an adapter. They are checked first.
@@ -6,11 +6,14 @@ configuration that names them, and an adapter. They are checked first.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from staff.errors import UserError
+from staff.store.manifest import sha256
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Attention implementations of transformers and of packages. For other names transformers downloads code."""
@@ -56,6 +59,24 @@ def weight_files(folder: Path) -> list[str]:
         if not str(name).endswith(".safetensors") or len(Path(name).parts) > 1:
             raise ValueError(f"it names weights in {name!r}, not a safetensors file beside it; convert them")
     return [explicit] if explicit else sorted(set(shards)) or [_WHOLE]
+
+
+@cache
+def content_digest(model: Path, weights: bool = True) -> str:
+    """SHA-256 of a GGUF file, or of the names and contents of the files in a model's folder.
+
+    Args:
+        weights: whether to include the weights and the model's configuration, besides the tokenizer's files.
+    """
+    if model.is_file():
+        return sha256(model)
+    digest = hashlib.sha256()
+    suffixes = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+    for file in sorted(model.iterdir()):
+        of_model = file.suffix in (".safetensors", ".bin") or file.name in (_CONFIG, "generation_config.json")
+        if file.suffix in suffixes and (weights or not of_model) and file.name != "manifest.json":
+            digest.update(file.name.encode() + bytes.fromhex(sha256(file)))
+    return digest.hexdigest()
 
 
 def check_config(path: str, config: Any) -> None:

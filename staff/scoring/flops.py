@@ -8,8 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from staff.data.tokens import TokenizedSamples
 from staff.models.flops import block_flops, forward_flops
 from staff.scoring.signal import GradientOf, Signal, gradient_of
+from staff.store.cost import Meter
+
+
+def charge(
+    meter: Meter, model: Any, samples: TokenizedSamples, signals: Sequence[Signal], one_at_a_time: bool = False
+) -> None:
+    """Tell the meter the FLOPs and tokens, without padding, of one pass over the samples (`scoring_flops`)."""
+    tokens = int(samples.lengths.sum())
+    flops = scoring_flops(model, samples.lengths, samples.answer_lengths, signals, one_at_a_time)
+    meter.add(flops, tokens, tokens if gradient_of(signals) else 0)
 
 
 def scoring_flops(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,7 +18,6 @@ from staff.models.spec import is_sharded
 from staff.runtime import processes
 from staff.runtime.machine import without_cudnn_attention
 from staff.runtime.progress import progress
-from staff.scoring.flops import scoring_flops
 from staff.scoring.gradients import (
     Gradients,
     SampleGradients,
@@ -29,6 +27,7 @@ from staff.scoring.gradients import (
 )
 from staff.scoring.positions import (
     Positions,
+    hidden_states,
     last_block_at,
     model_name,
     padded,
@@ -37,7 +36,6 @@ from staff.scoring.positions import (
 )
 from staff.scoring.projection import Moments
 from staff.scoring.signal import Signal, gradient_of
-from staff.store.cost import Meter
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +85,6 @@ def score_samples(
     pad_token_id: int,
     one_at_a_time: bool = False,
     moments: Moments | None = None,
-    meter: Meter | None = None,
 ) -> dict[str, np.ndarray]:
     """Signals of every sample, in the samples' order, computed in one pass. The model is not changed.
 
@@ -99,7 +96,6 @@ def score_samples(
             when memory runs out.
         one_at_a_time: plain autograd on single samples: slow, and exact for every architecture.
         moments: the optimiser's, for signals that read them.
-        meter: is told FLOPs and tokens, without padding.
 
     Returns:
         Values by the signal's name, each (N, *shape) in the signal's dtype.
@@ -113,25 +109,19 @@ def score_samples(
     # Longest first, so that memory runs out in the first batch, if at all.
     order = processes.shard(np.argsort(-samples.lengths, kind="stable"))
     budget = 1 if one_at_a_time else batch_tokens or default_batch_tokens(model)
-    how = {"signals": signals, "pad_token_id": pad_token_id, "moments": moments}
-    run = partial(_run_alone, model, **how) if one_at_a_time else _by_batches(model, **how)
+    run = _runner(model, signals, pad_token_id, moments, one_at_a_time)
     batches = (_in_step if is_sharded(model) else _independently)(samples, order, budget, run)
     with (
         processes.raise_on_all_ranks(apart=not is_sharded(model)),
         scoring_mode(model),
         without_cudnn_attention(),
-        progress(len(order), ", ".join(signal.name for signal in signals)) as bar,
+        progress(len(order), ", ".join(values)) as bar,
     ):
         for rows, batch, of_batch in batches:
             for name, value in of_batch.items():
+                _check_finite(value, batch, name)
                 values[name][rows] = value
-                if not np.isfinite(value).all():
-                    _refuse(value, batch, name)
             bar.update(len(rows))
-    if meter is not None:
-        tokens = int(samples.lengths.sum())
-        flops = scoring_flops(model, samples.lengths, samples.answer_lengths, signals, one_at_a_time)
-        meter.add(flops, tokens, tokens if gradient_of(signals) else 0)
     return {name: processes.all_reduce_sum(value) for name, value in values.items()}
 
 
@@ -208,28 +198,32 @@ def _halved_budget(batch: TokenizedSamples, longest: int) -> int:
     return budget
 
 
-def _refuse(values: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
-    bad = int(np.flatnonzero(~np.isfinite(values.reshape(len(batch), -1)).all(1))[0])
-    raise UserError(
-        f"sample {batch.ids[bad]!r}: its {signal} is not finite; take it out, or score in float32 if the "
-        f"model has a lower precision."
-    )
+def _check_finite(values: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
+    finite = np.isfinite(values.reshape(len(batch), -1)).all(1)
+    if not finite.all():
+        raise UserError(
+            f"sample {batch.ids[int(finite.argmin())]!r}: its {signal} is not finite; take it out, or score in "
+            "float32 if the model has a lower precision."
+        )
 
 
-def _by_batches(model: Any, *, signals: Sequence[Signal], **how: Any) -> Run:
+def _runner(
+    model: Any, signals: Sequence[Signal], pad_token_id: int, moments: Moments | None, one_at_a_time: bool
+) -> Run:
+    """What computes the signals of a batch, or of a single sample, with gradients by the weights that they name."""
+    run, find = (_run_alone, gradient_parameters) if one_at_a_time else (_run_batch, gradient_layers)
     gradient = gradient_of(signals)
-    layers = gradient_layers(model, gradient.parameters) if gradient else None
-    return partial(_run_batch, model, signals=signals, layers=layers, **how)
+    weights = find(model, gradient.parameters) if gradient else {}
+    return partial(run, model, weights, signals, pad_token_id, moments)
 
 
 def _run_batch(
     model: Any,
-    batch: TokenizedSamples,
-    *,
+    layers: Mapping[str, nn.Linear],
     signals: Sequence[Signal],
     pad_token_id: int,
     moments: Moments | None,
-    layers: Mapping[str, nn.Linear] | None = None,
+    batch: TokenizedSamples,
 ) -> dict[str, Tensor]:
     """The signals of a batch, with gradients by these layers. The last block runs only at the positions read."""
     input_ids, labels, lengths = padded(batch, pad_token_id, model.device)
@@ -240,8 +234,8 @@ def _run_batch(
         this.logits = logits
 
     # No attention mask: padding is on the right of all labels, so a causal model does not attend to it.
-    with _hidden_states(model, signals, this):
-        if layers is not None:
+    with hidden_states(model, {signal.layer for signal in signals}, at, this.states):
+        if layers:
             observed = observe if logits_read else None
             this.gradients = batch_gradients(model, layers, input_ids, None, labels, at, observed)
         else:
@@ -255,16 +249,23 @@ def _run_batch(
 
 
 def _run_alone(
-    model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int, moments: Moments | None
+    model: Any,
+    weights: Mapping[str, nn.Parameter],
+    signals: Sequence[Signal],
+    pad_token_id: int,
+    moments: Moments | None,
+    sample: TokenizedSamples,
 ) -> dict[str, Tensor]:
-    """The signals of a single sample, from the model's own forward and backward pass."""
+    """The signals of a single sample, from the model's own forward and backward pass, with gradients by these."""
     input_ids, labels, lengths = padded(sample, pad_token_id, model.device)
     at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)
     this = Pass(labels, lengths, at, moments=moments)
-    weights = gradient_parameters(model, gradient.parameters) if gradient else {}
     for weight in weights.values():
         weight.requires_grad_()
-    with _hidden_states(model, signals, this), torch.set_grad_enabled(bool(weights)):
+    with (
+        hidden_states(model, {signal.layer for signal in signals}, at, this.states),
+        torch.set_grad_enabled(bool(weights)),
+    ):
         logits = model(input_ids=input_ids, use_cache=False).logits
         this.logits = at.gather(logits.detach())[0]
         if weights:
@@ -282,23 +283,3 @@ def _run_alone(
         weight.requires_grad_(False)
     with torch.no_grad():
         return {signal.name: signal.compute(this) for signal in signals}
-
-
-@contextmanager
-def _hidden_states(model: Any, signals: Sequence[Signal], into: Pass) -> Iterator[None]:
-    """Store the hidden states that the signals read in `into`, at its positions."""
-    decoder = model.get_decoder()
-
-    def keep(layer: int, output: Any) -> None:
-        states = getattr(output, "last_hidden_state", output)
-        states = (states[0] if isinstance(states, tuple) else states).detach()
-        ran_everywhere = states.shape[:2] == into.labels.shape
-        into.states[layer] = (into.at.gather(states) if ran_everywhere else states)[0]
-
-    with ExitStack() as stack:
-        for layer in {signal.layer for signal in signals} - {None}:
-            assert layer is not None
-            module = decoder if layer == -1 else decoder.layers[layer]
-            hook = module.register_forward_hook(lambda _, args, output, layer=layer: keep(layer, output))
-            stack.enter_context(hook)
-        yield

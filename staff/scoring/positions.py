@@ -7,7 +7,7 @@ final norm and the head can run only where their outputs are read, with the same
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -183,6 +183,30 @@ def last_block_at(model: Any, positions: Positions) -> Iterator[None]:
         block.input_layernorm.register_forward_pre_hook(lambda _, args: (whole.pop(),)),
         attention_at(block.self_attn, positions),
     ):
+        yield
+
+
+@contextmanager
+def hidden_states(model: Any, layers: Collection[int | None], positions: Positions, into: dict) -> Iterator[None]:
+    """Store the hidden states of these layers at these positions, (L, D), in `into`, as the model runs.
+
+    Args:
+        layers: as in `staff.scoring.signal.Signal.layer`.
+    """
+    decoder = model.get_decoder()
+
+    def keep(layer: int, output: Any) -> None:
+        states = getattr(output, "last_hidden_state", output)
+        states = (states[0] if isinstance(states, tuple) else states).detach()
+        narrowed = states.shape[:2] == (1, len(positions.index))  # by `last_block_at`
+        into[layer] = (states if narrowed else positions.gather(states))[0]
+
+    with ExitStack() as stack:
+        for layer in layers:
+            if layer is not None:
+                module = decoder if layer == -1 else decoder.layers[layer]
+                hook = module.register_forward_hook(lambda _, args, output, layer=layer: keep(layer, output))
+                stack.enter_context(hook)
         yield
 
 

@@ -168,31 +168,30 @@ class Score(Stage):
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         from safetensors.numpy import save_file
 
+        from staff.scoring.flops import charge
         from staff.scoring.passes import score_samples
 
         state = self._scored_state
+        model = self._differentiable(state.load(*inputs))
         values = score_samples(
-            self._differentiable(state.load(*inputs)),
+            model,
             self.samples,
             self.signals,
             batch_tokens=self.settings.batch_tokens,
             pad_token_id=state.spec.tokenizer().pad_token_id,
             one_at_a_time=self.one_at_a_time,
             moments=state.load_moments(*inputs) if self._reads_moments else None,
-            meter=meter,
         )
+        charge(meter, model, self.samples, self.signals, self.one_at_a_time)
         save_file(values, folder / FILE)
 
     def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         from safetensors.numpy import save_file
 
-        from staff.scoring.flops import scoring_flops
+        from staff.scoring.flops import charge
 
         model = self._shapes()
-        tokens = int(self.samples.lengths.sum())
-        lengths, answers = self.samples.lengths, self.samples.answer_lengths
-        flops = scoring_flops(model, lengths, answers, self.signals, self.one_at_a_time)
-        meter.add(flops, tokens, tokens if gradient_of(self.signals) else 0)
+        charge(meter, model, self.samples, self.signals, self.one_at_a_time)
         config = model.config.get_text_config()
         values = {
             s.name: placeholder(len(self.samples), s.name + self.state.words, s.shape(config)).astype(s.dtype)

@@ -152,7 +152,7 @@ def check_contents(folder: Path, manifest: dict[str, Any]) -> None:
         UserError: naming the file.
     """
     for name, entry in manifest["files"].items():
-        if _sha256(folder / name) != entry["sha256"]:
+        if sha256(folder / name) != entry["sha256"]:
             raise UserError(f"{folder / name} is not what was written (its checksum differs); {_mend(folder)}")
 
 
@@ -195,7 +195,8 @@ def refuse_non_json(value: Any, place: str) -> None:
         raise TypeError(f"{place} is {value!r}, which JSON cannot hold")
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -204,7 +205,7 @@ def _seal(file: Path) -> str:
     """Flush a file to the disk and return its SHA-256. Otherwise a power cut could publish an empty file."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
-    return _sha256(file)
+    return sha256(file)
 
 
 @cache

@@ -20,8 +20,8 @@ from baselines.imported import Imported
 from baselines.precomputed import Precomputed
 from experiments.export import WRITERS, Chosen
 from staff import ArrayPool
+from staff.data.files import read_rows
 from staff.data.layouts import ROLES
-from staff.data.rows import read_rows
 from staff.data.samples import Sample, plain_pieces, plain_text
 from staff.data.task import Task
 from staff.data.templates import render

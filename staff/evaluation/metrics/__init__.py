@@ -12,7 +12,7 @@ import pandas as pd
 from staff.data.samples import Sample
 from staff.errors import UserError
 from staff.evaluation.metrics.metric import Choices, Metric, References
-from staff.evaluation.metrics.rouge import TOKENIZERS
+from staff.evaluation.metrics.rouge import TOKENIZERS, of_every_pair, rouge_l_matrix
 
 NAMED = {
     "rouge1": "rouge.Rouge",
@@ -104,3 +104,19 @@ def measure(
             raise UserError(f"{metric.name} needs the model that answered: run the experiment again with it.")
     headline = {name: float(value) for name, (value, _) in values.items()}
     return headline, pd.DataFrame({name: scores for name, (_, scores) in values.items()})
+
+
+def sample_values(metric: str, answers: Sequence[str], references: References) -> np.ndarray:
+    """One value a sample; of a corpus metric the sentences' own, and of one without parts the whole for each."""
+    measured = named_metric(metric)
+    whole, values = measured.measure(answers, references)
+    return np.array(values if measured.has_parts else [whole] * len(values), dtype=np.float64)
+
+
+def pairwise(metric: str, answers: Sequence[str], references: References) -> np.ndarray:
+    """One value for every answer and sample, shape (answers, samples)."""
+    if of_every_pair(metric):
+        return rouge_l_matrix(answers, references, metric)
+    pairs = [answer for answer in answers for _ in references]
+    values = named_metric(metric).measure(pairs, [*references] * len(answers))[1]
+    return np.reshape(np.array(values, dtype=np.float64), (len(answers), -1))

@@ -112,6 +112,11 @@ def rouge_l_matrix(
     return np.stack([rows[text] for text in answers])
 
 
+def of_every_pair(metric: str) -> bool:
+    """Whether every pair of answers and references is scored in a moment (`rouge_l_matrix`)."""
+    return metric.partition("_")[0] == "rougeL"
+
+
 class _Texts:
     """Token lists side by side in one integer: a bit a token, and one that stops carries to the next list."""
 
