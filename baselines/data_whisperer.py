@@ -70,7 +70,8 @@ class DataWhisperer:
         attention, metrics = np.split(answers, [self.demonstrations], axis=1)
         scores = aggregate(demonstrations, attention, metrics, len(pool.ids))
         scores = check_scores(scores, pool.ids, "the in-context score")
-        return Coreset(rng.highest_first(scores)[:budget], scores={"in_context": scores})
+        notes = () if scores.any() else ("no answer in context scores above 0: the samples were drawn at random.",)
+        return Coreset(rng.highest_first(scores)[:budget], scores={"in_context": scores}, notes=notes)
 
     def plan(self, size: int, rng: Draws) -> tuple[np.ndarray, np.ndarray]:
         """Demonstrations, (E, b), and queries, (E, q), of all rounds, as `ask` takes them."""

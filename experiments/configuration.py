@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,30 @@ def params_left(params: Mapping[str, Any], overrides: Iterable[str]) -> dict[str
     """The parameters of a preset's sweep, without its sizes where the command line sets another one."""
     given = {override.partition("=")[0] for override in overrides if not override.endswith("=null")}
     return {key: value for key, value in params.items() if key not in SIZES or not given & set(SIZES) - {key}}
+
+
+def within_groups(arguments: Iterable[str]) -> list[str]:
+    """Arguments of a command line in which `method=NAME method.within=group` is written out as
+    `method=within_groups method@method.inner=NAME`, with NAME's own settings beside it.
+
+    Raises:
+        UserError: another value than group or null, or no method beside it.
+    """
+    within, others = None, []
+    for argument in arguments:
+        if argument.startswith("method.within="):
+            within = argument.partition("=")[2]
+        else:
+            others.append(argument)
+    if within in (None, "null"):
+        return others
+    if within != "group":
+        raise UserError(f"method.within={within!r} is unknown: choose group, or null.")
+    if not any(argument.startswith("method=") for argument in others):
+        raise UserError("method.within=group needs a method beside it: method=staff method.within=group.")
+    inner = [re.sub(r"^method=", "method@method.inner=", argument) for argument in others]
+    own = re.compile(r"^([+~]*|method@)method\.(?!inner=)")
+    return [*(own.sub(r"\1method.inner.", argument) for argument in inner), "method=within_groups"]
 
 
 def _if_files(*arguments: Any) -> Any:

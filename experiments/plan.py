@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 
 from experiments import pipeable, sweep
+from experiments.configuration import within_groups
 from experiments.dry_run import DryRun, DryRunStore, PlannedStage, dry_run, estimate, jobs_of, speed_of
 from experiments.report.seeds import checked_effect, sentences
 from experiments.schedule import wall_seconds
@@ -179,7 +180,7 @@ def main() -> None:
         effect = None if asked.effect is None else checked_effect(asked.effect)
         logging.getLogger("staff").setLevel(logging.WARNING)
         warnings.simplefilter("ignore", FutureWarning)
-        planned = dry_run(asked.overrides, asked.config_dir)
+        planned = dry_run(within_groups(asked.overrides), asked.config_dir)
         seeds = [] if effect is None else [*sentences([*planned.compared.values()], effect, asked.measured)]
         speeds = calibrated(planned, asked.config_dir) if asked.calibrate else {}
     except Exception as error:

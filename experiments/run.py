@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import reader_gone, sweep
-from experiments.configuration import CONF, check_size
+from experiments.configuration import CONF, check_size, within_groups
 from staff.errors import UserError
 from staff.runtime import preemption, processes
 from staff.runtime.machine import settle_threads
@@ -146,6 +146,7 @@ def main() -> None:
     _quiet()
     preemption.listen()
     try:
+        sys.argv[1:] = within_groups(sys.argv[1:])
         processes.start()
         run_hydra()
         failed = sweep.end()

@@ -14,15 +14,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.any_pool import AnyPool
-from support.tiny import planted_pool
+from support.tiny import ARCHITECTURES as IN_CONTEXT
+from support.tiny import planted_pool, random_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
 from baselines.within_groups import GroupPool
 from staff.errors import UserError
+from staff.evaluation.behind import answers_behind, before
 from staff.evaluation.decoding import can_decode
 from staff.evaluation.generator import generate
-from staff.evaluation.in_context import before
+from staff.evaluation.in_context import AnswersInContext
 from staff.evaluation.metrics import named_metric
 from staff.models.flops import forward_flops
 from staff.models.spec import ARCHITECTURES
@@ -221,6 +223,51 @@ def test_answers_and_attention_are_those_of_single_prompts(view: str, tmp_path: 
             received = weights[:, len(row) :].mean((0, 1)).detach().numpy()
             attention.append([received[span].mean() for span in prompt])
         np.testing.assert_allclose(found[e, : len(demonstrations)], np.mean(attention, axis=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", IN_CONTEXT)
+def test_queries_behind_one_prefix_are_answered_and_attend_as_if_each_stood_alone(architecture: str):
+    model = random_model(architecture, attn_implementation="eager").eval()
+    prefixes = [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15, 16, 17, 18]]
+    queries = [[[20, 21], [22]], [[23, 24, 25, 26]]]
+    alone = []
+    for prefix, of in zip(prefixes, queries):
+        alone += [
+            (len(prefix), [*prefix, *query], one_at_a_time(model, [*prefix, *query], set(), 6)) for query in of
+        ]
+    stop, separator = {alone[0][2][3]}, alone[2][2][2:4]
+    found = answers_behind(model, 1, prefixes, queries, 6, stop, separator)
+    for (length, prompt, answer), ours in zip(alone, found, strict=True):
+        end = next((at for at, token in enumerate(answer) if token in stop), len(answer))
+        answer = before(answer[:end], separator)
+        assert ours.tokens == answer
+        if answer:
+            weights = model(torch.tensor([[*prompt, *answer]]), output_attentions=True).attentions[1][0]
+            received = weights[:, len(prompt) :, :length].mean((0, 1)).detach().numpy()
+            np.testing.assert_allclose(ours.attention, received, rtol=1e-4, atol=1e-7)
+    assert len({len(ours.tokens) for ours in found}) > 1
+
+
+def test_a_prefix_is_read_once_for_all_its_queries_and_the_meter_hears_of_what_is_read(tmp_path: Path, monkeypatch):
+    planted, read = planted_pool(tmp_path / "store", size=6, dev=3), []
+    (state,) = planted.states("target")
+    model = state.load()
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    monkeypatch.setattr(type(state), "load", lambda self: model)
+    samples, of = planted.slices["pool"].target, planted.slices["dev"].target
+    for queries in ([[1, -1, -1]], [[1, 1, 1]]):
+        read.clear()
+        asked = np.array([[0, 4]]), np.array(queries), named_metric("exact"), [30]
+        stage = AnswersInContext(state, samples, of, *asked)
+        with Meter() as ran, Meter() as planned:
+            stage.run(tmp_path, ran)
+            stage.estimate(tmp_path, planned)
+        assert ran.cost.tokens_forward == sum(read)
+        assert read[0] == samples.lengths[[0, 4]].sum() - samples.begin
+        assert read[1] == (of.prompt_lengths[1] - of.begin) * (np.array(queries) >= 0).sum()
+        assert ran.cost.flops <= planned.cost.flops and sum(read) <= planned.cost.tokens_forward
 
 
 def test_an_answer_ends_where_the_next_sample_would_begin():

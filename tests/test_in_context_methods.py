@@ -219,6 +219,15 @@ def test_the_size_of_data_whisperer_is_exact_and_the_order_of_the_pool_changes_n
         assert chosen(method, pool.reordered(order), 40) == chosen(method, pool, 40)
 
 
+def test_a_model_that_answers_nothing_in_context_leaves_a_draw_and_a_note_of_it(monkeypatch):
+    pool, ask = pool_of(30), AnyPool._in_context
+    without = lambda *a, **o: np.hstack([ask(*a, **o)[:, :5], np.zeros((18, 3))])  # noqa: E731
+    assert select(DataWhisperer(), pool, 5).notes == ()
+    monkeypatch.setattr(AnyPool, "_in_context", without)
+    coreset = select(DataWhisperer(), pool, 5)
+    assert len(coreset.indices) == 5 and "no answer in context scores above 0" in coreset.notes[0]
+
+
 def test_a_sample_whose_every_evaluation_failed_is_named_and_bad_fields_are_refused():
     pool = pool_of(30)
     pool.bad_sample = 13

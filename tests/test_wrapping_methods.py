@@ -20,8 +20,11 @@ from baselines.less import LESS
 from baselines.random import Random
 from baselines.random_matched import RandomMatched, gumbel
 from baselines.within_groups import GroupPool, WithinGroups, largest_remainders
+from experiments.configuration import within_groups
 from staff.errors import UserError
 from staff.selection import Coreset, Draws
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def pool_where_short_answers_score_high(n: int = 400) -> AnyPool:
@@ -136,10 +139,30 @@ def test_what_is_no_method_or_ignores_its_quota_and_a_pool_without_groups_are_re
         select(WithinGroups(Random()), pool, 40)
 
 
+@pytest.mark.parametrize("name", ["staff", "random_matched", "less"])
+def test_any_method_is_applied_inside_each_group_by_one_setting_beside_its_own(name: str):
+    own = {"staff": ["method.num_regions=3"], "random_matched": ["method@method.reference=ccs", "+method.x=1"]}
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        alone, within = (
+            compose("config", overrides=within_groups([f"method={name}", *own.get(name, []), *more])).method
+            for more in ([], ["method.within=group"])
+        )
+    assert within._target_.endswith("WithinGroups") and within.inner == alone
+
+
+def test_a_sweep_is_applied_inside_groups_and_what_names_no_method_or_no_group_is_refused():
+    swept = within_groups(["--multirun", "method=staff,ccs", "seed=0,1", "method.within=group"])
+    assert swept == ["--multirun", "method@method.inner=staff,ccs", "seed=0,1", "method=within_groups"]
+    assert within_groups(["method=ccs", "method.within=null"]) == ["method=ccs"]
+    with pytest.raises(UserError, match=r"method.within='skill' is unknown: choose group, or null"):
+        within_groups(["method=ccs", "method.within=skill"])
+    with pytest.raises(UserError, match=r"method.within=group needs a method beside it"):
+        within_groups(["experiment=planted", "method.within=group"])
+
+
 # ---------------------------------------------------------------- random twins
 
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 LENGTH, TOKENS, GROUP = ["length"], ["tokens"], ["group"]
 
 

@@ -169,15 +169,20 @@ def _next_group(running: list[Row], waiting: list[Row], max_new_tokens: int, bat
     return group
 
 
+def cache_argument(model: Any, cache: Cache) -> dict[str, Any]:
+    """The arguments by which a model's forward pass reads and fills a cache."""
+    # transformers before 5.24 calls it by another name.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache, "use_cache": True}
+
+
 class _Loop:
     """The passes over a model, and its cache."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._layers = [Slots() for _ in range(model.config.num_hidden_layers)]
-        # transformers before 5.24 calls it by another name.
-        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        self._cache = {name: Cache(layers=list(self._layers)), "use_cache": True}
+        self._cache = cache_argument(model, Cache(layers=list(self._layers)))
 
     def make_room(self, slots: int, capacity: int, used: int) -> None:
         for layer in self._layers:

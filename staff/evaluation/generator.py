@@ -107,7 +107,7 @@ def generate(
     config, stop = _greedy(tokenizer, base.generation_config, max_new_tokens, end_tokens)
     answers: dict[int, Answer] = {}
     with _generating(base, config), progress(len(processes.shard(list(prompts))), "answers") as bar:
-        budget = batch_tokens or (8192 if base.device.type == "cpu" else 32768)
+        budget = batch_tokens or default_batch_tokens(base)
         for i, answer in _answers(base, config, stop, prompts, budget):
             answers[i] = answer
             bar.update(1)
@@ -116,6 +116,11 @@ def generate(
     if meter is not None:
         _count(meter, base.config, prompts, answers)
     return [answers[i].tokens for i in range(len(prompts))]
+
+
+def default_batch_tokens(model: Any) -> int:
+    """Tokens of a batch on the model's device (results/benchmarks/README.md)."""
+    return 8192 if model.device.type == "cpu" else 32768
 
 
 def _count(meter: Meter, config: Any, prompts: Sequence[Sequence[int]], answers: Mapping[int, Answer]) -> None:
@@ -210,16 +215,21 @@ def _answered(base: Any, config: Any, stop: set[int], prompts: dict[int, Sequenc
 
 
 def _greedy(tokenizer: Any, own: Any, max_new_tokens: int, end_tokens: Iterable[int]) -> tuple[Any, set[int]]:
-    """A configuration for greedy decoding, and all end tokens: the tokenizer's, the model's and others."""
+    """A configuration for greedy decoding, and all end tokens."""
     from transformers import GenerationConfig
 
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    stop = {token for token in (tokenizer.eos_token_id, *ends, *end_tokens) if token is not None}
+    stop = end_tokens_of(tokenizer, own, end_tokens)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stop), pad_token_id=pad
     )
     return config, stop
+
+
+def end_tokens_of(tokenizer: Any, own: Any, others: Iterable[int]) -> set[int]:
+    """All end tokens: the tokenizer's, those of the model's own generation configuration, and others."""
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    return {token for token in (tokenizer.eos_token_id, *ends, *others) if token is not None}
 
 
 def _batches(

@@ -10,27 +10,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
-from staff.evaluation.generator import Greedy
+from staff.evaluation.generator import default_batch_tokens, end_tokens_of
 from staff.evaluation.metrics.metric import Metric
 from staff.models.flops import forward_flops
 from staff.models.spec import ARCHITECTURES
 from staff.models.state import ModelState
 from staff.runtime import processes
+from staff.runtime.machine import without_cudnn_attention
 from staff.runtime.progress import progress
 from staff.scoring.stage import placeholder
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage, identity
 
+if TYPE_CHECKING:
+    from staff.evaluation.behind import Behind
+
 FILE = "in_context.npy"
-AT_ONCE = 512
-"""Prompts that are held in memory together."""
 
 
 @dataclass(frozen=True)
@@ -137,47 +139,42 @@ class AnswersInContext(Stage):
         more = 0 if self.separator is None else len(self.separator) - 1
         return self.pool.lengths - self.pool.begin + more
 
+    def _prefix_lengths(self) -> np.ndarray:
+        """Tokens that the prompts of each evaluation begin with, (E,)."""
+        shown = np.where(self.demonstrations >= 0, self._shown_lengths()[self.demonstrations], 0)
+        return self.asked.begin + shown.sum(axis=1)
+
     def lengths(self) -> np.ndarray:
         """Tokens of the prompt of each query, (E, q); 0 where there is none."""
-        shown = np.where(self.demonstrations >= 0, self._shown_lengths()[self.demonstrations], 0).sum(axis=1)
-        own = self.asked.prompt_lengths[self.queries]
-        return np.where(self.queries >= 0, shown[:, None] + own, 0)
+        own = self.asked.prompt_lengths[self.queries] - self.asked.begin
+        return np.where(self.queries >= 0, self._prefix_lengths()[:, None] + own, 0)
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
-        spec, model = self.state.spec, self.state.load(*inputs)
-        if self.state.adapted and not spec.quantization:
+        model = self.state.load(*inputs)
+        if self.state.adapted and not self.state.spec.quantization:
             model = model.merge_and_unload()
-        tokenizer = spec.tokenizer()
-        values = np.full((len(self.queries), self.demonstrations.shape[1] + self.queries.shape[1]), np.nan)
-        attended = np.full((*self.queries.shape, self.demonstrations.shape[1]), np.nan)
         places = np.argwhere(self.queries >= 0)
-        with progress(len(places), "answers in context") as bar:
-            for start in range(0, len(places), AT_ONCE):
-                some = places[start : start + AT_ONCE]
-                prompts = [self._prompt(e, i) for e, i in some]
-                answers = self._answers(model, tokenizer, prompts, meter)
-                at = [self.queries[e, i] for e, i in some]
-                texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-                references = [(self._reference(tokenizer, int(query)),) for query in at]
-                evaluations, which = some.T
-                values[evaluations, self.demonstrations.shape[1] + which] = self.metric.measure(texts, references)[
-                    1
-                ]
-                attended[evaluations, which] = self._attention(model, some, prompts, answers, meter)
-                bar.update(len(some))
+        shown = self.demonstrations.shape[1]
+        values = np.full((len(self.queries), shown + self.queries.shape[1]), np.nan)
+        attended = np.full((*self.queries.shape, shown), np.nan)
+        tokenizer, texts = self.state.spec.tokenizer(), []
+        answers = self._answers(model, tokenizer, meter)
+        for e, i in places:
+            answer = answers[e, i]
+            texts.append(tokenizer.decode(answer.tokens, skip_special_tokens=True).strip())
+            attended[e, i] = self._of_demonstrations(e, answer.attention)
+        references = [(self._reference(tokenizer, int(self.queries[e, i])),) for e, i in places]
+        values[places[:, 0], shown + places[:, 1]] = self.metric.measure(texts, references)[1]
         with np.errstate(invalid="ignore"):
             answered = np.isfinite(attended).any(axis=2, keepdims=True)
             total = np.where(answered, np.nan_to_num(attended), 0).sum(axis=1) / answered.sum(axis=1)
-        values[:, : self.demonstrations.shape[1]] = np.where(self.demonstrations >= 0, total, np.nan)
+        values[:, :shown] = np.where(self.demonstrations >= 0, total, np.nan)
         np.save(folder / FILE, values)
 
     def estimate(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
         """An upper bound: every answer is as long as the longest."""
-        config, new = self.state.spec.config(), self.max_new_tokens
         lengths = self.lengths()[self.queries >= 0]
-        flops = forward_flops(config, lengths + new - 1, new * len(lengths))
-        flops += forward_flops(config, lengths + new, 0)
-        meter.add(flops, tokens_forward=int((2 * (lengths + new) - 1).sum()))
+        self._count(meter, lengths + self.max_new_tokens, len(lengths) * (self.max_new_tokens + 1))
         drawn = placeholder(int(self.demonstrations.max(initial=0)) + 1, self.label)
         shown = np.where(self.demonstrations >= 0, drawn[self.demonstrations], np.nan)
         np.save(folder / FILE, np.hstack([shown, np.where(self.queries >= 0, 1.0, np.nan)]))
@@ -187,79 +184,78 @@ class AnswersInContext(Stage):
         row = self.pool.row(j)[self.pool.begin :]
         return row if self.separator is None else np.append(row[:-1], self.separator)
 
-    def _prompt(self, evaluation: int, i: int) -> list[int]:
-        query = int(self.queries[evaluation, i])
-        row = self.asked.row(query)[: int(self.asked.prompt_lengths[query])]
+    def _prefix(self, evaluation: int) -> list[int]:
+        """The tokens that the prompts of an evaluation begin with."""
         shown = [self._shown(j) for j in self.demonstrations[evaluation] if j >= 0]
-        begin = self.asked.begin
-        return np.concatenate([row[:begin], *shown, row[begin:]]).astype(np.int64).tolist()
+        asked = int(self.queries[evaluation].max())
+        return np.concatenate([self.asked.row(asked)[: self.asked.begin], *shown]).astype(np.int64).tolist()
+
+    def _query(self, query: int) -> list[int]:
+        """The rest of the prompt of a query."""
+        return self.asked.row(query)[self.asked.begin : int(self.asked.prompt_lengths[query])].tolist()
 
     def _reference(self, tokenizer: Any, query: int) -> str:
         answer = self.asked.row(query)[self.asked.prompt_lengths[query] :]
         return tokenizer.decode(answer, skip_special_tokens=True).strip()
 
-    def _answers(self, model: Any, tokenizer: Any, prompts: list[list[int]], meter: Meter) -> list[list[int]]:
-        """Generated answers, each up to the separator."""
-        ends = self.asked.end_tokens
-        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "end_tokens": ends, "meter": meter}
-        answers = Greedy().generate(model, tokenizer, prompts, **how)
-        return [before(answer, self.separator) for answer in answers]
+    def _answers(self, model: Any, tokenizer: Any, meter: Meter) -> dict[tuple[int, int], Behind]:
+        """The answer to each query, by evaluation and column. Each process answers a part of the batches."""
+        from staff.evaluation.behind import answers_behind
 
-    def _attention(
-        self, model: Any, places: np.ndarray, prompts: list[list[int]], answers: list[list[int]], meter: Meter
-    ) -> np.ndarray:
-        """The attention of each answer on each demonstration per token of both, mean over heads, (n, b); NaN of an
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        stop = end_tokens_of(tokenizer, base.generation_config, self.asked.end_tokens)
+        new, answers = self.max_new_tokens, {}
+        batches = self._batches(default_batch_tokens(base))
+        with (
+            processes.raise_on_all_ranks(),
+            without_cudnn_attention(),
+            progress(int((self.queries >= 0).sum()), "answers in context") as bar,
+        ):
+            for batch in processes.shard(batches):
+                columns = [np.flatnonzero(self.queries[e] >= 0) for e in batch]
+                queries = [[self._query(int(self.queries[e, i])) for i in of] for e, of in zip(batch, columns)]
+                prefixes = [self._prefix(e) for e in batch]
+                found = answers_behind(base, self.block, prefixes, queries, new, stop, self.separator)
+                places = [(int(e), int(i)) for e, of in zip(batch, columns) for i in of]
+                answers |= dict(zip(places, found, strict=True))
+                bar.update(len(places) * processes.world_size())
+        for others in processes.all_gather(answers):
+            answers |= others
+        read = [self.lengths()[place] + answers[place].read for place in answers]
+        self._count(meter, np.array(read), len(answers) + sum(answer.read for answer in answers.values()))
+        return answers
+
+    def _batches(self, batch_tokens: int) -> list[list[int]]:
+        """Evaluations of similar length, the longest first; (longest prompt + answer) x queries is up to
+        `batch_tokens`, or there is one evaluation."""
+        longest, counts = self.lengths().max(axis=1) + self.max_new_tokens, (self.queries >= 0).sum(axis=1)
+        batches: list[list[int]] = []
+        room = 0
+        for e in sorted(np.flatnonzero(counts), key=lambda e: -longest[e]):
+            if counts[e] > room:
+                batches.append([])
+                room = batch_tokens // longest[e]
+            batches[-1].append(int(e))
+            room -= counts[e]
+        return batches
+
+    def _of_demonstrations(self, evaluation: int, attention: np.ndarray) -> np.ndarray:
+        """The attention on each demonstration per token, (b,), from that on each token of the prefix; NaN of an
         empty answer."""
-        mass = np.full((len(prompts), self.demonstrations.shape[1]), np.nan)
-        rows = processes.shard([k for k in range(len(prompts)) if answers[k]])
-        lengths = []
-        for k in rows:
-            shown = self.demonstrations[places[k][0]]
-            sizes = np.where(shown >= 0, self._shown_lengths()[shown], 0)
-            ends = self.asked.begin + np.cumsum(sizes)
-            lengths.append(len(prompts[k]) + len(answers[k]))
-            answer = range(len(prompts[k]), lengths[-1])
-            total = received(model, self.block, prompts[k] + answers[k], answer)
-            total = np.concatenate([[0.0], np.cumsum(total)])
-            with np.errstate(invalid="ignore"):
-                mass[k] = (total[ends] - total[ends - sizes]) / np.where(sizes > 0, sizes, np.nan)
-        for others in processes.all_gather(mass):
-            mass = np.where(np.isnan(mass), others, mass)
-        done = np.array([forward_flops(model.config, lengths, 0), sum(lengths)])
-        flops, tokens = processes.all_reduce_sum(done)
-        meter.add(float(flops), tokens_forward=int(tokens))
-        return mass
+        shown = self.demonstrations[evaluation]
+        sizes = np.where(shown >= 0, self._shown_lengths()[shown], 0)
+        ends = self.asked.begin + np.cumsum(sizes)
+        total = np.concatenate([[0.0], np.cumsum(attention)])
+        with np.errstate(invalid="ignore"):
+            return (total[ends] - total[ends - sizes]) / np.where(sizes > 0, sizes, np.nan)
 
-
-def before(answer: Sequence[int], separator: Sequence[int] | None) -> list[int]:
-    """The tokens of an answer before the first separator in it."""
-    mark = list(separator or [])
-    for start in range(len(answer) - len(mark) + 1 if mark else 0):
-        if list(answer[start : start + len(mark)]) == mark:
-            return list(answer[:start])
-    return list(answer)
-
-
-def received(model: Any, block: int, tokens: Sequence[int], rows: range) -> np.ndarray:
-    """The attention that each token receives from those in `rows`, mean over these and over heads, (len(tokens),).
-
-    Only eager attention returns its weights. Those of other blocks are dropped at once.
-    """
-    import torch
-
-    attention = model.get_decoder().layers[block].self_attn
-    found: list[Any] = []
-    hook = attention.register_forward_hook(lambda module, args, output: found.append(output[1]))
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            model.get_decoder()(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
-    finally:
-        hook.remove()
-        model.set_attn_implementation(implementation)
-    weights = found[0][0, :, rows.start : rows.stop].float()  # (heads, rows, tokens)
-    return weights.mean(dim=(0, 1)).double().cpu().numpy()
+    def _count(self, meter: Meter, lengths: np.ndarray, positions: int) -> None:
+        """Add the cost of reading `lengths` tokens for the queries, with logits at `positions`; a prefix is read
+        once for all queries of an evaluation."""
+        config, counts = self.state.spec.config(), (self.queries >= 0).sum(axis=1)
+        again = np.repeat(self._prefix_lengths(), np.maximum(counts - 1, 0))
+        flops = forward_flops(config, lengths, positions) - forward_flops(config, again, 0)
+        meter.add(flops, tokens_forward=int(lengths.sum() - again.sum()))
 
 
 def read_in_context(answered: Artifact) -> np.ndarray:
