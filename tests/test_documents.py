@@ -122,7 +122,8 @@ def test_a_signal_a_method_and_a_metric_of_ones_own_run_as_shown(tmp_path: Path)
 
 
 def test_a_family_of_ones_own_takes_from_a_shipped_one_what_it_does_not_set(tmp_path: Path):
-    (yaml,) = re.findall(r"`conf/family/mine.yaml`:\n\n```yaml\n(.*?)```", (ROOT / "conf/README.md").read_text(), re.S)
+    readme = (ROOT / "conf/README.md").read_text()
+    (yaml,) = re.findall(r"`conf/family/mine.yaml`:\n\n```yaml\n(.*?)```", readme, re.S)
     (tmp_path / "family").mkdir()
     (tmp_path / "family/mine.yaml").write_text(yaml)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
