@@ -18,6 +18,7 @@ from conftest import ROOT, SMALL
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from support import any_pool
 
 import baselines
@@ -106,7 +107,7 @@ def test_the_picture_of_the_method_is_what_the_method_gives():
 def test_a_signal_a_method_and_a_metric_of_ones_own_run_as_shown(tmp_path: Path):
     readme = (ROOT / "conf/README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
-    (yaml,) = re.findall(r"```yaml\n(.*?)```", readme, re.S)
+    (yaml,) = re.findall(r"```yaml\n(_target_: mine.*?)```", readme, re.S)
     (line,) = re.findall(r"^staff (--config-dir conf method=highest .*)$", readme, re.M)
     (tmp_path / "conf/method").mkdir(parents=True)
     (tmp_path / "mine.py").write_text(code)
@@ -118,6 +119,18 @@ def test_a_signal_a_method_and_a_metric_of_ones_own_run_as_shown(tmp_path: Path)
     (record,) = tmp_path.glob("results/runs/*-highest-*/metrics.json")
     assert json.loads(record.read_text())["metrics"].keys() >= {"mine.Accuracy", "rougeL"}
     assert "entropy" in (record.parent / "coreset.csv").read_text().partition("\n")[0]
+
+
+def test_a_family_of_ones_own_takes_from_a_shipped_one_what_it_does_not_set(tmp_path: Path):
+    readme = (ROOT / "conf/README.md").read_text()
+    (yaml,) = re.findall(r"`conf/family/mine.yaml`:\n\n```yaml\n(.*?)```", readme, re.S)
+    (tmp_path / "family").mkdir()
+    (tmp_path / "family/mine.yaml").write_text(yaml)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides=["family=mine", f"hydra.searchpath=[file://{tmp_path}]"])
+    family, shipped = instantiate(config.family), OmegaConf.load(ROOT / "conf/family/qwen2_5.yaml")
+    assert (family.name, family.target.path, family.small.path) == ("mine", "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B")
+    assert family.prompt_format == shipped.prompt_format and family.small.dtype == shipped.target.dtype
 
 
 # ---------------------------------------------------------------- the README

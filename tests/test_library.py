@@ -30,7 +30,7 @@ from staff.runtime.files import original
 
 
 TINY = ROOT / "staff/assets/tiny"
-*_, OF_DATASET, OF_OBJECTS, OF_SCORES = re.findall(
+OF_DATASET, OF_OBJECTS, OF_SCORES, *_ = re.findall(
     r"```python\n(.*?)```", (ROOT / "staff/README.md").read_text(), re.S
 )
 ROWS = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(8)]
