@@ -61,17 +61,9 @@ def model_card(record: Mapping[str, Any], base: str, on_hub: bool, form: str, lo
         load: Python code that loads the model and its tokenizer.
     """
     config, about, task = record["config"], record["run"], record["config"]["task"]
-    metadata = {
-        **({"base_model": base} if on_hub else {}),
-        "library_name": "peft" if form == "adapter" else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["coreset", *(["lora"] if config["finetune"]["kind"] == "lora" else [])],
-    }
     metrics = {name: f"{value:.4g}" for name, value in record["metrics"].items() if value is not None}
-    template = "the columns of the data" if task.get("prompt") is None else f"`{json.dumps(task['prompt'])}`"
-    how = f"in the chat template of the tokenizer, on {config['family']['date']}"
     return f"""---
-{OmegaConf.to_yaml(metadata).strip()}
+{_metadata(config, base if on_hub else None, form)}
 ---
 
 # {base.rstrip("/").rsplit("/", 1)[-1]} fine-tuned on {record["counts"]["selected"]:,} samples of {task["name"]}
@@ -82,8 +74,7 @@ def model_card(record: Mapping[str, Any], base: str, on_hub: bool, form: str, lo
 {load.strip()}
 ```
 
-Prompts are made by {template} and read {how if config["family"]["prompt_format"] == "chat" else "as plain text"}. \
-The answers that were measured are greedy, of at most {task["max_new_tokens"]} tokens.
+{_prompts(config)} The answers that were measured are greedy, of at most {task["max_new_tokens"]} tokens.
 
 ## Metrics
 
@@ -101,6 +92,26 @@ On {record["counts"]["test"]:,} test samples of {task["name"]}:
 
 {_licence(record)} The base model has a licence of its own.
 """
+
+
+def _prompts(config: Mapping[str, Any]) -> str:
+    """How prompts are made and read, in a sentence."""
+    task, family = config["task"], config["family"]
+    template = "the columns of the data" if task.get("prompt") is None else f"`{json.dumps(task['prompt'])}`"
+    in_chat = f"in the chat template of the tokenizer, on {family['date']}"
+    how = in_chat if family["prompt_format"] == "chat" else "as plain text"
+    return f"Prompts are made by {template} and read {how}."
+
+
+def _metadata(config: Mapping[str, Any], base: str | None, form: str) -> str:
+    """The hub's metadata as YAML; `base` is the base model's name on the hub."""
+    metadata = {
+        **({} if base is None else {"base_model": base}),
+        "library_name": "peft" if form == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["coreset", *(["lora"] if config["finetune"]["kind"] == "lora" else [])],
+    }
+    return OmegaConf.to_yaml(metadata).strip()
 
 
 def _recipe(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from staff.data.samples import Sample
 from staff.data.splits import check_vocabulary, fitting
 from staff.data.task import Task
 from staff.data.tokens import Tokens, read_tokens
@@ -62,14 +63,21 @@ def dataset_pool(
     settings = finetune or FinetuneSettings(precision=family.target.dtype)
     task = Task("dataset", prompt, answer, metrics=(), max_new_tokens=1, data_dir="", id_field=id_field)
     samples = task.samples((f"row {i}", row) for i, row in enumerate(data))
+    whole = _read(samples, family, {**family.reading, **task.reading(samples)}, settings.max_length, kept)
+    return Pool({"pool": whole}, family, settings, kept, seed=0)
+
+
+def _read(
+    samples: Sequence[Sample], family: Family, reading: Mapping[str, Any], max_length: int, store: Store
+) -> Slice:
+    """The samples as both models read them, none of which may exceed the cut-off or a context window."""
     models = (family.small, family.target)
-    reading = {**family.reading, **task.reading(samples)}
-    for_small, for_target = (read_tokens(kept.get(Tokens(samples, m, reading))) for m in models)
+    for_small, for_target = (read_tokens(store.get(Tokens(samples, m, reading))) for m in models)
     for read, spec in zip((for_small, for_target), models, strict=True):
         check_vocabulary(read, spec)
     windows = {"small model": family.small.window(), "target": family.target.window()}
-    fitting([for_small, for_target], settings.max_length, "refuse", windows)
-    return Pool({"pool": Slice(for_small, for_target)}, family, settings, kept, seed=0)
+    fitting([for_small, for_target], max_length, "refuse", windows)
+    return Slice(for_small, for_target)
 
 
 def select(pool: ScorePool, method: SelectionMethod, pruning_rate: float, seed: int = 0) -> Coreset:

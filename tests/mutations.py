@@ -10,22 +10,15 @@ fail. The exit status is not zero if one does not.
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # as pytest does
 
-from support.mutating import Mutation, survives
+from support.mutating import Mutation, main
 
-ROOT = Path(__file__).resolve().parents[1]
-COPIED = (
-    *("staff", "baselines", "experiments", "hydra_plugins", "conf", "tests"),
-    *("pyproject.toml", "README.md"),
+KILLED_JOB = (
+    "test_sweep.py::test_a_job_that_is_killed_raises_or_exhausts_memory_fails_alone_and_says_why_in_one_line"
 )
 MUTATIONS = (
     # Killed at any moment
@@ -270,8 +263,7 @@ MUTATIONS = (
         place="experiments/sweep.py:sentence_of",
         old=" or _NO_MEMORY in str(error)",
         new="",
-        test="test_sweep.py::"
-        "test_a_job_that_is_killed_raises_or_exhausts_memory_fails_alone_and_says_why_in_one_line",
+        test=KILLED_JOB,
     ),
     Mutation(
         name="a dead worker ends the sweep",
@@ -284,16 +276,14 @@ MUTATIONS = (
         place="experiments/sweep.py:Sweep.on_job_end",
         old="job_return.return_value, job_return.status = None, JobStatus.COMPLETED",
         new="pass",
-        test="test_sweep.py::"
-        "test_a_job_that_is_killed_raises_or_exhausts_memory_fails_alone_and_says_why_in_one_line",
+        test=KILLED_JOB,
     ),
     Mutation(
         name="failure ends well",
         place="experiments/run.py:main",
         old="sys.exit(1 if failed else 0)",
         new="sys.exit(0)",
-        test="test_sweep.py::"
-        "test_a_job_that_is_killed_raises_or_exhausts_memory_fails_alone_and_says_why_in_one_line",
+        test=KILLED_JOB,
     ),
     Mutation(
         name="a damaged download",
@@ -340,30 +330,5 @@ MUTATIONS = (
 )
 
 
-def main() -> None:
-    began = time.monotonic() / 60
-    names = [mutation.name for mutation in MUTATIONS]
-    wanted = sys.argv[1:] or names
-    if part := re.fullmatch(r"(\d+)/(\d+)", wanted[0]):
-        wanted = names[int(part[1]) - 1 :: int(part[2])]
-    if unknown := set(wanted) - set(names):
-        sys.exit(f"no mutation is called {', '.join(sorted(unknown))}")
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        for part in COPIED:
-            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-            copy(ROOT / part, tree / part)
-        bad = 0
-        for mutation in MUTATIONS:
-            if mutation.name in wanted:
-                found = survives(mutation, tree)
-                bad += found != "noticed"
-                print(f"{found:14} {mutation.name:36} {mutation.test}", flush=True)
-    spent = os.times()
-    processor = (spent.children_user + spent.children_system) / 60
-    print(f"{len(wanted)} mutations: {time.monotonic() / 60 - began:.0f} minutes, {processor:.0f} of a processor")
-    sys.exit(f"{bad} not noticed" if bad else 0)
-
-
 if __name__ == "__main__":
-    main()
+    main(MUTATIONS)

@@ -28,7 +28,6 @@ from staff import ArrayPool
 from staff.errors import UserError
 from staff.selection import Coreset, SelectionMethod
 from staff.signals.effort import Effort
-from staff.store.stage import identity
 
 VECTORS = {method: vectors(method) for method in ("ccs", "d2")}  # of the authors' code
 
@@ -92,20 +91,6 @@ def test_a_schedule_that_breaks_the_budget_in_any_epoch_is_refused_and_no_twin_o
         select(RandomMatched(RS2(2)), DrawnPool(20), 5)
     with pytest.raises(UserError, match=r"method.epochs=0 must be a whole number of at least 1"):
         RS2(0)
-
-
-@dataclass(frozen=True)
-class Twin:
-    """A method with a method among its fields."""
-
-    reference: SelectionMethod
-
-
-def test_a_method_is_known_by_its_fields_and_the_methods_among_them():
-    methods = (Twin(Random()), Twin(EL2N()), Twin(EL2N("official")), Random(), EL2N())
-    known = [identity(method) for method in methods]
-    assert all(a != b for i, a in enumerate(known) for b in known[:i])
-    assert identity(Twin(Random())) == known[0]
 
 
 @pytest.mark.parametrize(("method", "signal"), [(EL2N(), "el2n"), (GraNd(), Effort("all_lora"))])

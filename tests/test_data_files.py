@@ -161,11 +161,7 @@ def test_a_folder_with_curious_signs_in_its_name_is_read(tmp_path: Path, name: s
 @pytest.mark.parametrize(
     ("files", "settings", "sentence"),
     [
-        (
-            (),
-            {},
-            r"/train.jsonl does not exist: task.data_dir must be a folder with train.jsonl \(or",
-        ),
+        ((), {}, r"/train.jsonl does not exist: task.data_dir must be a folder with train.jsonl \(or"),
         ((), {"train_file": "a.csv"}, r"/a.csv does not exist: task.data_dir must be a folder with a.csv"),
         (
             (),
@@ -174,11 +170,7 @@ def test_a_folder_with_curious_signs_in_its_name_is_read(tmp_path: Path, name: s
         ),
         (("train.csv", "train.jsonl"), {}, r"holds train.csv and train.jsonl: choose by task.train_file"),
         (("train.txt",), {}, r"train.jsonl does not exist"),
-        (
-            ("a.txt",),
-            {"train_file": "a.txt"},
-            r"a.txt: the format is not known by its name: choose .jsonl",
-        ),
+        (("a.txt",), {"train_file": "a.txt"}, r"a.txt: the format is not known by its name: choose .jsonl"),
         ((), {"train_file": "https://x.org/a.csv"}, r"train_file=https://x.org/a.csv is an address: download the"),
         ((), {"train_file": []}, r"task.train_file=\[\] must be a path, a glob or a list"),
         ((), {"train_file": 3}, r"task.train_file=3 must be a path, a glob or a list"),
@@ -214,67 +206,27 @@ def test_a_file_for_a_folder_a_split_that_is_not_there_and_no_data_are_refused(t
     ("name", "content", "sentence"),
     [
         ("train.json", b'[{"question": "a"}, 3]', r"train.json, row 1: no field 'answer'"),
-        (
-            "train.json",
-            lines(ROWS[:1]) + b"3",
-            r"train.json, line 2: a int, not an object; each line must",
-        ),
+        ("train.json", lines(ROWS[:1]) + b"3", r"train.json, line 2: a int, not an object; each line must"),
         ("train.json", b"[3]", r"train.json, row 1: a int, not an object; the array must hold {...}"),
-        (
-            "train.json",
-            b'[{"question": "a",}]',
-            r"train.json: not JSON \(.*\); the file must be an array",
-        ),
+        ("train.json", b'[{"question": "a",}]', r"train.json: not JSON \(.*\); the file must be an array"),
         ("train.json", b'{"a":\n 1]}', r"train.json: not JSON \(Expecting ',' delimiter, line 2, column \d"),
-        (
-            "train.json",
-            b'{"question": ["a"], "answer": ["b"]}',
-            r"train.json: an object of 2 lists, not rows",
-        ),
-        (
-            "train.jsonl",
-            gzip.compress(lines(), mtime=0),
-            r"train.jsonl: the content is that of a .gz file",
-        ),
+        ("train.json", b'{"question": ["a"], "answer": ["b"]}', r"train.json: an object of 2 lists, not rows"),
+        ("train.jsonl", gzip.compress(lines(), mtime=0), r"train.jsonl: the content is that of a .gz file"),
         ("train.csv", b"PAR1", r"train.csv: the content is that of a .parquet file"),
-        (
-            "train.parquet",
-            b"version https://git-lfs.github.com/spec/v1\noid",
-            r"a pointer of Git LFS",
-        ),
+        ("train.parquet", b"version https://git-lfs.github.com/spec/v1\noid", r"a pointer of Git LFS"),
         ("train.jsonl.zip", b"PK", r"train.jsonl does not exist, and train.jsonl.zip is of no format that is read"),
         ("train.csv", b"question,answer\na,b\nc,\n", r"train.csv, row 2: the answer is empty"),
-        (
-            "train.csv",
-            b"question,answer\na,b,c\n",
-            r"train.csv, row 1: 3 values, but the header names 2 column",
-        ),
-        (
-            "train.csv",
-            b"question,answer\na,b\nc,d,e\n",
-            r"train.csv, row 2: 3 values, but the header names 2",
-        ),
+        ("train.csv", b"question,answer\na,b,c\n", r"train.csv, row 1: 3 values, but the header names 2 column"),
+        ("train.csv", b"question,answer\na,b\nc,d,e\n", r"train.csv, row 2: 3 values, but the header names 2"),
         ("train.csv", b"question,answer,answer\na,b,c\n", r"train.csv: the column 'answer' comes twice; rename"),
         ("train.csv", b"question, answer\na,b\n", r"no field 'answer' .*; it has ' answer', question"),
         ("train.csv", b"question,answer\n", r"the train split is empty"),
         ("train.csv", b"", r"the train split is empty"),
         ("train.csv", b'question,answer\n"a,b\nc,d\n', r"train.csv, near line 3: a stray quote \(unexpected end"),
-        (
-            "train.tsv",
-            b'question\tanswer\n"a\tb\n"c\td\n',
-            r"train.tsv, near line 3: a stray quote",
-        ),
-        (
-            "train.csv",
-            "question,answer\né,b\n".encode("latin-1"),
-            r"train.csv: not UTF-8; convert",
-        ),
+        ("train.tsv", b'question\tanswer\n"a\tb\n"c\td\n', r"train.tsv, near line 3: a stray quote"),
+        ("train.csv", "question,answer\né,b\n".encode("latin-1"), r"train.csv: not UTF-8; convert"),
         ("train.parquet", b"PAR1 and no more", r"train.parquet: cannot be read as Parquet \(ArrowInvalid: "),
-        (
-            "train.jsonl.gz",
-            b"no gzip",
-            r"train.jsonl.gz: cannot be read as JSON Lines \(OSError: zlib",
-        ),
+        ("train.jsonl.gz", b"no gzip", r"train.jsonl.gz: cannot be read as JSON Lines \(OSError: zlib"),
         (
             "train.jsonl.gz",
             gzip.compress(lines(), mtime=0)[:-20],

@@ -33,7 +33,7 @@ def tiny_model(architecture: str = "llama", *, trained: bool = False, **lora: An
     return adapted(random_model(architecture), std=0.2 if trained else 0, **{"lora_alpha": 6, **lora})
 
 
-def padded_batch() -> tuple[Tensor, Tensor, Tensor]:
+def padded_batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     longest = max(p + a for p, a in LENGTHS)
     input_ids = torch.randint(1, 61, (len(LENGTHS), longest), generator=generator)
@@ -41,14 +41,13 @@ def padded_batch() -> tuple[Tensor, Tensor, Tensor]:
     for row, (prompt, answer) in enumerate(LENGTHS):
         input_ids[row, prompt + answer :] = 0
         labels[row, :prompt] = labels[row, prompt + answer :] = -100
-    mask = torch.tensor([[1] * (p + a) + [0] * (longest - p - a) for p, a in LENGTHS])
-    return input_ids, mask, labels
+    return input_ids, labels
 
 
-def per_sample_gradient_norms(model: Any, ids: Tensor, mask: Tensor | None, labels: Tensor, which: str) -> Tensor:
+def per_sample_gradient_norms(model: Any, ids: Tensor, labels: Tensor, which: str) -> Tensor:
     """Norms of the gradient by all of these parameters together: (B,)."""
     with scoring_mode(model):
-        gradients = batch_gradients(model, gradient_layers(model, which), ids, mask, labels)
+        gradients = batch_gradients(model, gradient_layers(model, which), ids, labels)
     return gradients.reduce(SquaredNorm()).sqrt()
 
 
@@ -58,8 +57,8 @@ def one_at_a_time(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for weight in weights.values():
         weight.requires_grad_()
     rows = []
-    for input_ids, mask, labels in zip(*padded_batch(), strict=True):
-        n = int(mask.sum())
+    for lengths, input_ids, labels in zip(LENGTHS, *padded_batch(), strict=True):
+        n = sum(lengths)
         loss = model(input_ids=input_ids[None, :n], labels=labels[None, :n]).loss
         rows.append([g.norm() for g in torch.autograd.grad(loss, list(weights.values()))])
     return {name: torch.stack(column) for name, column in zip(weights, zip(*rows, strict=True), strict=True)}
@@ -106,12 +105,12 @@ def test_double_precision_agrees_far_below_single() -> None:
 def test_any_linear_layer_is_exact_with_bias_and_in_gram_form() -> None:
     model = random_model("qwen2")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    input_ids, mask, labels = padded_batch()
+    input_ids, labels = padded_batch()
     length = input_ids.shape[1]
     gram_is_cheaper = {length * (a.in_features + a.out_features) < a.weight.numel() for a in layers.values()}
     assert gram_is_cheaper == {True, False}  # both forms are used
     expected = one_at_a_time(model, weights_of(layers))
-    norms = layer_gradient_norms(model, layers, input_ids, mask, labels)
+    norms = layer_gradient_norms(model, layers, input_ids, labels)
     for name in layers:
         bias = expected.get(f"{name}.bias", torch.zeros(len(labels)))
         assert_same(norms[name], torch.hypot(expected[f"{name}.weight"], bias), name)
@@ -149,13 +148,11 @@ def test_adapters_injected_without_a_peft_wrapper_are_found() -> None:
 
 
 @pytest.mark.parametrize("gradient", ["last_v_b", "all_lora"])
-def test_padding_and_its_mask_change_nothing(gradient: str) -> None:
+def test_padding_changes_nothing(gradient: str) -> None:
     model = tiny_model(trained=True)
-    input_ids, mask, labels = padded_batch()
-    norms = per_sample_gradient_norms(model, input_ids, None, labels, gradient)
-    masked = per_sample_gradient_norms(model, input_ids, mask, labels, gradient)
-    torch.testing.assert_close(norms, masked, rtol=1e-5, atol=0)
-    wider = nn.functional.pad(input_ids, (0, 9), value=5), None, nn.functional.pad(labels, (0, 9), value=-100)
+    input_ids, labels = padded_batch()
+    norms = per_sample_gradient_norms(model, input_ids, labels, gradient)
+    wider = nn.functional.pad(input_ids, (0, 9), value=5), nn.functional.pad(labels, (0, 9), value=-100)
     torch.testing.assert_close(norms, per_sample_gradient_norms(model, *wider, gradient), rtol=1e-5, atol=0)
 
 
@@ -180,10 +177,10 @@ def test_a_reducer_of_ones_own_is_given_the_gradients_of_each_sample_by_the_para
     model = tiny_model(trained=True)
     weights = gradient_parameters(model, parameters)
     assert list(weights) == [f"{name}.weight" for name in gradient_layers(model, parameters)]
-    input_ids, mask, labels = padded_batch()
-    together = batch_gradients(model, gradient_layers(model, parameters), input_ids, mask, labels)
+    input_ids, labels = padded_batch()
+    together = batch_gradients(model, gradient_layers(model, parameters), input_ids, labels)
     alone = []
-    for row, length in enumerate(mask.sum(1).tolist()):
+    for row, length in enumerate(map(sum, LENGTHS)):
         loss = model(input_ids=input_ids[row, None, :length], labels=labels[row, None, :length]).loss
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         alone.append(SampleGradients(gradients).reduce(Projected()))

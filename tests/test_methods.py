@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ from support.tiny import method_named as preset_named
 from support.tiny import planted_pool, tiny_pool
 
 from baselines.data_whisperer import DataWhisperer
+from baselines.el2n import EL2N
 from baselines.k_center import KCenter
 from baselines.less import LESS
+from baselines.random import Random
 from baselines.s2l import S2L
 from staff.errors import UserError
 from staff.evaluation.in_context import AnswersInContext
 from staff.evaluation.metrics import named_metric
 from staff.pool import Select
 from staff.selection import Coreset, SelectionMethod
+from staff.store.stage import identity
 
 # ---------------------------------------------------------------- every method, found by its file in conf/method
 
@@ -179,6 +182,20 @@ def test_the_table_of_methods_names_every_preset():
     told = (CONF.parent / "baselines" / "README.md").read_text()
     for preset in (CONF / "method").glob("*.yaml"):
         assert f"`{preset.stem.removesuffix('_official')}`" in told
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A method with a method among its fields."""
+
+    reference: SelectionMethod
+
+
+def test_a_method_is_known_by_its_fields_and_the_methods_among_them():
+    methods = (Twin(Random()), Twin(EL2N()), Twin(EL2N("official")), Random(), EL2N())
+    known = [identity(method) for method in methods]
+    assert all(a != b for i, a in enumerate(known) for b in known[:i])
+    assert identity(Twin(Random())) == known[0]
 
 
 # ---------------------------------------------------------------- on the embedded models (all: stress/)

@@ -110,9 +110,9 @@ def test_scorer_and_trainer_see_the_same_token_ids_and_labels(run, monkeypatch):
         trained.update(rows(inputs["input_ids"], inputs["labels"]))
         return training_step(self, model, inputs, *args, **kwargs)
 
-    def spy_on_scorer(model, layers, input_ids, mask, labels, *rest):
+    def spy_on_scorer(model, layers, input_ids, labels, *rest):
         scored.update(rows(input_ids, labels))
-        return gradients(model, layers, input_ids, mask, labels, *rest)
+        return gradients(model, layers, input_ids, labels, *rest)
 
     monkeypatch.setattr(Trainer, "training_step", spy_on_trainer)
     monkeypatch.setattr(staff.scoring.passes, "batch_gradients", spy_on_scorer)

@@ -91,7 +91,7 @@ class Case:
     def of_layers(self) -> np.ndarray:
         squares = []
         for batch in self.batches:
-            norms = layer_gradient_norms(self.model, self.layers, batch.ids, None, batch.labels)
+            norms = layer_gradient_norms(self.model, self.layers, batch.ids, batch.labels)
             squares.append(torch.stack(list(norms.values())).square().sum(0))
         return torch.cat(squares).sqrt().numpy()
 

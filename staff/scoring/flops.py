@@ -46,12 +46,16 @@ def scoring_flops(
         one_at_a_time: the pass runs in full on single samples. The backward pass for "last_v_b" is then counted as
             that of one whole block, since the shapes of its parts are not known.
     """
-    config = model.config.get_text_config()
-    tokens, gradient = int(lengths.sum()), gradient_of(signals)
     own = sum(signal.flops(model, lengths, answer_lengths) for signal in signals)
     if one_at_a_time:
-        adapters = 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
-        return _in_full(config, lengths, gradient) + adapters * (1 if gradient is None else 3) + own
+        return _in_full(model, lengths, gradient_of(signals)) + own
+    return _in_batches(model, lengths, answer_lengths, signals) + own
+
+
+def _in_batches(model: Any, lengths: np.ndarray, answer_lengths: np.ndarray, signals: Sequence[Signal]) -> float:
+    """FLOPs of passes whose last block runs only at the positions that are read."""
+    config = model.config.get_text_config()
+    tokens, gradient = int(lengths.sum()), gradient_of(signals)
     reads = {signal.reads for signal in signals}
     read = lengths if "tokens" in reads else answer_lengths + (len(reads) == 2)
     at, pairs = int(read.sum()), int(np.square(lengths).sum())
@@ -65,17 +69,17 @@ def scoring_flops(
     forward -= 2 * hidden * width * (tokens - at_queries) + 4 * width * (pairs - read_pairs)
     forward += 2 * (tokens * adapters.others + at_queries * adapters.last_queries + at * adapters.last)
     if gradient is None:
-        return forward + own
+        return forward
     if gradient.parameters == "last_v_b":
         head = 2 * hidden * config.vocab_size
-        return forward + at * (after_attention + head + 2 * adapters.last) + 2 * width * read_pairs + own
+        return forward + at * (after_attention + head + 2 * adapters.last) + 2 * width * read_pairs
     first_queries = at_queries if config.num_hidden_layers == 1 else tokens
     backward = forward + 4 * width * ((config.num_hidden_layers - 1) * pairs + read_pairs)
     backward -= 2 * (first_queries * adapters.first_a_queries + tokens * adapters.first_a_others)
     if not (gradient.parameters == "all_linear" and _is_tied(model)):
         keys_and_values = _inputs_width(config) - width
         backward -= 2 * hidden * (first_queries * width + tokens * keys_and_values)
-    return forward + backward + own
+    return forward + backward
 
 
 def _narrows(config: Any) -> bool:
@@ -139,17 +143,19 @@ class _Adapters:
         return found
 
 
-def _in_full(config: Any, lengths: np.ndarray, gradient: GradientOf | None) -> float:
-    """FLOPs of whole passes over single samples, without adapters."""
+def _in_full(model: Any, lengths: np.ndarray, gradient: GradientOf | None) -> float:
+    """FLOPs of whole passes over single samples."""
+    config, tokens = model.config.get_text_config(), int(lengths.sum())
+    adapters = 2 * tokens * sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     forward = forward_flops(config, lengths)
     if gradient is None:
-        return forward
+        return forward + adapters
     _, _, per_pair = block_flops(config)
     attention = per_pair * int(np.square(lengths).sum())
     if gradient.parameters != "last_v_b":
-        return forward + forward + attention
-    head = 2 * config.hidden_size * config.vocab_size * int(lengths.sum())
-    return forward + head + (forward - head + attention) / config.num_hidden_layers
+        return forward + forward + attention + 3 * adapters
+    head = 2 * config.hidden_size * config.vocab_size * tokens
+    return forward + head + (forward - head + attention) / config.num_hidden_layers + 3 * adapters
 
 
 def contraction_flops(model: Any, lengths: np.ndarray, answer_lengths: np.ndarray, parameters: str) -> float:

@@ -117,11 +117,23 @@ Gradients = BatchGradients | SampleGradients
 
 @dataclass
 class _Captured:
-    """A forward hook that keeps the inputs and outputs of layers, in the order in which they run."""
+    """Inputs and outputs of layers, in the order in which they run, kept by a forward hook."""
 
     model: Any
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
     outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def run(self, input_ids: Tensor, layers: Mapping[str, nn.Module]) -> Tensor:
+        """The logits (S, V) of the model, whose layers (by name) are captured."""
+        with ExitStack() as stack:
+            for layer in layers.values():
+                stack.enter_context(layer.register_forward_hook(self))
+            logits = self.model(input_ids=input_ids, use_cache=False).logits.squeeze(0)
+        if unused := [name for name, layer in layers.items() if layer not in self.outputs]:
+            raise UserError(
+                f"{model_name(self.model)} does not use {unused[0]} (a merged or inactive adapter?): activate it."
+            )
+        return logits
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if layer in self.outputs:
@@ -137,7 +149,6 @@ def batch_gradients(
     model: Any,
     layers: Mapping[str, nn.Linear],
     input_ids: Tensor,
-    attention_mask: Tensor | None,
     labels: Tensor,
     at: Positions | None = None,
     observe: Callable[[Tensor], None] | None = None,
@@ -147,8 +158,7 @@ def batch_gradients(
     Args:
         model: a causal LM of `staff.scoring.positions.ARCHITECTURES`, also as a PeftModel, in `scoring_mode`.
         layers: by name, as from `gradient_layers`.
-        input_ids: (B, T), padded on the right.
-        attention_mask: (B, T); None is enough, since a causal mask hides padding on the right from all labels.
+        input_ids: (B, T), padded on the right, where a causal mask hides padding from all labels.
         labels: (B, T), unshifted, -100 where there is no label.
         at: positions whose logits are computed; by default those that predict labels.
         observe: called with the logits (S, V) at these positions. Without it their memory is used for gradients.
@@ -164,35 +174,26 @@ def batch_gradients(
     at = at or predictions
     embedding = model.get_input_embeddings()
     tied = any(layer.weight is embedding.weight for layer in layers.values())
-    captured = _Captured(model)
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(last_block_at(model, at))
-        for layer in (*layers.values(), *([embedding] if tied else [])):
-            stack.enter_context(layer.register_forward_hook(captured))
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.squeeze(0)
-        if unused := [name for name, layer in layers.items() if layer not in captured.outputs]:
-            raise UserError(
-                f"{model_name(model)} does not use {unused[0]} (a merged or inactive adapter?): activate it."
-            )
+    with torch.enable_grad(), last_block_at(model, at):
+        captured = _Captured(model)
+        logits = captured.run(input_ids, {**layers, **({"the embedding": embedding} if tied else {})})
         wanted = predictions.out_of(at, logits)
         values = wanted.detach()
         if observe is not None:
             observe(logits.detach())
             values = values.clone()  # slopes replace them
-        slopes = to_slopes(values, predictions)
-        outputs = captured.outputs
-        gradients = dict(zip(outputs, torch.autograd.grad(wanted, list(outputs.values()), slopes), strict=True))
+        found = torch.autograd.grad(wanted, list(captured.outputs.values()), to_slopes(values, predictions))
     names: dict[nn.Module, str] = {layer: name for name, layer in layers.items()}
+    gradients = dict(zip(captured.outputs, found, strict=True))
     return BatchGradients(names, captured.inputs, gradients, at, input_ids, embedding if tied else None)
 
 
 def layer_gradient_norms(
-    model: Any, layers: Mapping[str, nn.Linear], input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+    model: Any, layers: Mapping[str, nn.Linear], input_ids: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
     """Norms of each sample's gradient with respect to linear layers (weight and bias), by name: (B,)."""
     with scoring_mode(model):
-        gradients = batch_gradients(model, layers, input_ids, attention_mask, labels)
+        gradients = batch_gradients(model, layers, input_ids, labels)
     return {gradient.name: SquaredNorm().of_layer(gradient).sqrt() for gradient in gradients}
 
 
@@ -205,16 +206,11 @@ def squared_weight_gradient_norms(x: Tensor, g: Tensor, bias: bool) -> Tensor:
     """
     x, g = widened(x), widened(g)
     (length, wide), tall = x.shape[1:], g.shape[2]
-    if gram_is_cheaper(length, wide, tall):
+    if length * (wide + tall) < wide * tall:  # two Gram matrices cost less than the gradient
         squared = ((x @ x.mT) * (g @ g.mT)).sum((1, 2)).clamp_min(0)
     else:
         squared = (g.mT @ x).square().sum((1, 2))
     return squared + g.sum(1).square().sum(1) if bias else squared
-
-
-def gram_is_cheaper(length: int, wide: int, tall: int) -> bool:
-    """Whether two Gram matrices (length x length) cost less than the gradient (tall x wide)."""
-    return length * (wide + tall) < wide * tall
 
 
 def _squared_tied_norms(own: Tensor, x: Tensor, g: Tensor, input_ids: Tensor, e: Tensor) -> Tensor:

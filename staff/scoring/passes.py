@@ -233,11 +233,11 @@ def _run_batch(
     def observe(logits: Tensor) -> None:
         this.logits = logits
 
-    # No attention mask: padding is on the right of all labels, so a causal model does not attend to it.
+    # No attention mask: padding is on the right of all labels, and a causal mask hides it from them.
     with hidden_states(model, {signal.layer for signal in signals}, at, this.states):
         if layers:
             observed = observe if logits_read else None
-            this.gradients = batch_gradients(model, layers, input_ids, None, labels, at, observed)
+            this.gradients = batch_gradients(model, layers, input_ids, labels, at, observed)
         else:
             with torch.no_grad(), last_block_at(model, at):
                 if logits_read:

@@ -1,13 +1,24 @@
-"""A change to one function of the source, and whether a test notices it."""
+"""Changes to single functions of the source, and whether a test notices each."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = (
+    *("staff", "baselines", "experiments", "hydra_plugins", "conf", "tests"),
+    *("pyproject.toml", "README.md"),
+)
 
 
 @dataclass(frozen=True)
@@ -89,3 +100,29 @@ def survives(mutation: Mutation, tree: Path) -> str:
         return "SURVIVES" if passes(tree, mutation.test) else "noticed"
     finally:
         file.write_text(source, "utf-8")
+
+
+def main(mutations: Sequence[Mutation]) -> None:
+    """Try the mutations that the command line names, or all, in a copy of the tree."""
+    began = time.monotonic() / 60
+    names = [mutation.name for mutation in mutations]
+    wanted = sys.argv[1:] or names
+    if part := re.fullmatch(r"(\d+)/(\d+)", wanted[0]):
+        wanted = names[int(part[1]) - 1 :: int(part[2])]
+    if unknown := set(wanted) - set(names):
+        sys.exit(f"no mutation is called {', '.join(sorted(unknown))}")
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for part in COPIED:
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            copy(ROOT / part, tree / part)
+        bad = 0
+        for mutation in mutations:
+            if mutation.name in wanted:
+                found = survives(mutation, tree)
+                bad += found != "noticed"
+                print(f"{found:14} {mutation.name:36} {mutation.test}", flush=True)
+    spent = os.times()
+    processor = (spent.children_user + spent.children_system) / 60
+    print(f"{len(wanted)} mutations: {time.monotonic() / 60 - began:.0f} minutes, {processor:.0f} of a processor")
+    sys.exit(f"{bad} not noticed" if bad else 0)
