@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import CONF, FAMILIES, config_of, method_named, tiny_pool, told_and_peak
+from hydra.utils import instantiate
+from support.tiny import CONF, FAMILIES, composed, config_of, method_named, tiny_pool, told_and_peak
 
+from staff.errors import UserError
 from staff.models.spec import ModelSpec
 from staff.pool import Pool, Select
 from staff.selection import Coreset, budget_of
@@ -87,6 +92,7 @@ ASKS = {
 NEED_A_FILE = {"precomputed", "imported", "oracle"}  # or a planted task
 GENERATE = {"data_whisperer"}  # answers whose lengths no plan knows, and whose prompts need short samples
 SIZE, PRUNING_RATE = 40, 0.75
+TASKS = ("dialogsum", "gsm8k")
 
 
 class EstimatingStore(Store):
@@ -96,14 +102,28 @@ class EstimatingStore(Store):
         stage.estimate(folder, meter, *inputs)
 
 
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    return tiny_pool(tmp_path_factory.mktemp("store"), SIZE)
+def small_gsm8k(folder: Path) -> list[str]:
+    """Overrides for word problems as GSM8K has them, with solutions of one to three steps."""
+    rows = []
+    for i in range(2 * SIZE):
+        a, b, steps = i % 9 + 2, i % 7 + 3, i % 3 + 1
+        solution = [f"Day {k} has {a} * {b} = <<{a}*{b}={a * b}>>{a * b} apples." for k in range(1, steps + 1)]
+        question = f"Child {i} picks {a} baskets of {b} apples on each of {steps} days. How many apples is that?"
+        rows.append({"question": question, "answer": "\n".join([*solution, f"#### {a * b * steps}"])})
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["task=gsm8k", f"task.data_dir={folder}"]
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def pool(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    task = small_gsm8k(tmp_path_factory.mktemp("data")) if request.param == "gsm8k" else []
+    return tiny_pool(tmp_path_factory.mktemp("store"), SIZE, task=task)
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    return tiny_pool(EstimatingStore(tmp_path_factory.mktemp("plan")), SIZE)
+def planned(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    return replace(pool, store=EstimatingStore(tmp_path_factory.mktemp("plan")))
 
 
 def carried_out(name: str, pool: Pool) -> tuple[Artifact, dict[str, float]]:
@@ -154,6 +174,30 @@ def test_every_method_selects_its_budget_is_charged_for_what_it_asks_and_costs_w
         assert plan[label] == pytest.approx(flops[label], rel=1e-6), label
 
 
+@pytest.mark.parametrize("shown", [1, 5])
+def test_data_whisperer_runs_where_its_demonstrations_fit_and_says_how_many_do_where_not(pool: Pool, shown: int):
+    method: Any = replace(method_named("data_whisperer"), demonstrations=shown, rounds=1)  # type: ignore[type-var]
+    dialogues = pool.slices["pool"].target.lengths.max() > 200
+    said = r"^5 demonstrations, .* positions, for 1 demonstration of any length: set method.demonstrations=1\."
+    with pytest.raises(UserError, match=said) if dialogues and shown > 1 else nullcontext():
+        chosen = pool.store.get(Select(method, pool, 10))
+        assert len(Coreset.load(chosen.path).indices) == 10
+
+
+def test_methods_that_read_a_file_select_what_it_says_and_the_oracle_knows_planted_pools_alone(
+    pool: Pool, tmp_path: Path
+):
+    scores, ids = tmp_path / "scores.json", tmp_path / "ids.json"
+    scores.write_text(json.dumps({sample: float(i) for i, sample in enumerate(pool.ids)}))
+    ids.write_text(json.dumps(list(pool.ids[:10])))
+    for name, file, expected in (("imported", scores, range(30, 40)), ("precomputed", ids, range(10))):
+        method = instantiate(composed(f"method={name}", f"method.path={file}").method)
+        assert list(Coreset.load(pool.store.get(Select(method, pool, 10)).path).indices) == list(expected)
+    with pytest.raises(Exception, match=r"method=oracle knows planted pools alone") as raised:
+        method_named("oracle")
+    assert isinstance(raised.value.__cause__, UserError)
+
+
 # ---------------------------------------------------------------- families
 
 
@@ -185,8 +229,6 @@ def test_every_family_runs_with_every_kind_of_method(run: Any, models: Path, fam
 def test_a_gradient_that_a_family_does_not_have_is_refused_before_anything_is_fine_tuned(
     run: Any, models: Path, tmp_path: Path, family: str
 ):
-    from staff.errors import UserError
-
     folder = models / family
     if not folder.exists():
         save_model(family, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -130,10 +131,12 @@ def method_named(name: str) -> SelectionMethod:
     return instantiate(composed(f"method={name}").method, _convert_="all")
 
 
-def tiny_pool(store: Path | Store, size: int = 40, dev: bool = True, seed: int = 0) -> Pool:
-    """The shortest dialogues of the embedded excerpt, in two groups; the longest six of them are the validation
-    slice. Models are fine-tuned for two epochs."""
-    cfg = composed("finetune.epochs=2", "finetune.small_epochs=2")
+def tiny_pool(
+    store: Path | Store, size: int = 40, dev: bool = True, seed: int = 0, task: Sequence[str] = ()
+) -> Pool:
+    """The shortest dialogues of the embedded excerpt, or the shortest samples of the `task` set, in two groups; the
+    longest six of them are the validation slice. Models are fine-tuned for two epochs."""
+    cfg = composed("finetune.epochs=2", "finetune.small_epochs=2", *task)
     family, settings, task = (instantiate(cfg[part], _convert_="all") for part in ("family", "finetune", "task"))
     rows = sorted(task.load("train"), key=lambda sample: len(sample.prompt))[: size + DEV_SIZE]
     small, target = (tokenize(rows, spec.tokenizer()) for spec in (family.small, family.target))
