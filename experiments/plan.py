@@ -1,13 +1,15 @@
-"""The cost of a sweep, estimated before it runs: `staff-plan OVERRIDES --gpu h100`.
+"""Estimate the cost of a sweep before it runs: `staff-plan OVERRIDES --gpu h100`.
 
-The overrides are those of the sweep. Its runs are carried out as a dry run, on a store in which every stage is
-estimated from shapes instead of run. No weights are loaded, and a stage that runs share is counted once.
+The overrides are those of the sweep. Every stage is estimated from the models' shapes: no weights are loaded, and a
+stage that runs share is counted once. Without --gpu or --calibrate, the plan has FLOPs but no hours.
 
-Scores are placeholders, so two things are not exact, and marked `~`: STAFF's verification is counted at its most,
-K b_v samples, and a coreset that scores choose as one of average samples. Answers, marked `~` too, are counted at
-full length. Seconds come from a GPU's peak and the utilisation measured there by kind of stage and size of model
-(`experiments.sizes`), or, with --calibrate, from the stages themselves on a few samples on this machine. What was
-not measured is said to be assumed. Ranking (such as the neighbours of D2) is not in them.
+Seconds come from the GPU's peak and the fraction of it that was measured for this kind of stage and size of model
+(experiments/speeds.json), or, with --calibrate, from a few samples on this machine. Stages that were not measured
+are listed after `assumed:`.
+
+`~` marks rough estimates. Scores are not known in advance, so STAFF's verification is counted at its maximum, K b_v
+samples, and a coreset chosen by scores as one of average samples. Answers are counted at full length. The time of
+the selection itself, such as the neighbours of D2, is not included.
 """
 
 from __future__ import annotations
@@ -161,17 +163,19 @@ def report(
 
 @pipeable
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="staff-plan", description=__doc__)
-    parser.add_argument("overrides", nargs="*", help="as for the sweep itself")
-    parser.add_argument("--gpu", choices=GPUS, help="hours on this GPU; cpu: on one core")
-    parser.add_argument("--gpus", type=int, default=1, help="so many of them, a run on each (default: 1)")
-    parser.add_argument("--calibrate", action="store_true", help="hours on this machine, measured on a few samples")
-    parser.add_argument(
-        "--effect", type=float, help="seeds that find a difference of this size, by variances measured before"
+    parser = argparse.ArgumentParser(
+        prog="staff-plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--measured", type=Path, help="recorded runs for --effect (default: results_dir)")
-    parser.add_argument("--config-dir", help="a folder with configuration of your own, as for staff")
-    parser.add_argument("-m", "--multirun", action="store_true", help="changes nothing: as in the sweep's command")
+    parser.add_argument("overrides", nargs="*", help="overrides of the sweep, as for staff")
+    parser.add_argument("--gpu", choices=GPUS, help="print hours on this device; cpu: one core")
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs, with a run on each (default: 1)")
+    parser.add_argument("--calibrate", action="store_true", help="print hours on this machine, by a few samples")
+    parser.add_argument(
+        "--effect", type=float, help="print the number of seeds that detect a difference of this size"
+    )
+    parser.add_argument("--measured", type=Path, help="results with variances for --effect (default: results_dir)")
+    parser.add_argument("--config-dir", help="folder with your own configuration, as for staff")
+    parser.add_argument("-m", "--multirun", action="store_true", help="no effect: allows pasting a sweep's command")
     asked = parser.parse_intermixed_args()
     if asked.gpus < 1:
         sys.exit(f"plan: --gpus={asked.gpus} must be at least 1.")
