@@ -103,7 +103,7 @@ def table(stages: Sequence[PlannedStage], seconds: Sequence[float]) -> pd.DataFr
         {
             "stage": [re.sub(r"\b\d+ (?=samples|test)", "N ", stage.label) for stage in stages],
             "stages": 1,
-            "made": [int(stage.made) for stage in stages],
+            "stored": [int(stage.made) for stage in stages],
             "FLOPs": [0.0 if stage.made else stage.cost.flops for stage in stages],
             "hours": [0.0 if stage.made else time / 3600 for stage, time in zip(stages, seconds, strict=True)],
             "exact": [stage.exact for stage in stages],
@@ -111,13 +111,13 @@ def table(stages: Sequence[PlannedStage], seconds: Sequence[float]) -> pd.DataFr
     )
     sums: Any = {
         "stages": "sum",
-        "made": "sum",
+        "stored": "sum",
         "FLOPs": "sum",
         "hours": lambda h: h.sum(skipna=False),
         "exact": "all",
     }
     return pd.concat(
-        [rows.groupby("stage", sort=False).agg(sums), rows.assign(stage="together").groupby("stage").agg(sums)]
+        [rows.groupby("stage", sort=False).agg(sums), rows.assign(stage="total").groupby("stage").agg(sums)]
     )
 
 
@@ -139,11 +139,11 @@ def report(
     lines = [shown.to_string()]
     if any(stage.made for stage in planned.stages.values()):
         lines.append(
-            "made: stored already, so in neither FLOPs nor hours; what rests on a coreset chosen by scores is not "
-            "recognised"
+            "stored: these stages are in the store already, and are not counted in FLOPs and hours; stages that depend "
+            "on a coreset chosen by scores are counted even if they are stored"
         )
     lines += [f"sizes: {size}" for size in planned.sizes]
-    lines += [f"~ not at hand: {replaced}" for replaced in planned.replaced]
+    lines += [f"~ not available here: {replaced}" for replaced in planned.replaced]
     for name, size in planned.memory.items():
         over = "" if gpu is None or size <= GPUS[gpu].memory else f", more than a {gpu} has"
         lines.append(f"memory: fine-tuning {name} takes about {size / 1e9:.3g} GB{over}")
@@ -153,11 +153,13 @@ def report(
     if not any(np.isnan(time) for time in left.values()):
         wall = duration(wall_seconds(planned.jobs, left, gpus, planned.order))
         chain = duration(max(sum(left[stage] for stage in job) for job in planned.jobs))
-        lines.append(f"wall time: about {wall} with {gpus} at work; the longest run alone takes {chain}")
+        lines.append(
+            f"wall time: about {wall} with {gpus} run{'s' * (gpus > 1)} at a time; the longest run takes {chain}"
+        )
     else:
         lines.append("hours: name a GPU (--gpu) or measure this machine (--calibrate)")
     if gpu is not None and (unknown := assumed(list(planned.stages.values()), gpu, speeds)):
-        lines.append(f"assumed: the speed of a {gpu} at {', '.join(unknown)}; no measurement")
+        lines.append(f"assumed: the speed of a {gpu} at {', '.join(unknown)}; it was not measured")
     return "\n".join(lines)
 
 

@@ -174,7 +174,7 @@ def _sum(found: Sequence[Entry]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("list", "verify", "prune"))
-    parser.add_argument("--results", type=Path, nargs="+", help="folders with recorded runs (default: results)")
+    parser.add_argument("--results", type=Path, nargs="+", help="folders with runs (default: results)")
     parser.add_argument("--store", type=Path, help="store (default: artifacts/ in the results folder)")
     parser.add_argument("--yes", action="store_true", help="with prune: remove what is listed")
     arguments = parser.parse_args()

@@ -286,11 +286,11 @@ def test_an_outage_of_the_hub_ends_a_run_in_a_sentence_and_loses_no_finished_sta
 
     def target_is_away(spec: ModelSpec):
         if "target" in spec.path:
-            raise UserError("the model cannot be had from the Hugging Face hub")
+            raise UserError("the model cannot be read from the Hugging Face hub")
         return load(spec)
 
     monkeypatch.setattr(ModelSpec, "load", target_is_away)
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="cannot be read"):
         pool.store.get(method)
     monkeypatch.setattr(ModelSpec, "load", load)
     pool.store.computed.clear()

@@ -108,7 +108,7 @@ def test_a_failing_hub_is_a_sentence_and_the_same_command_goes_on(hub: Hub, faul
     monkeypatch.setattr(client, "PATIENCE", 1.0)
     hub.faults = [fault]
     said = refused(ModelSpec(NAME))
-    assert said.startswith(f"the model '{NAME}' cannot be had from the Hugging Face hub (") and why in said
+    assert said.startswith(f"the model '{NAME}' cannot be read from the Hugging Face hub (") and why in said
     assert mend in said and "family.target.path=FOLDER" in said and "\n" not in said
     hub.faults.clear()
     ModelSpec(NAME).load()

@@ -199,7 +199,7 @@ def test_a_model_that_is_not_there_or_not_one_is_told_in_a_sentence(gguf_file: P
         ModelSpec(str(tmp_path / "base")).load()
     for what in ("load", "tokenizer", "identity"):
         with pytest.raises(
-            UserError, match=r"'nobody/nothing' cannot be had from the Hugging Face hub .*or give a loc"
+            UserError, match=r"'nobody/nothing' cannot be read from the Hugging Face hub .*or give a loc"
         ):
             getattr(ModelSpec("nobody/nothing"), what)()
     with pytest.raises(UserError, match=r"accept its licence at .* and run `hf auth login`"):

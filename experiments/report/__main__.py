@@ -1,4 +1,4 @@
-"""Write metrics.csv, tables/, figures/ and report.html from records, and print means over seeds."""
+"""Write metrics.csv, tables/, figures/ and report.html from recorded runs, and print means over seeds."""
 
 from __future__ import annotations
 

@@ -252,13 +252,13 @@ def _refusal(repository: Repository, error: Exception) -> UserError:
     what = {"model": "model", "dataset": "data set"}[repository.kind]
     why, mend = _reason(repository, error)
     return UserError(
-        f"the {what} {repository.name!r} cannot be had from the Hugging Face hub ({why}): {mend}, or give "
+        f"the {what} {repository.name!r} cannot be read from the Hugging Face hub ({why}): {mend}, or give "
         f"{_INSTEAD[repository.kind]}."
     )
 
 
 def _reason(repository: Repository, error: Exception) -> tuple[str, str]:
-    """Why it cannot be had, and what to do about it."""
+    """Why it cannot be read, and what to do about it."""
     from huggingface_hub import constants, errors
 
     name, revision = _FIELDS[repository.kind]
