@@ -139,7 +139,7 @@ def report(
     lines = [shown.to_string()]
     if any(stage.made for stage in planned.stages.values()):
         lines.append(
-            "stored: these stages are in the store already, and are not counted in FLOPs and hours; stages that depend "
+            "stored: these stages are in the store already, and not counted in FLOPs and hours; stages that depend "
             "on a coreset chosen by scores are counted even if they are stored"
         )
     lines += [f"sizes: {size}" for size in planned.sizes]

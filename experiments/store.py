@@ -157,7 +157,7 @@ def prune(store: Path, results: Sequence[Path], really: bool) -> None:
     shared = Store(store)
     shared.remove_dead_drafts()
     if held := shared.held_locks():
-        raise UserError(f"a process is at work in {store} ({held[0].name}); prune when it is done.")
+        raise UserError(f"another process is using {store} ({held[0].name}): run prune when it has ended.")
     for entry in doomed:
         shared.remove(entry.folder)
     for folder in unfinished:

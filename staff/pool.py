@@ -186,7 +186,8 @@ class Pool:
         self, state: ModelState, signals: tuple[Signal, ...], view: DataView, checkpoints: int
     ) -> dict[str, np.ndarray]:
         if len({(signal.prompt, signal.text) for signal in signals}) > 1:
-            raise UserError("signals that read different texts of the samples need a pass each: ask one by one.")
+            names = ", ".join(signal.name for signal in signals)
+            raise UserError(f"the signals {names} read different texts of the samples: ask for them one at a time.")
         stage = self._stage(state, view.of(self._read_by(state, view.slice)), signals)
         return read_scores(self._checked(stage, checkpoints))
 
@@ -240,7 +241,10 @@ class Pool:
         (signal,) = signals
         gradient, trained = signal.gradient, name in ("small", "target_tuned")
         if not trained or signal.name != "effort" or gradient is None or gradient.fresh_adapter is not None:
-            raise UserError("scores online are efforts of a fine-tuned model, by its own adapter.")
+            raise UserError(
+                f"of={name}@online gives only the signal effort, of small or target_tuned and without "
+                "fresh_adapter: leave out @online for a scoring pass."
+            )
         scores = read_online_efforts(self.store.get(self.training(name, gradient.parameters)))
         return {signal.name: scores if at is None else scores[at]}
 

@@ -104,7 +104,10 @@ class Staff:
         check_choice(self, "speculation", ("small", "target", "none"))
         check_choice(self, "scores", ("pass", "online"))
         if self.scores == "online" and self.gradient == "all_linear":
-            raise UserError("method.scores=online is by fine-tuning's own LoRA: change method.gradient=all_linear.")
+            raise UserError(
+                "method.scores=online uses gradients of the LoRA adapter, not method.gradient=all_linear: choose "
+                "last_v_b or all_lora, or method.scores=pass."
+            )
         if self.scores == "online" and (self.signal, self.speculation) != ("effort", "small"):
             raise UserError(
                 f"method.scores=online gives the small model's effort: leave out signal={self.signal} and "

@@ -104,7 +104,7 @@ def test_every_architecture_goes_from_scores_to_answers(folder_of, tmp_path: Pat
         ("bert", "is an encoder"),
         ("roberta", "is an encoder"),
         ("t5", "is an encoder-decoder"),
-        ("vit", "is no causal"),
+        ("vit", "is not a causal"),
     ],
 )
 def test_a_model_that_does_not_predict_the_next_token_is_refused_by_its_kind(tmp_path: Path, kind: str, said: str):

@@ -135,7 +135,7 @@ def test_a_gated_missing_or_private_name_says_what_to_do(hub: Hub):
     assert f"accept its licence at {hub.endpoint}/{NAME} and run `hf auth login`" in said
     said = refused(ModelSpec("nobody/nothing"))
     assert "no such name, or a private one, HTTP 401" in said and "check family.*.path" in said
-    assert "is no name of the hub" in refused(ModelSpec("no good/name at/all"))
+    assert "is neither a folder nor a valid name on the hub" in refused(ModelSpec("no good/name at/all"))
 
 
 def test_a_hub_that_is_away_or_slow_is_replaced_by_the_cache_at_once(hub: Hub, caplog, monkeypatch):

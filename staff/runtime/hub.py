@@ -278,7 +278,7 @@ def _reason(repository: Repository, error: Exception) -> tuple[str, str]:
     if isinstance(error, Unanswered):
         return str(error), f"{licence}, {again}" if repository.gated else again
     if isinstance(error, errors.HFValidationError):
-        return "this is no name of the hub and no folder", f"check {name}"
+        return "it is neither a folder nor a valid name on the hub", f"check {name}"
     if constants.HF_HUB_OFFLINE:
         mend = f"{licence}, unset it" if repository.gated else "unset it"
         return "HF_HUB_OFFLINE is set, and the cache has no complete snapshot of it", mend

@@ -199,7 +199,7 @@ def _unless_out_of_memory(run: Run, batch: TokenizedSamples) -> dict[str, np.nda
 def _halved_budget(batch: TokenizedSamples, longest: int) -> int:
     if len(batch) == 1:
         raise UserError(
-            f"sample {batch.ids[0]!r} ({longest} tokens) does not fit in memory by itself: take it out, or use a "
+            f"sample {batch.ids[0]!r} ({longest} tokens) does not fit in memory by itself: remove it, or use a "
             f"smaller model or precision."
         )
     budget = len(batch) * longest // 2
@@ -211,7 +211,7 @@ def _halved_budget(batch: TokenizedSamples, longest: int) -> int:
 def _refuse(values: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
     bad = int(np.flatnonzero(~np.isfinite(values.reshape(len(batch), -1)).all(1))[0])
     raise UserError(
-        f"sample {batch.ids[bad]!r}: its {signal} is not finite; take it out, or score in float32 if the "
+        f"sample {batch.ids[bad]!r}: its {signal} is not finite; remove it, or score in float32 if the "
         f"model has a lower precision."
     )
 
