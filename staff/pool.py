@@ -36,8 +36,8 @@ from staff.training.stage import Finetune, read_learning_rates, read_online_effo
 log = logging.getLogger(__name__)
 
 STATES = ("small", "small_raw", "target", "target_tuned", "warmup")
-"""Names of model states: the small model fine-tuned on the whole pool, and raw; the target raw, fine-tuned on the
-whole pool, and fine-tuned on a random part of it for which Adam's moments are kept."""
+"""Names of model states: the small model fine-tuned on the whole pool, and before fine-tuning; the target before
+fine-tuning, fine-tuned on the whole pool, and fine-tuned on a random part of it with Adam's moments kept."""
 
 WARMUP = 0.05
 """The part of the pool that the warm-up is on (LESS, Xia et al. 2024, section 3.1), rounded up to whole samples."""
@@ -102,8 +102,9 @@ class Pool:
     ) -> Any:
         """A signal of every sample, shape (N, ...), in the pool's order; for several signals, a list of arrays.
 
-        Several signals come out of one pass over the samples, and are charged as one. "in_context_gain" is a value
-        of every pair (`staff.scoring.in_context`), (N, pool size); "in_context" is of evaluations (`_in_context`).
+        Several signals come out of one pass over the samples, whose cost counts once. "in_context_gain" has a value
+        for every pair of samples (`staff.scoring.in_context`), shape (N, pool size). "in_context" is computed from
+        answers to prompts with demonstrations (`_in_context`).
 
         Args:
             signal: a name such as "loss", or a signal, or a sequence of these.

@@ -75,7 +75,7 @@ class Finetune(Training):
             )
         if self.moments and self.settings.kind != "lora":
             raise UserError(
-                f"of=warmup keeps Adam's moments, finetune.kind={self.settings.kind} does not: choose finetune=lora."
+                f"of=warmup keeps Adam's moments, finetune.kind={self.settings.kind} does not: set finetune=lora."
             )
         if self.online and self.settings.kind != "lora":
             kind = self.settings.kind
