@@ -36,19 +36,21 @@ class LeaveOut:
     def __post_init__(self) -> None:
         check_choice(self, "out", ("highest", "lowest"))
         if not hasattr(self.reference, "select"):
-            raise UserError(f"method.reference={self.reference!r} is no method: set method@method.reference=staff.")
+            raise UserError(
+                f"method.reference={self.reference!r} is not a method: set method@method.reference=staff."
+            )
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a reference that does not give every sample such a score."""
         scores = self.reference.select(pool, budget, rng).scores
         complete = [name for name, values in scores.items() if np.isfinite(values).all()]
         if not complete:
-            raise UserError(
-                "method.reference gives no score to every sample: choose a method that ranks by one, such as ifd."
-            )
+            raise UserError("method.reference does not score every sample: choose a method that does, such as ifd.")
         name = complete[0] if self.score is None else self.score
         if name not in complete:
-            raise UserError(f"method.score={name!r} is no score of every sample: choose {' or '.join(complete)}.")
+            raise UserError(
+                f"method.score={name!r} is not a score of every sample: choose {' or '.join(complete)}."
+            )
         ranked = rng.highest_first(scores[name])
         kept = ranked[len(ranked) - budget :] if self.out == "highest" else ranked[:budget]
         return Coreset(kept, scores={name: scores[name]}, notes=(f"ranked by the score {name!r}.",))

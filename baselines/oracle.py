@@ -34,7 +34,7 @@ class Oracle:
         if not hasattr(self.task, "truth"):
             name = getattr(self.task, "name", self.task)
             raise UserError(
-                f"method=oracle knows planted pools alone, and task {name!r} is none: set task=planted."
+                f"method=oracle needs a pool with known defects, unlike that of task {name!r}: set task=planted."
             )
 
     @property
@@ -49,7 +49,7 @@ class Oracle:
         unknown = truth.index[truth["group"].isna()]
         if len(unknown):
             raise UserError(
-                f"sample {unknown[0]!r} is not in the pool of task {self.task.name!r}: give both one task."
+                f"sample {unknown[0]!r} is not in the pool of task {self.task.name!r}: use the same task for both."
             )
         wrong = truth["wrong"].to_numpy(dtype=bool)
         copied = (truth["copy_of"].notna() | truth["near_copy_of"].notna()).to_numpy()

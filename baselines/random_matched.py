@@ -51,7 +51,9 @@ class RandomMatched:
         if not isinstance(match, list | tuple) or not match or not set(match) <= set(MATCHES):
             raise UserError(f"method.match={match!r} must be a list of some of {', '.join(MATCHES)}.")
         if not hasattr(self.reference, "select"):
-            raise UserError(f"method.reference={self.reference!r} is no method: set method@method.reference=staff.")
+            raise UserError(
+                f"method.reference={self.reference!r} is not a method: set method@method.reference=staff."
+            )
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for what the reference refuses, for one that does not keep to the budget, and for

@@ -32,7 +32,7 @@ class WithinGroups:
 
     def __post_init__(self) -> None:
         if not hasattr(self.inner, "select"):
-            raise UserError(f"method.inner={self.inner!r} is no method: set method@method.inner=staff.")
+            raise UserError(f"method.inner={self.inner!r} is not a method: set method@method.inner=staff.")
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for a pool without groups, for what the inner method refuses, and for one that does not

@@ -1,4 +1,4 @@
-"""Recorded runs as four tables: `staff-campaign pack RESULTS --into FOLDER`.
+"""Pack recorded runs into four tables: `staff-campaign pack RESULTS --into FOLDER`.
 
     runs.parquet         a row per run: every field of its record by dotted name, and the texts of metrics.json,
                          training.csv and regions.csv in columns of these names

@@ -1,8 +1,8 @@
-"""Compare records with those of the same runs made again: `staff-compare results/tiny results/rebuilt`.
+"""Compare recorded runs with a repetition of them: `staff-compare results/tiny results/rebuilt`.
 
-Runs are matched by name, which holds the fingerprint of all that determines their numbers. On the same kind of
-processor and with the same versions every coreset, answer and metric must be equal; elsewhere rounding differs, a
-sample may cross a region's edge, and the table tells how far that goes.
+Runs are matched by name, which ends in a fingerprint of everything that determines their numbers. On the same kind
+of processor and with the same versions, every coreset, answer and metric must be equal. Elsewhere rounding differs
+and may move a sample to another region; the table shows how large the differences are.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="staff-compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("first", type=Path, help="results folder with the runs that were there first")
-    parser.add_argument("again", type=Path, help="results folder with the runs that were made again")
-    parser.add_argument("--part", action="store_true", help="compare only the runs that were made again")
+    parser.add_argument("first", type=Path, help="results folder with the original runs")
+    parser.add_argument("again", type=Path, help="results folder with the repeated runs")
+    parser.add_argument("--part", action="store_true", help="compare only the runs that were repeated")
     arguments = parser.parse_args()
     try:
         table = compare(arguments.first, arguments.again, arguments.part)

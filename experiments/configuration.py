@@ -90,7 +90,7 @@ def search_path(config_dir: str | None) -> list[str]:
         return []
     folder = Path(config_dir).expanduser().absolute()
     if not folder.is_dir():
-        raise UserError(f"--config-dir {config_dir} is no folder: name one with groups such as method/ in it.")
+        raise UserError(f"--config-dir {config_dir} is not a folder: name one with groups such as method/ in it.")
     return [f"hydra.searchpath=[{json.dumps(f'file://{folder}')}]"]
 
 

@@ -1,19 +1,19 @@
 """Export the coreset of a run, or the target that was fine-tuned on it: `staff-export RUN --format jsonl`.
 
-Writes a folder with README.md, a card that tells how the coreset was chosen, at what cost, and what was measured:
+Writes a folder with a card, README.md (how the coreset was chosen, its cost and results), and by --format:
 
-    jsonl     train.jsonl, your own rows with all their fields, and of each staff_id, staff_row (its number, from
-              1), staff_region and every score of the method, such as staff_speculative
+    jsonl     train.jsonl, your own rows with all their fields, and staff_id, staff_row (its number, from 1),
+              staff_region and every score of the method, such as staff_speculative
     parquet   train.parquet, the same
     datasets  the same as a folder for `datasets.load_from_disk`
-    rows      train.jsonl, your own rows as they are, and rows.csv, the id and the number of each
+    rows      train.jsonl, your own rows unchanged, and rows.csv, the id and the number of each
     trl       train.jsonl for TRL's SFTTrainer: {"id", "prompt", "completion"} a line, or {"id", "messages"}
     ids       ids.json, the ids alone, for `staff method=precomputed method.path=ids.json`
     adapter   the LoRA adapter with tokenizer and chat template, for `AutoPeftModelForCausalLM.from_pretrained`
     merged    the whole fine-tuned model with the same, for `AutoModelForCausalLM.from_pretrained`
 
-The samples are read again as the run's configuration says, and refused where they are not those of the run.
---push-to-hub uploads datasets, adapter or merged to the Hugging Face hub as well, as a private repository.
+The samples are read again by the run's configuration; the export fails if they have changed since the run.
+--push-to-hub also uploads datasets, adapter or merged to a private repository on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -280,11 +280,11 @@ def main() -> None:
         prog="staff-export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a recorded run, results/runs/NAME")
-    parser.add_argument("--format", choices=[*WRITERS, *export_model.FORMS], required=True)
+    parser.add_argument("--format", choices=[*WRITERS, *export_model.FORMS], required=True, help="as listed above")
     parser.add_argument(
-        "--output", type=Path, help="folder to make; RUN/coreset-FORMAT or RUN/model-FORMAT without it"
+        "--output", type=Path, help="folder to create (default: RUN/coreset-FORMAT or RUN/model-FORMAT)"
     )
-    parser.add_argument("--store", type=Path, help="store with the fine-tuned target; the run's own without it")
+    parser.add_argument("--store", type=Path, help="store with the fine-tuned target (default: that of the run)")
     parser.add_argument("--push-to-hub", metavar="NAME", help="repository on the Hugging Face hub, such as me/mine")
     asked = parser.parse_args()
     try:

@@ -1,7 +1,7 @@
-"""Measure stored answers again: `staff-measure RESULTS --metrics rougeL chrf`.
+"""Apply metrics to stored answers: `staff-measure RESULTS --metrics rougeL chrf`.
 
-For a metric that is new, or whose numbers have changed. Answers are read, nothing is generated, and no run changes
-its name. RESULTS holds run folders, the tables of a campaign, or both; each is updated in its own form.
+Use it for a new metric, or one whose numbers have changed. No answers are generated, and runs keep their names.
+RESULTS has run folders, the tables of a campaign, or both; the values are added to each.
 """
 
 from __future__ import annotations
@@ -87,8 +87,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="staff-measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="default: results")
-    parser.add_argument("--metrics", nargs="+", required=True, help="names, or dotted paths of your own classes")
+    parser.add_argument(
+        "results", type=Path, nargs="?", default=Path("results"), help="results folder (default: results)"
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", required=True, help="names of metrics, or dotted paths of your own classes"
+    )
     arguments = parser.parse_args()
     try:
         count = measure_again(arguments.results, arguments.metrics)

@@ -1,13 +1,15 @@
-"""The cost of a sweep, estimated before it runs: `staff-plan OVERRIDES --gpu h100`.
+"""Estimate the cost of a sweep before it runs: `staff-plan OVERRIDES --gpu h100`.
 
-The overrides are those of the sweep. Its runs are carried out as a dry run, on a store in which every stage is
-estimated from shapes instead of run. No weights are loaded, and a stage that runs share is counted once.
+The overrides are those of the sweep. Every stage is estimated from the models' shapes: no weights are loaded, and a
+stage that runs share is counted once. Without --gpu or --calibrate, the plan has FLOPs but no hours.
 
-Scores are placeholders, so two things are not exact, and marked `~`: STAFF's verification is counted at its most,
-K b_v samples, and a coreset that scores choose as one of average samples. Answers, marked `~` too, are counted at
-full length. Seconds come from a GPU's peak and the utilisation measured there by kind of stage and size of model
-(`experiments.sizes`), or, with --calibrate, from the stages themselves on a few samples on this machine. What was
-not measured is said to be assumed. Ranking (such as the neighbours of D2) is not in them.
+Seconds come from the GPU's peak and the fraction of it that was measured for this kind of stage and size of model
+(experiments/speeds.json), or, with --calibrate, from a few samples on this machine. Stages that were not measured
+are listed after `assumed:`.
+
+`~` marks rough estimates. Scores are not known in advance, so STAFF's verification is counted at its maximum, K b_v
+samples, and a coreset chosen by scores as one of average samples. Answers are counted at full length. The time of
+the selection itself, such as the neighbours of D2, is not included.
 """
 
 from __future__ import annotations
@@ -102,7 +104,7 @@ def table(stages: Sequence[PlannedStage], seconds: Sequence[float]) -> pd.DataFr
         {
             "stage": [re.sub(r"\b\d+ (?=samples|test)", "N ", stage.label) for stage in stages],
             "stages": 1,
-            "made": [int(stage.made) for stage in stages],
+            "stored": [int(stage.made) for stage in stages],
             "FLOPs": [0.0 if stage.made else stage.cost.flops for stage in stages],
             "hours": [0.0 if stage.made else time / 3600 for stage, time in zip(stages, seconds, strict=True)],
             "exact": [stage.exact for stage in stages],
@@ -110,13 +112,13 @@ def table(stages: Sequence[PlannedStage], seconds: Sequence[float]) -> pd.DataFr
     )
     sums: Any = {
         "stages": "sum",
-        "made": "sum",
+        "stored": "sum",
         "FLOPs": "sum",
         "hours": lambda h: h.sum(skipna=False),
         "exact": "all",
     }
     return pd.concat(
-        [rows.groupby("stage", sort=False).agg(sums), rows.assign(stage="together").groupby("stage").agg(sums)]
+        [rows.groupby("stage", sort=False).agg(sums), rows.assign(stage="total").groupby("stage").agg(sums)]
     )
 
 
@@ -138,11 +140,11 @@ def report(
     lines = [shown.to_string()]
     if any(stage.made for stage in planned.stages.values()):
         lines.append(
-            "made: stored already, so in neither FLOPs nor hours; what rests on a coreset chosen by scores is not "
-            "recognised"
+            "stored: these stages are in the store already, and not counted in FLOPs and hours; stages that depend "
+            "on a coreset chosen by scores are counted even if they are stored"
         )
     lines += [f"sizes: {size}" for size in planned.sizes]
-    lines += [f"~ not at hand: {replaced}" for replaced in planned.replaced]
+    lines += [f"~ not available here: {replaced}" for replaced in planned.replaced]
     for name, size in planned.memory.items():
         over = "" if gpu is None or size <= GPUS[gpu].memory else f", more than a {gpu} has"
         lines.append(f"memory: fine-tuning {name} takes about {size / 1e9:.3g} GB{over}")
@@ -152,27 +154,31 @@ def report(
     if not any(np.isnan(time) for time in left.values()):
         wall = duration(wall_seconds(planned.jobs, left, gpus, planned.order))
         chain = duration(max(sum(left[stage] for stage in job) for job in planned.jobs))
-        lines.append(f"wall time: about {wall} with {gpus} at work; the longest run alone takes {chain}")
+        lines.append(
+            f"wall time: about {wall} with {gpus} run{'s' * (gpus > 1)} at a time; the longest run takes {chain}"
+        )
     else:
         lines.append("hours: name a GPU (--gpu) or measure this machine (--calibrate)")
     if gpu is not None and (unknown := assumed(list(planned.stages.values()), gpu, speeds)):
-        lines.append(f"assumed: the speed of a {gpu} at {', '.join(unknown)}; no measurement")
+        lines.append(f"assumed: the speed of a {gpu} at {', '.join(unknown)}; it was not measured")
     return "\n".join(lines)
 
 
 @pipeable
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="staff-plan", description=__doc__)
-    parser.add_argument("overrides", nargs="*", help="as for the sweep itself")
-    parser.add_argument("--gpu", choices=GPUS, help="hours on this GPU; cpu: on one core")
-    parser.add_argument("--gpus", type=int, default=1, help="so many of them, a run on each (default: 1)")
-    parser.add_argument("--calibrate", action="store_true", help="hours on this machine, measured on a few samples")
-    parser.add_argument(
-        "--effect", type=float, help="seeds that find a difference of this size, by variances measured before"
+    parser = argparse.ArgumentParser(
+        prog="staff-plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--measured", type=Path, help="recorded runs for --effect (default: results_dir)")
-    parser.add_argument("--config-dir", help="a folder with configuration of your own, as for staff")
-    parser.add_argument("-m", "--multirun", action="store_true", help="changes nothing: as in the sweep's command")
+    parser.add_argument("overrides", nargs="*", help="overrides of the sweep, as for staff")
+    parser.add_argument("--gpu", choices=GPUS, help="print hours on this device; cpu: one core")
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs, with a run on each (default: 1)")
+    parser.add_argument("--calibrate", action="store_true", help="print hours on this machine, by a few samples")
+    parser.add_argument(
+        "--effect", type=float, help="print the number of seeds that detect a difference of this size"
+    )
+    parser.add_argument("--measured", type=Path, help="results with variances for --effect (default: results_dir)")
+    parser.add_argument("--config-dir", help="folder with your own configuration, as for staff")
+    parser.add_argument("-m", "--multirun", action="store_true", help="no effect: allows pasting a sweep's command")
     asked = parser.parse_intermixed_args()
     if asked.gpus < 1:
         sys.exit(f"plan: --gpus={asked.gpus} must be at least 1.")

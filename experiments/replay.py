@@ -1,6 +1,6 @@
-"""Send recorded runs to Weights & Biases, once there is a network: `staff-replay [FOLDER ...]`.
+"""Upload recorded runs to Weights & Biases later, when there is a network: `staff-replay [FOLDER ...]`.
 
-A page is found again by the run's fingerprint, so that a second time goes on the same page.
+A run has the same page each time, found by its fingerprint.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from staff.tracking.mirror import log_to_wandb
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="staff-replay", description=__doc__)
-    parser.add_argument("folders", type=Path, nargs="*", help="folders of runs; without any, all under --results")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
+    parser.add_argument("folders", type=Path, nargs="*", help="folders of runs (default: all under --results)")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="folder with runs/ (default: results)"
+    )
     arguments = parser.parse_args()
     folders = arguments.folders or sorted(arguments.results.glob("runs/*/"))
     recorded = [folder for folder in folders if (folder / "metrics.json").is_file()]

@@ -1,18 +1,19 @@
-"""Scores of samples as a table: `staff-score task=file task.train_file=FILE signal=loss of=small_raw out=FILE`.
+"""Write scores of samples as a table: `staff-score task=file task.train_file=FILE signal=loss of=target out=FILE`.
 
-The arguments are overrides as `staff` takes them, and four of its own:
+The arguments are overrides as for `staff`, and four more:
 
     signal=loss,el2n      names of signals, or dotted paths of your own classes; all in one pass
     of=small_raw          the models that score: small_raw, target, small, target_tuned; also with @epochs or @2
     out=scores.csv        the table to write: .csv, .parquet or .jsonl
-    options={...}         fields of the signals, such as {prompt: false}
+    options={...}         options of the signals, such as {prompt: false}
 
-`--config-dir FOLDER` names a folder with configuration of your own, as for `staff`.
+`--config-dir FOLDER` names a folder with your own configuration, as for `staff`.
 
-A row for each sample of the training split: id, tokens (prompt and answer, as the first model reads them), and a
-column for each signal; with several models a column SIGNAL_MODEL each. A sample that is too long is refused or
-dropped, as task.too_long says. small_raw and target are the raw models; small and target_tuned are fine-tuned on
-these samples first. Scores are kept in the store, where later runs find them, and the table serves method=imported:
+The table has a row for each sample of the training split: id, tokens (prompt and answer, as the first model reads
+them), and a column for each signal; with several models the columns are SIGNAL_MODEL. task.too_long decides whether
+a sample that is too long is an error or is dropped. small_raw and target are not fine-tuned; small and target_tuned
+are fine-tuned on these samples first. Scores are stored, and later runs reuse them. method=imported selects by the
+table:
 
     staff method=imported method.path=scores.csv method.column=loss ...
 """

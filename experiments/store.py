@@ -1,9 +1,9 @@
-"""The artefacts of a store: `staff-store list`, `verify` and `prune`.
+"""List, check and remove the stored results of stages (artefacts): `staff-store list`, `verify` and `prune`.
 
-list     every artefact: size, age, cost, seconds of failed attempts, how many records need it.
+list     shows every artefact: size, age, cost, seconds of failed attempts, and how many recorded runs need it.
 verify   compares every file with its checksum.
-prune    removes artefacts that no record needs, that are damaged or of an older version of their stage, and
-         checkpoints of unfinished fine-tunings. It says what it would remove; with --yes it does.
+prune    lists artefacts that no recorded run needs, that are damaged or of an older version of their stage, and
+         checkpoints of unfinished fine-tunings. With --yes it removes them.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def prune(store: Path, results: Sequence[Path], really: bool) -> None:
     shared = Store(store)
     shared.remove_dead_drafts()
     if held := shared.held_locks():
-        raise UserError(f"a process is at work in {store} ({held[0].name}); prune when it is done.")
+        raise UserError(f"another process is using {store} ({held[0].name}): run prune when it has ended.")
     for entry in doomed:
         shared.remove(entry.folder)
     for folder in unfinished:
@@ -174,13 +174,9 @@ def _sum(found: Sequence[Entry]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("list", "verify", "prune"))
-    parser.add_argument("--results", type=Path, nargs="+", help="folders whose records count (results)")
-    parser.add_argument(
-        "--store",
-        type=Path,
-        help="of the artefacts (artifacts/ in the results); without --results, records beside it",
-    )
-    parser.add_argument("--yes", action="store_true", help="prune: remove what is listed")
+    parser.add_argument("--results", type=Path, nargs="+", help="folders with runs (default: results)")
+    parser.add_argument("--store", type=Path, help="store (default: artifacts/ in the results folder)")
+    parser.add_argument("--yes", action="store_true", help="with prune: remove what is listed")
     arguments = parser.parse_args()
     results = arguments.results or [arguments.store.resolve().parent if arguments.store else Path("results")]
     store = arguments.store or results[0] / "artifacts"

@@ -177,14 +177,17 @@ def sentence_of(error: BaseException | None) -> str | None:
             return "another process of this run was killed (by the system, out of memory?)."
         if why := storage_failure(error):
             where = getattr(error, "filename", None) or "a file of results_dir or of the temporary folder"
-            return f"{where}: {why}; mend that or name another folder, and the same command resumes."
+            return f"{where}: {why}; fix this or name another folder, and the same command resumes."
         if isinstance(error, OverrideParseException):
             return _unreadable(error.override)
         if isinstance(error, ConfigCompositionException) and (found := _AMBIGUOUS.search(str(error))):
             return with_comma(found[1])
         if isinstance(error, MissingConfigException) and error.options:
             group, _, option = str(error.missing_cfg_file).rpartition("/")
-            return f"{group}={option} is unknown: choose {', '.join(error.options)}."
+            return (
+                f"{group}={option} is unknown: choose {', '.join(error.options)}, or name the folder of your own "
+                "options with --config-dir."
+            )
         if isinstance(error, ConfigKeyError | ConfigAttributeError) and isinstance(error.parent_node, DictConfig):
             return _unknown(str(error.full_key), [str(key) for key in error.parent_node])
         if isinstance(error, InstantiationException) and (found := _UNEXPECTED.search(str(error))):
@@ -239,7 +242,7 @@ def _unknown(key: str, known: list[str]) -> str:
     offered = f": choose from {', '.join(settings)}" if settings else " here, where there are none"
     near = get_close_matches(key.rpartition(".")[2], settings, 1)
     meant = f" (did you mean {near[0]}?)" if near else ""
-    return f"{key} is no setting{meant}{offered}.{_in_a_sweep(key)}"
+    return f"{key} is not a setting{meant}{offered}.{_in_a_sweep(key)}"
 
 
 def _in_a_sweep(key: str) -> str:

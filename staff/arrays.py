@@ -49,7 +49,7 @@ class ArrayPool:
             if not isinstance(given, str):
                 raise UserError(f"ids[{position}]={given!r} must be text: give ids as strings.")
         if len(set(ids)) != len(ids):
-            raise UserError("ids must be unique: give every sample an id of its own.")
+            raise UserError("ids must be unique: give every sample its own id.")
         self.ids = list(ids)
         self.groups, self.dev_groups = groups, dev_groups
         self._answer_lengths, self._lengths = answer_lengths, lengths

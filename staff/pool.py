@@ -36,8 +36,8 @@ from staff.training.stage import Finetune, read_learning_rates, read_online_effo
 log = logging.getLogger(__name__)
 
 STATES = ("small", "small_raw", "target", "target_tuned", "warmup")
-"""Names of model states: the small model fine-tuned on the whole pool, and raw; the target raw, fine-tuned on the
-whole pool, and fine-tuned on a random part of it for which Adam's moments are kept."""
+"""Names of model states: the small model fine-tuned on the whole pool, and before fine-tuning; the target before
+fine-tuning, fine-tuned on the whole pool, and fine-tuned on a random part of it with Adam's moments kept."""
 
 WARMUP = 0.05
 """The part of the pool that the warm-up is on (LESS, Xia et al. 2024, section 3.1), rounded up to whole samples."""
@@ -102,8 +102,9 @@ class Pool:
     ) -> Any:
         """A signal of every sample, shape (N, ...), in the pool's order; for several signals, a list of arrays.
 
-        Several signals come out of one pass over the samples, and are charged as one. "in_context_gain" is a value
-        of every pair (`staff.scoring.in_context`), (N, pool size); "in_context" is of evaluations (`_in_context`).
+        Several signals come out of one pass over the samples, whose cost counts once. "in_context_gain" has a value
+        for every pair of samples (`staff.scoring.in_context`), shape (N, pool size). "in_context" is computed from
+        answers to prompts with demonstrations (`_in_context`).
 
         Args:
             signal: a name such as "loss", or a signal, or a sequence of these.
@@ -186,7 +187,8 @@ class Pool:
         self, state: ModelState, signals: tuple[Signal, ...], view: DataView, checkpoints: int
     ) -> dict[str, np.ndarray]:
         if len({(signal.prompt, signal.text) for signal in signals}) > 1:
-            raise UserError("signals that read different texts of the samples need a pass each: ask one by one.")
+            names = ", ".join(signal.name for signal in signals)
+            raise UserError(f"the signals {names} read different texts of the samples: ask for them one at a time.")
         stage = self._stage(state, view.of(self._read_by(state, view.slice)), signals)
         return read_scores(self._checked(stage, checkpoints))
 
@@ -240,7 +242,10 @@ class Pool:
         (signal,) = signals
         gradient, trained = signal.gradient, name in ("small", "target_tuned")
         if not trained or signal.name != "effort" or gradient is None or gradient.fresh_adapter is not None:
-            raise UserError("scores online are efforts of a fine-tuned model, by its own adapter.")
+            raise UserError(
+                f"of={name}@online gives only the signal effort, of small or target_tuned and without "
+                "fresh_adapter: leave out @online for a scoring pass."
+            )
         scores = read_online_efforts(self.store.get(self.training(name, gradient.parameters)))
         return {signal.name: scores if at is None else scores[at]}
 

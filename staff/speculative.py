@@ -64,8 +64,8 @@ class Staff:
         signal: the score of both models: "effort" (the paper); for the ablation of scoring functions "el2n", "loss"
             or "perplexity", which ignore `gradient`.
         speculation: the scores that define the regions. "small": the small model's (the paper). For the ablation of
-            speculation, "target": the raw target's own, with nothing to verify; "none": random numbers, which count
-            as one each in the ratios, so that V_i is the mean of the target's scores.
+            speculation, "target": the raw target's own, with nothing to verify; "none": random numbers
+            define the regions, and V_i is the mean of the target's scores.
         scores: "pass": the small model scores after its fine-tuning (the paper); "online": its scores are taken
             from the backward passes of its last epoch.
         drop_hardest: fraction of highest-scored samples dropped beforehand. Equal-width regions served smallest
@@ -104,7 +104,10 @@ class Staff:
         check_choice(self, "speculation", ("small", "target", "none"))
         check_choice(self, "scores", ("pass", "online"))
         if self.scores == "online" and self.gradient == "all_linear":
-            raise UserError("method.scores=online is by fine-tuning's own LoRA: change method.gradient=all_linear.")
+            raise UserError(
+                "method.scores=online uses gradients of the LoRA adapter, not method.gradient=all_linear: choose "
+                "last_v_b or all_lora, or method.scores=pass."
+            )
         if self.scores == "online" and (self.signal, self.speculation) != ("effort", "small"):
             raise UserError(
                 f"method.scores=online gives the small model's effort: leave out signal={self.signal} and "
@@ -180,7 +183,7 @@ class Staff:
         return {"parameters": self.gradient}
 
     def rescaled(self, scores: np.ndarray, pool: ScorePool, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
-        """A model's scores, (N,) with NaN where there is none, as regions and ratios take them, and notes."""
+        """The scores of a model times L^beta, shape (N,), with NaN where there is none; and notes."""
         if self.length_exponent == 0:
             return scores, ()
         lengths, notes = np.asarray(pool.answer_lengths, dtype=np.float64), ()

@@ -258,7 +258,7 @@ def one_poisoned(spec: ModelSpec) -> TokenizedSamples:
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_names_its_sample_in_training(poisoned, tmp_path: Path, value: str):
     spec = poisoned[value]
-    with pytest.raises(UserError, match=r"the loss of sample 's3' is not finite in step [12]: take it out, or"):
+    with pytest.raises(UserError, match=r"the loss of sample 's3' is not finite in step [12]: remove it, or"):
         tuned(one_poisoned(spec), tmp_path / "tuned", spec=spec)
 
 
@@ -267,7 +267,7 @@ def test_a_loss_that_is_not_finite_names_its_sample_in_training(poisoned, tmp_pa
 def test_a_score_that_is_not_finite_names_its_sample(poisoned, value: str, signal: str):
     model = fresh_lora(poisoned[value].load(), LoraSpec(2, 4), 0)
     samples = one_poisoned(poisoned[value])
-    with pytest.raises(UserError, match=f"sample 's3': its {signal} is not finite; take it out"):
+    with pytest.raises(UserError, match=f"sample 's3': its {signal} is not finite; remove it"):
         score_samples(model, samples, (named(signal),), batch_tokens=64, pad_token_id=2)
 
 

@@ -49,7 +49,10 @@ def test_contrasts_are_read_as_two_methods_whatever_hyphens_their_names_have():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("staff-grand", "'staff-grand' names 'grand', which is no method of the records: choose from random, "),
+        (
+            "staff-grand",
+            "'staff-grand' names 'grand', which is not a method of the recorded runs: choose from random, ",
+        ),
         ("best-staff", "'best-staff' is not METHOD-METHOD"),
         ("staff", "'staff' is not METHOD-METHOD"),
         ("staff-staff", "'staff-staff' is not METHOD-METHOD"),

@@ -201,7 +201,7 @@ def test_a_family_of_the_hub_without_a_network_says_how_to_give_the_data_before_
     run, monkeypatch
 ):
     monkeypatch.setattr(ModelSpec, "pinned", lambda self: pytest.fail("a model was asked for"))
-    with pytest.raises(UserError, match=r"'knkarthick/dialogsum' cannot be had .* give task.data_dir=FOLDER"):
+    with pytest.raises(UserError, match=r"'knkarthick/dialogsum' cannot be read .* give task.data_dir=FOLDER"):
         run("experiment=table1", "family=gemma", "method=random")
 
 

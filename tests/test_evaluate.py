@@ -281,7 +281,7 @@ def test_what_cannot_be_read_in_context_is_refused_before_a_model_loads(tmp_path
     with pytest.raises(UserError, match=r"metric='nll' measures no answers"):
         planted.ask("in_context", of="target", metric="nll", **plan)
     for layer in (4, -1, "last"):
-        with pytest.raises(UserError, match=r"is no block of target: choose 0 to 3, or null"):
+        with pytest.raises(UserError, match=r"is not a block of target: choose 0 to 3, or null"):
             planted.ask("in_context", of="target", layer=layer, **plan)
     assert {folder.name for folder in tmp_path.iterdir()} <= {"locks", "tmp", "attempts"}
 

@@ -104,7 +104,7 @@ def test_every_architecture_goes_from_scores_to_answers(folder_of, tmp_path: Pat
         ("bert", "is an encoder"),
         ("roberta", "is an encoder"),
         ("t5", "is an encoder-decoder"),
-        ("vit", "is no causal"),
+        ("vit", "is not a causal"),
     ],
 )
 def test_a_model_that_does_not_predict_the_next_token_is_refused_by_its_kind(tmp_path: Path, kind: str, said: str):
@@ -286,11 +286,11 @@ def test_an_outage_of_the_hub_ends_a_run_in_a_sentence_and_loses_no_finished_sta
 
     def target_is_away(spec: ModelSpec):
         if "target" in spec.path:
-            raise UserError("the model cannot be had from the Hugging Face hub")
+            raise UserError("the model cannot be read from the Hugging Face hub")
         return load(spec)
 
     monkeypatch.setattr(ModelSpec, "load", target_is_away)
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="cannot be read"):
         pool.store.get(method)
     monkeypatch.setattr(ModelSpec, "load", load)
     pool.store.computed.clear()

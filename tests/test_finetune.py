@@ -67,7 +67,7 @@ def test_taking_scores_online_leaves_the_weights_alone(samples, usual, tmp_path)
 
 def test_scores_online_are_of_adapters_and_no_other_fine_tuning_has_them(samples):
     with pytest.raises(
-        UserError, match="scores online are gradients of adapters: they need finetune=lora, not full"
+        UserError, match=r"online scores are gradients of LoRA adapters, which finetune.kind=full does not have"
     ):
         Finetune(SPEC, samples, replace(SETTINGS, kind="full"), 1, 0, "last_v_b")
 

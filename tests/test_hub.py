@@ -108,7 +108,7 @@ def test_a_failing_hub_is_a_sentence_and_the_same_command_goes_on(hub: Hub, faul
     monkeypatch.setattr(client, "PATIENCE", 1.0)
     hub.faults = [fault]
     said = refused(ModelSpec(NAME))
-    assert said.startswith(f"the model '{NAME}' cannot be had from the Hugging Face hub (") and why in said
+    assert said.startswith(f"the model '{NAME}' cannot be read from the Hugging Face hub (") and why in said
     assert mend in said and "family.target.path=FOLDER" in said and "\n" not in said
     hub.faults.clear()
     ModelSpec(NAME).load()
@@ -135,7 +135,7 @@ def test_a_gated_missing_or_private_name_says_what_to_do(hub: Hub):
     assert f"accept its licence at {hub.endpoint}/{NAME} and run `hf auth login`" in said
     said = refused(ModelSpec("nobody/nothing"))
     assert "no such name, or a private one, HTTP 401" in said and "check family.*.path" in said
-    assert "is no name of the hub" in refused(ModelSpec("no good/name at/all"))
+    assert "is neither a folder nor a valid name on the hub" in refused(ModelSpec("no good/name at/all"))
 
 
 def test_a_hub_that_is_away_or_slow_is_replaced_by_the_cache_at_once(hub: Hub, caplog, monkeypatch):

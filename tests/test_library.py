@@ -216,7 +216,7 @@ def test_a_folder_of_ones_own_configuration_is_named_as_for_the_other_commands(d
     monkeypatch.setattr(sys, "argv", ["staff-score", *own_words, "--config-dir", str(own), f"out={data}/mine.csv"])
     command.main()
     assert len(pd.read_csv(data / "mine.csv")) == 12
-    with pytest.raises(UserError, match="--config-dir nowhere is no folder"):
+    with pytest.raises(UserError, match="--config-dir nowhere is not a folder"):
         score([*own_words, f"out={data}/mine.csv"], "nowhere")
 
 

@@ -256,8 +256,8 @@ def test_data_whisperer_selects_by_the_answers_and_the_attention_of_the_raw_targ
         (S2L(), "full", r"fine-tuning all weights keeps no model of epoch 1: choose finetune=lora"),
         (S2L(num_checkpoints=9), "lora", r"num_checkpoints=9 is more than the \d epochs of the small model's"),
         (LESS(dim=4_000_000), "lora", r"method.dim=4000000 is more than the \d+ parameters that are projected"),
-        (KCenter(layer=99), "lora", r"layer=99 is no block of \w+: choose 0 to \d, or -1 for the last"),
-        (KCenter(of="small", layer=-9), "lora", r"layer=-9 is no block of \w+: choose"),
+        (KCenter(layer=99), "lora", r"layer=99 is not a block of \w+: choose 0 to \d, or -1 for the last"),
+        (KCenter(of="small", layer=-9), "lora", r"layer=-9 is not a block of \w+: choose"),
         (LESS(dim=10**11), "lora", r"projected_gradient of 6 samples, .* takes [\d,]+ GB, .* lower method\.dim"),
     ],
 )

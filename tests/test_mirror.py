@@ -292,7 +292,7 @@ def test_a_mistyped_mode_is_refused_with_the_choices():
     with pytest.raises(UserError, match=r"tracking\.mode='of'.*auto, online, offline, disabled"):
         check({"mode": "of"})
     check({"mode": "auto"})
-    with pytest.raises(UserError, match=r"tracking\.tag is no setting: choose from mode"):
+    with pytest.raises(UserError, match=r"tracking\.tag is not a setting: choose from mode"):
         check({"mode": "auto", "tag": ["pilot"]})
 
 

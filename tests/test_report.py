@@ -214,7 +214,7 @@ def test_contrasts_margin_and_effect_are_asked_on_the_command_line(real: Path, t
         main()
 
     for options, said in (
-        (("--contrasts", "staff-grand"), "--contrasts 'staff-grand' names 'grand', which is no method"),
+        (("--contrasts", "staff-grand"), "--contrasts 'staff-grand' names 'grand', which is not a method"),
         (("--margin", "0"), "--margin 0 must be a number above 0"),
         (("--effect", "inf"), "--effect inf must be a number above 0"),
     ):

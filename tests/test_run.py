@@ -190,8 +190,11 @@ def test_full_fine_tuning_is_scored_through_a_fresh_adapter(shared):
         ("method.pick=lowest", "method.pick='lowest' is unknown: choose random or highest"),
         ("method.scores=later", "method.scores='later' is unknown: choose pass or online"),
         ("method=staff_official method.scores=online", "method.fresh_adapter is a LoRA adapter for a scoring pass"),
-        ("method.scores=online method.gradient=all_linear", "method.scores=online is by fine-tuning's own LoRA"),
-        ("finetune=full method.scores=online", "scores online are gradients of adapters"),
+        (
+            "method.scores=online method.gradient=all_linear",
+            "method.scores=online uses gradients of the LoRA adapter",
+        ),
+        ("finetune=full method.scores=online", "online scores are gradients of LoRA adapters"),
         ("finetune.match=tokens", "finetune.match='tokens' is unknown: choose epochs or steps"),
         ("scoring.batch_tokens=0", "scoring.batch_tokens=0 must be null or a whole number"),
         ("scoring.dtype=int8", "scoring.dtype='int8' is unknown: choose null, float32 or bfloat16"),
@@ -250,16 +253,16 @@ def staff(*arguments: str) -> subprocess.CompletedProcess:
         ("method=staf", "method=staf is unknown: choose aum"),
         (
             "metod=staff",
-            "metod is no setting (did you mean method?): choose from budget, budget_tokens, evaluation",
+            "metod is not a setting (did you mean method?): choose from budget, budget_tokens, evaluation",
         ),
-        ("method.regons=3", "method.regons is no setting (did you mean num_regions?): choose from budget_rule"),
-        ("+method.foo=1", "method.foo is no setting: choose from budget_rule"),
-        ("+family.target.pth=x", "family.target.pth is no setting (did you mean path?): choose from"),
+        ("method.regons=3", "method.regons is not a setting (did you mean num_regions?): choose from budget_rule"),
+        ("+method.foo=1", "method.foo is not a setting: choose from budget_rule"),
+        ("+family.target.pth=x", "family.target.pth is not a setting (did you mean path?): choose from"),
         ("method._target_=mine.X", "method._target_=mine.X cannot be imported (No module named 'mine'): name"),
         ("method=null", "a group takes the name of one of its options, such as method=staff"),
         ("pruning_rate=most", "pruning_rate='most' is not a number"),
-        ("method=raw method.rank=3", "method.rank is no setting here, where there are none"),
-        ("method=ccs,el2n method.variant=official -m", "method.variant is no setting: choose from budget_rule"),
+        ("method=raw method.rank=3", "method.rank is not a setting here, where there are none"),
+        ("method=ccs,el2n method.variant=official -m", "method.variant is not a setting: choose from budget_rule"),
     ],
 )
 def test_a_mistyped_group_option_setting_or_value_ends_with_the_choices(
@@ -306,7 +309,7 @@ def test_a_comma_without_quotes_is_a_text_a_list_or_a_sweep(tmp_path: Path):
 def test_a_fault_in_an_experiment_that_sweeps_is_named_and_not_its_commas(tmp_path: Path):
     ended = staff("experiment=planted", "method=raw,full", "outpt_dir=x", f"results_dir={tmp_path}")
     assert ended.returncode == 1 and ended.stderr.startswith(
-        "staff: outpt_dir is no setting (did you mean results_dir"
+        "staff: outpt_dir is not a setting (did you mean results_dir"
     )
 
 

@@ -286,7 +286,7 @@ def test_prune_removes_nothing_while_a_process_is_at_work_or_where_no_record_is(
     )
     with run(KILLED_WHILE_WRITING, results / "artifacts", tmp_path / "started") as process:
         wait_for(tmp_path / "started")
-        assert "a process is at work in" in str(store(*arguments, results, monkeypatch=monkeypatch))
+        assert "another process is using" in str(store(*arguments, results, monkeypatch=monkeypatch))
         process.kill()
     assert all(artefact.path.exists() for artefact in made.values())
 

@@ -298,7 +298,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_the_same_command_resumes(u
     sweep = Sweep(folder, *process.communicate(timeout=300))
     assert process.returncode == 1 and "1 of 1 jobs failed; the same command runs what is missing" in sweep.out
     (failure,) = sweep.failures()
-    assert f"the model '{NAME}' cannot be had from the Hugging Face hub" in failure
+    assert f"the model '{NAME}' cannot be read from the Hugging Face hub" in failure
     assert "accept its licence" in failure and "a local folder: family.target.path=FOLDER" in failure
     assert "Retry" not in sweep.out + sweep.err and "thrown while" not in sweep.out + sweep.err
 

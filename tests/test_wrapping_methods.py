@@ -123,7 +123,7 @@ class OneTooMany:
 
 
 def test_what_is_no_method_or_ignores_its_quota_and_a_pool_without_groups_are_refused():
-    with pytest.raises(UserError, match=r"method.inner='ccs' is no method: set method@method.inner=staff"):
+    with pytest.raises(UserError, match=r"method.inner='ccs' is not a method: set method@method.inner=staff"):
         WithinGroups("ccs")  # type: ignore[arg-type]
     with pytest.raises(
         UserError, match=r"method.inner selects 30 of group 'poem' whatever its quota: .* selects 8"
@@ -276,7 +276,7 @@ def test_random_length_is_the_preset_that_matches_lengths_and_takes_another_refe
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        (("staff",), r"method.reference='staff' is no method"),
+        (("staff",), r"method.reference='staff' is not a method"),
         ((Random(), "length"), r"method.match='length' must be a list of some of length, tokens, group"),
         ((Random(), []), r"method.match=\[\] must be a list"),
         ((Random(), ["loss"]), r"method.match=\['loss'\] must be a list"),

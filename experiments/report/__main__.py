@@ -1,4 +1,4 @@
-"""Write metrics.csv, tables/, figures/ and report.html from records, and print means over seeds."""
+"""Write metrics.csv, tables/, figures/ and report.html from recorded runs, and print means over seeds."""
 
 from __future__ import annotations
 
@@ -132,32 +132,32 @@ def unfinished(results: Path) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="staff-report", description=__doc__)
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder with runs/ or the tables of a campaign"
+        "--results", type=Path, default=Path("results"), help="folder with runs/ or packed runs (default: results)"
     )
     parser.add_argument(
         "--contrasts",
         nargs="+",
         metavar="METHOD-METHOD",
-        help="differences that the runs were made for, such as staff-random staff-best (by default: STAFF, or your "
-        "own method, against random, the best other one and its twin of matched length)",
+        help="differences that the runs were made to measure, such as staff-random staff-best (default: STAFF, or "
+        "your own method, minus random, minus the best other method, and minus random draws of its answer lengths)",
     )
     parser.add_argument(
-        "--metric", help="compare by this metric, in files of their own (by default the first of each task)"
+        "--metric", help="compare by this metric, in separate files (default: the first of each task)"
     )
-    parser.add_argument("--margin", type=float, help="methods within it count as equal (by default 1 point)")
+    parser.add_argument("--margin", type=float, help="largest difference that counts as equal (default: by metric)")
     parser.add_argument(
-        "--effect", type=float, help="plan seeds for a difference of this size (by default the margin)"
+        "--effect", type=float, help="plan seeds for a difference of this size (default: the margin)"
     )
     parser.add_argument(
-        "--allow-missing", action="store_true", help="a partial look: failed or missing runs are no error"
+        "--allow-missing", action="store_true", help="exit with 0 although runs failed or are missing"
     )
     parser.add_argument(
         "--browse",
         type=Path,
         metavar="RUN",
-        help="write a page of the samples that a run chose from: its name in RESULTS/runs, or its folder",
+        help="write a page with all samples of a run, selected or not; RUN is a name in RESULTS/runs or a folder",
     )
-    parser.add_argument("--output", type=Path, help="the file of --browse; RUN/browse.html without it")
+    parser.add_argument("--output", type=Path, help="file for --browse (default: RUN/browse.html)")
     return parser
 
 

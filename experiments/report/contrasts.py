@@ -109,7 +109,7 @@ def _parsed(text: str, methods: Sequence[str]) -> Contrast:
         unknown = [side for split in splits for side in split if side not in (*methods, BEST)]
         if len(splits) == 1 and unknown:
             raise UserError(
-                f"--contrasts {text!r} names {unknown[0]!r}, which is no method of the records: {choices}."
+                f"--contrasts {text!r} names {unknown[0]!r}, which is not a method of the recorded runs: {choices}."
             )
         raise UserError(f"--contrasts {text!r} is not METHOD-METHOD with two methods of the records: {choices}.")
     (method, other) = known[0]

@@ -1,7 +1,8 @@
-"""How much of a score is about the prompt: `staff-floors`, which writes a table beside those of the report.
+"""Show how much of each score depends on the prompt: `staff-floors --data FOLDER`.
 
-For each task, the best constant answer, and each method's score split into what it gets on other samples'
-references and what is left (`staff.floors`). Reads the runs' predictions, and training answers from a folder.
+Writes, for each task, a table with the score of the best constant answer. The table splits the score of each method
+into what its answers earn against other samples' references, and the rest (`staff.evaluation.floors`). Reads the
+answers of the runs, and the training answers from --data.
 """
 
 from __future__ import annotations
@@ -177,13 +178,11 @@ def _difference(found: Difference | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder with runs/ or the tables of a campaign"
+        "--results", type=Path, default=Path("results"), help="folder with runs/ or packed runs (default: results)"
     )
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder that holds each task's folder of JSON Lines"
-    )
-    parser.add_argument("--rate", type=float, default=0.9, help="pruning rate")
-    parser.add_argument("--metric", help="by default each task's own")
+    parser.add_argument("--data", type=Path, required=True, help="folder with a folder of JSON Lines for each task")
+    parser.add_argument("--rate", type=float, default=0.9, help="pruning rate (default: 0.9)")
+    parser.add_argument("--metric", help="metric (default: the first of each task)")
     arguments = parser.parse_args()
     options = "" if arguments.rate == 0.9 else f" --rate {arguments.rate:g}"
     options += f" --metric {arguments.metric}" if arguments.metric else ""

@@ -285,7 +285,7 @@ def readable(path: Path, what: str) -> Iterator[None]:
         if "zstandard" in said:
             raise UserError(f"{path}: this format needs a package for .zst: pip install zstandard.") from None
         raise UserError(
-            f"{path}: cannot be read as {what} ({type(error).__name__}: {shortened(said)}); mend the file."
+            f"{path}: cannot be read as {what} ({type(error).__name__}: {shortened(said)}); fix the file."
         ) from error
     finally:
         logger.setLevel(level)

@@ -141,7 +141,7 @@ def _check_apart(pool: Sequence[Sample], dev: Sequence[Sample]) -> None:
     if shared:
         raise UserError(
             f"{len(shared)} of the {len(dev)} samples of the validation slice are also in the pool, such as "
-            f"{shared[0].id!r}: take them out, or set task.deduplicate=exact, which drops them from the pool."
+            f"{shared[0].id!r}: remove them, or set task.deduplicate=exact, which drops them from the pool."
         )
 
 
@@ -226,7 +226,7 @@ def fitting(
             worst = beyond[np.argmax(samples.lengths[beyond])]
             raise UserError(
                 f"the {name} reads {window} tokens, too few for {len(beyond)} training sample(s), the longest "
-                f"being {samples.ids[worst]!r} with {samples.lengths[worst]} tokens: take it out, or set "
+                f"being {samples.ids[worst]!r} with {samples.lengths[worst]} tokens: remove it, or set "
                 "task.too_long=drop."
             )
         fits[beyond] = False
@@ -252,7 +252,7 @@ def answerable(test: TokenizedSamples, max_new_tokens: int, window: int | None, 
         raise UserError(
             f"the target reads {window} tokens, too few for the prompt of {len(over)} test sample(s) and "
             f"task.max_new_tokens={max_new_tokens}, the longest being {test.ids[worst]!r} with "
-            f"{test.prompt_lengths[worst]} tokens: take it out, or set task.too_long=drop."
+            f"{test.prompt_lengths[worst]} tokens: remove it, or set task.too_long=drop."
         )
     keep = np.setdiff1d(np.arange(len(test)), over)
     if not len(keep):

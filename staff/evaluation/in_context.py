@@ -97,7 +97,7 @@ class AnswersInContext(Stage):
             return min(blocks - 1, round(0.4 * blocks))
         if type(self.layer) is not int or not 0 <= self.layer < blocks:
             raise UserError(
-                f"layer={self.layer!r} is no block of {self.state.spec.name}: choose 0 to {blocks - 1}, or null."
+                f"layer={self.layer!r} is not a block of {self.state.spec.name}: choose 0 to {blocks - 1}, or null."
             )
         return self.layer
 
@@ -114,9 +114,12 @@ class AnswersInContext(Stage):
         """
         spec = self.state.spec
         if (kind := spec.config().get_text_config().model_type) not in ARCHITECTURES:
-            raise UserError(f"attention in context is read of {', '.join(ARCHITECTURES)}, not of {kind}.")
+            raise UserError(
+                f"the attention of {spec.name} (model type {kind!r}) cannot be read: choose a model of type "
+                f"{', '.join(ARCHITECTURES)}, or another method."
+            )
         if spec.is_partitioned:
-            raise UserError("attention in context needs whole weights in every process: set finetune.fsdp=false.")
+            raise UserError("attention cannot be read from sharded weights: set finetune.fsdp=false.")
         window, longest = spec.window(), int(self.lengths().max(initial=0)) + self.max_new_tokens
         if window is None or longest <= window:
             return

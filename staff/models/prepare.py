@@ -75,7 +75,7 @@ class ConvertGguf(_Prepare):
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("gguf") is None:
-            raise UserError(f"{self.spec.name} needs the package gguf to be read: pip install gguf.")
+            raise UserError(f"{self.spec.name} is a GGUF file, which needs the package gguf: pip install gguf.")
 
     @property
     def label(self) -> str:

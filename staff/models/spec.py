@@ -209,7 +209,10 @@ class ModelSpec:
 
         model, found = self._from_pretrained(load, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):  # transformers only warns and initialises them at random
-            raise UserError(f"the model in {self.path} lacks {len(missing)} of its weights, such as {missing[0]}.")
+            raise UserError(
+                f"the model in {self.path} lacks {len(missing)} of its weights, such as {missing[0]}: save or "
+                "download it again."
+            )
         if unused := sorted(found["unexpected_keys"]):
             said = (self.path, len(unused), type(model).__name__, unused[0])
             log.warning("%s holds %d weights that %s does not use, such as %s", *said)
@@ -289,6 +292,6 @@ def _attention(spec: ModelSpec) -> str:
                     "choose sdpa or eager."
                 ) from error
     raise UserError(
-        f"family path={spec.path} (model type {config.model_type!r}) is no causal language model that transformers "
-        "knows: name a decoder."
+        f"family path={spec.path} (model type {config.model_type!r}) is not a causal language model that "
+        "transformers knows: name a decoder."
     )

@@ -252,13 +252,13 @@ def _refusal(repository: Repository, error: Exception) -> UserError:
     what = {"model": "model", "dataset": "data set"}[repository.kind]
     why, mend = _reason(repository, error)
     return UserError(
-        f"the {what} {repository.name!r} cannot be had from the Hugging Face hub ({why}): {mend}, or give "
+        f"the {what} {repository.name!r} cannot be read from the Hugging Face hub ({why}): {mend}, or give "
         f"{_INSTEAD[repository.kind]}."
     )
 
 
 def _reason(repository: Repository, error: Exception) -> tuple[str, str]:
-    """Why it cannot be had, and what to do about it."""
+    """Why it cannot be read, and what to do about it."""
     from huggingface_hub import constants, errors
 
     name, revision = _FIELDS[repository.kind]
@@ -278,7 +278,7 @@ def _reason(repository: Repository, error: Exception) -> tuple[str, str]:
     if isinstance(error, Unanswered):
         return str(error), f"{licence}, {again}" if repository.gated else again
     if isinstance(error, errors.HFValidationError):
-        return "this is no name of the hub and no folder", f"check {name}"
+        return "it is neither a folder nor a valid name on the hub", f"check {name}"
     if constants.HF_HUB_OFFLINE:
         mend = f"{licence}, unset it" if repository.gated else "unset it"
         return "HF_HUB_OFFLINE is set, and the cache has no complete snapshot of it", mend

@@ -36,7 +36,7 @@ def in_context_gains(
     longest = int(helped.lengths.max() + examples.lengths.max()) + len(separator or [])
     if window is not None and longest > window:
         raise UserError(
-            f"a sample behind an example takes up to {longest} tokens, and the model has {window} positions: "
+            f"an example and a sample together take up to {longest} tokens, and the model has {window} positions: "
             "lower finetune.max_length to half of them with task.too_long=drop."
         )
     alone, rows = score(helped), []

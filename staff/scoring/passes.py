@@ -189,7 +189,7 @@ def _unless_out_of_memory(run: Run, batch: TokenizedSamples) -> dict[str, np.nda
 def _halved_budget(batch: TokenizedSamples, longest: int) -> int:
     if len(batch) == 1:
         raise UserError(
-            f"sample {batch.ids[0]!r} ({longest} tokens) does not fit in memory by itself: take it out, or use a "
+            f"sample {batch.ids[0]!r} ({longest} tokens) does not fit in memory by itself: remove it, or use a "
             f"smaller model or precision."
         )
     budget = len(batch) * longest // 2
@@ -202,7 +202,7 @@ def _check_finite(values: np.ndarray, batch: TokenizedSamples, signal: str) -> N
     finite = np.isfinite(values.reshape(len(batch), -1)).all(1)
     if not finite.all():
         raise UserError(
-            f"sample {batch.ids[int(finite.argmin())]!r}: its {signal} is not finite; take it out, or score in "
+            f"sample {batch.ids[int(finite.argmin())]!r}: its {signal} is not finite; remove it, or score in "
             "float32 if the model has a lower precision."
         )
 

@@ -137,8 +137,8 @@ class Score(Stage):
             blocks = self._shapes().config.get_text_config().num_hidden_layers
             if not -blocks <= layer < blocks:
                 raise UserError(
-                    f"layer={layer} is no block of {self.state.spec.name}: choose 0 to {blocks - 1}, or -1 for the "
-                    "last hidden states."
+                    f"layer={layer} is not a block of {self.state.spec.name}: choose 0 to {blocks - 1}, or -1 for "
+                    "the last hidden states."
                 )
         for signal in self.signals:
             one = checkpoints * math.prod(signal.shape(config)) * np.dtype(signal.dtype).itemsize

@@ -86,9 +86,9 @@ class Stage(ABC):
 def identity(part: Any) -> dict[str, Any]:
     """What determines the behaviour of a method, signal or generator: its class, fields and code.
 
-    A class with a `version` is known by it, and raises it when its numbers change. One without, such as a user's
-    own, is known by the text of its file. A file that it reads, its field `path`, counts by the property
-    `content_digest`, wherever it lies.
+    A class with a `version` is identified by it, and must raise it when its numbers change. A class without one,
+    such as a user's own, is identified by the text of its file. A class that reads the file in its field `path` has
+    the property `content_digest`, which replaces the path.
     """
     kind = type(part)
     settings = {f.name: plain(getattr(part, f.name)) for f in fields(part)} if is_dataclass(part) else {}
@@ -156,6 +156,6 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def emit(event: Event) -> None:
-    """Tell all listeners."""
+    """Call all listeners with an event."""
     for listener in _listeners.get():
         listener(event)

@@ -1,4 +1,4 @@
-"""The store of results: each is computed once, found by what determines it, and charged to every reader.
+"""The store of results: each is computed once, found by its fingerprint, and its cost counts for every reader.
 
     root/<kind>/<fingerprint>/    the files of an artefact (safetensors, parquet, JSON) and its manifest.json
     root/tmp/                     artefacts that are being written

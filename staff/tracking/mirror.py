@@ -41,7 +41,7 @@ def check(tracking: Mapping[str, Any]) -> None:
     """
     mode, tags = tracking["mode"], tracking.get("tags") or []
     if unknown := sorted(set(tracking) - set(SETTINGS)):
-        raise UserError(f"tracking.{unknown[0]} is no setting: choose from {', '.join(SETTINGS)}.")
+        raise UserError(f"tracking.{unknown[0]} is not a setting: choose from {', '.join(SETTINGS)}.")
     if mode not in MODES:
         raise UserError(f"tracking.mode={mode!r} is unknown: choose from {', '.join(MODES)}.")
     listed = isinstance(tags, Sequence) and not isinstance(tags, str)

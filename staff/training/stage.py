@@ -75,11 +75,14 @@ class Finetune(Training):
             )
         if self.moments and self.settings.kind != "lora":
             raise UserError(
-                f"Adam's moments are kept of adapters: they need finetune=lora, not {self.settings.kind}."
+                f"of=warmup keeps Adam's moments, finetune.kind={self.settings.kind} does not: set finetune=lora."
             )
         if self.online and self.settings.kind != "lora":
             kind = self.settings.kind
-            raise UserError(f"scores online are gradients of adapters: they need finetune=lora, not {kind}.")
+            raise UserError(
+                f"online scores are gradients of LoRA adapters, which finetune.kind={kind} does not have: choose "
+                "finetune=lora, or method.scores=pass."
+            )
 
     @property
     def label(self) -> str:

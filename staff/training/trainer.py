@@ -226,7 +226,7 @@ class AnswerTrainer(ShardingTrainer):
     def _refuse(self, losses: Tensor, rows: Tensor) -> None:
         name = self.ids[int(rows[int((~torch.isfinite(losses)).nonzero()[0])])]
         raise UserError(
-            f"the loss of sample {name!r} is not finite in step {self.state.global_step + 1}: take it out, "
+            f"the loss of sample {name!r} is not finite in step {self.state.global_step + 1}: remove it, "
             f"or, where others fail as well, lower finetune.learning_rate={self.args.learning_rate}."
         )
 

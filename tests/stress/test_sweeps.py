@@ -222,14 +222,14 @@ def test_without_a_hub_or_a_cache_a_run_ends_in_a_sentence_within_half_a_minute(
     hub.faults = [fault]
     status, said, seconds = staff(hub, tmp_path)
     assert status == 1 and seconds < 30 and "waiting for knkarthick/dialogsum of the hub" in said
-    assert said.splitlines()[-1].startswith("staff: the data set 'knkarthick/dialogsum' cannot be had from")
+    assert said.splitlines()[-1].startswith("staff: the data set 'knkarthick/dialogsum' cannot be read from")
 
 
 def test_a_hub_that_goes_away_between_two_stages_keeps_what_was_done(hub: Hub, tmp_path: Path):
     hub.faults = [Fault("somebody/target/resolve/.*safetensors", status=503)]
     status, said, _ = staff(hub, tmp_path)
     assert status == 1 and "fine-tune small on 24 samples" in said
-    assert "the model 'somebody/target' cannot be had from the Hugging Face hub (the hub answers HTTP 503)" in said
+    assert "the model 'somebody/target' cannot be read from the Hugging Face hub (the hub answers HTTP 503)" in said
     hub.faults.clear()
     status, said, _ = staff(hub, tmp_path)
     assert status == 0 and "fine-tuning target" in said and "fine-tuning small" not in said
