@@ -145,7 +145,7 @@ def batch_gradients(
     """Gradients of each sample's own mean answer cross-entropy with respect to linear layers.
 
     Args:
-        model: a causal LM of `staff.scoring.positions.ARCHITECTURES`, also as a PeftModel, in `scoring_mode`.
+        model: a causal LM, exact in batches (`staff.scoring.exact`), also as a PeftModel, in `scoring_mode`.
         layers: by name, as from `gradient_layers`.
         input_ids: (B, T), padded on the right.
         attention_mask: (B, T); None is enough, since a causal mask hides padding on the right from all labels.

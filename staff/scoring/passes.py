@@ -114,7 +114,7 @@ def score_samples(
     order = processes.shard(np.argsort(-samples.lengths, kind="stable"))
     budget = 1 if one_at_a_time else batch_tokens or default_batch_tokens(model)
     how = {"signals": signals, "pad_token_id": pad_token_id, "moments": moments}
-    run = partial(_run_alone, model, **how) if one_at_a_time else _by_batches(model, **how)
+    run = partial(run_alone, model, **how) if one_at_a_time else run_by_batches(model, **how)
     batches = (_in_step if is_sharded(model) else _independently)(samples, order, budget, run)
     with (
         processes.raise_on_all_ranks(apart=not is_sharded(model)),
@@ -216,7 +216,7 @@ def _refuse(values: np.ndarray, batch: TokenizedSamples, signal: str) -> None:
     )
 
 
-def _by_batches(model: Any, *, signals: Sequence[Signal], **how: Any) -> Run:
+def run_by_batches(model: Any, *, signals: Sequence[Signal], **how: Any) -> Run:
     gradient = gradient_of(signals)
     layers = gradient_layers(model, gradient.parameters) if gradient else None
     return partial(_run_batch, model, signals=signals, layers=layers, **how)
@@ -254,7 +254,7 @@ def _run_batch(
             return {signal.name: signal.compute(this) for signal in signals}
 
 
-def _run_alone(
+def run_alone(
     model: Any, sample: TokenizedSamples, *, signals: Sequence[Signal], pad_token_id: int, moments: Moments | None
 ) -> dict[str, Tensor]:
     """The signals of a single sample, from the model's own forward and backward pass."""
