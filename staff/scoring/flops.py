@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from staff.models.flops import block_flops, forward_flops
+from staff.models.flops import block_flops, forward_flops, head_flops
 from staff.scoring.signal import GradientOf, Signal, gradient_of
 
 
@@ -56,8 +56,7 @@ def scoring_flops(
     if gradient is None:
         return forward + own
     if gradient.parameters == "last_v_b":
-        head = 2 * hidden * config.vocab_size
-        return forward + at * (after_attention + head + 2 * adapters.last) + 2 * width * read_pairs + own
+        return forward + at * (after_attention + head_flops(config) + 2 * adapters.last) + 2 * width * read_pairs + own
     first_queries = at_queries if config.num_hidden_layers == 1 else tokens
     backward = forward + 4 * width * ((config.num_hidden_layers - 1) * pairs + read_pairs)
     backward -= 2 * (first_queries * adapters.first_a_queries + tokens * adapters.first_a_others)
@@ -155,7 +154,7 @@ def _in_full(config: Any, lengths: np.ndarray, gradient: GradientOf | None) -> f
     attention = per_pair * int(np.square(lengths).sum())
     if gradient.parameters != "last_v_b":
         return forward + forward + attention
-    head = 2 * config.hidden_size * config.vocab_size * int(lengths.sum())
+    head = head_flops(config) * int(lengths.sum())
     return forward + head + (forward - head + attention) / config.num_hidden_layers
 
 
