@@ -113,7 +113,8 @@ class _Hidden:
 LENGTHS = (16, 32, 48, 64)
 BEYOND = 300
 """Tokens beyond one chunk of the recurrent layers that work by chunks, whose padding is no polynomial."""
-UNKNOWN = (float("nan"),) * 4
+NAN = float("nan")
+UNKNOWN = (NAN, NAN, NAN, NAN)
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,7 @@ LENGTHS = ((5, 3), (9, 4), (2, 2))
 """Tokens of the prompt and of the answer of the instance's samples."""
 
 SMALL = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 16}
-SMALL |= {"sliding_window": 4, "attention_chunk_size": 4}
+SMALL |= {"sliding_window": 4, "attention_chunk_size": 4, "lru_width": 64, "moe_intermediate_size": 48}
 LARGEST = 50_000_000
 """Parameters of an instance; one with more is not built."""
 
@@ -48,7 +49,7 @@ def batches(config: Any) -> str | None:
     """
     if way := getattr(config, "_tested_way", None):  # an instance, during its test
         return way
-    small, own = _reduced(config), config._attn_implementation
+    small, own = reduced(config), config._attn_implementation
     attentions = [own] if own in ("sdpa", "eager") else ["sdpa", "eager"]
     known = json.dumps([type(config).__qualname__, attentions, small.to_dict()], sort_keys=True, default=str)
     if known not in _found:
@@ -63,7 +64,7 @@ def batches(config: Any) -> str | None:
     return _found[known]
 
 
-def _reduced(config: Any) -> Any:
+def reduced(config: Any) -> Any:
     """The same configuration at small widths, without names of files and versions."""
     small = copy.deepcopy(config)
     heads, shared = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
@@ -86,9 +87,13 @@ def _tested(config: Any, attentions: list[str]) -> str:
     Raises:
         ValueError: it is not, with the reason; or any error of its code.
     """
+    from peft import LoraConfig, get_peft_model
+
     apart = float("inf")
     for way in (NARROWED, WHOLE):
-        model = _instance(config, attentions)
+        model = small_instance(config, attentions, _check_blocks)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"]))
+        randomise(model)
         model.config._tested_way = way
         try:
             apart = _difference(model)
@@ -100,31 +105,43 @@ def _tested(config: Any, attentions: list[str]) -> str:
     raise ValueError(f"values of a small instance differ by {apart:.1g} in a batch")
 
 
-def _instance(config: Any, attentions: list[str]) -> Any:
-    """A model with random weights of order one and an adapter on its values."""
-    from peft import LoraConfig, get_peft_model
+def small_instance(
+    config: Any, attentions: Sequence[str], check: Callable[[Any], None] = lambda shape: None
+) -> Any:
+    """A model of this configuration, with the first of these attentions that it has.
+
+    Args:
+        check: raises an error for a model, without its weights, that is not to be built.
+    """
     from transformers import AutoModelForCausalLM
 
-    build = partial(AutoModelForCausalLM.from_config, dtype=torch.float64)
+    build, attention = partial(AutoModelForCausalLM.from_config, dtype=torch.float64), attentions[0]
     for attention in attentions:
         try:
             with torch.device("meta"):
-                _check_shape(build(copy.deepcopy(config), attn_implementation=attention))
-            break
+                shape = build(copy.deepcopy(config), attn_implementation=attention)
         except ValueError:
             if attention == attentions[-1]:
                 raise
+            continue
+        check(shape)
+        if shape.num_parameters() > LARGEST:
+            raise ValueError("a small instance would be large")
+        break
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return build(copy.deepcopy(config), attn_implementation=attention)
+
+
+def randomise(model: Any) -> None:
+    """Give a model weights that are random and such that activations are of order one: always the same."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build(copy.deepcopy(config), attn_implementation=attention)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"]))
         for weight in model.parameters():
             spread = weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.2
             nn.init.normal_(weight, 0 if weight.ndim > 1 else float(weight.detach().mean()), spread)
-    return model
 
 
-def _check_shape(model: Any) -> None:
+def _check_blocks(model: Any) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = getattr(model.get_decoder(), "layers", None)
@@ -137,8 +154,6 @@ def _check_shape(model: Any) -> None:
         raise ValueError("weights outside linear layers")
     if not isinstance(layers[-1], GradientCheckpointingLayer):
         raise ValueError("blocks that cannot be run again")
-    if model.num_parameters() > LARGEST:
-        raise ValueError("a small instance would be large")
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ def scoring_flops(
     if gradient is None:
         return forward + own
     if gradient.parameters == "last_v_b":
-        return forward + at * (after_attention + head_flops(config) + 2 * adapters.last) + 2 * width * read_pairs + own
+        behind = after_attention + head_flops(config) + 2 * adapters.last
+        return forward + at * behind + 2 * width * read_pairs + own
     first_queries = at_queries if config.num_hidden_layers == 1 else tokens
     backward = forward + 4 * width * ((config.num_hidden_layers - 1) * pairs + read_pairs)
     backward -= 2 * (first_queries * adapters.first_a_queries + tokens * adapters.first_a_others)
