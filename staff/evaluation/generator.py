@@ -176,13 +176,13 @@ def reads_padding(config: Any) -> bool:
     import torch
     from transformers import GenerationConfig
 
-    from staff.scoring.exact import randomise, reduced, small_instance
+    from staff.scoring.exact import by_itself, randomise, reduced, small_instance
 
     small = reduced(config)
     known = json.dumps([type(config).__qualname__, small.to_dict()], sort_keys=True, default=str)
     if known not in _reading:
         try:
-            with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+            with by_itself(), torch.no_grad():
                 model = small_instance(small, ("sdpa", "eager")).float().eval()
                 randomise(model)
                 moved = _moved_by_padding(model, GenerationConfig(do_sample=False, pad_token_id=0), range(3, 9))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,14 +54,26 @@ def batches(config: Any) -> str | None:
     known = json.dumps([type(config).__qualname__, attentions, small.to_dict()], sort_keys=True, default=str)
     if known not in _found:
         try:
-            # Whatever the caller computes in: autocast, without gradients, or in inference mode.
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            with by_itself(), torch.enable_grad():
                 _found[known] = _tested(small, attentions)
         except Exception as error:  # whatever a model's code may raise at sizes that it does not expect
             _found[known] = None
             reason = (str(error).splitlines() or [""])[0][:100] or type(error).__name__
             log.info("model type %r is scored and trained without exact batches: %s", config.model_type, reason)
     return _found[known]
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Computing as nothing around it does: no inference mode or autocast, and random numbers from a seed."""
+    with (
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+    ):
+        torch.manual_seed(0)
+        yield
 
 
 def reduced(config: Any) -> Any:
@@ -105,13 +117,11 @@ def _tested(config: Any, attentions: list[str]) -> str:
     raise ValueError(f"values of a small instance differ by {apart:.1g} in a batch")
 
 
-def small_instance(
-    config: Any, attentions: Sequence[str], check: Callable[[Any], None] = lambda shape: None
-) -> Any:
+def small_instance(config: Any, attentions: Sequence[str], check: Callable[[Any], None] | None = None) -> Any:
     """A model of this configuration, with the first of these attentions that it has.
 
     Args:
-        check: raises an error for a model, without its weights, that is not to be built.
+        check: raises an error for a model, given without its weights, that is not to be built.
     """
     from transformers import AutoModelForCausalLM
 
@@ -124,21 +134,19 @@ def small_instance(
             if attention == attentions[-1]:
                 raise
             continue
-        check(shape)
+        if check is not None:
+            check(shape)
         if shape.num_parameters() > LARGEST:
             raise ValueError("a small instance would be large")
         break
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        return build(copy.deepcopy(config), attn_implementation=attention)
+    return build(copy.deepcopy(config), attn_implementation=attention)
 
 
 def randomise(model: Any) -> None:
-    """Give a model weights that are random and such that activations are of order one: always the same."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for weight in model.parameters():
-            spread = weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.2
-            nn.init.normal_(weight, 0 if weight.ndim > 1 else float(weight.detach().mean()), spread)
+    """Give a model random weights by which activations are of order one."""
+    for weight in model.parameters():
+        spread = weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.2
+        nn.init.normal_(weight, 0 if weight.ndim > 1 else float(weight.detach().mean()), spread)
 
 
 def _check_blocks(model: Any) -> None:
