@@ -193,6 +193,16 @@ def test_a_file_for_a_folder_a_split_that_is_not_there_and_no_data_are_refused(t
     saved(tmp_path / "one", splits=False)
     with pytest.raises(UserError, match="one holds one data set without splits, which is the training split: set"):
         replace(TASK, data_dir=str(tmp_path / "one")).load("test")
+    on_hub = replace(TASK, data_dir=None, hub=str(tmp_path / "one"))
+    with pytest.raises(
+        UserError, match=r"one holds one data set without splits.*task.dev_size=200 task.evaluate_on"
+    ):
+        on_hub.load("test")
+    assert len(replace(on_hub, test_split="train").load("test")) == len(on_hub.load("train"))  # as it is asked for
+    (folder := tmp_path / "alone").mkdir()
+    put("train.jsonl", lines())(folder)
+    with pytest.raises(UserError, match=r"has no split 'test', but train: name one, or a part.*task.dev_size=200"):
+        replace(TASK, data_dir=None, hub=str(folder)).load("test")
     with pytest.raises(UserError, match=r"task 't' names no data: set task.data_dir=FOLDER"):
         replace(TASK, data_dir=None)
     with pytest.raises(UserError, match=r"task.test_file=null names no file"):

@@ -174,6 +174,19 @@ def test_a_model_that_reads_its_padding_answers_as_one_at_a_time(kind: str, capl
     assert ("reads padding" in caplog.text) == (kind != "mamba") and len({*map(tuple, alone)}) == len(alone)
 
 
+@pytest.mark.parametrize("kind", ["rwkv", "recurrent_gemma", "mamba", "gpt2", "olmo2", "mixtral", "llama"])
+def test_answers_of_models_that_read_padding_alone_have_another_name(kind: str, tmp_path: Path):
+    """Since they were once made in padded batches."""
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    more = {"attention_hidden_size": 32, "lru_width": 32} if kind in ("rwkv", "recurrent_gemma") else {}
+    AutoConfig.for_model(kind, vocab_size=100, **sizes, **more).save_pretrained(tmp_path)
+    key = Generate(ModelState(ModelSpec(str(tmp_path))), tokenize(SAMPLES, TINY.tokenizer()), Greedy(), 4).key()
+    assert key.pop("prompts", None) == ("one at a time" if more else None)
+    assert key.keys() == {"state", "samples", "generator", "max_new_tokens"}
+
+
 def test_generation_stops_at_a_further_end_token():
     model, tokenizer = TINY.load(), TINY.tokenizer()
     prompt = tokenizer("How are you").input_ids

@@ -9,11 +9,13 @@ import pytest
 import support.tiny
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from support.tiny import SHAPE, adapted, random_model
+from support.tiny import FAMILIES, SHAPE, adapted, config_of, odd_llama, random_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CohereConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig
 
 from staff.errors import UserError
+from staff.models.spec import ARCHITECTURES
+from staff.scoring.exact import NARROWED, WHOLE, batches
 from staff.scoring.gradients import (
     LayerGradient,
     SampleGradients,
@@ -23,7 +25,7 @@ from staff.scoring.gradients import (
     gradient_parameters,
     layer_gradient_norms,
 )
-from staff.scoring.positions import ARCHITECTURES, scoring_mode
+from staff.scoring.positions import scoring_mode
 
 LENGTHS = [(5, 3), (9, 4), (12, 1), (4, 6), (2, 2)]  # prompt and answer tokens of the batch's samples
 
@@ -211,6 +213,65 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.training and trainable == [name for name, p in model.named_parameters() if p.requires_grad]
     assert all(p.grad is None for p in model.parameters())
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# ---------------------------------------------------------------- which classes are exact in batches
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_last_blocks_queries_run_at_the_positions_read_in_every_architecture_named(architecture: str) -> None:
+    assert batches(random_model(architecture).config) == NARROWED
+
+
+EXACT = {"llama": NARROWED, "qwen3": NARROWED, "gemma2": NARROWED, "granite": NARROWED}
+EXACT |= {"smollm3": NARROWED, "olmo2": WHOLE, "stablelm": WHOLE}  # all layers of two have rotations
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_batches_are_found_by_a_test_of_a_small_instance(family: str) -> None:
+    assert batches(config_of(family)) == EXACT.get(family)
+
+
+@pytest.mark.parametrize("family", ["olmo2", "smollm3", "stablelm", "odd_llama"])
+@pytest.mark.parametrize("layers", [3, 4])  # the fourth of SmolLM3 has no rotation
+def test_norms_of_other_families_of_that_shape_equal_autograd_layer_by_layer(family: str, layers: int) -> None:
+    fields = {**SHAPE, "num_hidden_layers": layers}
+    config = odd_llama()(**fields) if family == "odd_llama" else AutoConfig.for_model(family, **fields)
+    torch.manual_seed(0)
+    model = adapted(AutoModelForCausalLM.from_config(config), lora_alpha=6)
+    adapters = gradient_layers(model, "all_lora")
+    expected = one_at_a_time(model, weights_of(adapters))
+    norms = layer_gradient_norms(model, adapters, *padded_batch())
+    for name in adapters:
+        assert_same(norms[name], expected[f"{name}.weight"], name)
+    (last,) = [name for name in expected if f"layers.{layers - 1}.self_attn.v_proj.lora_B" in name]
+    assert_same(per_sample_gradient_norms(model, *padded_batch(), "last_v_b"), expected[last])
+
+
+@pytest.mark.parametrize("reads", ["batch", "padding", "norm"])
+def test_a_class_that_reads_other_samples_or_padding_is_scored_one_sample_at_a_time(reads: str, caplog) -> None:
+    caplog.set_level("INFO")
+    config = odd_llama()(**SHAPE, reads=reads)
+    assert batches(config) is None and batches(config) is None
+    (said,) = [record.message for record in caplog.records if "odd_llama" in record.message]
+    assert "without exact batches: values of a small instance differ" in said
+    with pytest.raises(UserError, match="one_at_a_time=true"):
+        per_sample_gradient_norms(adapted(AutoModelForCausalLM.from_config(config)), *padded_batch(), "last_v_b")
+
+
+def test_frequencies_that_depend_on_the_longest_sample_are_not_exact_in_batches() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert batches(random_model().config) and batches(random_model(rope_parameters=rope).config) is None
+
+
+def test_the_test_of_a_class_changes_no_random_numbers_and_works_in_inference_mode() -> None:
+    config = odd_llama()(**SHAPE, num_labels=5)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert batches(config) == WHOLE
+    assert torch.equal(torch.rand(4), expected)
 
 
 def test_what_cannot_be_exact_is_refused_by_name() -> None:

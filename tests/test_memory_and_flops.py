@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.tiny import FAMILIES, SETTINGS, config_of, drawn, told_and_peak
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
@@ -163,6 +163,27 @@ def test_the_flops_of_every_family_are_those_of_a_real_pass(family: str):
     config = config_of(family)
     assert forward_flops(config, [37]) == pytest.approx(counted(config, 37), rel=1e-6)
     assert forward_flops(config, [20, 37]) == pytest.approx(counted(config, 20) + counted(config, 37), rel=1e-6)
+
+
+def test_the_flops_of_an_embedding_narrower_than_the_blocks_are_those_of_a_real_pass():
+    """As OPT-350m has it: projections in and out, norms behind the blocks, and a head of the embedding's width."""
+    config = config_of("opt", word_embed_proj_dim=12, do_layer_norm_before=False)
+    assert forward_flops(config, [37]) == pytest.approx(counted(config, 37), rel=1e-6)
+    head = 2 * 12 * config.vocab_size
+    assert forward_flops(config, [37]) - forward_flops(config, [37], 5) == 32 * head
+
+
+def hybrid(family: str, **fields: Any) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 100}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    return AutoConfig.for_model(family, **sizes, **heads, **fields)
+
+
+def test_the_flops_of_a_hybrid_are_those_of_a_real_pass_or_unknown():
+    convolutions = hybrid("lfm2", layer_types=["conv", "full_attention"], block_multiple_of=8)
+    assert forward_flops(convolutions, [37, 80]) == counted(convolutions, 37) + counted(convolutions, 80)
+    by_chunks = hybrid("bamba", mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, attn_layer_indices=[1])
+    assert math.isnan(forward_flops(by_chunks, [37]))  # whose last chunk is padded
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "qwen3_moe", "mamba"])

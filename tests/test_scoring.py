@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.tiny import adapted, random_model
+from support.tiny import SHAPE, adapted, odd_llama, random_model
 from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForCausalLM, CohereConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig
 
 from staff.data.splits import DataView
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
+from staff.models.flops import forward_flops
 from staff.models.spec import ModelSpec
+from staff.scoring.exact import batches
 from staff.scoring.flops import charge
 from staff.scoring.passes import score_samples
 from staff.scoring.signal import Signal
@@ -294,6 +296,7 @@ def test_the_meter_is_told_what_was_computed(signal: Any, layers: int, tied: boo
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     rows = np.random.default_rng(0).integers(1, 60, (4, 40)).tolist()
     samples, meter = TokenizedSamples.of_rows(list("abcd"), rows, [30] * 4, begin=1), Meter()
+    assert batches(model.config)  # tested before, since the test itself is not counted
     with FlopCounter() as counted:
         score(model, samples, signal, batch_tokens=1000)
     charge(meter, model, DataView(prompt=signal.prompt, text=signal.text).of(samples), (signal,))
@@ -302,3 +305,21 @@ def test_the_meter_is_told_what_was_computed(signal: Any, layers: int, tied: boo
     tokens = 44 if not signal.prompt else 160  # the begin token, and ten of each answer
     assert meter.cost.tokens_forward == tokens
     assert meter.cost.tokens_backward == (tokens if signal.name == "effort" else 0)
+
+
+@pytest.mark.parametrize("family", ["olmo2", "smollm3", "odd_llama"])
+@pytest.mark.parametrize("parameters", ["last_v_b", "all_lora"])
+def test_the_meter_is_told_what_was_computed_also_where_attention_runs_in_full(
+    family: str, parameters: str
+) -> None:
+    config = odd_llama()(**SHAPE) if family == "odd_llama" else AutoConfig.for_model(family, **SHAPE)
+    model = adapted(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    assert batches(model.config) and forward_flops(
+        model.config, [8]
+    )  # found before, since that work is not counted
+    rows = np.random.default_rng(0).integers(1, 60, (4, 40)).tolist()
+    samples, meter = TokenizedSamples.of_rows(list("abcd"), rows, [30] * 4, begin=1), Meter()
+    with FlopCounter() as counted:
+        score(model, samples, Effort(parameters), batch_tokens=1000)
+    charge(meter, model, samples, (Effort(parameters),))
+    assert meter.cost.flops == pytest.approx(counted.flops, rel=1e-9)

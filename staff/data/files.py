@@ -42,7 +42,8 @@ def files_of(split: str, given: Files | None, data_dir: str | None, name: str | 
             f"task.data_dir={data_dir} is a file: name its folder, or give the file as task.{split}_file."
         )
     if given is None and data_dir is None:
-        raise UserError(f"task.{split}_file=null names no file: set it, or task.data_dir=FOLDER.")
+        other = ELSEWHERE if split == "test" else "set it, or task.data_dir=FOLDER"
+        raise UserError(f"task.{split}_file=null names no file: {other}.")
     if given is None:
         return _saved(split, folder) if is_saved(folder) else _named_after(name or split, split, folder)
     found: list[Path] = []
@@ -64,11 +65,18 @@ def files_of(split: str, given: Files | None, data_dir: str | None, name: str | 
     return list(dict.fromkeys(found))
 
 
+ELSEWHERE = (
+    "set task.test_file, evaluate on rows drawn from the training split (task.dev_size=200 task.evaluate_on=dev), "
+    "or select alone (evaluation=none)"
+)
+"""What to do without a test split."""
+
+
 def _saved(split: str, folder: Path) -> list[Path]:
     if split != "train" and not (folder / "dataset_dict.json").is_file():
         raise UserError(
-            f"{folder} holds one data set without splits, which is the training split: set task.{split}_file"
-            + (", or evaluation=none to select alone." if split == "test" else ".")
+            f"{folder} holds one data set without splits, which is the training split: "
+            + (f"{ELSEWHERE}." if split == "test" else f"set task.{split}_file.")
         )
     return [folder]
 
@@ -86,11 +94,11 @@ def _named_after(name: str, split: str, folder: Path) -> list[Path]:
         names = " and ".join(path.name for path in whole or shards)
         raise UserError(f"{folder} holds {names}: choose by task.{split}_file.")
     if not whole and not shards:
-        other = f"set task.{split}_file" + (", or evaluation=none to select alone" if split == "test" else "")
+        other = ELSEWHERE if split == "test" else f"set task.{split}_file"
         unread = next((f", and {p.name} is of no format that is read" for p in sorted(folder.glob(f"{name}*"))), "")
         raise UserError(
             f"{folder / name}.jsonl does not exist{unread}: task.data_dir must be a folder with {name}.jsonl (or "
-            f".json, .csv, .tsv, .parquet), or {other}."
+            f".json, .csv, .tsv, .parquet); or {other}."
         )
     return whole or shards
 
@@ -147,11 +155,17 @@ def read_hub(repository: Repository, config: str | None, split: str) -> Rows:
     return _numbered(repository.name, split, data)
 
 
-def read_folder(folder: Path, config: str | None, split: str) -> Rows:
-    """The same from a local folder that holds a data set of the hub, or that `save_to_disk` wrote."""
+def read_folder(folder: Path, config: str | None, split: str, whole: str = "train") -> Rows:
+    """The same from a local folder that holds a data set of the hub, or that `save_to_disk` wrote.
+
+    Args:
+        whole: the split that a folder without splits is; of another name it has none.
+    """
     import datasets
 
     if is_saved(folder):
+        if split != whole:
+            _saved("test", folder)
         return read_rows(folder, split)
     with _readable_hub(str(folder), split):
         data = datasets.load_dataset(str(folder), config, split=split)
@@ -198,6 +212,12 @@ def _readable_hub(name: str, split: str) -> Iterator[None]:
         yield
     except Exception as error:
         said = (str(error).splitlines() or ["no message"])[0]
+        if said.startswith("Unknown split"):
+            known = said.partition("one of ")[2].strip("[].").replace("'", "")
+            raise UserError(
+                f"task.hub={name} has no split {split!r}, but {known}: name one, or a part of one such as "
+                f"'train[90%:]', by task.train_split and task.test_split. Without a test split, {ELSEWHERE}."
+            ) from error
         raise UserError(
             f"task.hub={name} ({split}) could not be read ({type(error).__name__}: {said}): check task.hub_config "
             "and the splits, or give task.data_dir=FOLDER with train.jsonl and test.jsonl instead."

@@ -235,7 +235,7 @@ class Task:
         if self.data_dir is None and given is None and self.hub is not None:
             if self.repository is not None:
                 return read_hub(self.repository, self.hub_config, name)
-            return read_folder(local_path(self.hub), self.hub_config, name)
+            return read_folder(local_path(self.hub), self.hub_config, name, self.train_split)
         return chain.from_iterable(read_rows(file, name) for file in self._files(split))
 
     def reading(self, samples: Iterable[Sample]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,14 +163,48 @@ def _answers(
         yield from decode(base, mine, max_new_tokens=new, stop=stop, batch_tokens=budget)
     else:
         unknown = base.config.model_type not in ARCHITECTURES and len(prompts) > 1
-        if unknown and not _ignores_padding(base, config, prompts[order[0]]):
+        # A number that is not finite is no answer either.
+        if unknown and not _moved_by_padding(base, config, prompts[order[0]]) <= _tolerance(base):
+            log.info("%s reads padding: prompts are answered one at a time", type(base).__name__)
             budget = 1
         for batch in _batches(prompts, order, new, budget, together=is_sharded(base)):
             yield from _answered(base, config, stop, {i: prompts[i] for i in batch}).items()
 
 
-def _ignores_padding(base: Any, config: Any, prompt: Sequence[int]) -> bool:
-    """Whether the model continues a prompt alike in a padded batch: some recurrent ones read the padding."""
+_reading: dict[str, bool] = {}
+
+
+def reads_padding(config: Any) -> bool:
+    """Whether models of this configuration read padding, by a small instance; False where none can be built."""
+    if config.model_type in ARCHITECTURES:
+        return False
+    import torch
+    from transformers import GenerationConfig
+
+    from staff.scoring.exact import by_itself, randomise, reduced, small_instance
+
+    small = reduced(config)
+    known = json.dumps([type(config).__qualname__, small.to_dict()], sort_keys=True, default=str)
+    if known not in _reading:
+        try:
+            with by_itself(), torch.no_grad():
+                model = small_instance(small, ("sdpa", "eager")).float().eval()
+                randomise(model)
+                moved = _moved_by_padding(model, GenerationConfig(do_sample=False, pad_token_id=0), range(3, 9))
+                _reading[known] = moved > _tolerance(model)
+        except Exception as error:  # whatever a model's code may raise at sizes that it does not expect
+            log.debug("no small instance of %s: %s", config.model_type, error)
+            _reading[known] = False
+    return _reading[known]
+
+
+def _tolerance(base: Any) -> float:
+    return 1e-3 if base.dtype.itemsize >= 4 else 0.1
+
+
+def _moved_by_padding(base: Any, config: Any, prompt: Sequence[int]) -> float:
+    """By how much the logits behind a prompt differ in a padded batch, by their spread: some recurrent models read
+    padding."""
     import torch
 
     how = {"generation_config": copy.deepcopy(config), "output_logits": True, "return_dict_in_generate": True}
@@ -179,11 +214,7 @@ def _ignores_padding(base: Any, config: Any, prompt: Sequence[int]) -> bool:
         torch.stack(base.generate(**_padded(base, config, rows), **how).logits)[:, 0].float()
         for rows in ([prompt], [prompt, [*prompt, *prompt[:3]]])
     )
-    tolerance = 1e-3 if base.dtype == torch.float32 else 0.1
-    same = bool((alone[0] - beside[0]).abs().max() <= tolerance * alone[0].std())
-    if not same:
-        log.info("%s reads padding: prompts are answered one at a time", type(base).__name__)
-    return same
+    return float((alone[0] - beside[0]).abs().max() / alone[0].std())
 
 
 def _padded(base: Any, config: Any, prompts: Collection[Sequence[int]]) -> dict[str, Any]:

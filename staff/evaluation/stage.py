@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from staff.data.tokens import TokenizedSamples
-from staff.evaluation.generator import Generator
+from staff.evaluation.generator import Generator, reads_padding
 from staff.evaluation.metrics import measure
 from staff.evaluation.metrics.metric import Choices, Metric
 from staff.models.flops import forward_flops
@@ -57,6 +57,8 @@ class Generate(Stage):
             "samples": self.samples.fingerprint,
             "generator": self.generator.key(),
             "max_new_tokens": self.max_new_tokens,
+            # Answers of models that read padding were once made in padded batches.
+            **({"prompts": "one at a time"} if reads_padding(self.state.spec.config()) else {}),
         }
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:

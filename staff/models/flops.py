@@ -69,22 +69,32 @@ def _matrix_products(
     elif not isinstance(label_positions, int):
         label_positions = sum(int(count) for count in label_positions)
     per_sample, per_token, per_pair = block_flops(config)
-    head = 2 * config.hidden_size * config.vocab_size * label_positions
-    linear = per_sample * len(lengths) + per_token * sum(lengths) + head
+    linear = per_sample * len(lengths) + per_token * sum(lengths) + head_flops(config) * label_positions
     return linear, per_pair * sum(length**2 for length in lengths)
 
 
+def head_flops(config: Any) -> float:
+    """Forward FLOPs of the output embedding per position; NaN where they cannot be counted."""
+    if config.model_type in ARCHITECTURES:
+        return 2 * config.hidden_size * config.vocab_size
+    return _of(config)[3]
+
+
 def block_flops(config: Any) -> tuple[float, float, float]:
-    """Forward FLOPs of all blocks: per sample (the padding of a convolution), per token, and per pair of tokens
-    (attention); NaN where they cannot be counted."""
+    """Forward FLOPs of all blocks, and of projections beside them: per sample (the padding of a convolution), per
+    token, and per pair of tokens (attention); NaN where they cannot be counted."""
     if config.model_type not in ARCHITECTURES:
-        return _counted(json.dumps(config.to_dict(), sort_keys=True, default=str), _Hidden(config))
+        return _of(config)[:3]
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     projections = config.hidden_size * head_dim * 2 * (heads + key_value_heads)
     block = projections + 3 * config.hidden_size * config.intermediate_size
     return 0, 2 * config.num_hidden_layers * block, 4 * config.num_hidden_layers * heads * head_dim
+
+
+def _of(config: Any) -> tuple[float, float, float, float]:
+    return _counted(json.dumps(config.to_dict(), sort_keys=True, default=str), _Hidden(config))
 
 
 class _Hidden:
@@ -101,27 +111,51 @@ class _Hidden:
 
 
 LENGTHS = (16, 32, 48, 64)
-UNKNOWN = (float("nan"), float("nan"), float("nan"))
+BEYOND = 300
+"""Tokens beyond one chunk of the recurrent layers that work by chunks, whose padding is no polynomial."""
+NAN = float("nan")
+UNKNOWN = (NAN, NAN, NAN, NAN)
 
 
 @cache
-def _counted(known: str, config: _Hidden) -> tuple[float, float, float]:
-    """`block_flops` by torch's counter on the meta device, where a pass is a polynomial in its length."""
+def _counted(known: str, config: _Hidden) -> tuple[float, float, float, float]:
+    """`block_flops` and `head_flops` by torch's counter on the meta device, where a pass is a polynomial in its
+    length."""
+    lengths = LENGTHS
     try:
-        *first, last = (_count(config.value, length) for length in LENGTHS)
+        try:
+            counts = [_count(config.value, length) for length in lengths]
+        except RuntimeError:  # hybrids look into the mask, which has no values there
+            lengths = (*LENGTHS[:3], BEYOND)
+            with _ones():
+                counts = [_count(config.value, length) for length in lengths]
     except Exception as error:  # whatever a model's code may raise without weights
         log.warning("FLOPs of model type %r cannot be counted (%s): unknown", config.value.model_type, error)
         return UNKNOWN
-    powers = np.vander(LENGTHS, 3, increasing=True)
+    *first, last = (blocks for blocks, _ in counts)
+    powers = np.vander(lengths, 3, increasing=True)
     law = np.linalg.solve(powers[:3], first).round(6)
     if abs(powers[3] @ law - last) > 1e-6 * last:
         log.warning("FLOPs of model type %r are no polynomial of the length: unknown", config.value.model_type)
         return UNKNOWN
-    return float(law[0]), float(law[1]), float(law[2])
+    return float(law[0]), float(law[1]), float(law[2]), float(counts[0][1])
 
 
-def _count(config: Any, length: int) -> float:
-    """FLOPs of the blocks for one sample of `length` tokens."""
+def _ones() -> Any:
+    """A mode in which `all` of a tensor without values is true and `any` is false, as for a mask of ones."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Ones(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked = {torch.ops.aten.all.default: True, torch.ops.aten.any.default: False}
+            return torch.tensor(asked[func]) if func in asked else func(*args, **(kwargs or {}))
+
+    return Ones()
+
+
+def _count(config: Any, length: int) -> tuple[float, float]:
+    """FLOPs of the blocks for one sample of `length` tokens, and of the head for one of them."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForCausalLM
@@ -132,13 +166,11 @@ def _count(config: Any, length: int) -> float:
     config._experts_implementation = "batched_mm"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-        inputs = {
-            "input_ids": torch.ones(1, length, dtype=torch.int64),
-            "attention_mask": torch.ones(1, length, dtype=torch.int64),
-        }
+        ids = torch.ones(1, length, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(**inputs)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
     head = model.get_output_embeddings()
     if head is None:
         raise UserError("the model has no output embedding.")
-    return counter.get_total_flops() - 2 * head.weight.numel() * length
+    of_head = 2 * head.weight.numel()
+    return counter.get_total_flops() - of_head * length, of_head

@@ -35,10 +35,9 @@ log = logging.getLogger(__name__)
 PRECISIONS = ("float32", "bfloat16")
 QUANTIZATIONS = ("nf4",)
 
-# Decoders with gated MLPs whose block feeds `input_layernorm` to the attention alone, and whose attention is
-# causal and ends in `o_proj`; all else in them works on one position at a time. The tests check layer by layer.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-"""Model types with exact batched gradients, and FLOPs and memory by formula."""
+"""Plain decoders with gated MLPs: their FLOPs and memory are by formula, and they have a decoding loop of our own.
+Which models are scored in batches is found by a test (`staff.scoring.exact`)."""
 
 
 @dataclass(frozen=True)

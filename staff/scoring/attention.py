@@ -21,12 +21,13 @@ WEIGHTS_BYTES = 2**29
 
 
 @contextmanager
-def attention_at(attention: Any, positions: Positions) -> Iterator[None]:
+def attention_at(attention: Any, positions: Positions, narrowed: bool = True) -> Iterator[None]:
     """Queries of this attention at these positions only: its output is (1, L, D); keys and values are of all.
 
-    Attention kernels other than PyTorch's and the plain products run in full, and their output is gathered.
+    Attention kernels other than PyTorch's and the plain products run in full, and so does attention that is not
+    `narrowed`: their output is gathered.
     """
-    if attention.config._attn_implementation not in NARROWED:
+    if not narrowed or attention.config._attn_implementation not in NARROWED:
         with attention.o_proj.register_forward_pre_hook(lambda _, args: (positions.gather(args[0]),)):
             yield
         return
@@ -52,7 +53,7 @@ def _attended(
     cache: Any = None,
     **others: Any,
 ) -> Tensor:
-    """As `forward` of the attention of `ARCHITECTURES`, with queries at these positions: (B, T, D) -> (1, L, D)."""
+    """As `forward` of Llama's attention and its kin, with queries at these positions: (B, T, D) -> (1, L, D)."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     module = sys.modules[type(attention).__module__]
@@ -79,7 +80,8 @@ def _attended(
             seen = torch.zeros_like(seen, dtype=queries.dtype).masked_fill(~seen, torch.finfo(queries.dtype).min)
     else:
         attend = ALL_ATTENTION_FUNCTIONS[way]
-    caps = {"softcap": attention.attn_logit_softcapping} if attention.config.model_type == "gemma2" else {}
+    cap = getattr(attention, "attn_logit_softcapping", None)
+    caps = {} if cap is None else {"softcap": cap}
     dropout = attention.attention_dropout if attention.training else 0.0
     output = attend(attention, queries, keys, values, seen, dropout=dropout, scaling=attention.scaling, **caps)[0]
     return attention.o_proj(at.gather_spread(output.flatten(2)))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from staff.data.tokens import TokenizedSamples
-from staff.models.flops import block_flops, forward_flops
+from staff.models.flops import block_flops, forward_flops, head_flops
 from staff.scoring.signal import GradientOf, Signal, gradient_of
 from staff.store.cost import Meter
 
@@ -61,8 +61,8 @@ def _in_batches(model: Any, lengths: np.ndarray, answer_lengths: np.ndarray, sig
     at, pairs = int(read.sum()), int(np.square(lengths).sum())
     # Queries of the last block, and what follows its attention, run at `at` positions.
     at_queries, read_pairs = (at, int((read * lengths).sum())) if _narrows(config) else (tokens, pairs)
-    width, hidden = _attention_width(config), config.hidden_size
-    after_attention = 2 * hidden * (width + 3 * config.intermediate_size)
+    last, hidden = _Block.last_of(model), config.hidden_size
+    width, after_attention = last.queries, 2 * last.after_attention
     head_positions = at if gradient or any(signal.logits for signal in signals) else 0
     adapters = _Adapters.of(model)
     forward = forward_flops(config, lengths, head_positions) - after_attention * (tokens - at)
@@ -71,33 +71,51 @@ def _in_batches(model: Any, lengths: np.ndarray, answer_lengths: np.ndarray, sig
     if gradient is None:
         return forward
     if gradient.parameters == "last_v_b":
-        head = 2 * hidden * config.vocab_size
-        return forward + at * (after_attention + head + 2 * adapters.last) + 2 * width * read_pairs
+        behind = after_attention + head_flops(config) + 2 * adapters.last
+        return forward + at * behind + 2 * width * read_pairs
     first_queries = at_queries if config.num_hidden_layers == 1 else tokens
     backward = forward + 4 * width * ((config.num_hidden_layers - 1) * pairs + read_pairs)
     backward -= 2 * (first_queries * adapters.first_a_queries + tokens * adapters.first_a_others)
     if not (gradient.parameters == "all_linear" and _is_tied(model)):
-        keys_and_values = _inputs_width(config) - width
-        backward -= 2 * hidden * (first_queries * width + tokens * keys_and_values)
+        backward -= 2 * hidden * (first_queries * width + tokens * last.keys_and_values)
     return forward + backward
 
 
 def _narrows(config: Any) -> bool:
     from staff.scoring.attention import NARROWED
+    from staff.scoring.exact import NARROWED as QUERIES_NARROWED
+    from staff.scoring.exact import batches
 
-    return config._attn_implementation in NARROWED
-
-
-def _attention_width(config: Any) -> int:
-    """Features that attention hands to its output projection."""
-    heads = config.num_attention_heads
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return config._attn_implementation in NARROWED and batches(config) == QUERIES_NARROWED
 
 
-def _inputs_width(config: Any) -> int:
-    """Features of q, k and v together."""
-    heads, width = config.num_attention_heads, _attention_width(config)
-    return width + 2 * width // heads * (getattr(config, "num_key_value_heads", None) or heads)
+@dataclass(frozen=True)
+class _Block:
+    """Sizes of the last block without adapters.
+
+    Attributes:
+        queries, keys_and_values: features of q, and of k and v together.
+        after_attention: weights of all other linear layers.
+    """
+
+    queries: int
+    keys_and_values: int
+    after_attention: int
+
+    @classmethod
+    def last_of(cls, model: Any) -> _Block:
+        from torch import nn
+
+        from staff.scoring.positions import last_block
+
+        block, after = last_block(model), 0
+        inputs = [getattr(block.self_attn, f"{kind}_proj") for kind in "qkv"]
+        own = {id(part) for layer in inputs for part in layer.modules()}
+        for name, layer in block.named_modules():
+            if isinstance(layer, nn.Linear) and ".lora_" not in name and id(layer) not in own:
+                after += layer.in_features * layer.out_features
+        queries, keys, values = (layer.out_features for layer in inputs)
+        return cls(queries, keys + values, after)
 
 
 def _is_tied(model: Any) -> bool:
@@ -154,7 +172,7 @@ def _in_full(model: Any, lengths: np.ndarray, gradient: GradientOf | None) -> fl
     attention = per_pair * int(np.square(lengths).sum())
     if gradient.parameters != "last_v_b":
         return forward + forward + attention + 3 * adapters
-    head = 2 * config.hidden_size * config.vocab_size * tokens
+    head = head_flops(config) * tokens
     return forward + head + (forward - head + attention) / config.num_hidden_layers + 3 * adapters
 
 

@@ -156,7 +156,7 @@ def batch_gradients(
     """Gradients of each sample's own mean answer cross-entropy with respect to linear layers.
 
     Args:
-        model: a causal LM of `staff.scoring.positions.ARCHITECTURES`, also as a PeftModel, in `scoring_mode`.
+        model: a causal LM, exact in batches (`staff.scoring.exact`), also as a PeftModel, in `scoring_mode`.
         layers: by name, as from `gradient_layers`.
         input_ids: (B, T), padded on the right, where a causal mask hides padding from all labels.
         labels: (B, T), unshifted, -100 where there is no label.

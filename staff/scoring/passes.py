@@ -109,7 +109,7 @@ def score_samples(
     # Longest first, so that memory runs out in the first batch, if at all.
     order = processes.shard(np.argsort(-samples.lengths, kind="stable"))
     budget = 1 if one_at_a_time else batch_tokens or default_batch_tokens(model)
-    run = _runner(model, signals, pad_token_id, moments, one_at_a_time)
+    run = runner(model, signals, pad_token_id, moments, one_at_a_time)
     batches = (_in_step if is_sharded(model) else _independently)(samples, order, budget, run)
     with (
         processes.raise_on_all_ranks(apart=not is_sharded(model)),
@@ -207,8 +207,12 @@ def _check_finite(values: np.ndarray, batch: TokenizedSamples, signal: str) -> N
         )
 
 
-def _runner(
-    model: Any, signals: Sequence[Signal], pad_token_id: int, moments: Moments | None, one_at_a_time: bool
+def runner(
+    model: Any,
+    signals: Sequence[Signal],
+    pad_token_id: int,
+    moments: Moments | None = None,
+    one_at_a_time: bool = False,
 ) -> Run:
     """What computes the signals of a batch, or of a single sample, with gradients by the weights that they name."""
     run, find = (_run_alone, gradient_parameters) if one_at_a_time else (_run_batch, gradient_layers)

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from staff.data.tokens import IGNORED, TokenizedSamples
 from staff.errors import UserError
-from staff.models.spec import ARCHITECTURES
 from staff.scoring.attention import attention_at
+from staff.scoring.exact import NARROWED, batches
 
 READS = ("predictions", "answers", "tokens")
 """Where a signal can read: at the positions that predict answer tokens, at the answer tokens, or at all tokens."""
@@ -168,20 +168,26 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
 def last_block_at(model: Any, positions: Positions) -> Iterator[None]:
     """Run the last block at these positions only, except for its keys and values. Logits are then (1, L, V).
 
-    The block gets the gathered positions as its input. Its first norm gets the whole sequence instead, so that
-    attention sees all positions.
+    The block gets the gathered positions as its input. Its first norm, or the attention of a block without one,
+    gets the whole sequence instead, so that attention sees all positions.
     """
     block = last_block(model)
+    attention, norm = block.self_attn, getattr(block, "input_layernorm", None)
     whole: list[Tensor] = []
 
     def narrow(_, args: tuple) -> tuple:
         whole.append(args[0])
         return (positions.gather(args[0]), *args[1:])
 
+    def widen(_, args: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if "hidden_states" in named:
+            return args, {**named, "hidden_states": whole.pop()}
+        return (whole.pop(), *args[1:]), named
+
     with (
         block.register_forward_pre_hook(narrow),
-        block.input_layernorm.register_forward_pre_hook(lambda _, args: (whole.pop(),)),
-        attention_at(block.self_attn, positions),
+        (attention if norm is None else norm).register_forward_pre_hook(widen, with_kwargs=True),
+        attention_at(attention, positions, batches(model.config) == NARROWED),
     ):
         yield
 
@@ -214,10 +220,10 @@ def last_block(model: Any) -> Any:
     """The last decoder block.
 
     Raises:
-        UserError: an architecture that is not known to be exact in batches.
+        UserError: a model that is not exact in batches (`staff.scoring.exact`).
     """
     config = model.config
-    if config.model_type not in ARCHITECTURES or getattr(config, "use_bidirectional_attention", False):
+    if batches(config) is None:
         raise UserError(
             f"{model_name(model)} (model type {config.model_type!r}) cannot be scored exactly in batches: set "
             "scoring.one_at_a_time=true, which scores single samples by plain autograd."

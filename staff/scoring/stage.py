@@ -13,7 +13,7 @@ import numpy as np
 from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.models.adapters import LoraSpec, shapes
-from staff.models.spec import ARCHITECTURES, PRECISIONS
+from staff.models.spec import PRECISIONS
 from staff.models.state import FreshAdapter, ModelState, check_mergeable
 from staff.runtime.machine import free_ram
 from staff.scoring.signal import Signal, gradient_of
@@ -31,8 +31,8 @@ class ScoringSettings:
     Attributes:
         batch_tokens: padded tokens of one batch, halved where memory runs out; None: as many as suit the device.
         dtype: precision of the model while it scores; None: its family's.
-        one_at_a_time: plain autograd on single samples: slower, and right for every architecture. None: where an
-            architecture has no exact batches.
+        one_at_a_time: plain autograd on single samples: slower, and right for every architecture. None: where
+            batches are not exact (`staff.scoring.exact`).
     """
 
     batch_tokens: int | None = None
@@ -119,8 +119,11 @@ class Score(Stage):
     @property
     def one_at_a_time(self) -> bool:
         """Whether samples are scored one by one."""
-        wanted, kind = self.settings.one_at_a_time, self.state.spec.config().model_type
-        return kind not in ARCHITECTURES if wanted is None else wanted
+        if self.settings.one_at_a_time is not None:
+            return self.settings.one_at_a_time
+        from staff.scoring.exact import batches
+
+        return batches(self.state.spec.config()) is None
 
     def check(self, checkpoints: int = 1) -> None:
         """Refuse, from shapes alone, what cannot be scored.

@@ -10,7 +10,6 @@ import numpy as np
 
 from staff.errors import UserError
 from staff.models.adapters import LoraSpec
-from staff.models.spec import ARCHITECTURES
 from staff.scoring.signal import GradientOf, Pass, Signal
 
 if TYPE_CHECKING:
@@ -62,8 +61,9 @@ class Effort(Signal):
         return batch.gradients.reduce(SquaredNorm()).sqrt()
 
     def flops(self, model: Any, lengths: np.ndarray, answer_lengths: np.ndarray) -> float:
+        from staff.scoring.exact import batches
         from staff.scoring.flops import contraction_flops
 
-        if self.parameters != "all_linear" and model.config.model_type not in ARCHITECTURES:
+        if self.parameters != "all_linear" and batches(model.config) is None:
             return 0.0  # by plain autograd, which has the gradients themselves
         return contraction_flops(model, lengths, answer_lengths, self.parameters)

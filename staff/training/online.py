@@ -26,7 +26,7 @@ class OnlineEfforts:
     """Collects the efforts of the samples in training steps.
 
     Args:
-        model: a model with LoRA adapters, of an architecture in `staff.scoring.positions.ARCHITECTURES`.
+        model: a model with LoRA adapters, exact in batches (`staff.scoring.exact`).
         gradient: the parameters, "last_v_b" or "all_lora".
         samples: the number of samples N.
     """

@@ -19,7 +19,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 from staff.data.tokens import IGNORED, TokenizedSamples
 from staff.errors import UserError
 from staff.runtime import processes
-from staff.scoring.positions import ARCHITECTURES, Positions, last_block, last_block_at
+from staff.scoring.exact import batches
+from staff.scoring.positions import Positions, last_block, last_block_at
 from staff.store.cost import peak_memory_bytes
 from staff.store.stage import TrainingLogged, emit
 from staff.training.objective import Objective
@@ -216,7 +217,7 @@ class AnswerTrainer(ShardingTrainer):
     def _answer_logits(self, model: Any, inputs: Any, positions: Positions) -> Tensor:
         """Logits at the positions that predict answer tokens: (L, V)."""
         plain = self.accelerator.unwrap_model(model)
-        if plain.config.model_type not in ARCHITECTURES:
+        if batches(plain.config) is None:
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
             return positions.gather(outputs.logits)[0]
         with last_block_at(plain, positions):
@@ -237,7 +238,7 @@ def checkpoint_blocks(model: Any) -> None:
     The hooks are gone when a block is run again, and the last block's memory is needed before that of the others.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if model.config.model_type in ARCHITECTURES:
+    if batches(model.config):
         last_block(model).gradient_checkpointing = False
 
 

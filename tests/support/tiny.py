@@ -297,6 +297,75 @@ def random_model(architecture: str = "llama", **changes: Any) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
+@cache
+def odd_llama() -> Any:
+    """The configuration class of a decoder that no list knows: norms with biases, norms of queries and keys,
+    rotation of half of each head, an MLP without gate, scaled residuals. Its field `reads` makes it read the
+    other samples of a batch ("batch") or what comes later in a row ("padding"), or renames its first norm ("norm").
+    """
+    import torch
+    from torch import nn
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    from transformers.models.llama import modeling_llama
+
+    llama: Any = modeling_llama
+
+    class OddConfig(LlamaConfig):
+        model_type = "odd_llama"
+        reads: str = ""
+
+    class Attention(llama.LlamaAttention):
+        def __init__(self, config: Any, layer: int) -> None:
+            super().__init__(config, layer)
+            self.q_norm, self.k_norm = nn.LayerNorm(self.head_dim), nn.LayerNorm(self.head_dim)
+
+        def forward(
+            self, hidden_states: Any, position_embeddings: Any, attention_mask: Any = None, **rest: Any
+        ) -> Any:
+            split = *hidden_states.shape[:-1], -1, self.head_dim
+            q = self.q_norm(self.q_proj(hidden_states).view(split)).transpose(1, 2)
+            k = self.k_norm(self.k_proj(hidden_states).view(split)).transpose(1, 2)
+            v = self.v_proj(hidden_states).view(split).transpose(1, 2)
+            half = self.head_dim // 2
+            angles = [each[..., :half] for each in position_embeddings]
+            turned = llama.apply_rotary_pos_emb(q[..., :half], k[..., :half], *angles)
+            q, k = (torch.cat([a, b[..., half:]], -1) for a, b in zip(turned, (q, k), strict=True))
+            kernels, way = llama.ALL_ATTENTION_FUNCTIONS, self.config._attn_implementation
+            out, _ = kernels.get_interface(way, llama.eager_attention_forward)(
+                self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling
+            )
+            return self.o_proj(out.flatten(2)), None
+
+    class Block(llama.LlamaDecoderLayer):
+        def __init__(self, config: Any, layer: int) -> None:
+            super().__init__(config, layer)
+            self.reads, width = config.reads, config.hidden_size
+            self.self_attn = Attention(config, layer)
+            self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            if self.reads == "norm":
+                self.first_norm = self.__dict__["_modules"].pop("input_layernorm")
+
+        def forward(self, hidden_states: Any, **rest: Any) -> Any:
+            norm = self.first_norm if self.reads == "norm" else self.input_layernorm
+            hidden_states = hidden_states + 0.7 * self.self_attn(hidden_states=norm(hidden_states), **rest)[0]
+            hidden_states = hidden_states + 0.7 * self.mlp(self.post_attention_layernorm(hidden_states))
+            over = {"batch": 0, "padding": 1}.get(self.reads)
+            return hidden_states if over is None else hidden_states - 0.1 * hidden_states.mean(over, keepdim=True)
+
+    class OddForCausalLM(llama.LlamaForCausalLM):
+        config_class = OddConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+            self.post_init()
+
+    AutoConfig.register("odd_llama", OddConfig)
+    AutoModelForCausalLM.register(OddConfig, OddForCausalLM)
+    return OddConfig
+
+
 def adapted(model: Any, std: float = 0.2, **lora: Any) -> Any:
     """The model with adapters whose A and B are both away from zero; with `std` 0 as they begin, B at zero."""
     import torch
