@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,13 +44,8 @@ def test_an_exported_model_gives_the_stored_answers_token_by_token_from_any_fold
 
     model = with_template(tmp_path / "model")
     settings = ("family.prompt_format=chat", *(f"family.{role}.path={model}" for role in ("target", "small")))
-    settings += (
-        "task.max_new_tokens=8",
-        "finetune.epochs=2",
-        "finetune.learning_rate=0.01",
-        "task.metrics=[rougeL]",
-    )
-    recorded = run("method=random", *settings)
+    settings += ("task.max_new_tokens=8", "finetune.epochs=2", "finetune.learning_rate=0.01")
+    recorded = run("method=random", "task.metrics=[rougeL]", *settings)
     answers = pd.read_parquet(recorded["folder"] / "predictions.parquet").set_index("id")
     task = Task(**{k: v for k, v in recorded["config"]["task"].items() if k != "_target_"})
     for form in FORMS:
@@ -70,21 +66,23 @@ def test_an_exported_model_gives_the_stored_answers_token_by_token_from_any_fold
             turns = [{"role": "user", "content": sample.prompt}]
             shown = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             assert tokenizer(shown, add_special_tokens=False)["input_ids"] == list(prompt)
-            asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **ends}
-            said = loaded.generate(input_ids=torch.tensor([prompt]), **asked)[0, len(prompt) :].tolist()
+            said = greedy(loaded, prompt, ends)
             stop = next((at for at, token in enumerate(said) if token in read.end_tokens), len(said))
             assert stop == answers.loc[sample.id, "tokens"] and len(said) <= stop + 1
-            assert (
-                tokenizer.decode(said[:stop], skip_special_tokens=True).strip()
-                == answers.loc[sample.id, "prediction"]
-            )
-            before = raw.generate(input_ids=torch.tensor([prompt]), **{**asked, **ends})[0, len(prompt) :].tolist()
-            differs |= before != said
+            text = tokenizer.decode(said[:stop], skip_special_tokens=True).strip()
+            assert text == answers.loc[sample.id, "prediction"]
+            differs |= greedy(raw, prompt, ends) != said
         card = (tmp_path / "elsewhere" / form / "README.md").read_text()
         assert f"| rougeL | {recorded['metrics']['rougeL']:.4g} |" in card
         assert recorded["coreset"]["fingerprint"] in card and "6 of 24" in card and "learning_rate:" in card
         assert kind.__name__ in card and str(tmp_path) not in card
     assert differs, "it is not the raw model"
+
+
+def greedy(model: Any, prompt: Sequence[int], options: dict[str, Any]) -> list[int]:
+    """At most 8 tokens that the model writes after a prompt."""
+    asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **options}
+    return model.generate(input_ids=torch.tensor([prompt]), **asked)[0, len(prompt) :].tolist()
 
 
 def with_template(folder: Path) -> Path:

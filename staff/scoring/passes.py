@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -215,67 +214,56 @@ def runner(
     one_at_a_time: bool = False,
 ) -> Run:
     """What computes the signals of a batch, or of a single sample, with gradients by the weights that they name."""
-    run, find = (_run_alone, gradient_parameters) if one_at_a_time else (_run_batch, gradient_layers)
-    gradient = gradient_of(signals)
-    weights = find(model, gradient.parameters) if gradient else {}
-    return partial(run, model, weights, signals, pad_token_id, moments)
+    outputs, find = (_run_alone, gradient_parameters) if one_at_a_time else (_run_batch, gradient_layers)
+    gradient, layers = gradient_of(signals), {signal.layer for signal in signals}
+    weights: Any = find(model, gradient.parameters) if gradient else {}
+
+    def run(batch: TokenizedSamples) -> dict[str, Tensor]:
+        input_ids, labels, lengths = padded(batch, pad_token_id, model.device)
+        at = Positions.of({signal.reads for signal in signals}, labels, lengths)
+        this = Pass(labels, lengths, at, moments=moments)
+        with hidden_states(model, layers, at, this.states):
+            outputs(model, weights, signals, input_ids, this)
+        with torch.no_grad():
+            return {signal.name: signal.compute(this) for signal in signals}
+
+    return run
 
 
 def _run_batch(
-    model: Any,
-    layers: Mapping[str, nn.Linear],
-    signals: Sequence[Signal],
-    pad_token_id: int,
-    moments: Moments | None,
-    batch: TokenizedSamples,
-) -> dict[str, Tensor]:
-    """The signals of a batch, with gradients by these layers. The last block runs only at the positions read."""
-    input_ids, labels, lengths = padded(batch, pad_token_id, model.device)
-    at = Positions.of({signal.reads for signal in signals}, labels, lengths)
-    this, logits_read = Pass(labels, lengths, at, moments=moments), any(signal.logits for signal in signals)
+    model: Any, layers: Mapping[str, nn.Linear], signals: Sequence[Signal], input_ids: Tensor, this: Pass
+) -> None:
+    """Logits and gradients by these layers, as far as signals read them. The last block runs only where they do."""
+    reads_logits = any(signal.logits for signal in signals)
 
     def observe(logits: Tensor) -> None:
         this.logits = logits
 
     # No attention mask: padding is on the right of all labels, and a causal mask hides it from them.
-    with hidden_states(model, {signal.layer for signal in signals}, at, this.states):
-        if layers:
-            observed = observe if logits_read else None
-            this.gradients = batch_gradients(model, layers, input_ids, labels, at, observed)
+    if layers:
+        observed = observe if reads_logits else None
+        this.gradients = batch_gradients(model, layers, input_ids, this.labels, this.at, observed)
+        return
+    with torch.no_grad(), last_block_at(model, this.at):
+        if reads_logits:
+            observe(model(input_ids=input_ids, use_cache=False).logits[0])
         else:
-            with torch.no_grad(), last_block_at(model, at):
-                if logits_read:
-                    observe(model(input_ids=input_ids, use_cache=False).logits[0])
-                else:
-                    model.get_decoder()(input_ids=input_ids, use_cache=False)
-        with torch.no_grad():
-            return {signal.name: signal.compute(this) for signal in signals}
+            model.get_decoder()(input_ids=input_ids, use_cache=False)
 
 
 def _run_alone(
-    model: Any,
-    weights: Mapping[str, nn.Parameter],
-    signals: Sequence[Signal],
-    pad_token_id: int,
-    moments: Moments | None,
-    sample: TokenizedSamples,
-) -> dict[str, Tensor]:
-    """The signals of a single sample, from the model's own forward and backward pass, with gradients by these."""
-    input_ids, labels, lengths = padded(sample, pad_token_id, model.device)
-    at, gradient = Positions.of({signal.reads for signal in signals}, labels, lengths), gradient_of(signals)
-    this = Pass(labels, lengths, at, moments=moments)
+    model: Any, weights: Mapping[str, nn.Parameter], signals: Sequence[Signal], input_ids: Tensor, this: Pass
+) -> None:
+    """Logits of a single sample and gradients by these weights, from the model's own forward and backward pass."""
     for weight in weights.values():
         weight.requires_grad_()
-    with (
-        hidden_states(model, {signal.layer for signal in signals}, at, this.states),
-        torch.set_grad_enabled(bool(weights)),
-    ):
+    with torch.set_grad_enabled(bool(weights)):
         logits = model(input_ids=input_ids, use_cache=False).logits
-        this.logits = at.gather(logits.detach())[0]
+        this.logits = this.at.gather(logits.detach())[0]
         if weights:
-            predictions = Positions.of_predictions(labels)
+            predictions = Positions.of_predictions(this.labels)
             losses = token_losses(predictions.gather(logits)[0], predictions.targets)
-            if gradient and not losses.requires_grad:
+            if (gradient := gradient_of(signals)) and not losses.requires_grad:
                 raise UserError(
                     f"gradient={gradient.parameters}: these weights of {model_name(model)} take no part in its "
                     "forward pass; choose gradient=all_lora."
@@ -285,5 +273,3 @@ def _run_alone(
             this.gradients = SampleGradients(dict(zip(weights, found, strict=True)))
     for weight in weights.values():
         weight.requires_grad_(False)
-    with torch.no_grad():
-        return {signal.name: signal.compute(this) for signal in signals}
