@@ -46,10 +46,12 @@ class KMeansCoverage(Embedded):
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for an embedding that is not finite, by the sample's id."""
-        points = self.embeddings(pool)
+        points, priorities = self.embeddings(pool), rng.priorities("k-means")
         points = points if self.features == "raw" else unit_rows(points)
-        _, centroids = kmeans(points, self.num_clusters, rng.priorities("k-means"))
-        labels, squares = nearest(points, centroids)
+        _, centroids = kmeans(points, self.num_clusters, priorities)
+        # In an order drawn by id, rounding falls alike in every order of the pool.
+        order, labels, squares = np.argsort(priorities), np.empty(len(points), np.int64), np.empty(len(points))
+        labels[order], squares[order] = nearest(points[order], centroids)
         clusters, members = serving_order(labels, np.arange(len(points)))
         shares = equal_shares(members, budget)
         key = {"random": np.zeros(len(points)), "nearest": -squares, "farthest": squares}[self.pick]

@@ -45,13 +45,15 @@ class Prototypes(Embedded):
 
     def select(self, pool: ScorePool, budget: int, rng: Draws) -> Coreset:
         """Raises UserError for an embedding that is not finite, by the sample's id."""
-        points = self.embeddings(pool)
+        points, priorities = self.embeddings(pool), rng.priorities("k-means")
         points = points if self.metric == "l2" else unit_rows(points)
         spherical = self.metric == "cosine_spherical"
-        _, centroids = kmeans(points, self.num_clusters, rng.priorities("k-means"), spherical=spherical)
-        labels, distances = prototype_distances(points, centroids, self.metric)
-        order = rng.highest_first(distances if self.keep == "hard" else -distances)
-        return Coreset(order[:budget], scores={"cluster": labels, "distance": distances})
+        _, centroids = kmeans(points, self.num_clusters, priorities, spherical=spherical)
+        # In an order drawn by id, rounding falls alike in every order of the pool.
+        order, labels, distances = np.argsort(priorities), np.empty(len(points), np.int64), np.empty(len(points))
+        labels[order], distances[order] = prototype_distances(points[order], centroids, self.metric)
+        picked = rng.highest_first(distances if self.keep == "hard" else -distances)[:budget]
+        return Coreset(picked, scores={"cluster": labels, "distance": distances})
 
 
 def prototype_distances(points: np.ndarray, centroids: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:

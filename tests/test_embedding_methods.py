@@ -10,7 +10,7 @@ from conftest import vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from support.any_pool import AnyPool, select
+from support.any_pool import AnyPool, chosen, select
 
 import baselines.k_center as k_center
 from baselines.asks import unit_rows
@@ -284,3 +284,13 @@ def test_coverage_shares_the_budget_out_equally_and_picks_inside_a_cluster_as_to
     inside, outside = (distances[which[blob[which] == 2]] for which in (coreset.indices, left))
     assert (inside.max() <= outside.min()) == (pick == "nearest")
     assert (inside.min() >= outside.max()) == (pick == "farthest")
+
+
+@pytest.mark.parametrize("method", [Prototypes(), Prototypes(metric="l2"), KMeansCoverage(pick="farthest")])
+def test_equal_distances_on_a_grid_fall_alike_in_every_order_of_the_pool(method: Any):
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        pool = AnyPool(97, {"embedding": rng.integers(-1, 2, (97, 16)).astype(np.float32)})
+        for budget in (1, 40):
+            other = pool.reordered(rng.permutation(97))
+            assert chosen(method, other, budget) == chosen(method, pool, budget)

@@ -118,7 +118,7 @@ def small_gsm8k(folder: Path) -> list[str]:
 @pytest.fixture(scope="module", params=TASKS)
 def pool(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pool:
     task = small_gsm8k(tmp_path_factory.mktemp("data")) if request.param == "gsm8k" else []
-    return tiny_pool(tmp_path_factory.mktemp("store"), SIZE, task=task)
+    return tiny_pool(tmp_path_factory.mktemp("store"), SIZE, overrides=task)
 
 
 @pytest.fixture(scope="module")

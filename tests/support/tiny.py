@@ -132,11 +132,11 @@ def method_named(name: str) -> SelectionMethod:
 
 
 def tiny_pool(
-    store: Path | Store, size: int = 40, dev: bool = True, seed: int = 0, task: Sequence[str] = ()
+    store: Path | Store, size: int = 40, dev: bool = True, seed: int = 0, overrides: Sequence[str] = ()
 ) -> Pool:
-    """The shortest dialogues of the embedded excerpt, or the shortest samples of the `task` set, in two groups; the
+    """The shortest dialogues of the embedded excerpt, or of the task that is set, in two groups; the
     longest six of them are the validation slice. Models are fine-tuned for two epochs."""
-    cfg = composed("finetune.epochs=2", "finetune.small_epochs=2", *task)
+    cfg = composed("finetune.epochs=2", "finetune.small_epochs=2", *overrides)
     family, settings, task = (instantiate(cfg[part], _convert_="all") for part in ("family", "finetune", "task"))
     rows = sorted(task.load("train"), key=lambda sample: len(sample.prompt))[: size + DEV_SIZE]
     small, target = (tokenize(rows, spec.tokenizer()) for spec in (family.small, family.target))
