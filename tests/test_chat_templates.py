@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken
@@ -274,3 +275,49 @@ def test_an_answer_of_a_raw_model_depends_on_the_end_it_waited_for(run, tmp_path
         run("family.prompt_format=chat", "method=raw", *paths)
         evaluations.append(len(list((tmp_path / "results/artifacts/evaluation").iterdir())))
     assert evaluations == [1, 2]
+
+
+# ---------------------------------------------------------------- tokenizers that put a space before every text
+
+
+def spacing(kind: str) -> Any:
+    """A tokenizer with whole words that puts a space before every text, in one of the ways there are."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    words: Any = pre_tokenizers.Metaspace(prepend_scheme="first" if kind == "first" else "always")
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True) if kind == "bytes" else words
+    made.decoder = decoders.ByteLevel() if kind == "bytes" else decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    made.train_from_iterator(["user assistant It is 34: x. Say 12 please.\n"] * 9, trainer)
+    if kind == "normaliser":  # as tokenizer.json of Llama 2 has it
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        made.pre_tokenizer = None  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("template", ["im", "llama"])
+@pytest.mark.parametrize("kind", ["first", "always", "normaliser", "bytes"])
+def test_no_space_is_put_before_an_answer_that_its_template_does_not_have(kind: str, template: str):
+    tokenizer = spacing(kind)
+    tokenizer.chat_template = {
+        "im": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "llama": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Say: {{ m.content }} :"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+    }[template]
+    tokens = tokenize([Sample("a", "Say 12 please.", " It is 34.", ())], tokenizer, "chat")
+    turns = [{"role": "user", "content": "Say 12 please."}, {"role": "assistant", "content": "It is 34."}]
+    whole = tokenizer.apply_chat_template(turns)["input_ids"]
+    assert tokens.row(0).tolist() == whole[: len(tokens.row(0))]
+    assert tokens.prompts()[0] == tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.parametrize("answer", [" It is 34.", "It is 34."])
+@pytest.mark.parametrize("kind", ["first", "always", "normaliser", "bytes"])
+def test_an_answer_has_the_tokens_that_it_has_behind_its_prompt(kind: str, answer: str):
+    tokenizer = spacing(kind)
+    row = tokenize([Sample("a", "Say 12 please:", answer, ())], tokenizer).row(0).tolist()
+    assert row[1:-1] == tokenizer(f"Say 12 please:{answer}", add_special_tokens=False)["input_ids"]

@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 Turns = tuple[tuple[str, str], ...]
 """Role ("system", "user" or "assistant") and text of every turn; the last is the assistant's."""
@@ -120,3 +121,38 @@ def computed_digest(samples: Iterable[Sample]) -> str:
         digest.update(f"{', ' if at else ''}{row}".encode())
     digest.update(b"]")
     return digest.hexdigest()
+
+
+BEFORE = 32
+"""Characters before an answer that it is read behind, where the tokenizer puts a space before every text."""
+
+
+def ids_of_pieces(pieces: Sequence[Sequence[Piece]], tokenizer: Any) -> list[list[int]]:
+    """The token ids of each piece of every sample.
+
+    A tokenizer that puts a space before every text would put one inside a sample, before its answer. There a piece
+    is read behind what it follows.
+    """
+    texts = [[piece.text for piece in of_one] for of_one in pieces]
+    alone = _plain_ids([*chain(*texts)], tokenizer)
+    if not adds_prefix(tokenizer):
+        return alone
+    before = ["".join(of_one[:at])[-BEFORE:] for of_one in texts for at in range(len(of_one))]
+    behind = _plain_ids([start + text for start, text in zip(before, chain(*texts), strict=True)], tokenizer)
+    starts = _plain_ids(before, tokenizer)
+    return [
+        whole[len(start) :] if start and whole[: len(start)] == start else ids
+        for ids, start, whole in zip(alone, starts, behind, strict=True)
+    ]
+
+
+def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    # Not verbose, since `fitting` reports what is too long.
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(texts, **options)["input_ids"]
+
+
+def adds_prefix(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a space before every text, as many of SentencePiece do."""
+    start, text, both = _plain_ids([":", "x", ":x"], tokenizer)
+    return both != start + text and both[: len(start)] == start

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from staff.data.chat import ChatTemplate
-from staff.data.samples import Piece, Sample, data_digest
+from staff.data.samples import Piece, Sample, adds_prefix, data_digest, ids_of_pieces
 from staff.errors import UserError
 from staff.models.family import DATE
 from staff.models.spec import ModelSpec
@@ -194,6 +194,7 @@ class Tokens(Stage):
             "samples": data_digest(self.samples),
             "tokenizer": self.spec.tokenizer_identity(),
             "reading": plain(dict(self.reading)),
+            **({"answers": "behind their prompts"} if adds_prefix(self.spec.tokenizer()) else {}),
         }
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
@@ -275,9 +276,7 @@ def _block(
     every: bool,
 ) -> TokenizedSamples:
     """Samples from the pieces of each; `every`: all answers have labels, not the last alone."""
-    # Not verbose, since `fitting` reports what is too long.
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    tokens = iter(tokenizer([piece.text for of_one in pieces for piece in of_one], **options)["input_ids"])
+    tokens = iter(ids_of_pieces(pieces, tokenizer))
     rows, prompt_lengths, masks = [], [], []
     for of_one in pieces:
         parts = [next(tokens) + [end] * piece.ends for piece in of_one]
