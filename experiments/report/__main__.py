@@ -105,7 +105,7 @@ def summary(table: pd.DataFrame) -> str:
     grouped.insert(0, "runs", table.groupby(keys, dropna=False).size())
     text = grouped.astype(object).map(lambda v: "-" if pd.isna(v) else v if isinstance(v, int) else f"{v:.3f}")
     said = f"runs differ by {', '.join(key.removeprefix('setting.') for key in keys)}"
-    return f"{text.reset_index().to_string(index=False)}\n\n{said}; averaged over seeds alone."
+    return f"{text.reset_index().to_string(index=False)}\n\n{said}; averaged over seeds."
 
 
 def unfinished(results: Path) -> tuple[list[str], list[str]]:
