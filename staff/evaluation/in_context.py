@@ -198,7 +198,7 @@ class AnswersInContext(Stage):
         return tokenizer.decode(answer, skip_special_tokens=True).strip()
 
     def _answers(self, model: Any, tokenizer: Any, meter: Meter) -> dict[tuple[int, int], Behind]:
-        """The answer to each query, by evaluation and column, with the attention on each demonstration. Each process
+        """The answer to each query by evaluation and column, with the attention on each demonstration. Each process
         answers a part of the batches."""
         from staff.evaluation.behind import answers_behind
 
