@@ -127,6 +127,7 @@ def kernel_density(points: np.ndarray, at: np.ndarray, sigma: float) -> np.ndarr
             block -= squares[columns]
             block /= sigma**2
             block += 1
+            block[rows[:, None] == np.arange(first, first + block.shape[1])] = 1  # a sample to itself, exactly
             density[start : start + ROWS] += np.clip(block, 0, 1, out=block).sum(axis=1, dtype=np.float64)
     return density
 
@@ -191,6 +192,7 @@ def density_official(found: np.ndarray, sigma: float, count: int) -> np.ndarray:
     for start in range(0, len(points), ROWS):
         rows = slice(start, start + ROWS)
         block = squares[rows, None] + squares - 2 * points[rows] @ points.T
+        block[np.arange(len(block)), np.arange(start, start + len(block))] = 0  # exactly
         nearest = np.partition(np.maximum(block, 0), count - 1, axis=1)[:, :count]
         density[rows] = np.maximum(1 - nearest / sigma**2, 0).sum(axis=1)
     return density

@@ -13,6 +13,7 @@ from support.any_pool import AnyPool, chosen, pool_of, select
 
 from baselines import less as less
 from baselines import tsds as tsds
+from baselines.asks import unit_rows
 from baselines.less import (
     LESS,
     adam_direction,
@@ -316,3 +317,10 @@ def test_embeddings_that_are_not_finite_are_refused_by_name_in_the_pool_and_in_t
         pool.given[key][at, 1] = np.nan
         with pytest.raises(UserError, match=f"the embedding of sample {name} is nan"):
             select(TSDS(), pool, 3)
+
+
+def test_a_kernel_narrower_than_any_distance_leaves_each_sample_the_density_of_itself():
+    points = unit_rows(np.random.default_rng(0).normal(size=(300, 24)).astype(np.float32))
+    for sigma in (1e-9, 1e-4):
+        assert (kernel_density(points, np.arange(300), sigma) == 1).all()
+        assert (density_official(points, sigma, 30) == 1).all()

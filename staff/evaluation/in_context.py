@@ -133,19 +133,18 @@ class AnswersInContext(Stage):
 
     def _fitting(self, window: int) -> int:
         """How many demonstrations fit with the longest query and answer, however long they are."""
-        shown = int(self._shown_lengths().max(initial=1))
+        shown = int(self._shown_lengths(np.arange(len(self.pool))).max(initial=1))
         asked = self.asked.prompt_lengths[np.unique(self.queries[self.queries >= 0])]
         return max(0, (window - self.max_new_tokens - int(asked.max(initial=0))) // shown)
 
-    def _shown_lengths(self) -> np.ndarray:
-        """Tokens that each sample of the pool takes as a demonstration, without begin tokens, (N,)."""
+    def _shown_lengths(self, demonstrations: np.ndarray) -> np.ndarray:
+        """Tokens that samples of the pool take as demonstrations, without begin tokens; 0 for -1."""
         more = 0 if self.separator is None else len(self.separator) - 1
-        return self.pool.lengths - self.pool.begin + more
+        return np.where(demonstrations >= 0, self.pool.lengths[demonstrations] - self.pool.begin + more, 0)
 
     def _prefix_lengths(self) -> np.ndarray:
         """Tokens that the prompts of each evaluation begin with, (E,)."""
-        shown = np.where(self.demonstrations >= 0, self._shown_lengths()[self.demonstrations], 0)
-        return self.asked.begin + shown.sum(axis=1)
+        return self.asked.begin + self._shown_lengths(self.demonstrations).sum(axis=1)
 
     def lengths(self) -> np.ndarray:
         """Tokens of the prompt of each query, (E, q); 0 where there is none."""
@@ -165,7 +164,7 @@ class AnswersInContext(Stage):
         for e, i in places:
             answer = answers[e, i]
             texts.append(tokenizer.decode(answer.tokens, skip_special_tokens=True).strip())
-            attended[e, i] = self._of_demonstrations(e, answer.attention)
+            attended[e, i] = answer.attention
         references = [(self._reference(tokenizer, int(self.queries[e, i])),) for e, i in places]
         values[places[:, 0], shown + places[:, 1]] = self.metric.measure(texts, references)[1]
         with np.errstate(invalid="ignore"):
@@ -202,7 +201,8 @@ class AnswersInContext(Stage):
         return tokenizer.decode(answer, skip_special_tokens=True).strip()
 
     def _answers(self, model: Any, tokenizer: Any, meter: Meter) -> dict[tuple[int, int], Behind]:
-        """The answer to each query, by evaluation and column. Each process answers a part of the batches."""
+        """The answer to each query by evaluation and column, with the attention on each demonstration. Each process
+        answers a part of the batches."""
         from staff.evaluation.behind import answers_behind
 
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -220,12 +220,15 @@ class AnswersInContext(Stage):
                 prefixes = [self._prefix(e) for e in batch]
                 found = answers_behind(base, self.block, prefixes, queries, new, stop, self.separator)
                 places = [(int(e), int(i)) for e, of in zip(batch, columns) for i in of]
-                answers |= dict(zip(places, found, strict=True))
+                for place, answer in zip(places, found, strict=True):
+                    attention = self._of_demonstrations(place[0], answer.attention)
+                    answers[place] = answer._replace(attention=attention)
                 bar.update(len(places) * processes.world_size())
         for others in processes.all_gather(answers):
             answers |= others
-        read = [self.lengths()[place] + answers[place].read for place in answers]
-        self._count(meter, np.array(read), len(answers) + sum(answer.read for answer in answers.values()))
+        lengths, read = self.lengths(), {place: answer.read for place, answer in answers.items()}
+        totals = np.array([lengths[place] + more for place, more in read.items()])
+        self._count(meter, totals, len(read) + sum(read.values()))
         return answers
 
     def _batches(self, batch_tokens: int) -> list[list[int]]:
@@ -245,8 +248,7 @@ class AnswersInContext(Stage):
     def _of_demonstrations(self, evaluation: int, attention: np.ndarray) -> np.ndarray:
         """The attention on each demonstration per token, (b,), from that on each token of the prefix; NaN of an
         empty answer."""
-        shown = self.demonstrations[evaluation]
-        sizes = np.where(shown >= 0, self._shown_lengths()[shown], 0)
+        sizes = self._shown_lengths(self.demonstrations[evaluation])
         ends = self.asked.begin + np.cumsum(sizes)
         total = np.concatenate([[0.0], np.cumsum(attention)])
         with np.errstate(invalid="ignore"):
