@@ -37,9 +37,8 @@ class Imported:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
-            raise UserError(
-                f"method.path={self.path!r} names no scores: set method.path=FILE (.csv, .parquet, .json)."
-            )
+            given = "null" if self.path is None else repr(self.path)
+            raise UserError(f"method.path={given} names no scores: set method.path=FILE (.csv, .parquet, .json).")
         if not isinstance(self.column, str):
             raise UserError(f"method.column={self.column!r} must be the name of a column.")
         check_choice(self, "which", WHICH)

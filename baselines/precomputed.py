@@ -42,7 +42,8 @@ class Precomputed:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
-            raise UserError(f"method.path={self.path!r} is not a file: set method.path=FILE (.json, .csv, .pt).")
+            given = "null" if self.path is None else repr(self.path)
+            raise UserError(f"method.path={given} is not a file: set method.path=FILE (.json, .csv, .pt).")
         if self.pool_size is not None and (type(self.pool_size) is not int or self.pool_size < 1):
             raise UserError(f"method.pool_size={self.pool_size!r} must be a whole number of at least 1.")
         lists_positions = isinstance(self.entries[0], int)  # read at once, so that a bad file is refused at once

@@ -146,7 +146,7 @@ def test_a_run_without_a_file_or_with_a_list_of_another_pool_ends_before_a_model
     from staff.models.spec import ModelSpec
 
     monkeypatch.setattr(ModelSpec, "load", lambda self: pytest.fail("a model was loaded"))
-    with pytest.raises(InstantiationException, match=r"method.path=None is not a file: set method.path=FILE"):
+    with pytest.raises(InstantiationException, match=r"method.path=null is not a file: set method.path=FILE"):
         run("method=precomputed")
     path = coreset_file(tmp_path, "authors.pt", [np.int64(i) for i in range(3)])
     with pytest.raises(UserError, match=r"method.pool_size=13014, but this pool has 24 samples"):
@@ -245,5 +245,5 @@ def test_a_sample_without_a_score_or_with_a_nan_is_refused_by_its_id(tmp_path: P
     (tmp_path / "nan.json").write_text('{"sample 0": 1, "sample 1": NaN}')
     with pytest.raises(UserError, match="imported score of sample 'sample 1' is nan"):
         select(Imported(str(tmp_path / "nan.json")), AnyPool(2), 1)
-    with pytest.raises(UserError, match="path=None names no scores"):
+    with pytest.raises(UserError, match="path=null names no scores"):
         Imported()
