@@ -182,7 +182,7 @@ def main() -> None:
         page = write(arguments.results, table, *asked(table, arguments.results, arguments))
     except UserError as error:
         sys.exit(f"report: {error}")
-    print(f"{summary(table)}\n\n{len(table)} run{"" if len(table) == 1 else "s"}: {arguments.results / 'metrics.csv'}, tables/, figures/, {page}")
+    print(f"{summary(table)}\n\n{len(table)} runs: {arguments.results / 'metrics.csv'}, tables/, figures/, {page}")
     if warned := int(table["warnings"].astype(bool).sum()):
         print(f"{warned} runs with warnings: {arguments.results / 'tables'}/warnings-*.md")
     for file in [] if arguments.metric else left_over(arguments.results):

@@ -30,7 +30,7 @@ def compared(contexts: Sequence[Context], table: pd.DataFrame) -> dict[str, str]
         "Tasks": f"{_names(table['task'])}, by {', '.join(metrics)}",
         "Methods": _listed([*variants]),
         "Pruning rates": ", ".join(f"{rate:g}" for rate in rates),
-        "Seeds": f"{len(seeds)}, {len(table):,} run{"" if len(table) == 1 else "s"} in all",
+        "Seeds": f"{len(seeds)}, {len(table):,} runs in all",
     }
     return {name: text for name, text in facts.items() if text}
 
