@@ -126,7 +126,10 @@ def _parsed(template: str, setting: str) -> list[tuple[str, list[str]]]:
     for text, name, form, conversion in parts:
         if name is not None and (form or conversion or not re.fullmatch(r"[^.\[\]]+(\[[^\[\]]+\])*", name)):
             spelt = f"{{{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
-            raise UserError(f"{setting}={template!r}: {spelt!r} names no field; write {{field}} or {{field[key]}}.")
+            other = f", or {{{{ row[{spelt[1:-1]!r}] }}}} for a column of that name" if name else ""
+            raise UserError(
+                f"{setting}={template!r}: {spelt!r} names no field; write {{field}} or {{field[key]}}{other}."
+            )
         parsed.append((text, [part.rstrip("]") for part in name.split("[")] if name else []))
     return parsed
 

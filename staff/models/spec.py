@@ -191,7 +191,9 @@ class ModelSpec:
     def check_weights(self) -> None:
         """Refuse a local folder whose weights cannot be read, without reading them."""
         if self.local is not None and self.local.is_dir():
-            self._from_pretrained(check_weights)
+            # Files of other kinds may hold weights that are turned or joined while they are loaded.
+            plain = self.config().model_type in ARCHITECTURES
+            self._from_pretrained(check_weights, shapes=dict(self.shapes().named_parameters()) if plain else None)
 
     def weights(self, **options: Any) -> Any:
         """The model, loaded by transformers with these options.

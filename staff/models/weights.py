@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_a
 NO_CODE = {"trust_remote_code": False}
 """An option of every loader. Without it, transformers asks on the terminal."""
 
-_ADAPTER, _CONFIG = "adapter_config.json", "config.json"
+_ADAPTER, _CONFIG, _GENERATION = "adapter_config.json", "config.json", "generation_config.json"
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -101,8 +102,11 @@ def check_config(path: str, config: Any) -> None:
         )
 
 
-def check_weights(folder: str) -> None:
+def check_weights(folder: str, shapes: Mapping[str, Any] | None = None) -> None:
     """Refuse weights that `load_safetensors` would, by the headers of the files.
+
+    Args:
+        shapes: the model's parameters without their values; those in the files must not have other shapes.
 
     Raises:
         ValueError, OSError: as `load_safetensors`.
@@ -110,14 +114,28 @@ def check_weights(folder: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     _refuse_adapter(folder)
+    _check_generation(Path(folder))
     for name in weight_files(Path(folder)):
         if not (file := Path(folder) / name).is_file():
             raise OSError(f"no file named {name}" if name == _WHOLE else f"{name} is missing; copy it there")
         try:
-            with safe_open(file, "pt"):
-                pass
+            with safe_open(file, "pt") as weights:
+                for name in (known := shapes or {}).keys() & set(weights.keys()):
+                    if list(known[name].shape) != weights.get_slice(name).get_shape():
+                        raise ValueError("ignore_mismatched_sizes")  # as transformers has it
         except SafetensorError as error:
             raise ValueError(f"{name} is damaged or incomplete ({error}); copy it again") from None
+
+
+def _check_generation(folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / _GENERATION).is_file():
+        try:
+            GenerationConfig.from_pretrained(str(folder))
+        except (ValueError, TypeError) as error:
+            said = str(error).strip().partition("\n")[0]
+            raise ValueError(f"its {_GENERATION} has settings that exclude one another ({said}); mend it") from None
 
 
 def reason(error: Exception) -> str:
