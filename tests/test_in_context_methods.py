@@ -303,7 +303,7 @@ def test_gains_are_the_fall_of_the_distance_behind_each_example(planted: Pool, v
 
 def test_a_pair_that_does_not_fit_the_model_is_refused_before_it_runs(planted: Pool, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(type(planted.family.target), "window", lambda spec: 150)
-    with pytest.raises(UserError, match=r"takes up to \d+ tokens, and the model has 150 positions: lower"):
+    with pytest.raises(UserError, match=r"take up to \d+ tokens, and the model has 150 positions: lower"):
         replace(planted, store=type(planted.store)(tmp_path)).ask("in_context_gain", of="target")
     assert not list(tmp_path.iterdir())
 

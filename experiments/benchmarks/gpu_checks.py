@@ -50,14 +50,11 @@ from staff.training.stage import Finetune
 
 Rows = Iterator[dict[str, Any]]
 TESTS = {
-    "attention": "",
-    "cost": "gpu or peak",
-    "memory": "",
-    "scoring": "not meter_is_told",
-    "gradients": "",
-    "finetune": "",
-    "answer_signals": "",
     "projected_gradient": "",
+    "gradients": "",
+    "scoring": "not meter_is_told",
+    "finetune": "",
+    "memory_and_flops": "not flops",
 }
 """Of tests/test_NAME.py, those of passes over a model, by pytest's -k. FLOPs are the same on every device, and
 tests of them compare with torch's counter, which before transformers 5.24 counts rotary embeddings too."""
