@@ -292,3 +292,10 @@ def test_an_audit_matches_groups_where_the_task_has_them_and_every_job_composes(
     assert {method.reference._target_ for method in matched} == {"baselines.ifd.IFD"}
     assert [list(method.match) for method in matched][:2] == [["length"], ["tokens"]]
     assert [cfg.finetune.match for cfg in composed].count("steps") == 2
+
+
+def test_the_tests_that_a_gpu_changes_are_in_files_that_exist():
+    from experiments.benchmarks.gpu_checks import TESTS
+
+    missing = [name for name in TESTS if not (ROOT / f"tests/test_{name}.py").is_file()]
+    assert TESTS and not missing, missing
