@@ -81,12 +81,19 @@ def test_activations_are_what_autograd_keeps_within_a_fifth(architecture, dtype,
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "checkpointing"),
-    [("lora", "bfloat16", False), ("full", "float32", True)],  # all others: tests/stress/test_methods.py
+    ("architecture", "dtype", "kind", "checkpointing"),
+    [  # all others: tests/stress/test_methods.py
+        ("llama", "bfloat16", "lora", False),
+        ("llama", "float32", "full", True),
+        ("qwen3", "float32", "lora", False),
+        ("gemma2", "float32", "lora", False),
+    ],
 )
-def test_the_estimate_is_the_measured_peak_within_a_tenth(kind, dtype, checkpointing, tmp_path, monkeypatch):
+def test_the_estimate_is_the_measured_peak_within_a_tenth(
+    architecture, dtype, kind, checkpointing, tmp_path, monkeypatch
+):
     changes = {"kind": kind, "gradient_checkpointing": checkpointing}
-    told, peak = told_and_peak("llama", dtype, tmp_path, monkeypatch, **changes)
+    told, peak = told_and_peak(architecture, dtype, tmp_path, monkeypatch, **changes)
     assert told == pytest.approx(peak, rel=0.1)
 
 

@@ -20,6 +20,7 @@ from staff.models.adapters import shapes
 from staff.models.spec import ARCHITECTURES, ModelSpec
 from staff.runtime import processes
 from staff.runtime.machine import free_ram
+from staff.scoring.attention import NARROWED
 from staff.training.settings import FinetuneSettings
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,9 @@ def finetuning_memory(
         held, gradients = held + gradients, 0
     logit = 12 + (kept.element if kept.element < 4 else 0)
     logits = answers * config.vocab_size * logit
-    # The last block's MLP runs at the answer tokens alone.
-    last = tokens * kept.attention + answers * kept.mlp
+    # The last block's queries, and all that follows its attention, run at the answer tokens alone.
+    queries = kept.queries if model.config._attn_implementation in NARROWED else 0
+    last = tokens * (kept.attention - queries) + answers * (queries + kept.mlp)
     moments = [Memory(weights, held + gradients, 0, 0)]
     if settings.gradient_checkpointing:
         inputs = tokens * (depth - 1) * kept.residual
@@ -99,6 +101,8 @@ class _Kept:
     residual: int
     """The block's input."""
     attention: int
+    queries: int
+    """The part of `attention` that is of queries and of what follows them."""
     mlp: int
     gradients: int
     """Gradients of the MLP's two inner products, while what the block keeps is still there."""
@@ -112,14 +116,15 @@ class _Kept:
         norms = [m.weight.numel() for m in model.get_decoder().layers[0].modules() if "RMSNorm" in type(m).__name__]
         norm = 4 if frozen else 8  # in float32: the input; if the norm's weight is trained, also the output
         around = norm * sum(n for n in norms if n > head)
-        inside = norm * (queries + keys if head in norms else 0)  # norms of queries and keys
+        inside = norm if head in norms else 0  # norms of queries and keys
         # Under autocast, each of the layers that share an input keeps its own copy.
         shared = (3, 2) if element < 4 else (1, 1)
-        attention = element * (shared[0] * width + 3 * queries + 2 * keys) + inside + around // 2
+        of_queries = element * 3 * queries + inside * queries + around // 2 - norm * width
         if model.config._attn_implementation == "eager":
-            attention += 8 * heads * length
+            of_queries += 8 * heads * length
+        attention = of_queries + element * (shared[0] * width + 2 * keys) + inside * keys + norm * width
         mlp = element * (shared[1] * width + 4 * inner) + around // 2
-        return cls(element, element * width, attention, mlp, 2 * element * inner)
+        return cls(element, element * width, attention, of_queries, mlp, 2 * element * inner)
 
 
 def _weight_bytes(model: Any, quantization: str | None) -> int:
