@@ -297,22 +297,12 @@ def random_model(architecture: str = "llama", **changes: Any) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-@cache
-def odd_llama() -> Any:
-    """The configuration class of a decoder that no list knows: norms with biases, norms of queries and keys,
-    rotation of half of each head, an MLP without gate, scaled residuals. Its field `reads` makes it read the
-    other samples of a batch ("batch") or what comes later in a row ("padding"), or renames its first norm ("norm").
-    """
+def _odd_attention() -> Any:
     import torch
     from torch import nn
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
     from transformers.models.llama import modeling_llama
 
     llama: Any = modeling_llama
-
-    class OddConfig(LlamaConfig):
-        model_type = "odd_llama"
-        reads: str = ""
 
     class Attention(llama.LlamaAttention):
         def __init__(self, config: Any, layer: int) -> None:
@@ -336,11 +326,20 @@ def odd_llama() -> Any:
             )
             return self.o_proj(out.flatten(2)), None
 
+    return Attention
+
+
+def _odd_block() -> Any:
+    from torch import nn
+    from transformers.models.llama import modeling_llama
+
+    llama: Any = modeling_llama
+
     class Block(llama.LlamaDecoderLayer):
         def __init__(self, config: Any, layer: int) -> None:
             super().__init__(config, layer)
             self.reads, width = config.reads, config.hidden_size
-            self.self_attn = Attention(config, layer)
+            self.self_attn = _odd_attention()(config, layer)
             self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(width), nn.LayerNorm(width)
             self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
             if self.reads == "norm":
@@ -353,12 +352,32 @@ def odd_llama() -> Any:
             over = {"batch": 0, "padding": 1}.get(self.reads)
             return hidden_states if over is None else hidden_states - 0.1 * hidden_states.mean(over, keepdim=True)
 
+    return Block
+
+
+@cache
+def odd_llama() -> Any:
+    """The configuration class of a decoder that no list knows: norms with biases, norms of queries and keys,
+    rotation of half of each head, an MLP without gate, scaled residuals. Its field `reads` makes it read the
+    other samples of a batch ("batch") or what comes later in a row ("padding"), or renames its first norm ("norm").
+    """
+    from torch import nn
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    from transformers.models.llama import modeling_llama
+
+    llama: Any = modeling_llama
+    block = _odd_block()
+
+    class OddConfig(LlamaConfig):
+        model_type = "odd_llama"
+        reads: str = ""
+
     class OddForCausalLM(llama.LlamaForCausalLM):
         config_class = OddConfig
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+            self.model.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
             self.post_init()
 
     AutoConfig.register("odd_llama", OddConfig)
