@@ -184,7 +184,7 @@ def test_data_whisperer_runs_where_its_demonstrations_fit_and_says_how_many_do_w
         assert len(Coreset.load(chosen.path).indices) == 10
 
 
-def test_methods_that_read_a_file_select_what_it_says_and_the_oracle_knows_planted_pools_alone(
+def test_methods_that_read_a_file_select_what_it_says_and_the_oracle_needs_a_planted_pool(
     pool: Pool, tmp_path: Path
 ):
     scores, ids = tmp_path / "scores.json", tmp_path / "ids.json"
@@ -193,7 +193,7 @@ def test_methods_that_read_a_file_select_what_it_says_and_the_oracle_knows_plant
     for name, file, expected in (("imported", scores, range(30, 40)), ("precomputed", ids, range(10))):
         method = instantiate(composed(f"method={name}", f"method.path={file}").method)
         assert list(Coreset.load(pool.store.get(Select(method, pool, 10)).path).indices) == list(expected)
-    with pytest.raises(Exception, match=r"method=oracle knows planted pools alone") as raised:
+    with pytest.raises(Exception, match="method=oracle needs a pool with known defects") as raised:
         method_named("oracle")
     assert isinstance(raised.value.__cause__, UserError)
 
