@@ -60,15 +60,21 @@ def check_embeddings(embeddings: np.ndarray, ids: Sequence[str]) -> np.ndarray:
     embeddings = np.asarray(embeddings, dtype=np.float32)
     if embeddings.ndim != 2 or len(embeddings) != len(ids):
         raise UserError(f"the embedding has shape {embeddings.shape}: give {len(ids)} samples a vector each.")
-    # The largest absolute value is NaN or infinite exactly if one of the values is.
-    check_scores(np.abs(embeddings).max(axis=1, initial=0), ids, "the embedding")
+    # The largest absolute value is NaN or infinite exactly if one of the values is; np.abs would copy all of them.
+    largest = np.maximum(embeddings.max(axis=1, initial=0), -embeddings.min(axis=1, initial=0))
+    check_scores(largest, ids, "the embedding")
     return embeddings
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
     """Each row divided by its L2 norm, in its own precision; a zero row stays zero."""
+    return vectors / row_norms(vectors)[:, None]
+
+
+def row_norms(vectors: np.ndarray) -> np.ndarray:
+    """L2 norm of each row, in the rows' precision; 1 for a zero row."""
     norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
-    return vectors / np.where(norms > 0, norms, 1)[:, None].astype(vectors.dtype)
+    return np.where(norms > 0, norms, 1).astype(vectors.dtype)
 
 
 def slice_ids(count: int) -> list[str]:

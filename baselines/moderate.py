@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from baselines.asks import FEATURES, Embedded, unit_rows
+from baselines.asks import FEATURES, Embedded, row_norms
 from baselines.kmeans import kmeans
 from staff.errors import UserError
 from staff.selection import Coreset, Draws, ScorePool, check_choice, check_range
@@ -54,13 +54,14 @@ class Moderate(Embedded):
         if self.classes == "groups" and groups is None:
             raise UserError("method.classes=groups needs groups: set task.group_field, or method.classes=one.")
         points = self.embeddings(pool)
-        points = points if self.features == "raw" else unit_rows(points)
+        norms = np.ones(len(points), points.dtype) if self.features == "raw" else row_norms(points)
         labels = np.zeros(len(points), dtype=np.int64)
         if self.classes == "groups" and groups is not None:
             labels = np.unique(groups, return_inverse=True)[1]
         elif self.classes == "kmeans":
+            points, norms = points / norms[:, None], np.ones_like(norms)
             labels, _ = kmeans(points, self.num_clusters, rng.priorities("k-means"))
-        distances = distances_to_median(points, labels)
+        distances = distances_to_median(points, labels, norms)
         first, _ = middle_ranks(len(points), budget / len(points))
         picked = rng.highest_first(-distances)[first : first + budget]
         return Coreset(picked, scores={"distance": distances, "class": labels})
@@ -70,21 +71,25 @@ ROWS, COLUMNS = 65_536, 16
 """Of the embeddings, copied at once."""
 
 
-def distances_to_median(points: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """|x - coordinate-wise median of its class|, (N,), float64.
+def distances_to_median(points: np.ndarray, labels: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """|x - coordinate-wise median of its class|, (N,), float64, where x is a point divided by its norm.
+
+    Points are divided as they are read: a normalised copy of all would double the memory of a large pool.
 
     Args:
         points: (N, d).
         labels: class of each, (N,).
+        norms: what each point is divided by, (N,).
     """
     distances = np.empty(len(points))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        columns = (points[members, at : at + COLUMNS] for at in range(0, points.shape[1], COLUMNS))
+        divisors = norms[members, None]
+        columns = (points[members, at : at + COLUMNS] / divisors for at in range(0, points.shape[1], COLUMNS))
         median = np.concatenate([np.median(some, axis=0) for some in columns]).astype(points.dtype)
         for start in range(0, len(members), ROWS):
             rows = members[start : start + ROWS]
-            difference = points[rows] - median
+            difference = points[rows] / norms[rows, None] - median
             distances[rows] = np.sqrt(np.einsum("nd,nd->n", difference, difference, dtype=np.float64))
     return distances
 

@@ -211,7 +211,9 @@ def test_normalised_features_ignore_the_norm_which_raw_features_follow():
 def test_distances_to_the_median_and_ranks_are_the_recorded_ones_for_classes_of_two_or_more(case: str):
     vectors = MODERATE[case]
     alone = (np.bincount(vectors["labels"]) == 1)[vectors["labels"]]  # the released median of these is a scalar
-    distances = np.where(alone, vectors["distance"], distances_to_median(vectors["features"], vectors["labels"]))
+    distances = np.where(
+        alone, vectors["distance"], distances_to_median(vectors["features"], vectors["labels"], np.ones(len(alone)))
+    )
     np.testing.assert_allclose(distances, vectors["distance"], atol=1e-6)
     for rate in vectors["rates"]:
         name = f"{rate:g}" if rate < 1 else "1.0"
