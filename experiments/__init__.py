@@ -1,8 +1,7 @@
 """The application: every command is a module of this package. The library `staff` imports none of it.
 
 Importing it prepares the process for a command, since every command and every worker of a sweep does so first: how
-OpenMP's threads wait, which cannot be set once torch is loaded, and that modules of your own are found. Commands
-that print much are `pipeable`.
+OpenMP's threads wait, which cannot be set once torch is loaded, and that modules of your own are found.
 """
 
 from __future__ import annotations
@@ -33,22 +32,27 @@ if (_here := os.getcwd()) not in sys.path:
     sys.path.append(_here)
 
 
-def pipeable(main: Callable[[], None]) -> Callable[[], None]:
-    """`main`, which ends without a word once the reader of its output, such as `head`, has closed it."""
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """`main`, where an error that the user can fix ends the process with its sentence. If the reader of the output,
+    such as `head`, has closed it, the process ends without a word."""
 
     @wraps(main)
-    def command() -> None:
+    def guarded() -> None:
         try:
             try:
                 main()
             finally:
                 sys.stdout.flush()
-        except BrokenPipeError:
-            if not reader_gone():
-                raise
-            sys.exit(1)
+        except Exception as error:
+            from experiments.sweep import sentence_of
 
-    return command
+            if isinstance(error, BrokenPipeError) and reader_gone():
+                sys.exit(1)
+            if (sentence := sentence_of(error)) is None:
+                raise
+            sys.exit(f"staff: {sentence}")
+
+    return guarded
 
 
 def reader_gone() -> bool:

@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.parquet import read_table, write_table
 
-from experiments import pipeable
+from experiments import command
 from experiments.recorded import TEXTS, RecordedRun, packed_runs, recorded_runs, run_folders
 from staff.errors import UserError
 from staff.runtime.files import csv_of
@@ -242,34 +241,31 @@ def collect(results: Path, names: Sequence[str] = ()) -> Path:
     return file
 
 
-@pipeable
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="staff-campaign",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, dest="command", metavar="{pack,check,unpack,tables}")
+    forms = parser.add_subparsers(required=True, dest="command", metavar="{pack,check,unpack,tables}")
     for carry_out, option, help in (
         (_pack, "--into", "folder to write the tables to"),
         (_check, "--tables", "folder of the tables"),
         (_unpack, "--into", "folder to write runs/ to"),
     ):
-        command = commands.add_parser(carry_out.__name__.removeprefix("_"))
-        command.add_argument("results", type=Path, help="results folder")
-        command.add_argument(option, dest="folder", type=Path, help=f"{help} (RESULTS)")
-        command.set_defaults(carry_out=carry_out)
-    command = commands.add_parser("tables")
-    command.add_argument("results", type=Path, help="results folder")
-    command.add_argument("names", metavar="NAME", nargs="*", help="name of a table (those of TABLES.md)")
+        form = forms.add_parser(carry_out.__name__.removeprefix("_"))
+        form.add_argument("results", type=Path, help="results folder")
+        form.add_argument(option, dest="folder", type=Path, help=f"{help} (RESULTS)")
+        form.set_defaults(carry_out=carry_out)
+    form = forms.add_parser("tables")
+    form.add_argument("results", type=Path, help="results folder")
+    form.add_argument("names", metavar="NAME", nargs="*", help="name of a table (those of TABLES.md)")
     arguments = parser.parse_args()
     if arguments.command == "tables":
         print(collect(arguments.results, arguments.names))
-        return
-    try:
+    else:
         arguments.carry_out(arguments.results, arguments.folder or arguments.results)
-    except UserError as error:
-        sys.exit(f"campaign: {error}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments import pipeable
+from experiments import command
 from experiments.recorded import RecordedRun, recorded_runs
 from staff.errors import UserError
 
@@ -64,7 +64,7 @@ def _answers(run: RecordedRun) -> pd.DataFrame:
     return answers
 
 
-@pipeable
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="staff-compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -73,13 +73,10 @@ def main() -> None:
     parser.add_argument("again", type=Path, help="results folder with the repeated runs")
     parser.add_argument("--part", action="store_true", help="compare only the runs that were repeated")
     arguments = parser.parse_args()
-    try:
-        table = compare(arguments.first, arguments.again, arguments.part)
-    except UserError as error:
-        sys.exit(f"compare: {error}")
+    table = compare(arguments.first, arguments.again, arguments.part)
     if table.empty:
         empty = arguments.again if arguments.part else arguments.first
-        sys.exit(f"{empty} holds no record: name a results folder with runs.")
+        raise UserError(f"{empty} holds no record: name a results folder with runs.")
     print(table.to_string(index=False, na_rep="-"))
     equal, machine = table["equal"].tolist(), table["machine"].tolist()
     missing = sum(found not in (True, False) for found in equal)

@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,7 +33,7 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from experiments import cards, export_model
+from experiments import cards, command, export_model
 from experiments.cards import coreset_card
 from experiments.recorded import RecordedRun, recorded_run, regions_of
 from staff.data.samples import Sample, data_digest
@@ -275,6 +274,7 @@ WRITERS: dict[str, Callable[[Sequence[Chosen], Path], None]] = {
 }
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="staff-export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -287,10 +287,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="store with the fine-tuned target (default: that of the run)")
     parser.add_argument("--push-to-hub", metavar="NAME", help="repository on the Hugging Face hub, such as me/mine")
     asked = parser.parse_args()
-    try:
-        print(export(asked.run, asked.format, asked.output, asked.store, asked.push_to_hub))
-    except UserError as error:
-        sys.exit(f"{parser.prog}: {error}")
+    print(export(asked.run, asked.format, asked.output, asked.store, asked.push_to_hub))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ RESULTS has run folders, the tables of a campaign, or both; the values are added
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments import command
 from experiments.campaign import pack
 from experiments.recorded import RecordedRun, packed_runs, run_folders
 from staff import tracking
@@ -83,6 +83,7 @@ def measure_again(results: Path, names: Sequence[str]) -> int:
     return sum(run.record()["evaluation"] is not None for run in (folders | packed).values())
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="staff-measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -94,10 +95,7 @@ def main() -> None:
         "--metrics", nargs="+", required=True, help="names of metrics, or dotted paths of your own classes"
     )
     arguments = parser.parse_args()
-    try:
-        count = measure_again(arguments.results, arguments.metrics)
-    except UserError as error:
-        sys.exit(f"staff-measure: {error}")
+    count = measure_again(arguments.results, arguments.metrics)
     print(f"{count} runs measured by {', '.join(arguments.metrics)}")
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-import sys
 import tempfile
 import warnings
 from collections import defaultdict
@@ -28,13 +27,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments import pipeable, sweep
+from experiments import command
 from experiments.configuration import within_groups
 from experiments.dry_run import DryRun, DryRunStore, PlannedStage, dry_run, estimate, jobs_of, speed_of
 from experiments.report.seeds import checked_effect, sentences
 from experiments.schedule import wall_seconds
 from experiments.single import Run
 from experiments.sizes import ASSUMED, GPUS, line, speed_on
+from staff.errors import UserError
 from staff.store.cost import Cost
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage
@@ -164,7 +164,7 @@ def report(
     return "\n".join(lines)
 
 
-@pipeable
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="staff-plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -181,18 +181,13 @@ def main() -> None:
     parser.add_argument("-m", "--multirun", action="store_true", help="no effect: allows pasting a sweep's command")
     asked = parser.parse_intermixed_args()
     if asked.gpus < 1:
-        sys.exit(f"plan: --gpus={asked.gpus} must be at least 1.")
-    try:
-        effect = None if asked.effect is None else checked_effect(asked.effect)
-        logging.getLogger("staff").setLevel(logging.WARNING)
-        warnings.simplefilter("ignore", FutureWarning)
-        planned = dry_run(within_groups(asked.overrides), asked.config_dir)
-        seeds = [] if effect is None else [*sentences([*planned.compared.values()], effect, asked.measured)]
-        speeds = calibrated(planned, asked.config_dir) if asked.calibrate else {}
-    except Exception as error:
-        if sentence := sweep.sentence_of(error):
-            sys.exit(f"plan: {sentence}")
-        raise
+        raise UserError(f"--gpus={asked.gpus} must be at least 1.")
+    effect = None if asked.effect is None else checked_effect(asked.effect)
+    logging.getLogger("staff").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore", FutureWarning)
+    planned = dry_run(within_groups(asked.overrides), asked.config_dir)
+    seeds = [] if effect is None else [*sentences([*planned.compared.values()], effect, asked.measured)]
+    speeds = calibrated(planned, asked.config_dir) if asked.calibrate else {}
     seconds = {known: seconds_of(stage, asked.gpu, speeds) for known, stage in planned.stages.items()}
     print("\n".join([report(planned, seconds, asked.gpu, asked.gpus, speeds), *seeds]))
 

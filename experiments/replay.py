@@ -9,9 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from experiments import command
 from staff.tracking.mirror import log_to_wandb
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(prog="staff-replay", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="*", help="folders of runs (default: all under --results)")

@@ -48,7 +48,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     with listening(page):
         setup = Setup.of(cfg, choices)
         this = Run(setup)
-        with _locked(this), _failure_noted(this):
+        with _locked(this), _failure_noted(this, page):
             if processes.broadcast_from_main(lambda: this.recorded):
                 log.info("%s: recorded already", this.name)
                 return this.folder
@@ -62,9 +62,8 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
                     "these are the %d samples that are shipped: name all by task.data_dir, or on the hub", pool
                 )
             page.open(this.about, this.setup.tracking)
-            with _failing(page):
-                outcome = this.carry_out()
-                folder = processes.broadcast_from_main(lambda: record.write(this, outcome))
+            outcome = this.carry_out()
+            folder = processes.broadcast_from_main(lambda: record.write(this, outcome))
             page.finish(lambda: record.tables(this, outcome))
             return folder
 
@@ -77,24 +76,12 @@ def _locked(this: Run) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _failure_noted(this: Run) -> Iterator[None]:
-    """Write the traceback of a failure to where the record would be, and remove that of an earlier one."""
+def _failure_noted(this: Run, page: Mirror) -> Iterator[None]:
+    """If the block fails, end the page with the reason, and write the traceback to where the record would be. That
+    of an earlier failure is removed."""
     note = this.folder / "failure.txt"
     if processes.is_main_process():
         note.unlink(missing_ok=True)
-    try:
-        yield
-    except Exception:
-        if processes.claims_error_report():
-            with suppress(OSError):  # a full disk does not hide what failed
-                note.parent.mkdir(parents=True, exist_ok=True)
-                note.write_text(traceback.format_exc())
-        raise
-
-
-@contextmanager
-def _failing(page: Mirror) -> Iterator[None]:
-    """End the page with the reason if the block fails."""
     try:
         yield
     except Busy:
@@ -103,6 +90,10 @@ def _failing(page: Mirror) -> Iterator[None]:
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         page.fail("interrupted" if interrupted else sweep.sentence_of(error) or repr(error))
+        if isinstance(error, Exception) and processes.claims_error_report():
+            with suppress(OSError):  # a full disk does not hide what failed
+                note.parent.mkdir(parents=True, exist_ok=True)
+                note.write_text(traceback.format_exc())
         raise
 
 

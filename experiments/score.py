@@ -33,7 +33,7 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 
-from experiments import sweep
+from experiments import command
 from experiments.configuration import CONF, composed, search_path
 from experiments.setup import Setup
 from experiments.single import Run
@@ -157,6 +157,7 @@ def _check_columns(pool: Pool, file: Path, signals: Sequence[Signal], models: Se
 USAGE = "family=tiny task=file task.train_file=FILE signal=loss of=small_raw out=scores.csv"
 
 
+@command
 def main() -> None:
     if len(sys.argv) == 1 or {"-h", "--help"} & set(sys.argv):
         print(f"usage: staff-score {USAGE}\n\n{__doc__}")
@@ -167,12 +168,7 @@ def main() -> None:
     asked = parser.parse_intermixed_args()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("staff").setLevel(logging.INFO)
-    try:
-        print(score(asked.overrides, asked.config_dir))
-    except Exception as error:
-        if sentence := sweep.sentence_of(error):
-            sys.exit(f"staff-score: {sentence}")
-        raise
+    print(score(asked.overrides, asked.config_dir))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import pipeable
+from experiments import command
 from experiments.recorded import recorded_runs
 from staff.data.tokens import Tokens
 from staff.errors import UserError
@@ -170,7 +170,7 @@ def _sum(found: Sequence[Entry]) -> str:
     return f"{len(found)} artefacts, {sum(entry.size for entry in found) / 1e6:.1f} MB"
 
 
-@pipeable
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("list", "verify", "prune"))
@@ -181,16 +181,13 @@ def main() -> None:
     results = arguments.results or [arguments.store.resolve().parent if arguments.store else Path("results")]
     store = arguments.store or results[0] / "artifacts"
     if not store.is_dir():
-        sys.exit(f"staff: {store} is not there: name the folder of the artefacts by --store.")
-    try:
-        if arguments.command == "list":
-            show(store, results)
-        elif arguments.command == "verify":
-            verify(store)
-        else:
-            prune(store, results, arguments.yes)
-    except UserError as error:
-        sys.exit(f"staff: {error}")
+        raise UserError(f"{store} is not there: name the folder of the artefacts by --store.")
+    if arguments.command == "list":
+        show(store, results)
+    elif arguments.command == "verify":
+        verify(store)
+    else:
+        prune(store, results, arguments.yes)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,18 @@ from support.mutating import Mutation, main
 KILLED_JOB = (
     "test_sweep.py::test_a_job_that_is_killed_raises_or_exhausts_memory_fails_alone_and_says_why_in_one_line"
 )
+CLOCKS = "test_shared_store.py::test_clocks_that_differ_change_neither_what_is_read_nor_what_is_cleaned_up"
+REQUEUED = "test_launcher.py::test_a_cluster_is_asked_for_a_signal_before_the_time_limit_and_requeues_the_same_job"
 MUTATIONS = (
     # Killed at any moment
+    Mutation(
+        name="records of attempts stay",
+        place="staff/store/cost.py:attempt",
+        old="write() if attempts else file.unlink()",
+        new="write()",
+        test="test_sweep.py::"
+        "test_a_sweep_that_is_killed_and_given_again_ends_with_the_records_of_an_undisturbed_one",
+    ),
     Mutation(
         name="published in pieces",
         place="staff/store/store.py:Store._make",
@@ -59,6 +69,13 @@ MUTATIONS = (
         test="test_checkpoints.py::test_a_signal_in_the_last_step_loses_nothing",
     ),
     Mutation(
+        name="a signal stays with its process",
+        place="staff/training/checkpoints.py:Checkpoints.on_step_end",
+        old="processes.all_reduce_sum(np.array([due, self._asked_to_end()], dtype=np.int64))",
+        new="np.array([due, self._asked_to_end()])",
+        test="test_distributed.py::test_a_signal_to_one_process_stops_all_and_one_resumes_to_the_same_weights",
+    ),
+    Mutation(
         name="killed attempts forgotten",
         place="staff/store/cost.py:attempt",
         old="yield earlier",
@@ -78,6 +95,34 @@ MUTATIONS = (
         old="return failed_job(context, config, number, said)",
         new="raise said",
         test="test_launcher.py::test_a_cluster_job_that_ends_without_a_result_fails_alone_and_says_how",
+    ),
+    Mutation(
+        name="no account of SLURM is no state",
+        place="hydra_plugins/staff_cluster.py:_watcher",
+        old="if self.accounts or command is None:",
+        new="if True:",
+        test="test_launcher.py::test_states_are_read_from_the_queue_where_a_cluster_keeps_no_accounts",
+    ),
+    Mutation(
+        name="too much memory is not named",
+        place="hydra_plugins/staff_cluster.py:_description",
+        old=' or "memory limit" in log_of_it',
+        new="",
+        test="test_launcher.py::test_a_cluster_job_that_ends_without_a_result_fails_alone_and_says_how",
+    ),
+    Mutation(
+        name="no job is requeued",
+        place="hydra_plugins/staff_cluster.py:ClusterLauncher.launch",
+        old='slurm_max_num_timeout=settings.pop("slurm_max_num_timeout")',
+        new='slurm_max_num_timeout=0 * settings.pop("slurm_max_num_timeout")',
+        test=REQUEUED,
+    ),
+    Mutation(
+        name="the launcher does not hear of a signal",
+        place="staff/runtime/preemption.py:deferred",
+        old="signal.raise_signal(arrived[-1])",
+        new="raise Preempted",
+        test="test_checkpoints.py::test_a_signal_in_the_last_step_loses_nothing",
     ),
     # Several processes
     Mutation(
@@ -127,6 +172,33 @@ MUTATIONS = (
         old="shutil.rmtree(draft, ignore_errors=True)",
         new="pass",
         test="test_store_failures.py::test_a_disk_that_takes_no_more_is_one_sentence_and_publishes_nothing",
+    ),
+    Mutation(
+        name="a full quota is a stack",
+        place="staff/runtime/files.py:storage_failure",
+        old="if number in OF_STORAGE",
+        new="if number in OF_STORAGE - {errno.EDQUOT}",
+        test="test_shared_store.py::test_a_quota_that_is_used_up_is_named_in_the_words_of_the_system",
+    ),
+    Mutation(
+        name="an artefact of the future has a negative age",
+        place="experiments/store.py:_entry",
+        old="max(0.0,",
+        new="max(-1e9,",
+        test=CLOCKS,
+    ),
+    Mutation(
+        name="an old draft is a dead one",
+        place="staff/store/store.py:Store.remove_dead_drafts",
+        old="lock:",
+        new="lock if draft.stat().st_mtime > self.root.stat().st_mtime - 3600 else nullcontext():",
+        test=CLOCKS,
+    ),
+    Mutation(
+        name="an older layout is read",
+        place="staff/store/store.py:Store.folder",
+        new='return next((self.root / stage.kind).glob("*"), self.root / stage.kind / stage.fingerprint[:32])',
+        test="test_shared_store.py::test_a_store_of_an_older_layout_is_left_alone",
     ),
     Mutation(
         name="files of one owner",
@@ -209,6 +281,20 @@ MUTATIONS = (
         test="test_same_twice.py::test_each_seed_reaches_all_that_is_random_on_its_side",
     ),
     Mutation(
+        name="draws by Python's own hash",
+        place="staff/draws.py:_hashes",
+        old="hashlib.blake2b(id.encode(), digest_size=8).digest()",
+        new='hash(id).to_bytes(8, "little", signed=True)',
+        test="test_same_twice.py::test_the_same_jobs_give_the_same_files_in_whatever_order_process_and_hash_seed",
+    ),
+    Mutation(
+        name="other draws",
+        place="staff/draws.py:Draws.choose",
+        old="[:count]",
+        new="[::-1][:count]",
+        test="test_same_twice.py::test_the_committed_slice_comes_out_equal_on_the_same_kind_of_machine",
+    ),
+    Mutation(
         name="scores in the order of the batches",
         place="staff/scoring/passes.py:score_samples",
         old="values[name][rows] = value",
@@ -236,6 +322,12 @@ MUTATIONS = (
         old='if not str(name).endswith(".safetensors") or len(Path(name).parts) > 1:',
         new="if False:",
         test="test_untrusted_inputs.py::test_a_model_with_a_pickle_an_adapter_or_code_is_refused_in_a_sentence",
+    ),
+    Mutation(
+        name="text is run as code",
+        place="staff/runtime/files.py:original",
+        new="return eval(text)",
+        test="test_untrusted_inputs.py::test_the_sources_read_no_pickle_and_run_no_text_as_code",
     ),
     Mutation(
         name="formulas in CSV",
@@ -277,6 +369,26 @@ MUTATIONS = (
         old="job_return.return_value, job_return.status = None, JobStatus.COMPLETED",
         new="pass",
         test=KILLED_JOB,
+    ),
+    Mutation(
+        name="a folder is a record",
+        place="experiments/single.py:Run.recorded",
+        old="if not file.is_file():",
+        new="if not self.folder.is_dir():",
+        test="test_sweep.py::test_the_same_command_runs_the_jobs_that_failed_and_no_other",
+    ),
+    Mutation(
+        name="a hub's error in the words of its client",
+        place="staff/runtime/hub.py:_refusal",
+        new="return UserError(str(error))",
+        test="test_sweep.py::test_a_hub_that_cannot_be_reached_is_one_line_and_the_same_command_resumes",
+    ),
+    Mutation(
+        name="every process reports an error",
+        place="staff/runtime/processes.py:claims_error_report",
+        old='_group.store.add("failures", 1) == 1',
+        new='_group.store.add("failures", 1) >= 1',
+        test="test_distributed.py::test_what_fails_in_one_process_ends_them_all_and_is_said_once",
     ),
     Mutation(
         name="failure ends well",

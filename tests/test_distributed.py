@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
-from hydra import compose, initialize_config_dir
 from safetensors.numpy import load_file
 from support.runs_of_two import training
 from support.servers import free_ports
@@ -234,13 +233,6 @@ def test_a_sweep_under_torchrun_is_refused_once_with_what_to_do_instead(tmp_path
     refusal = "staff: torchrun is for one run: start `torchrun --no-python ... staff` once a configuration"
     assert (said + also_said).count(refusal) == 1 and (said + also_said).splitlines()[-1].startswith(refusal)
     assert not list(tmp_path.glob("runs/*"))
-
-
-def test_the_cluster_launcher_starts_a_task_for_each_gpu():
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", ["hydra/launcher=cluster"], return_hydra_config=True)
-    launcher = cfg.hydra.launcher
-    assert launcher._target_.endswith("ClusterLauncher") and launcher.tasks_per_node == launcher.gpus_per_node
 
 
 @pytest.mark.parametrize(("devices", "at_once"), [(1, (4, 2)), (2, (4, 1)), (4, (2, 1)), (8, (1, 1))])

@@ -13,9 +13,14 @@ from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
+from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobStatus
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from submitit.core.utils import UncompletedJobError
+from submitit import AutoExecutor
+from submitit.core.job_environment import SignalHandler
+from submitit.core.utils import DelayedSubmission, JobPaths, UncompletedJobError
+from submitit.slurm.slurm import SlurmJobEnvironment
 
 from hydra_plugins import staff_cluster
 from hydra_plugins.staff_cluster import result_of
@@ -232,6 +237,49 @@ def test_gpus_are_those_that_cuda_would_see(monkeypatch, named: str, gpus: list[
 def test_a_number_of_workers_that_is_none_is_refused(workers):
     with pytest.raises(UserError, match=rf"hydra.launcher.workers={workers!r} must be null or a whole number"):
         LocalLauncher(workers)
+
+
+class Submitted:
+    """A job of submitit whose result is there."""
+
+    job_id = "7_0"
+
+    def results(self) -> list[str]:
+        return ["done"]
+
+
+def test_a_cluster_is_asked_for_a_signal_before_the_time_limit_and_requeues_the_same_job(tmp_path, monkeypatch):
+    """What is handed to SLURM and what a job does at the signal; on a real cluster, tests/stress/test_slurm.py."""
+    (tmp_path / "srun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    overrides = ["hydra/launcher=cluster", "hydra.launcher.partition=gpu", "hydra.launcher.array_parallelism=2"]
+    overrides += ["hydra.launcher.mem_gb=30", f"hydra.sweep.dir={tmp_path}", "hydra.job.name=staff"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides, return_hydra_config=True)
+    launcher = instantiate(cfg.hydra.launcher)
+    launcher.setup(hydra_context=Mock(), task_function=print, config=cfg)
+    handed = []
+    monkeypatch.setattr(AutoExecutor, "map_array", lambda *given: handed.append(given) or [Submitted()] * 2)
+    assert launcher.launch([["seed=0"], ["seed=1"]], 5) == ["done", "done"]
+
+    executor, function, *given = handed[0]
+    slurm = executor._executor
+    slurm.parameters["map_count"] = 2
+    asked = set(slurm._make_submission_file_text("command", "").splitlines())
+    limits = {"time=1440", "signal=USR2@120", "mem=30GB", "array=0-1%2", "partition=gpu", "open-mode=append"}
+    assert asked >= {f"#SBATCH --{limit}" for limit in limits} | {"export SLURM_KILL_BAD_EXIT=1"}
+    assert cfg.hydra.launcher.tasks_per_node == cfg.hydra.launcher.gpus_per_node, "a task has a GPU"
+    assert function is launcher and given[2] == (5, 6) and slurm.max_num_timeout == 10
+
+    requeued = []
+    monkeypatch.setattr(SlurmJobEnvironment, "_requeue", lambda self, left: requeued.append(left))
+    monkeypatch.setattr(DelayedSubmission, "dump", lambda self, file: file.touch() or requeued.append(self.args))
+    job = DelayedSubmission(function, *next(zip(*given, strict=True)))
+    job.set_timeout(timeout_min=0, max_num_timeout=slurm.max_num_timeout)
+    at_limit = SignalHandler(SlurmJobEnvironment(), JobPaths(tmp_path, "7_0"), job)
+    with pytest.raises(SystemExit):
+        at_limit.checkpoint_and_try_requeue(signal.SIGUSR2)
+    assert requeued == [job.args, 9], "of ten times"
 
 
 class LostJob:

@@ -313,4 +313,4 @@ def test_the_command_prints_its_file_or_a_sentence():
         capture_output=True,
         text=True,
     )
-    assert wrong.returncode == 1 and wrong.stderr.startswith("staff-score: ") and wrong.stderr.count("\n") == 1
+    assert wrong.returncode == 1 and wrong.stderr.startswith("staff: ") and wrong.stderr.count("\n") == 1

@@ -82,7 +82,7 @@ def test_a_plan_of_a_preset_takes_the_command_of_the_sweep_and_prints_hours_and_
     assert "assumed: the speed of a h100 at fine-tuning 2.56 M parameters in float32, " in said.stdout
     assert "seeds for 0.5 points of ROUGE-L on dialogsum: " in said.stdout
     wrong = subprocess.run([*command, "method=nobody"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1].startswith("plan: method=nobody is unknown")
+    assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1].startswith("staff: method=nobody is unknown")
 
 
 def test_hours_follow_the_precision_that_a_stage_computes_in():
@@ -248,7 +248,7 @@ def test_more_test_samples_need_fewer_seeds_and_with_too_few_no_seeds_suffice():
 def test_an_effect_that_is_none_is_refused_before_anything_is_planned(monkeypatch: pytest.MonkeyPatch):
     for effect in ("0", "-1", "nan"):
         monkeypatch.setattr(sys, "argv", ["staff-plan", "method=nobody", f"--effect={effect}"])
-        with pytest.raises(SystemExit, match=f"^plan: --effect {effect} must be a number above 0, in the metric's"):
+        with pytest.raises(SystemExit, match=f"^staff: --effect {effect} must be a number above 0, in the"):
             main()
 
 

@@ -39,7 +39,13 @@ def test_every_test_that_the_promises_name_is_there():
         assert not function or f"def {function}(" in source, (file, function)
 
 
-def test_every_mutation_is_told_of():
+def test_every_promise_names_a_test_and_a_mutation_unless_it_is_tested_by_stress_alone():
+    for promise in re.findall(r"^- .*$", PROMISES, re.M):
+        files = re.findall(r"`((?:stress/)?)test_\w+\.py", promise)
+        assert files and (all(files) or re.search(r"\*[^*]+\*$", promise)), promise
+
+
+def test_every_mutation_is_named():
     assert set(re.findall(r"\*([^*]+)\*", PROMISES)) == {mutation.name for mutation in MUTATIONS}
 
 

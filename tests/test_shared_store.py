@@ -1,5 +1,6 @@
 """One store used by several people, machines and processes at once."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from support.processes import ROOT, Job, never, run, wait_for
 
@@ -126,6 +128,22 @@ def test_a_quota_that_is_full_is_one_sentence_and_what_was_written_stays_readabl
         subprocess.run(["umount", tmp_path / "full"], check=True)
 
 
+def test_a_quota_that_is_used_up_is_named_in_the_words_of_the_system(tmp_path):
+    """As Python has it, and as safetensors."""
+    store = Store(tmp_path)
+
+    def plain(folder: Path, meter: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(folder / "scores"))
+
+    def hidden(folder: Path, meter: object) -> None:
+        raise SafetensorError(f"Error while serializing: I/O error: Disk quota exceeded (os error {errno.EDQUOT})")
+
+    for work in (plain, hidden):
+        with pytest.raises(UserError, match=r"cannot be used \(Disk quota exceeded.*store_dir=PATH"):
+            store.get(Job({"seed": 0}, work))
+    assert store.get(Job({"seed": 0})).computed and not list((tmp_path / "tmp").iterdir())
+
+
 class TwoNodes:
     """Stands for `staff.runtime.processes` in the main process of two."""
 
@@ -198,6 +216,14 @@ def test_clocks_that_differ_change_neither_what_is_read_nor_what_is_cleaned_up(t
     assert not Store(tmp_path).get(Job({"seed": 0}, never)).computed
     (entry,) = entries(tmp_path, contents=True)
     assert entry.age >= 0 and not entry.damage
+
+    drafts = {name: tmp_path / "tmp" / f"{name * 32}-0" for name in "ab"}  # of a dead process and of a living one
+    for draft in drafts.values():
+        draft.mkdir()
+        os.utime(draft, (then, then))
+    with locks.file_lock(tmp_path / "locks" / f"{'b' * 32}.lock"):
+        Store(tmp_path).remove_dead_drafts()
+    assert list((tmp_path / "tmp").iterdir()) == [drafts["b"]]
 
 
 def test_a_store_of_an_older_layout_is_left_alone(tmp_path):

@@ -164,7 +164,7 @@ def test_the_report_averages_over_seeds_alone_and_names_what_is_missing(
     status, out = reported("--results", results)
     assert status is None and "runs differ by method, pruning_rate" in out
     assert (results / "metrics.csv").read_text().count("\n") == 6
-    assert str(reported("--results", tmp_path)[0]).startswith(f"{tmp_path}/runs holds no record")
+    assert str(reported("--results", tmp_path)[0]).startswith(f"staff: {tmp_path}/runs holds no record")
 
     for record in results.glob("runs/*ccs*0.75*/metrics.json"):
         record.unlink()

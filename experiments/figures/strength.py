@@ -7,11 +7,11 @@ A line a method over a setting of the planted task, such as the share of wrong a
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import pandas as pd
 
+from experiments import command
 from experiments.recorded import recorded_runs
 from experiments.report.rendering import Drawn, figure_of, save, shown_as, styled
 from staff.errors import UserError
@@ -77,18 +77,16 @@ def draw(found: pd.DataFrame, setting: str, file: Path, made_by: str) -> Drawn:
         return save(figure, caption, file, made_by)
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.figures.strength", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results"), help="default: results")
     parser.add_argument("--setting", choices=SETTINGS, default="wrong", help="of the planted task; default: wrong")
     parser.add_argument("--rate", type=float, default=0.9, help="pruning rate; default: 0.9")
     asked = parser.parse_args()
-    try:
-        found = table(asked.results, asked.setting, asked.rate)
-    except UserError as error:
-        sys.exit(f"strength: {error}")
-    command = f"python -m experiments.figures.strength --results {asked.results} --setting {asked.setting}"
-    drawn = draw(found, asked.setting, asked.results / "figures" / f"strength-{asked.setting}", command)
+    found = table(asked.results, asked.setting, asked.rate)
+    made_by = f"python -m experiments.figures.strength --results {asked.results} --setting {asked.setting}"
+    drawn = draw(found, asked.setting, asked.results / "figures" / f"strength-{asked.setting}", made_by)
     print(found.pivot_table(index="method", columns=asked.setting, values="value").round(1).to_string())
     print(f"{drawn.file}.svg, {drawn.file}.png")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import pipeable
+from experiments import command
 from experiments.recorded import recorded_runs
 from experiments.report import audit, contrasts, floors, overhead, performance, supplementary, verdicts
 from experiments.report.browse import browse
@@ -161,27 +161,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@pipeable
+@command
 def main() -> None:
     arguments = _parser().parse_args()
-    try:
-        if arguments.output and not arguments.browse:
-            raise UserError("--output is given without --browse: name a run to browse, or leave it out.")
-        if arguments.browse:
-            by_name = len(arguments.browse.parts) == 1 and not arguments.browse.exists()
-            run = arguments.results / "runs" / arguments.browse if by_name else arguments.browse
-            print(browse(run, arguments.output))
-            return
-        table = collect(arguments.results)
-        if table.empty:
-            sys.exit(
-                f"{arguments.results}/runs holds no record: run `staff` first, or name another folder by --results."
-            )
-        if arguments.metric:
-            table = by_metric(table, arguments.metric)
-        page = write(arguments.results, table, *asked(table, arguments.results, arguments))
-    except UserError as error:
-        sys.exit(f"report: {error}")
+    if arguments.output and not arguments.browse:
+        raise UserError("--output is given without --browse: name a run to browse, or leave it out.")
+    if arguments.browse:
+        by_name = len(arguments.browse.parts) == 1 and not arguments.browse.exists()
+        run = arguments.results / "runs" / arguments.browse if by_name else arguments.browse
+        print(browse(run, arguments.output))
+        return
+    table = collect(arguments.results)
+    if table.empty:
+        raise UserError(
+            f"{arguments.results}/runs holds no record: run `staff` first, or name another folder by --results."
+        )
+    if arguments.metric:
+        table = by_metric(table, arguments.metric)
+    page = write(arguments.results, table, *asked(table, arguments.results, arguments))
     print(f"{summary(table)}\n\n{len(table)} runs: {arguments.results / 'metrics.csv'}, tables/, figures/, {page}")
     if warned := int(table["warnings"].astype(bool).sum()):
         print(f"{warned} runs with warnings: {arguments.results / 'tables'}/warnings-*.md")

@@ -8,7 +8,6 @@ answers of the runs, and the training answers from --data.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,12 +17,12 @@ import numpy as np
 import pandas as pd
 from hydra.utils import instantiate
 
+from experiments import command
 from experiments.report.comparisons import REFERENCES, Comparison
 from experiments.report.records import Context, collect, contexts
 from experiments.report.rendering import NONE, Table, shown_as
 from experiments.report.statistics import Difference, t_interval
 from staff.data import Task
-from staff.errors import UserError
 from staff.evaluation.floors import Specificity, best_constant, specificity, typical_count
 from staff.evaluation.metrics import named_metric
 
@@ -175,6 +174,7 @@ def _difference(found: Difference | None) -> str:
     return NONE if found is None else f"{found.mean:+.2f} ± {found.half:.2f}"
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument(
@@ -186,21 +186,18 @@ def main() -> None:
     arguments = parser.parse_args()
     options = "" if arguments.rate == 0.9 else f" --rate {arguments.rate:g}"
     options += f" --metric {arguments.metric}" if arguments.metric else ""
-    try:
-        for context in contexts(collect(arguments.results), arguments.results):
-            if context.varied != "method" or arguments.rate not in context.rates:
-                continue
-            task, metric = task_of(context), arguments.metric or context.metric
-            if metric not in task["metrics"] or named_metric(metric).needs != "answers":
-                continue
-            made = table(context, arguments.rate, training_answers(task, arguments.data), metric)
-            if made is not None:
-                made.write(
-                    arguments.results / "tables", f"{COMMAND} --results {arguments.results} --data DATA{options}"
-                )
-                print(made.markdown())
-    except UserError as error:
-        sys.exit(f"floors: {error}")
+    for context in contexts(collect(arguments.results), arguments.results):
+        if context.varied != "method" or arguments.rate not in context.rates:
+            continue
+        task, metric = task_of(context), arguments.metric or context.metric
+        if metric not in task["metrics"] or named_metric(metric).needs != "answers":
+            continue
+        made = table(context, arguments.rate, training_answers(task, arguments.data), metric)
+        if made is not None:
+            made.write(
+                arguments.results / "tables", f"{COMMAND} --results {arguments.results} --data DATA{options}"
+            )
+            print(made.markdown())
 
 
 if __name__ == "__main__":

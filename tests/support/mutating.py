@@ -12,12 +12,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = (
     *("staff", "baselines", "experiments", "hydra_plugins", "conf", "tests"),
-    *("pyproject.toml", "README.md"),
+    *("results/slice", "Makefile", "pyproject.toml", "README.md"),
 )
 
 
@@ -68,7 +69,8 @@ def function_named(name: str, tree: ast.Module) -> ast.FunctionDef:
     """
     node: ast.Module | ast.ClassDef | ast.FunctionDef = tree
     for part in name.split("."):
-        found = [n for n in node.body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == part]
+        inside = chain.from_iterable(n.body if isinstance(n, ast.With) else [n] for n in node.body)
+        found = [n for n in inside if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == part]
         if not found:
             raise LookupError(f"there is no function {name}")
         node = found[-1]
