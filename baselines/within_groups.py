@@ -64,8 +64,8 @@ class WithinGroups:
                 scores.setdefault(name, np.full(len(pool.ids), np.nan))[members] = values
         if (quotas == 0).any():
             notes[f"{(quotas == 0).sum()} of {len(quotas)} groups are too small for a sample of their own."] = None
-        told = pd.concat(tables, ignore_index=True), scores, filled, tuple(notes)
-        return Coreset(np.concatenate(picked), *told, schedule=np.hstack(schedules) if schedules else None)
+        rest = pd.concat(tables, ignore_index=True), scores, filled, tuple(notes)
+        return Coreset(np.concatenate(picked), *rest, schedule=np.hstack(schedules) if schedules else None)
 
 
 def largest_remainders(budget: int, sizes: np.ndarray) -> np.ndarray:

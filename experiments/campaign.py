@@ -233,9 +233,17 @@ def collect(results: Path, names: Sequence[str] = ()) -> Path:
 
     Args:
         names: of the tables, each a heading; without any, those that TABLES.md has already.
+
+    Raises:
+        UserError: a table is not there, or without names TABLES.md.
     """
     file = results / "TABLES.md"
+    if not names and not file.is_file():
+        raise UserError(f"{file} is not there: name the tables, of those in {results / 'tables'}.")
     names = names or re.findall(r"^## (.+)$", file.read_text("utf-8"), re.MULTILINE)
+    for name in names:
+        if not (results / "tables" / f"{name}.md").is_file():
+            raise UserError(f"{results / 'tables'} has no table {name!r}: run staff-report, or name another table.")
     parts = [f"## {name}\n\n{(results / 'tables' / f'{name}.md').read_text('utf-8').strip()}\n" for name in names]
     file.write_text("\n".join([f"# Tables of {results.name}\n", *parts]), "utf-8")
     return file

@@ -25,7 +25,7 @@ from experiments.report.seeds import Planned
 from experiments.schedule import starting_order
 from experiments.setup import Setup
 from experiments.single import Run
-from experiments.sizes import ANSWER, ASSUMED, with_stand_ins
+from experiments.sizes import ANSWER, ASSUMED, with_placeholders
 from staff.models.adapters import shapes, trained_parameters
 from staff.models.spec import ARCHITECTURES, ModelSpec
 from staff.runtime.progress import progress
@@ -258,10 +258,10 @@ def _measure(run: Run, planned: DryRun) -> None:
 def jobs_of(
     overrides: Sequence[str], config_dir: str | None, folder: Path
 ) -> Iterator[tuple[list[str], Setup, list[str]]]:
-    """Overrides and setup of every run of the sweep, and what stands in for others (`with_stand_ins`).
+    """Overrides and setup of every run of the sweep, and what is a placeholder (`with_placeholders`).
 
     Args:
-        folder: where samples that stand in are written.
+        folder: where placeholder samples are written.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     plain = [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
@@ -290,5 +290,5 @@ def _setup(job: Sequence[str], folder: Path) -> tuple[Setup, list[str]]:
 @lru_cache(maxsize=32)
 def _shared(job: tuple[str, ...], folder: Path) -> tuple[DictConfig, Setup, list[str]]:
     cfg, choices = composed(job)
-    replaced = with_stand_ins(cfg, folder)
+    replaced = with_placeholders(cfg, folder)
     return cfg, Setup.of(cfg, choices), replaced

@@ -91,17 +91,17 @@ def export(
 
 
 class Chosen(NamedTuple):
-    """A sample of the coreset, the row of the training data that it was made of, and what the run tells of it.
+    """A sample of the coreset, the row of the training data that it was made of, and its results.
 
     Attributes:
         number: of the row, counted from 1.
-        told: region and scores, by name; None where there is none.
+        results: region and scores, by name; None where there is none.
     """
 
     sample: Sample
     number: int
     row: Mapping[str, Any]
-    told: Mapping[str, Any]
+    results: Mapping[str, Any]
 
 
 def chosen_samples(run: RecordedRun) -> list[Sample]:
@@ -118,15 +118,17 @@ def chosen_rows(run: RecordedRun) -> list[Chosen]:
     pool = run.samples()
     if pool is None or not pool["selected"].to_numpy().any():
         raise UserError(f"{run.name} selected no sample: export a run with a coreset.")
-    told = _told(pool, run.regions())
+    results = _results(pool, run.regions())
     task, _ = _task_and_pool(run)
     rows = enumerate(zip(task.load("train"), task.rows("train"), strict=False), start=1)
     return [
-        Chosen(sample, number, row, told[sample.id]) for number, (sample, (_, row)) in rows if sample.id in told
+        Chosen(sample, number, row, results[sample.id])
+        for number, (sample, (_, row)) in rows
+        if sample.id in results
     ]
 
 
-def _told(pool: pd.DataFrame, regions: pd.DataFrame | None) -> dict[str, dict[str, Any]]:
+def _results(pool: pd.DataFrame, regions: pd.DataFrame | None) -> dict[str, dict[str, Any]]:
     """Region and scores of the selected samples, by id."""
     scores = pool.drop(columns=["selected", "answer_tokens"], errors="ignore")
     region = regions_of(pool, regions)
@@ -194,7 +196,7 @@ def own_rows(chosen: Sequence[Chosen]) -> list[dict[str, Any]]:
             **each.row,
             **{
                 f"{prefix}{name}": value
-                for name, value in {"id": each.sample.id, "row": each.number, **each.told}.items()
+                for name, value in {"id": each.sample.id, "row": each.number, **each.results}.items()
             },
         }
         for each in chosen

@@ -70,7 +70,7 @@ class KnownShape(ModelSpec):
         )
 
 
-def with_stand_ins(cfg: DictConfig, folder: Path) -> list[str]:
+def with_placeholders(cfg: DictConfig, folder: Path) -> list[str]:
     """Replace, in the configuration, what the hub does not give, where its sizes are known.
 
     Args:

@@ -11,7 +11,7 @@ from staff.errors import UserError
 from staff.scoring.signal import Signal
 from staff.signals import NAMED, named, named_all
 
-Asked = str | Signal
+SignalLike = str | Signal
 Signals = Mapping[tuple[Any, str], np.ndarray]
 """Values by signal (or its name) and model."""
 
@@ -68,7 +68,7 @@ class ArrayPool:
 
     def ask(
         self,
-        signal: Asked | Sequence[Asked],
+        signal: SignalLike | Sequence[SignalLike],
         of: str,
         at: np.ndarray | None = None,
         view: str = "pool",
@@ -109,7 +109,7 @@ def _resolved(signals: Signals) -> dict[tuple[Any, str], np.ndarray]:
     return {(_signal(signal, {}), model): np.asarray(values) for (signal, model), values in signals.items()}
 
 
-def _signal(signal: Asked, options: Mapping[str, Any]) -> Any:
+def _signal(signal: SignalLike, options: Mapping[str, Any]) -> Any:
     """A key for the signal with these options. An unknown name without options is its own key."""
     if isinstance(signal, str) and signal not in NAMED and not options:
         return signal

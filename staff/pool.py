@@ -42,7 +42,7 @@ fine-tuning, fine-tuned on the whole pool, and fine-tuned on a random part of it
 WARMUP = 0.05
 """The part of the pool that the warm-up is on (LESS, Xia et al. 2024, section 3.1), rounded up to whole samples."""
 
-Asked = str | Signal
+SignalLike = str | Signal
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Pool:
 
     def ask(
         self,
-        signal: Asked | Sequence[Asked],
+        signal: SignalLike | Sequence[SignalLike],
         of: str,
         at: np.ndarray | None = None,
         view: str = "pool",

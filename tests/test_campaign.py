@@ -191,6 +191,8 @@ def test_a_check_fails_for_a_run_that_is_not_packed_or_a_column_that_is_not_its_
 
 def test_what_cannot_be_packed_or_read_is_refused_in_a_sentence(results: Path):
     assert "holds no record: name the folder" in command("pack", results / "empty").stderr
+    assert "TABLES.md is not there: name the tables" in command("tables", results / "empty").stderr
+    assert "has no table 'main': run staff-report" in command("tables", results / "empty", "main").stderr
     assert "holds no runs.parquet" in command("unpack", results).stderr
     pack(recorded_runs(results), results / "packed")
     shutil.rmtree(results / "runs/a")

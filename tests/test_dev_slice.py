@@ -154,7 +154,7 @@ def sample(prompt: str, answer: str = " x", id: str = "a") -> Sample:
     return Sample(id, prompt, answer, (answer.strip(),))
 
 
-def test_duplicates_are_told_apart_by_what_they_share():
+def test_duplicates_are_distinguished_by_what_they_share():
     pool = [sample("One?"), sample("two?"), sample("ONE?\n"), sample("one?", " y"), sample("three?")]
     found = duplicates(pool, [sample("Three?", " z"), sample("four?")], near=False)
     assert found.repeated.tolist() == [2], "the earlier one stays"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -24,6 +25,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support.mutating import Mutation
 from support.processes import SHRUNK
+
+from staff.models.weights import attention_of
 
 # ---------------------------------------------------------------- promises, pins and licences
 
@@ -169,6 +172,17 @@ def test_wandb_writes_offline_files_as_often_as_it_is_told():
     import wandb
 
     assert wandb.Settings.model_fields["x_transaction_log_flush_interval"].default == 15.0
+
+
+def test_transformers_names_the_attention_of_a_model_and_marks_one_that_is_sharded():
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.distributed import fsdp
+
+    config = AutoConfig.for_model("llama", hidden_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=9)
+    for attention in ("eager", "sdpa"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        assert attention_of(model.config) == attention
+    assert "model._is_fsdp_managed_module = True" in inspect.getsource(fsdp)
 
 
 def test_a_mixture_of_experts_takes_its_implementation_from_the_configuration():

@@ -220,7 +220,7 @@ def test_holm_lies_between_no_correction_and_bonferronis(p: list[float]):
     assert np.all(np.diff(adjusted[np.argsort(p, kind="stable")]) >= 0), "the order of the p-values is kept"
 
 
-def test_the_variance_of_selection_and_of_fine_tuning_seeds_is_told_apart():
+def test_the_variance_of_selection_and_of_fine_tuning_seeds_is_separated():
     rng = np.random.default_rng(6)
     estimates = []
     for _ in range(300):

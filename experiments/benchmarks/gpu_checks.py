@@ -121,8 +121,8 @@ def qlora(tiny: bool, until: Deadline) -> Rows:
             if isinstance(stage, Generate):
                 whole = len(read_predictions(artifact)) == len(samples)
             cost = artifact.cost
-            told = {"seconds": round(cost.seconds, 2), "peak GB": round(cost.peak_memory_bytes / 1e9, 3)}
-            yield {"stage": stage.label, "result": "passed" if whole else "failed", **told}
+            numbers = {"seconds": round(cost.seconds, 2), "peak GB": round(cost.peak_memory_bytes / 1e9, 3)}
+            yield {"stage": stage.label, "result": "passed" if whole else "failed", **numbers}
 
 
 def _short(spec: ModelSpec, count: int) -> TokenizedSamples:
@@ -164,17 +164,17 @@ def _estimated(spec: Drawn, settings: FinetuneSettings) -> dict[str, Any]:
     tokens, answers = (64, 16) if spec.shrunk else (512, 64)
     lengths = np.full(16, tokens)
     samples = random_tokens(lengths, lengths - answers, spec, np.random.default_rng(0))
-    told = finetuning_memory(spec, settings, samples.lengths, samples.answer_lengths).total
-    if told > 0.95 * available_memory():
-        return {"estimate GB": round(told / 1e9, 3), "result": "does not fit"}
+    estimate = finetuning_memory(spec, settings, samples.lengths, samples.answer_lengths).total
+    if estimate > 0.95 * available_memory():
+        return {"estimate GB": round(estimate / 1e9, 3), "result": "does not fit"}
     measured = released(partial(peak_memory, partial(_train, spec, samples, settings)))
     if not isinstance(measured, int):
-        return {"estimate GB": round(told / 1e9, 3), "result": str(measured)}
+        return {"estimate GB": round(estimate / 1e9, 3), "result": str(measured)}
     return {
-        "estimate GB": round(told / 1e9, 4),
+        "estimate GB": round(estimate / 1e9, 4),
         "measured GB": round(measured / 1e9, 4),
-        "estimate / measured": round(told / measured, 3),
-        "result": "within a tenth" if abs(told / measured - 1) <= 0.1 else "not within a tenth",
+        "estimate / measured": round(estimate / measured, 3),
+        "result": "within a tenth" if abs(estimate / measured - 1) <= 0.1 else "not within a tenth",
     }
 
 

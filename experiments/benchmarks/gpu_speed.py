@@ -142,8 +142,8 @@ def _tuned(spec: Drawn, samples: Any, settings: FinetuneSettings, peer: bool = F
     """Seconds of the steps, peak memory in bytes and mean loss of one epoch."""
     with TemporaryDirectory() as folder, logits_everywhere() if peer else nullcontext(), Meter() as meter:
         Finetune(spec, samples, settings, 1, 0).run(Path(folder), meter)
-        told = json.loads((Path(folder) / HISTORY).read_text())
-    return {"seconds": told["seconds"], "loss": told["loss"], "peak": meter.cost.peak_memory_bytes}
+        history = json.loads((Path(folder) / HISTORY).read_text())
+    return {"seconds": history["seconds"], "loss": history["loss"], "peak": meter.cost.peak_memory_bytes}
 
 
 def _forward(spec: Drawn, samples: Any, settings: FinetuneSettings) -> tuple[float, float]:

@@ -84,7 +84,7 @@ class Stages:
         log.info("%s: %.1f s of the processor, %.0f MB", stage, taken.seconds, taken.peak / 1e6)
 
 
-class StandIn(ArrayPool):
+class Placeholder(ArrayPool):
     """A pool whose models all give the same scores, and the same embeddings."""
 
     def __init__(self, pool: Pool) -> None:
@@ -149,20 +149,20 @@ def measure(size: int, methods: Sequence[str], shrunk: int, folder: Path) -> dic
         pool = this.pool
     with stages("identify"):
         _ = this.fingerprint, pool.key()
-    stand_in = StandIn(pool)
+    placeholder = Placeholder(pool)
     for name in methods:
         method: Any = instantiate(composed(folder, f"method={name}").method, _convert_="all")
         with stages(f"select by {name}"):
-            coreset = run_method(method, stand_in, size // 2, Draws(0, stand_in.ids))
-            coreset.save(folder, stand_in.ids)
+            coreset = run_method(method, placeholder, size // 2, Draws(0, placeholder.ids))
+            coreset.save(folder, placeholder.ids)
         samples = pd.read_parquet(folder / "samples.parquet")
         samples.insert(2, "answer_tokens", pool.answer_lengths)
         samples.to_parquet(runs[name] / "samples.parquet")
         if len(coreset.diagnostics):
             coreset.diagnostics.to_csv(runs[name] / "regions.csv", index=False)
         del coreset, samples
-    pd.DataFrame({"id": pool.ids, "score": stand_in.scores}).to_parquet(folder / "scores.parquet")
-    del this, pool, stand_in
+    pd.DataFrame({"id": pool.ids, "score": placeholder.scores}).to_parquet(folder / "scores.parquet")
+    del this, pool, placeholder
     with stages("run"):
         run(alone, {"family": "tiny", "task": "file", "method": "imported"})
     return stages.measured

@@ -94,8 +94,8 @@ def left_over(results: Path) -> list[Path]:
 
 def summary(table: pd.DataFrame) -> str:
     """Mean and standard deviation over seeds, never over runs that differ in anything else."""
-    told = varying_columns(table)
-    keys = [k for k in told if k in ("method", "pruning_rate") or len({str(v) for v in table[k]}) > 1]
+    varied = varying_columns(table)
+    keys = [k for k in varied if k in ("method", "pruning_rate") or len({str(v) for v in table[k]}) > 1]
     for basis, column in (("measured", "STR"), ("estimated from FLOPs", "STR estimated")):
         table = table.assign(**{column: table["overhead_str"].where(table["overhead_str_basis"] == basis)})
     numbers = [*table["metric"].unique(), "overhead_seconds", "STR", "STR estimated"]

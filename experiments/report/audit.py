@@ -17,7 +17,7 @@ from experiments.campaign import fields
 from experiments.report.comparisons import comparison
 from experiments.report.records import Context
 from experiments.report.rendering import NONE, Table, basis, digits, metric, p_value, signed
-from experiments.report.settings import is_untold
+from experiments.report.settings import is_ignored
 from experiments.report.statistics import LEVEL, Difference, holm
 from staff.evaluation.metrics import named_metric
 
@@ -71,8 +71,8 @@ def _audited(context: Context) -> Iterator[tuple[str, str, Context]]:
 def _surroundings(config: dict[str, Any]) -> str:
     """Everything but the method, the seeds and the number of steps."""
     apart = ("method", "finetune.match")
-    told = [(k, str(v)) for k, v in fields(config) if not is_untold(k) and not k.startswith(apart)]
-    return json.dumps(sorted(told))
+    varying = [(k, str(v)) for k, v in fields(config) if not is_ignored(k) and not k.startswith(apart)]
+    return json.dumps(sorted(varying))
 
 
 def _text(method: dict[str, Any]) -> str:

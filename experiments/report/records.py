@@ -110,7 +110,8 @@ def _test_set(record: dict[str, Any]) -> str:
 
 
 def _configured(record: dict[str, Any]) -> dict[str, Any]:
-    """What was set, and what it came to; the family that selects is told by name where it is the run's own."""
+    """The configuration, with the identity of what it names. A selection family that is the run's own family is
+    given by its name."""
     config = {**record["config"], "identity": record["identity"]}
     if "selection" not in record["identity"]:
         config["selection_family"] = {"name": record["run"]["selection_family"]}

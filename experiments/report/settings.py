@@ -13,7 +13,7 @@ import pandas as pd
 SEEDS = ["seed", "selection_seed", "finetune_seed"]
 NAMES = ["family", "task", "method", "pruning_rate"]
 # Settings that change no number but by rounding, have a column of their own, or are known better by content.
-UNTOLD = (
+IGNORED_SETTINGS = (
     *("candidate", "tracking", "results_dir", "store_dir", "memory_check", "pruning_rate", "budget", *SEEDS),
     *("scoring.batch_tokens", "scoring.one_at_a_time", "evaluation.batch_tokens"),
     *("finetune.device_batch_size", "finetune.gradient_checkpointing", "finetune.fsdp"),
@@ -22,9 +22,9 @@ UNTOLD = (
 )
 
 
-def is_untold(setting: str) -> bool:
+def is_ignored(setting: str) -> bool:
     """Whether runs that differ in this setting alone are the same to a report."""
-    return any(setting == untold or setting.startswith(f"{untold}.") for untold in UNTOLD)
+    return any(setting == ignored or setting.startswith(f"{ignored}.") for ignored in IGNORED_SETTINGS)
 
 
 def varying_columns(table: pd.DataFrame) -> list[str]:
@@ -37,7 +37,7 @@ def varying_columns(table: pd.DataFrame) -> list[str]:
     groups = pd.concat([texts(table, name) for name in NAMES], axis=1).agg("|".join, axis=1)
     for column in (str(c) for c in table.columns if str(c).startswith("setting.")):
         name = column.removeprefix("setting.")
-        if is_untold(name):
+        if is_ignored(name):
             continue
         finer = groups + "|" + texts(table, column)
         if finer.nunique() > groups.nunique():
@@ -141,8 +141,8 @@ def _differing_in_one(values: pd.DataFrame) -> Iterator[tuple[str, list[int]]]:
 
 
 def _differ_in_no_other(runs: pd.DataFrame, key: str) -> bool:
-    """Whether no setting of the method differs but `key`, which may be enough to tell runs apart by, or what is
-    told of a setting that holds several values."""
+    """Whether no setting of the method differs but `key`: the column that tells these runs apart, or one of those
+    that stand for a setting with several values."""
     setting = ".".join(key.split(".")[:3])
     own = [c for c in runs if str(c).startswith("setting.method.") and c != "setting.method._target_"]
     others = [c for c in own if c != setting and not c.startswith(f"{setting}.")]

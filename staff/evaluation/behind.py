@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from staff.evaluation.decoding import cache_argument
+from staff.models.weights import attention_of
 from staff.scoring.positions import Positions, last_block_at
 
 NEVER = 2**40
@@ -49,7 +50,7 @@ def answers_behind(
         stop: tokens that end an answer; a `separator` does, too. Neither belongs to it.
     """
     reader = Reader(model)
-    with reader.attention("eager" if model.config._attn_implementation == "eager" else "sdpa"):
+    with reader.attention("eager" if attention_of(model.config) == "eager" else "sdpa"):
         reader.read(prefixes)
         reader.keep(np.repeat(np.arange(len(prefixes)), [len(of) for of in queries]))
         following = reader.read([query for of in queries for query in of])
@@ -147,7 +148,7 @@ class Reader:
     @contextmanager
     def attention(self, implementation: str) -> Iterator[None]:
         """Attention by "sdpa" or "eager" in the block: both take the masks, and only eager returns weights."""
-        own = self._model.config._attn_implementation
+        own = attention_of(self._model.config)
         self._model.set_attn_implementation(implementation)
         try:
             yield

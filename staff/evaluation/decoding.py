@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 
 from staff.models.spec import ARCHITECTURES, is_sharded
+from staff.models.weights import attention_of
 from staff.scoring.positions import Positions, last_block_at
 
 PREFILL_SHARE = 4
@@ -112,7 +113,7 @@ def can_decode(model: Any, longest: int) -> bool:
     window = getattr(config, "sliding_window", None)
     return (
         config.model_type in ARCHITECTURES
-        and config._attn_implementation == "sdpa"
+        and attention_of(config) == "sdpa"
         and not getattr(config, "use_bidirectional_attention", False)
         and (window is None or longest <= window)
         and not is_sharded(model)

@@ -19,6 +19,7 @@ from staff.errors import UserError
 from staff.models.depth import keep_blocks
 from staff.models.family import Family
 from staff.models.spec import ModelSpec
+from staff.models.weights import attention_of
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage
@@ -150,7 +151,7 @@ class SaveObjects(_Prepare):
     @cached_property
     def spec(self) -> ModelSpec:
         dtype = str(self.model.dtype).removeprefix("torch.")
-        return ModelSpec(self._name, dtype=dtype, attention=self.model.config._attn_implementation)
+        return ModelSpec(self._name, dtype=dtype, attention=attention_of(self.model.config))
 
     @property
     def label(self) -> str:

@@ -265,6 +265,7 @@ def _four_bits() -> Any:
 
 def is_sharded(model: Any) -> bool:
     """Whether this process has only a shard of the model's weights."""
+    # Private, as transformers says it nowhere else; tests/test_promises.py reads it.
     return getattr(model, "_is_fsdp_managed_module", False)
 
 
@@ -284,8 +285,6 @@ def _attention(spec: ModelSpec) -> str:
             with torch.device("meta"):
                 AutoModelForCausalLM.from_config(config, attn_implementation=attention)
             return attention
-        except UserError:
-            raise
         except (ValueError, ImportError) as error:
             if spec.attention != "sdpa":
                 raise UserError(

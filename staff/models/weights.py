@@ -26,6 +26,12 @@ _ADAPTER, _CONFIG, _GENERATION = "adapter_config.json", "config.json", "generati
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def attention_of(config: Any) -> str:
+    """The attention implementation of a loaded model, by its configuration."""
+    # Private, as transformers has a public way to set it alone; tests/test_promises.py reads it.
+    return config._attn_implementation
+
+
 def load_safetensors(folder: str, **options: Any) -> Any:
     """A causal language model, read only from safetensors or GGUF files.
 

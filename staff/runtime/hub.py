@@ -4,8 +4,7 @@ A name is resolved to a commit once in a process. Its files are then fetched by 
 costs no request. A hub that fails is given up within seconds, in one sentence.
 
 Files in the Xet store are fetched over HTTP too. Their own client (hf_xet) keeps trying for minutes by timers of
-its own, so that a hub that fails would neither be given up nor told of in time. Who wants it for its speed sets
-HF_HUB_DISABLE_XET=0.
+its own, so that a failing hub could not be given up in time. For its speed, set HF_HUB_DISABLE_XET=0.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from staff.models.weights import attention_of
+
 if TYPE_CHECKING:
     from staff.scoring.positions import Positions
 
@@ -27,7 +29,7 @@ def attention_at(attention: Any, positions: Positions, narrowed: bool = True) ->
     Attention kernels other than PyTorch's and the plain products run in full, and so does attention that is not
     `narrowed`: their output is gathered.
     """
-    if not narrowed or attention.config._attn_implementation not in NARROWED:
+    if not narrowed or attention_of(attention.config) not in NARROWED:
         with attention.o_proj.register_forward_pre_hook(lambda _, args: (positions.gather(args[0]),)):
             yield
         return
@@ -71,7 +73,7 @@ def _attended(
     heads, width = queries.shape[1], queries.shape[3]
     queries = at.spread(queries.transpose(1, 2).flatten(2)).unflatten(2, (heads, width)).transpose(1, 2)
     seen = _seen(at, attention_mask, length)
-    way = attention.config._attn_implementation
+    way = attention_of(attention.config)
     # Where only values need a gradient it is one product with the weights, of which PyTorch's kernels compute five.
     of_values_alone = values.requires_grad and not (queries.requires_grad or keys.requires_grad)
     if way == "eager" or (of_values_alone and 4 * heads * seen.numel() <= WEIGHTS_BYTES):

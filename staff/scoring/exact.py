@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from staff.data.tokens import TokenizedSamples
+from staff.models.weights import attention_of
 from staff.scoring.signal import GradientOf, Pass, Signal
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def batches(config: Any) -> str | None:
     """
     if way := getattr(config, "_tested_way", None):  # an instance, during its test
         return way
-    small, own = reduced(config), config._attn_implementation
+    small, own = reduced(config), attention_of(config)
     attentions = [own] if own in ("sdpa", "eager") else ["sdpa", "eager"]
     known = json.dumps([type(config).__qualname__, attentions, small.to_dict()], sort_keys=True, default=str)
     if known not in _found:

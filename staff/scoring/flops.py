@@ -10,6 +10,7 @@ import numpy as np
 
 from staff.data.tokens import TokenizedSamples
 from staff.models.flops import block_flops, forward_flops, head_flops
+from staff.models.weights import attention_of
 from staff.scoring.signal import GradientOf, Signal, gradient_of
 from staff.store.cost import Meter
 
@@ -86,7 +87,7 @@ def _narrows(config: Any) -> bool:
     from staff.scoring.exact import NARROWED as QUERIES_NARROWED
     from staff.scoring.exact import batches
 
-    return config._attn_implementation in NARROWED and batches(config) == QUERIES_NARROWED
+    return attention_of(config) in NARROWED and batches(config) == QUERIES_NARROWED
 
 
 @dataclass(frozen=True)

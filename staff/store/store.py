@@ -111,7 +111,7 @@ class Store:
 
             artifact = processes.broadcast_from_main(look)
             if artifact is None:
-                artifact = self._run_told(stage)
+                artifact = self._run_with_events(stage)
             if not processes.is_main_process():
                 await_manifest(artifact.path)
         how = "computed in {:.1f} s" if artifact.computed else "read (cost {:.1f} s)"
@@ -191,7 +191,7 @@ class Store:
                 said = "%s: %s was computed by version %d of this stage, and is not read"
                 log.info(said, stage.label, older, version)
 
-    def _run_told(self, stage: Stage) -> Artifact:
+    def _run_with_events(self, stage: Stage) -> Artifact:
         emit(StageStarted(stage))
         try:
             return self._run(stage)

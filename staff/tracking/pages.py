@@ -41,6 +41,7 @@ def start(mode: Any, fall_back: bool, **identity: Any) -> Any:
         # metrics.json has the provenance already.
         disable_git=True,
         disable_code=True,
+        # Experimental names: W&B refuses one that it does not know, as every test of a page would show.
         x_disable_viewer=True,
         x_save_requirements=False,
     )
@@ -83,7 +84,7 @@ def finish(page: Any, code: int) -> None:
 def _logged_in() -> bool:
     """Whether W&B finds credentials in the environment, ~/.netrc or its settings file."""
     import wandb
-    from wandb.sdk.lib import wbauth
+    from wandb.sdk.lib import wbauth  # private: `wandb.login` asks on the terminal; tests/test_promises.py
 
     host = wandb.setup().settings.base_url
     return wbauth.authenticate_session(host=host, source="staff", prompt=False, update_session=False) is not None

@@ -18,6 +18,7 @@ from staff.data.tokens import TokenizedSamples
 from staff.errors import UserError
 from staff.models.adapters import shapes
 from staff.models.spec import ARCHITECTURES, ModelSpec
+from staff.models.weights import attention_of
 from staff.runtime import processes
 from staff.runtime.machine import free_ram
 from staff.scoring.attention import NARROWED
@@ -78,7 +79,7 @@ def finetuning_memory(
     logit = 12 + (kept.element if kept.element < 4 else 0)
     logits = answers * config.vocab_size * logit
     # The last block's queries, and all that follows its attention, run at the answer tokens alone.
-    queries = kept.queries if model.config._attn_implementation in NARROWED else 0
+    queries = kept.queries if attention_of(model.config) in NARROWED else 0
     last = tokens * (kept.attention - queries) + answers * (queries + kept.mlp)
     moments = [Memory(weights, held + gradients, 0, 0)]
     if settings.gradient_checkpointing:
@@ -120,7 +121,7 @@ class _Kept:
         # Under autocast, each of the layers that share an input keeps its own copy.
         shared = (3, 2) if element < 4 else (1, 1)
         of_queries = element * 3 * queries + inside * queries + around // 2 - norm * width
-        if model.config._attn_implementation == "eager":
+        if attention_of(model.config) == "eager":
             of_queries += 8 * heads * length
         attention = of_queries + element * (shared[0] * width + 2 * keys) + inside * keys + norm * width
         mlp = element * (shared[1] * width + 4 * inner) + around // 2
