@@ -256,7 +256,8 @@ class Run:
                 f"budget_tokens={self.size.tokens} holds no sample: the shortest of the pool has {least} tokens."
             )
         self.settings.on_each_device(processes.world_size())
-        for spec in (self.family.target, self.selecting.target, self.selecting.small):
+        specs = (self.family.target, self.selecting.target, self.selecting.small)
+        for spec in {spec.local or spec.path: spec for spec in specs}.values():
             spec.check_weights()
         if self.settings.quantization:
             check_quantization()

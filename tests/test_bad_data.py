@@ -28,7 +28,7 @@ TINY = "pkg://staff/assets/tiny/target"
 LINES: dict[str, tuple[object, dict[str, Any], str]] = {
     "not UTF-8": (b'{"question": "\xff"}', {}, r"line 2: not UTF-8 \(byte 14\); convert the file to UTF-8"),
     "Latin-1": ('{"question": "é"}'.encode("latin-1"), {}, r"line 2: not UTF-8 \(byte 14\)"),
-    "UTF-16": ('{"question": "x"}'.encode("utf-16"), {}, "line 2: UTF-16, not UTF-8; convert the file"),
+    "UTF-16": ('{"question": "x"}'.encode("utf-16"), {}, r"line 2: not UTF-8 \(byte 0\)"),
     "gzip": (b"\x1f\x8b\x08\x00", {}, r"line 2: not UTF-8 \(byte 1\)"),
     "not JSON": ("question: one?", {}, r"line 2: not JSON \(Expecting value, column 1\); each line must be"),
     "single quotes": ("{'question': 'one?'}", {}, "line 2: not JSON"),

@@ -82,7 +82,7 @@ FORMATS = {
     "CSV with old line ends": put("train.csv", table(",").replace(b"\r\n", b"\r")),
     "CSV with an index": put("train.csv", indexed()),
     "CSV with semicolons and a comma in the header": put(
-        "train.csv", table(";").replace(b"answer", b'answer;"a,b"', 1)
+        "train.csv", table(";").replace(b"\r\n", b";x\r\n").replace(b"answer;x", b'answer;"a,b"', 1)
     ),
     "bzip2": put("train.jsonl.bz2", bz2.compress(lines())),
     "gzipped CSV": put("train.csv.gz", gzip.compress(table(","))),
@@ -226,8 +226,20 @@ def test_a_file_for_a_folder_a_split_that_is_not_there_and_no_data_are_refused(t
         ("train.parquet", b"version https://git-lfs.github.com/spec/v1\noid", r"a pointer of Git LFS"),
         ("train.jsonl.zip", b"PK", r"train.jsonl does not exist, and train.jsonl.zip is of no format that is read"),
         ("train.csv", b"question,answer\na,b\nc,\n", r"train.csv, row 2: the answer is empty"),
-        ("train.csv", b"question,answer\na,b,c\n", r"train.csv, row 1: 3 values, but the header names 2 column"),
-        ("train.csv", b"question,answer\na,b\nc,d,e\n", r"train.csv, row 2: 3 values, but the header names 2"),
+        (
+            "train.csv",
+            b"question,answer\na,b,c\n",
+            r"row 1: 3 value.s., but the header names 2 column.s., separated by ','",
+        ),
+        ("train.csv", b"question,answer\na,b\nc,d,e\n", r"train.csv, row 2: 3 value.s., but the header names 2"),
+        ("train.csv", b"id,question,answer\n1,a,b\n\n2,c", r"train.csv, row 2: 2 value.s., but the header names 3"),
+        ("train.csv", b"question;answer\na;b\nc", r"row 2: 1 value.s., .* names 2 column.s., separated by ';'"),
+        ("train.tsv", b"question\tanswer\r\na\r\n", r"row 1: 1 value.s., .* names 2 column.s., separated by '.t'"),
+        (
+            "train.tsv.gz",
+            gzip.compress(b"question\tanswer\na\tb\tc", mtime=0),
+            r"row 1: 3 value.s., .* names 2 column",
+        ),
         ("train.csv", b"question,answer,answer\na,b,c\n", r"train.csv: the column 'answer' comes twice; rename"),
         ("train.csv", b"question, answer\na,b\n", r"no field 'answer' .*; it has ' answer', question"),
         ("train.csv", b"question,answer\n", r"the train split is empty"),
@@ -235,6 +247,14 @@ def test_a_file_for_a_folder_a_split_that_is_not_there_and_no_data_are_refused(t
         ("train.csv", b'question,answer\n"a,b\nc,d\n', r"train.csv, near line 3: a stray quote \(unexpected end"),
         ("train.tsv", b'question\tanswer\n"a\tb\n"c\td\n', r"train.tsv, near line 3: a stray quote"),
         ("train.csv", "question,answer\né,b\n".encode("latin-1"), r"train.csv: not UTF-8; convert"),
+        ("train.csv", "question,answer\nда,нет".encode("cp1251"), r"train.csv: not UTF-8; convert"),
+        ("train.csv", "question,answer\na,b".encode("utf-16"), r"train.csv: UTF-16, not UTF-8; convert"),
+        ("train.tsv", "question\tanswer\na\tb".encode("utf-16-le"), r"train.tsv: UTF-16-LE, not UTF-8; convert"),
+        (
+            "train.csv.gz",
+            gzip.compress("question,answer".encode("utf-32-be"), mtime=0),
+            r"UTF-32-BE, not UTF-8; convert",
+        ),
         ("train.parquet", b"PAR1 and no more", r"train.parquet: cannot be read as Parquet \(ArrowInvalid: "),
         ("train.jsonl.gz", b"no gzip", r"train.jsonl.gz: cannot be read as JSON Lines \(OSError: zlib"),
         (
@@ -251,6 +271,14 @@ def test_a_damaged_file_is_one_true_sentence(tmp_path: Path, name: str, content:
         replace(TASK, data_dir=str(tmp_path)).load("train")
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
     assert "Failed to" not in capfd.readouterr().err, "the library logs what it raises"
+
+
+def test_a_separator_that_is_no_comma_is_told_of(tmp_path: Path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "train.csv").write_text('question;answer\n"a\n;b";c,d')
+    (sample,) = replace(TASK, data_dir=str(tmp_path)).load("train")
+    assert "a\n;b" in sample.prompt and sample.answer == " c,d"
+    assert "train.csv: the columns are separated by ';'" in caplog.text
 
 
 def test_a_bad_row_of_a_table_is_named_by_row_and_field(tmp_path: Path):

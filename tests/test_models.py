@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny import TINY, pool_of_sums
+from support.tiny import TINY, config_of, pool_of_sums
+from transformers import AutoModelForCausalLM
 
 from staff.errors import UserError
 from staff.models.adapters import LoraSpec, fresh_lora, replace_lora
@@ -193,8 +194,7 @@ def test_a_model_that_is_not_there_or_not_one_is_told_in_a_sentence(gguf_file: P
         with pytest.raises(UserError, match=r"the model in .*torn.gguf cannot be loaded"):
             converted(tmp_path / "torn.gguf", tmp_path)
     shutil.copytree(local_path(SMALL.path), tmp_path / "base")
-    weights = load_file(tmp_path / "base" / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if "k_proj" not in k}, tmp_path / "base" / "model.safetensors")
+    _without(tmp_path / "base", *(f"model.layers.{i}.self_attn.k_proj.weight" for i in (0, 1)))
     with pytest.raises(UserError, match=r"lacks 2 of its weights, such as model.layers.0.self_attn.k_proj.weight"):
         ModelSpec(str(tmp_path / "base")).load()
     for what in ("load", "tokenizer", "identity"):
@@ -253,6 +253,11 @@ def _changed(folder: Path, **settings: object) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
 
 
+def _without(folder: Path, *names: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if k not in names}, folder / "model.safetensors", {"format": "pt"})
+
+
 BROKEN = {
     "quantised": (
         lambda folder: _changed(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
@@ -282,7 +287,15 @@ BROKEN = {
     ),
     "of other shapes": (
         lambda folder: _changed(folder, intermediate_size=40),
-        "its weights have other shapes",
+        r"other shapes than its config.json says, such as model.layers.0.mlp.down_proj.weight, \[\d+, \d+\] for \[",
+    ),
+    "without a norm": (
+        lambda folder: _without(folder, "model.norm.weight"),
+        "it lacks 1 of its weights, such as model.norm.weight; save or download it again",
+    ),
+    "without its own head": (
+        lambda folder: _changed(folder, tie_word_embeddings=False),
+        "it lacks 1 of its weights, such as lm_head.weight",
     ),
 }
 
@@ -297,6 +310,25 @@ def test_a_broken_target_is_refused_before_the_small_model_is_fine_tuned(run, tm
         run("method=staff", f"family.target.path={target}")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "results/artifacts/finetune").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen3_moe"])
+def test_every_weight_that_is_missing_or_of_another_shape_is_found_by_the_headers(family: str, tmp_path: Path):
+    model = AutoModelForCausalLM.from_config(config_of(family))
+    model.save_pretrained(tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    ModelSpec(str(tmp_path)).check_weights()
+    for name, weight in whole.items():
+        if ".1." in name:  # as in the first block
+            continue
+        for change in ({}, {name: torch.zeros([size + 1 for size in weight.shape])}):
+            others = {other: value for other, value in whole.items() if other != name}
+            save_file({**others, **change}, tmp_path / "model.safetensors", {"format": "pt"})
+            with pytest.raises(
+                UserError, match=r"it lacks [12] of|have other shapes|do not fit together"
+            ) as refused:
+                ModelSpec(str(tmp_path)).check_weights()
+            assert "\n" not in str(refused.value)
 
 
 def test_weights_that_a_model_does_not_use_are_told_of(tmp_path: Path, caplog):

@@ -17,7 +17,7 @@ import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ import numpy as np
 
 from staff.data.templates import shortened
 from staff.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
 
@@ -145,15 +147,16 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
     with readable(path, format_of(path) or "text"):
         unpacked: Any = lzma.open if path.suffix.lower() == ".xz" else pa.input_stream
         with unpacked(str(path)) as file:
-            yield io.BufferedReader(file)
+            reader = io.BufferedReader(file)
+            if (wide := json.detect_encoding(reader.peek(4))).startswith(("utf-16", "utf-32")):
+                raise UserError(f"{path}: {wide.upper()}, not UTF-8; convert the file to UTF-8.")
+            yield reader
 
 
 def _parsed(text: bytes, where: str, wanted: str) -> Any:
     try:
         return json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
-        if (wide := json.detect_encoding(text)).startswith(("utf-16", "utf-32")):
-            raise UserError(f"{where}: {wide.upper()}, not UTF-8; convert the file to UTF-8.") from None
         if isinstance(error, UnicodeDecodeError):
             raise UserError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8.") from None
         said = "nested too deep" if isinstance(error, RecursionError) else str(error)
@@ -190,7 +193,7 @@ def _read_csv(path: Path) -> Rows:
     """The rows of a CSV or TSV file with a header ("file, row n"), every value as the text that the file has.
 
     Raises:
-        UserError: a row with more values than the header has names, a column that comes twice, a stray quote.
+        UserError: a row with another number of values than the header, a column that comes twice, a stray quote.
     """
     csv.field_size_limit(2**31 - 1)
     with _opened(path) as file:
@@ -198,18 +201,19 @@ def _read_csv(path: Path) -> Rows:
         header: list[str] = []
         try:
             start = next((line for line in lines if line.strip()), "")
-            reader = csv.reader(chain([start], lines), delimiter=_separator(path, start), strict=True)
+            mark = _separator(path, start)
+            reader = csv.reader(chain([start], lines), delimiter=mark, strict=True)
             header = next(reader, [])
             if twice := [name for name in header if name and header.count(name) > 1]:
                 raise UserError(f"{path}: the column {twice[0]!r} comes twice; rename one of them.")
-            for number, values in enumerate(filter(None, reader), start=1):
+            for number, values in enumerate((v for v in reader if len(v) > 1 or "".join(v).strip()), start=1):
                 where = f"{path}, row {number}"
-                if len(values) > len(header):
+                if len(values) != len(header):
                     raise UserError(
-                        f"{where}: {len(values)} values, but the header names {len(header)} column(s); put a value "
-                        "that holds the separator in quotes."
+                        f"{where}: {len(values)} value(s), but the header names {len(header)} column(s), separated "
+                        f"by {mark!r}: write all of them, and put a value that holds the separator in quotes."
                     )
-                yield where, dict(zip_longest(header, values, fillvalue=""))
+                yield where, dict(zip(header, values, strict=True))
         except csv.Error as error:
             raise UserError(
                 f"{path}, near line {reader.line_num}: a stray quote ({error}); put the whole value in quotes and "
@@ -221,8 +225,13 @@ def _separator(path: Path, header: str) -> str:
     """What separates the columns: a comma, or where the header has none, a semicolon, tab or bar as spreadsheets
     write; a tab in a TSV file.
     """
+    if format_of(path) == "TSV":
+        return "\t"
     bare = re.sub(r'"[^"]*"', "", header)
-    return "\t" if format_of(path) == "TSV" else next((mark for mark in ",;\t|" if mark in bare), ",")
+    mark = next((mark for mark in ",;\t|" if mark in bare), ",")
+    if mark != ",":
+        log.info("%s: the columns are separated by %r", path, mark)
+    return mark
 
 
 def _read_parquet(path: Path) -> Rows:

@@ -163,7 +163,10 @@ class Task:
                 sample = replace(sample, id=f"{sample.id}-{copies[sample.id] + 1}")
             samples[sample.id] = sample
         if not samples:
-            raise UserError(f"task {self.name!r}: the {split} split is empty; check task.data_dir.")
+            given = [field for field in (f"{split}_file", "data_dir", "hub") if getattr(self, field) is not None]
+            raise UserError(
+                f"task {self.name!r}: the {split} split is empty; check task.{(given or ['data_dir'])[0]}."
+            )
         return asked_once(samples.values()) if split == "test" else list(samples.values())
 
     def reference_samples(self, test: Iterable[Sample]) -> list[Sample]:

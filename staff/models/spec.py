@@ -15,6 +15,7 @@ from staff.models.depth import DepthPruning
 from staff.models.weights import (
     ATTENTIONS,
     NO_CODE,
+    UNJOINED,
     check_config,
     check_weights,
     content_digest,
@@ -189,11 +190,16 @@ class ModelSpec:
         check_config(self.path, self.config())
 
     def check_weights(self) -> None:
-        """Refuse a local folder whose weights cannot be read, without reading them."""
-        if self.local is not None and self.local.is_dir():
-            # Files of other kinds may hold weights that are turned or joined while they are loaded.
-            plain = self.config().model_type in ARCHITECTURES
-            self._from_pretrained(check_weights, shapes=dict(self.shapes().named_parameters()) if plain else None)
+        """Refuse weights on this machine that cannot be read or do not fit the model, without reading them."""
+
+        def check(folder: str) -> None:
+            files = [Path(folder) / name for name in weight_files(Path(folder))]
+            if self.local is not None or all(file.is_file() for file in files):
+                with naming_bars_of_transformers(f"checking {self.name}"):
+                    check_weights(folder, self.shapes())
+
+        if self.local is None or self.local.is_dir():
+            self._from_pretrained(check)
 
     def weights(self, **options: Any) -> Any:
         """The model, loaded by transformers with these options.
@@ -208,13 +214,8 @@ class ModelSpec:
             with naming_bars_of_transformers(f"loading {self.name}"):
                 return load_safetensors(folder, **options)
 
-        model, found = self._from_pretrained(load, output_loading_info=True, **options)
-        if missing := sorted(found["missing_keys"]):  # transformers only warns and initialises them at random
-            raise UserError(
-                f"the model in {self.path} lacks {len(missing)} of its weights, such as {missing[0]}: save or "
-                "download it again."
-            )
-        if unused := sorted(found["unexpected_keys"]):
+        model, unused = self._from_pretrained(load, **options)
+        if unused:
             said = (self.path, len(unused), type(model).__name__, unused[0])
             log.warning("%s holds %d weights that %s does not use, such as %s", *said)
         return model
@@ -230,7 +231,7 @@ class ModelSpec:
         except UserError:
             raise
         except Exception as error:
-            if not isinstance(error, expected) and "ignore_mismatched_sizes" not in str(error):
+            if not isinstance(error, expected) and UNJOINED not in str(error):
                 raise
             place = f"in {self.local}" if self.local else f"{self.path!r}"
             raise UserError(f"the model {place} cannot be loaded: {reason(error)}") from error

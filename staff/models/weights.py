@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,27 +28,36 @@ _ADAPTER, _CONFIG, _GENERATION = "adapter_config.json", "config.json", "generati
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+UNJOINED = "automatic conversion of the weights"
+"""In the error of transformers for weights that it cannot join, such as those of experts."""
+
+
 def attention_of(config: Any) -> str:
     """The attention implementation of a loaded model, by its configuration."""
     # Private, as transformers has a public way to set it alone; tests/test_promises.py reads it.
     return config._attn_implementation
 
 
-def load_safetensors(folder: str, **options: Any) -> Any:
-    """A causal language model, read only from safetensors or GGUF files.
+def load_safetensors(folder: str, **options: Any) -> tuple[Any, list[str]]:
+    """A causal language model, read only from safetensors or GGUF files, and the names of weights it does not use.
 
     Args:
         options: as for `from_pretrained` of transformers.
 
     Raises:
-        ValueError: an adapter, or a file that names weights in another format or folder.
+        ValueError: an adapter, a file that names weights in another format or folder, or a weight that is missing
+            or of another shape.
     """
     from transformers import AutoModelForCausalLM
 
     _refuse_adapter(folder)
     if "gguf_file" not in options:
         check_weights(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, **options, **NO_CODE, use_safetensors=True)
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "use_safetensors": True, **NO_CODE}
+    with _unreported():
+        model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+    check_found(found)
+    return model, sorted(found["unexpected_keys"])
 
 
 def _refuse_adapter(folder: str) -> None:
@@ -108,11 +119,11 @@ def check_config(path: str, config: Any) -> None:
         )
 
 
-def check_weights(folder: str, shapes: Mapping[str, Any] | None = None) -> None:
+def check_weights(folder: str, model: Any = None) -> None:
     """Refuse weights that `load_safetensors` would, by the headers of the files.
 
     Args:
-        shapes: the model's parameters without their values; those in the files must not have other shapes.
+        model: the model on the meta device, which the weights must fit; None: their names and shapes may be any.
 
     Raises:
         ValueError, OSError: as `load_safetensors`.
@@ -121,16 +132,67 @@ def check_weights(folder: str, shapes: Mapping[str, Any] | None = None) -> None:
 
     _refuse_adapter(folder)
     _check_generation(Path(folder))
+    shapes = {}
     for name in weight_files(Path(folder)):
         if not (file := Path(folder) / name).is_file():
             raise OSError(f"no file named {name}" if name == _WHOLE else f"{name} is missing; copy it there")
         try:
             with safe_open(file, "pt") as weights:
-                for name in (known := shapes or {}).keys() & set(weights.keys()):
-                    if list(known[name].shape) != weights.get_slice(name).get_shape():
-                        raise ValueError("ignore_mismatched_sizes")  # as transformers has it
+                shapes |= {weight: weights.get_slice(weight).get_shape() for weight in weights.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{name} is damaged or incomplete ({error}); copy it again") from None
+    if model is not None:
+        _check_fit(model, shapes)
+
+
+def _check_fit(model: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse weights of these names and shapes if the model would lack one.
+
+    Transformers matches them as it does in a load: some are renamed, joined, tied or ignored.
+    """
+    import torch
+
+    described = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    options = {"config": model.config, "state_dict": described, "device_map": "meta"}
+    with _unreported():
+        _, found = type(model).from_pretrained(
+            None, **options, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    check_found(found)
+
+
+def check_found(found: Mapping[str, Any]) -> None:
+    """Refuse a model with weights that were not in its files, which transformers initialises at random.
+
+    Args:
+        found: what `from_pretrained` tells with `output_loading_info`.
+
+    Raises:
+        ValueError: a weight is missing or of another shape.
+    """
+    if wrong := sorted(found["mismatched_keys"]):
+        name, held, wanted = wrong[0][0], *map(list, wrong[0][1:])
+        raise ValueError(
+            f"its weights have other shapes than its config.json says, such as {name}, {held} for {wanted}; copy "
+            "both from one model"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"it lacks {len(missing)} of its weights, such as {missing[0]}; save or download it again")
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Keep transformers from printing its table of missing and unused weights."""
+
+    def keeps(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in str(record.msg)
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keeps)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keeps)
 
 
 def _check_generation(folder: Path) -> None:
@@ -150,8 +212,8 @@ def reason(error: Exception) -> str:
         return "it needs code of its own, which is never executed; choose a model that transformers supports"
     if "no file named model.safetensors" in str(error) or "cannot be loaded with `safetensors`" in str(error):
         return "it has no safetensors weights, and a pickle, which can contain code, is never read; convert them"
-    if "ignore_mismatched_sizes" in str(error):
-        return "its weights have other shapes than its config.json says; copy both from one model"
+    if UNJOINED in str(error):
+        return "its weights do not fit together: one is missing or of another shape; save or download it again"
     if "backend tokenizer" in str(error):
         return "it has no tokenizer that can be read; copy tokenizer.json and tokenizer_config.json beside it"
     if "model_type" in str(error):
