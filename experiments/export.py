@@ -104,13 +104,8 @@ class Chosen(NamedTuple):
     results: Mapping[str, Any]
 
 
-def chosen_samples(run: RecordedRun) -> list[Sample]:
-    """The coreset's samples in the pool's order, read again from the run's own data."""
-    return [chosen.sample for chosen in chosen_rows(run)]
-
-
 def chosen_rows(run: RecordedRun) -> list[Chosen]:
-    """The same with their rows.
+    """The coreset in the pool's order, read again from the run's own data.
 
     Raises:
         UserError: an empty coreset, or data that is not there or has changed since.

@@ -151,9 +151,8 @@ class Run:
 
     @property
     def recorded(self) -> bool:
-        """Whether the run has its record, by all of the metrics and with the references that are asked for: the
-        run's name tells neither.
-        """
+        """Whether the run has its record, by all of the metrics and with the references that are asked for. Its
+        name depends on neither."""
         file = self.folder / "metrics.json"
         if not file.is_file():
             return False
