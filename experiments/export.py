@@ -39,7 +39,7 @@ from experiments.recorded import RecordedRun, recorded_run, regions_of
 from staff.data.samples import Sample, data_digest
 from staff.data.splits import load_splits
 from staff.data.task import Task
-from staff.errors import UserError
+from staff.errors import UserError, in_one_line
 from staff.runtime.files import csv_of, local_path
 from staff.store.store import SAMPLES
 
@@ -222,9 +222,8 @@ def _dataset(rows: Sequence[Mapping[str, Any]]) -> Any:
         try:
             columns[str(name)] = pa.array([row.get(name) for row in rows])
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-            said = " ".join(str(error).split())
             raise UserError(
-                f"field {name!r} has no one type ({said}), as tables need it: choose --format jsonl."
+                f"field {name!r} has no one type ({in_one_line(error)}), as tables need it: choose --format jsonl."
             ) from None
     return Dataset(pa.table(columns))
 
