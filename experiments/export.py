@@ -61,7 +61,7 @@ def export(
         push_to: name of a repository on the hub, for `PUSHED`.
 
     Raises:
-        UserError: no recorded run, nothing to hand on, data that has changed since, or an `output` that exists.
+        UserError: no recorded run, nothing to export, data that has changed since, or an `output` that exists.
     """
     of_model = form in export_model.FORMS
     output = output or run / f"{'model' if of_model else 'coreset'}-{form}"
@@ -182,7 +182,7 @@ def _write_coreset(chosen: Sequence[Chosen], card: str, form: str, folder: Path)
 
 
 def own_rows(chosen: Sequence[Chosen]) -> list[dict[str, Any]]:
-    """The user's own rows with what the run tells of each, under names that no field of theirs has."""
+    """The user's own rows with the run's results for each, under names that no field of theirs has."""
     prefix = "staff_"
     while any(str(field).startswith(prefix) for each in chosen for field in each.row):
         prefix = f"staff_{prefix}"

@@ -81,7 +81,7 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration; a budget, or a method's own size, shows the pruning rate that it comes to."""
+        """The resolved configuration, with the pruning rate that a budget or a method's own size amounts to."""
         return {**self.setup.config, "pruning_rate": self.pruning_rate}
 
     @cached_property
@@ -142,7 +142,7 @@ class Run:
 
     @property
     def about(self) -> mirror.About:
-        """What the run's page says of it."""
+        """What the run's page shows of it."""
         return mirror.About(self.folder, self.config, self.facts, lambda stage: self.curve_of(stage.key()))
 
     @property
