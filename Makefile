@@ -29,7 +29,7 @@ gpu:
 slurm: .venv/installed
 	$(BIN)/pytest -n 0 -s -rs tests/stress/test_slurm.py
 
-# One change to the source for each promise of tests/README.md, each to be noticed by its test; a quarter of an hour.
+# One change to the source for each promise of tests/README.md, each to be noticed by its test; half an hour.
 mutations: .venv/installed
 	$(BIN)/python -m tests.mutations
 

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from staff.data.files import files_of
-from staff.errors import UserError
+from staff.errors import UserError, in_one_line
 
 HOW_TO_READ = {
     "jsonl": '`datasets.load_dataset("json", data_files="train.jsonl")`',
@@ -209,9 +209,8 @@ def push(folder: Path, form: str, name: str) -> None:
     try:
         _push_dataset(folder, name) if form == "datasets" else _push_model(folder, form, name)
     except Exception as error:  # whatever the hub, the network or the libraries say
-        said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{folder} is written, and could not be pushed to {name} ({said}): export it again, to "
+            f"{folder} is written, and could not be pushed to {name} ({in_one_line(error)}): export it again, to "
             "another --output."
         ) from error
 

@@ -22,7 +22,7 @@ MACHINE = ("cpu", "gpus", "python", "versions")
 
 
 def compare(first: Path, again: Path, part: bool = False) -> pd.DataFrame:
-    """A row for every record under `first`: what the run of the same name under `again` came to.
+    """A row for every record under `first`: and how the run of the same name under `again` compares.
 
     With `part`, for every record under `again` instead: what it was under `first`.
 

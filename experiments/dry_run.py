@@ -74,7 +74,7 @@ class DryRun:
         order: in which the jobs start.
         memory: bytes that fine-tuning takes, by the model's name; without models of a type that has no estimate.
         sizes: what was counted with, in words.
-        replaced: what is not at hand and was replaced by what is known of it, in words.
+        replaced: models and data that are not here and were replaced by their known sizes, in words.
         distinct: the overrides of jobs that together have every speed.
         compared: what the sweep compares, by family and task.
     """

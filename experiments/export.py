@@ -39,7 +39,7 @@ from experiments.recorded import RecordedRun, recorded_run, regions_of
 from staff.data.samples import Sample, data_digest
 from staff.data.splits import load_splits
 from staff.data.task import Task
-from staff.errors import UserError
+from staff.errors import UserError, in_one_line
 from staff.runtime.files import csv_of, local_path
 from staff.store.store import SAMPLES
 
@@ -61,7 +61,7 @@ def export(
         push_to: name of a repository on the hub, for `PUSHED`.
 
     Raises:
-        UserError: no recorded run, nothing to hand on, data that has changed since, or an `output` that exists.
+        UserError: no recorded run, nothing to export, data that has changed since, or an `output` that exists.
     """
     of_model = form in export_model.FORMS
     output = output or run / f"{'model' if of_model else 'coreset'}-{form}"
@@ -104,13 +104,8 @@ class Chosen(NamedTuple):
     results: Mapping[str, Any]
 
 
-def chosen_samples(run: RecordedRun) -> list[Sample]:
-    """The coreset's samples in the pool's order, read again from the run's own data."""
-    return [chosen.sample for chosen in chosen_rows(run)]
-
-
 def chosen_rows(run: RecordedRun) -> list[Chosen]:
-    """The same with their rows.
+    """The coreset in the pool's order, read again from the run's own data.
 
     Raises:
         UserError: an empty coreset, or data that is not there or has changed since.
@@ -187,7 +182,7 @@ def _write_coreset(chosen: Sequence[Chosen], card: str, form: str, folder: Path)
 
 
 def own_rows(chosen: Sequence[Chosen]) -> list[dict[str, Any]]:
-    """The user's own rows with what the run tells of each, under names that no field of theirs has."""
+    """The user's own rows with the run's results for each, under names that no field of theirs has."""
     prefix = "staff_"
     while any(str(field).startswith(prefix) for each in chosen for field in each.row):
         prefix = f"staff_{prefix}"
@@ -227,9 +222,8 @@ def _dataset(rows: Sequence[Mapping[str, Any]]) -> Any:
         try:
             columns[str(name)] = pa.array([row.get(name) for row in rows])
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-            said = " ".join(str(error).split())
             raise UserError(
-                f"field {name!r} has no one type ({said}), as tables need it: choose --format jsonl."
+                f"field {name!r} has no one type ({in_one_line(error)}), as tables need it: choose --format jsonl."
             ) from None
     return Dataset(pa.table(columns))
 

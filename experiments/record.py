@@ -154,7 +154,7 @@ def _composition(run: Run, coreset: Coreset) -> dict[str, Any]:
 
 def _write_samples(run: Run, coreset: Coreset) -> None:
     """samples.parquet: every sample of the pool, whether it was selected, the length of its answer and its
-    scores; coreset.csv: those selected; regions.csv: what the method tells of its regions."""
+    scores; coreset.csv: those selected; regions.csv: the method's regions."""
     selected = np.isin(np.arange(len(run.pool.ids)), coreset.indices)
     ids, lengths = run.pool.ids, run.pool.answer_lengths
     table = pd.DataFrame({"id": ids, "selected": selected, "answer_tokens": lengths, **coreset.scores})

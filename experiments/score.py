@@ -37,7 +37,7 @@ from experiments import command
 from experiments.configuration import CONF, composed, search_path
 from experiments.setup import Setup
 from experiments.single import Run
-from staff.errors import UserError
+from staff.errors import UserError, in_one_line
 from staff.pool import Pool
 from staff.runtime.files import csv_of
 from staff.runtime.machine import settle_threads
@@ -85,7 +85,7 @@ def _own(path: str) -> Signal:
     try:
         return get_class(path)()
     except Exception as error:  # whatever importing a file may raise
-        said = " ".join(str(error).split())
+        said = in_one_line(error)
         raise UserError(f"signal={path} cannot be made ({said}): name a signal, or a class of one.") from None
 
 

@@ -140,7 +140,7 @@ class Setup:
     def varied(self, cfg: DictConfig) -> Setup:
         """As `of`, for a configuration that differs in its seeds and in the size of its coreset.
 
-        Parts that these do not change are not made again, which takes a plan most of its time.
+        Parts that these do not change are reused: making them takes a plan most of its time.
         """
         config = _resolved(cfg)
         if any(config[name] != value for name, value in self.config.items() if isinstance(value, dict)):

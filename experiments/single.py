@@ -81,7 +81,7 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration; a budget, or a method's own size, shows the pruning rate that it comes to."""
+        """The resolved configuration, with the pruning rate that a budget or a method's own size amounts to."""
         return {**self.setup.config, "pruning_rate": self.pruning_rate}
 
     @cached_property
@@ -142,7 +142,7 @@ class Run:
 
     @property
     def about(self) -> mirror.About:
-        """What the run's page says of it."""
+        """What the run's page shows of it."""
         return mirror.About(self.folder, self.config, self.facts, lambda stage: self.curve_of(stage.key()))
 
     @property
@@ -151,9 +151,8 @@ class Run:
 
     @property
     def recorded(self) -> bool:
-        """Whether the run has its record, by all of the metrics and with the references that are asked for: the
-        run's name tells neither.
-        """
+        """Whether the run has its record, by all of the metrics and with the references that are asked for. Its
+        name depends on neither."""
         file = self.folder / "metrics.json"
         if not file.is_file():
             return False

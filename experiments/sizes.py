@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SIZES = Path(__file__).with_name("sizes.json")
 TOKEN = r" ?[A-Za-z]{1,10}|\d| ?[^\s\w]{1,2}|\s+|\w{1,2}"
-"""What counts as a token where the tokenizer is not at hand. On the English tasks this gives within 5 % of the
+"""What counts as a token where the tokenizer is not here. On the English tasks this gives within 5 % of the
 tokens of SmolLM2's tokenizer."""
 CHAT = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"

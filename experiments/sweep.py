@@ -39,7 +39,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from experiments.configuration import params_left
 from hydra_plugins.staff_sweeper import in_cases
-from staff.errors import UserError
+from staff.errors import UserError, in_one_line
 from staff.runtime import processes
 from staff.runtime.files import storage_failure
 from staff.store.manifest import digest
@@ -203,7 +203,7 @@ def sentence_of(error: BaseException | None) -> str | None:
         if isinstance(error, ValueError) and _NO_OPTION in str(error):
             return "a group takes the name of one of its options, such as method=staff: staff --help lists them."
         if isinstance(error, HydraException | OmegaConfBaseException) and said is None:
-            said = " ".join(str(error).split())
+            said = in_one_line(error)
         error = error.__cause__ or error.__context__
     return said
 

@@ -85,6 +85,7 @@ def _watcher() -> Any:
     class Watcher(SlurmInfoWatcher):
         """States of jobs from `sacct`, or where there are no accounts from `squeue`, with what has ended lately."""
 
+        # Private, as submitit asks `sacct` alone; tests/test_launcher.py reads both lists by these methods.
         accounts = _succeeds("sacct", "-X", "-n", "-o", "JobID")
 
         def _make_command(self) -> list[str] | None:

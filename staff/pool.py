@@ -103,8 +103,7 @@ class Pool:
         """A signal of every sample, shape (N, ...), in the pool's order; for several signals, a list of arrays.
 
         Several signals come out of one pass over the samples, whose cost counts once. "in_context_gain" has a value
-        for every pair of samples (`staff.scoring.in_context`), shape (N, pool size). "in_context" is computed from
-        answers to prompts with demonstrations (`_in_context`).
+        for every pair of samples, shape (N, pool size). For "in_context" see `_in_context`.
 
         Args:
             signal: a name such as "loss", or a signal, or a sequence of these.
@@ -118,21 +117,21 @@ class Pool:
         Raises:
             UserError: an unknown signal, option, model or slice, or a model that cannot be scored.
         """
-        if isinstance(signal, str) and signal == PAIRS:
+        if signal == PAIRS:
             return self._in_context_gains(of, view)
-        if isinstance(signal, str) and signal == EVALUATIONS:
+        if signal == EVALUATIONS:
             return self._in_context(of, view, **options)
         several = not isinstance(signal, str | Signal)
         signals = named_all(signal if several else [signal], options)
-        moment = of.partition("@")[2]
+        name, _, moment = of.partition("@")
         if moment == "online":
-            answers = [self._online(of.partition("@")[0], signals, at)]
+            found = [self._online(name, signals, at)]
         else:
             asked = DataView(view, signals[0].prompt, signals[0].text, at)
             states = self.states(of)
-            answers = [self._score(state, signals, asked, len(states)) for state in states]
-        stack = moment == "epochs"
-        values = [np.stack([a[s.name] for a in answers], 1) if stack else answers[0][s.name] for s in signals]
+            found = [self._score(state, signals, asked, len(states)) for state in states]
+        by_epoch = moment == "epochs"
+        values = [np.stack([f[s.name] for f in found], 1) if by_epoch else found[0][s.name] for s in signals]
         return values if several else values[0]
 
     def states(self, of: str) -> list[ModelState]:
@@ -140,12 +139,9 @@ class Pool:
         name, _, moment = of.partition("@")
         if name not in STATES:
             raise UserError(f"the model {name!r} is unknown: choose one of {', '.join(STATES)}.")
-        spec = self._spec(name)
         if name == "small" and self.family.small.identity() == self.family.target.identity():
-            log.warning(
-                "the small model is the target itself, and scoring with it costs as much: name a smaller one"
-            )
-        state = ModelState(spec, None if name in ("small_raw", "target") else self.training(name))
+            log.warning("the small model is the target itself, so scoring costs as much: name a smaller one")
+        state = ModelState(self._spec(name), None if name in ("small_raw", "target") else self.training(name))
         return state.at(moment, of) if moment else [state]
 
     def training(self, name: str, online: str | None = None) -> Finetune:
@@ -200,8 +196,8 @@ class Pool:
             signals = named_all(["distance"], {})
             return read_scores(self.store.get(self._stage(state, samples, signals)))["distance"]
 
-        how = separator_of(self.family, state.spec), state.spec.window()
-        return in_context_gains(distances, helped, examples, *how)
+        separator, window = separator_of(self.family, state.spec), state.spec.window()
+        return in_context_gains(distances, helped, examples, separator, window)
 
     def _in_context(
         self,
@@ -220,7 +216,6 @@ class Pool:
             metric: of an answer against that of the sample; a name as in `task.metrics`.
             layer: as in `staff.evaluation.in_context.AnswersInContext`.
         """
-        self._slice(view)  # refuses one that is not there
         (state,) = self.states(of)
         shown, of_view = self._read_by(state, "pool"), self._read_by(state, view)
         at = np.where(queries >= 0, queries % len(of_view), -1)
@@ -250,12 +245,12 @@ class Pool:
         return {signal.name: scores if at is None else scores[at]}
 
     def _slice(self, name: str) -> Slice:
+        if name not in ("pool", "dev"):
+            raise UserError(f"view={name!r} is unknown: choose pool or dev.")
         if name not in self.slices:
             raise UserError(
-                f"there is no {name} slice: make a validation slice with task.dev_size=200, task.dev_split or "
+                "there is no dev slice: make a validation slice with task.dev_size=200, task.dev_split or "
                 "task.dev_file, and evaluate on the test split."
-                if name == "dev"
-                else f"view={name!r} is unknown: choose pool or dev."
             )
         return self.slices[name]
 

@@ -82,14 +82,18 @@ def test_two_processes_fine_tune_to_the_weights_of_one(results):
 
 
 @pytest.mark.parametrize("interrupted", ["one", "two"])
-def test_a_signal_to_one_process_stops_all_and_one_resumes_to_the_same_weights(results, tmp_path, interrupted):
+def test_a_signal_to_one_process_stops_all_and_one_resumes_to_the_same_weights(
+    results, tmp_path, caplog, interrupted
+):
     one, two = results
     stopped = two if interrupted == "two" else one
     store = shutil.copytree(stopped / "preempted/by a signal/store", tmp_path / "store")
     assert {file.read_text() for file in store.glob("status of *")} == {"75"}
     assert len(list(store.glob("status of *"))) == len(list(stopped.glob("part *")))
-    assert [file.name for file in store.glob("checkpoints/*/checkpoint-*")] == ["checkpoint-5"]
+    assert [file.name for file in store.glob("checkpoints/*/checkpoint-*")] == ["checkpoint-4"]
+    caplog.set_level("INFO", "staff")
     resumed = Store(store).get(training())
+    assert "resuming after step 4" in caplog.text
     undisturbed = one / "interrupted/finetune" / resumed.path.name
     tolerance = 3e-4 if interrupted == "two" else 1e-6
     for name, weights in load_file(undisturbed / "adapter_model.safetensors").items():

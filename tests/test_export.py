@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.campaign import pack
-from experiments.export import WRITERS, chosen_samples, export
+from experiments.export import WRITERS, chosen_rows, export
 from experiments.recorded import recorded_run
 from staff.data.tokens import tokenize
 from staff.errors import UserError
@@ -52,7 +52,7 @@ def test_a_coreset_goes_through_trl_as_the_tokens_that_the_run_was_fine_tuned_on
     )
     tokenizer = TARGET.tokenizer()
     trainer = SFTTrainer(TARGET.load(), arguments, train_dataset=data, processing_class=tokenizer)
-    ours = tokenize(chosen_samples(recorded_run(recorded)), tokenizer)
+    ours = tokenize([chosen.sample for chosen in chosen_rows(recorded_run(recorded))], tokenizer)
     assert trainer.train_dataset is not None and len(trainer.train_dataset) == 6
     for i, theirs in enumerate(trainer.train_dataset):
         assert [tokenizer.bos_token_id, *theirs["input_ids"]] == ours.row(i).tolist()

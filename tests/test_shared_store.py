@@ -10,15 +10,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import pytest
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
-from support.processes import ROOT, Job, never, run, wait_for
+from support.processes import ROOT, Job, never, run, save, wait_for
 
 from experiments.store import entries
 from staff.errors import UserError
@@ -34,8 +33,23 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="another user, or a file 
 GROUP, OTHER = 54321, 54322  # ids that nobody has
 
 
-def save(folder: Path, meter: object) -> None:
-    save_file({"score": np.zeros(3)}, folder / "scores.safetensors")
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def mounted(folder: Path, *mount: str) -> Iterator[Path]:
+    folder.mkdir()
+    subprocess.run(["mount", *mount, folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture
@@ -48,17 +62,16 @@ def shared() -> Iterator[Path]:
         yield Path(folder)
 
 
-def as_another_user(store: Path, script: str, umask: int = 0o002) -> str:
+def as_another_user(store: Path, script: str) -> str:
     """What a script prints that another member of the group runs, or why it failed."""
     prelude = f"""
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from support.processes import Job, never
+from support.processes import Job, never, save
 from staff.errors import UserError
 from staff.store.store import Store
-from test_shared_store import save
 store = Store({str(store)!r})
-os.umask({umask})
+os.umask(0o002)
 os.setgroups([])
 os.setgid({GROUP})
 os.setuid({OTHER})
@@ -67,23 +80,17 @@ os.setuid({OTHER})
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
-def test_files_have_the_permissions_that_the_umask_leaves(tmp_path, umask, mode):
-    before = os.umask(umask)
-    try:
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path, mask, mode):
+    with umask(mask):
         artefact = Store(tmp_path / "store").get(Job({"seed": 0}, save))
-    finally:
-        os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in artefact.path.iterdir()} == {mode}
 
 
 @as_root
 def test_a_reader_without_write_permission_reads_and_is_refused_in_a_sentence_what_is_to_be_computed(shared):
-    before = os.umask(0o022)
-    try:
+    with umask(0o022):
         Store(shared).get(Job({"seed": 0}, save))
-    finally:
-        os.umask(before)
     said = as_another_user(
         shared,
         """
@@ -100,12 +107,9 @@ except UserError as error:
 
 @as_root
 def test_members_of_a_group_write_in_one_store_and_take_each_others_locks(shared):
-    before = os.umask(0o002)
-    try:
+    with umask(0o002):
         mine = Store(shared).get(Job({"seed": 0}, save))
         (shared / "locks" / f"{Job({'seed': 1}).fingerprint[:32]}.lock").touch()
-    finally:
-        os.umask(before)
     said = as_another_user(shared, 'print(store.get(Job({"seed": 1}, save)).path)')
     theirs = Path(said.strip())
     assert theirs.parent == mine.path.parent, said
@@ -115,17 +119,13 @@ def test_members_of_a_group_write_in_one_store_and_take_each_others_locks(shared
 
 @as_root
 def test_a_quota_that_is_full_is_one_sentence_and_what_was_written_stays_readable(tmp_path):
-    (tmp_path / "full").mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path / "full"], check=True)
-    try:
-        store = Store(tmp_path / "full/store")
+    with mounted(tmp_path / "full", "-t", "tmpfs", "-o", "size=256k", "tmpfs") as full:
+        store = Store(full / "store")
         store.get(Job({"seed": 0}))
         with pytest.raises(UserError, match=r"cannot be used \(No space left on device.*store_dir=PATH"):
             store.get(Job({"seed": 1}, lambda folder, meter: (folder / "big").write_bytes(bytes(2**20))))
         assert store.get(Job({"seed": 0}, never)) and not list((store.root / "tmp").iterdir())
         assert store.get(Job({"seed": 2})).computed, "there is room again"
-    finally:
-        subprocess.run(["umount", tmp_path / "full"], check=True)
 
 
 def test_a_quota_that_is_used_up_is_named_in_the_words_of_the_system(tmp_path):
@@ -178,18 +178,14 @@ def test_a_file_system_without_locks_between_nodes_is_refused_before_any_work(tm
 @as_root
 def test_a_store_on_a_mount_that_is_only_read_is_read_by_one_process_and_by_several(tmp_path, monkeypatch):
     Store(tmp_path / "store").get(Job({"seed": 0}))
-    (tmp_path / "mount").mkdir()
-    subprocess.run(["mount", "--bind", tmp_path / "store", tmp_path / "mount"], check=True)
-    try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", tmp_path / "mount"], check=True)
-        store = Store(tmp_path / "mount")
+    with mounted(tmp_path / "mount", "--bind", str(tmp_path / "store")) as mount:
+        subprocess.run(["mount", "-o", "remount,bind,ro", mount], check=True)
+        store = Store(mount)
         assert not store.get(Job({"seed": 0}, never)).computed
         with pytest.raises(UserError, match=r"cannot be used \(Read-only file system.*store_dir=PATH"):
             store.get(Job({"seed": 1}))
         TwoNodes(monkeypatch)
         locks.check_locks_between_nodes(store.root)
-    finally:
-        subprocess.run(["umount", tmp_path / "mount"], check=True)
 
 
 def test_a_file_system_without_any_locks_is_refused(tmp_path, monkeypatch):

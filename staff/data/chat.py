@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 from staff.data.samples import Piece, Turns
-from staff.errors import UserError
+from staff.errors import UserError, in_one_line
 from staff.models.family import DATE, check_chat
 
 log = logging.getLogger(__name__)
@@ -211,10 +211,9 @@ class ChatTemplate:
                 for shown, ask in ((messages[:-1], True), (messages, False))
             )
         except Exception as error:  # the expressions of a template can raise anything
-            said = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"the chat template of {self.name} fails{where} with {said!r}: fix it, set what it needs in "
-                "family.template_options, or set family.prompt_format=plain."
+                f"the chat template of {self.name} fails{where} with {in_one_line(error)!r}: fix it, set what it "
+                "needs in family.template_options, or set family.prompt_format=plain."
             ) from error
         return before, whole
 

@@ -279,7 +279,7 @@ def _named(value: Any, feature: Any) -> Any:
 
 @contextmanager
 def readable(path: Path, what: str) -> Iterator[None]:
-    """Say in one sentence what a library says of a file, and nothing beside it."""
+    """Turn a library's error about a file into one sentence, and silence its log."""
     logger = logging.getLogger("datasets")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # it logs what it raises

@@ -10,7 +10,7 @@ from functools import cache
 from string import Formatter
 from typing import Any
 
-from staff.errors import UserError
+from staff.errors import UserError, in_one_line
 
 
 def lookup(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str) -> Any:
@@ -145,7 +145,7 @@ def _rendered_by_jinja(template: str, row: Mapping[str, Any], where: str, settin
     except UserError:
         raise
     except Exception as error:  # whatever a template's expressions may raise
-        said = shortened(" ".join(str(error).split()) or type(error).__name__)
+        said = shortened(in_one_line(error))
         raise UserError(f"{where}: {setting} fails with {said!r}; the row has {has(row)}.") from None
     return text
 

@@ -1,4 +1,4 @@
-"""Stages that obtain a model: convert a GGUF file, cut a small model out of the target, save objects at hand.
+"""Stages that obtain a model: convert a GGUF file, cut a small model out of the target, save objects in memory.
 
 Each runs once and is kept as an artefact. No run is charged for it: like a download, it obtains a model and selects
 no samples. So these stages run outside every other stage.

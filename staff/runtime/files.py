@@ -69,7 +69,7 @@ OF_STORAGE = {
 def storage_failure(error: BaseException) -> str | None:
     """Why a disk, a folder or a file system failed, in the system's words; None if the error is of another kind.
 
-    Other libraries hide the error's number: safetensors and Arrow in their message, and NumPy tells of bytes.
+    Other libraries hide the error's number: safetensors and Arrow in their message, and NumPy counts bytes.
     """
     if isinstance(error, UserError):
         return None

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from staff.errors import UserError
+from staff.errors import UserError, in_one_line
 from staff.runtime.patience import Patience, Unanswered, over_http, progress_logged
 
 log = logging.getLogger(__name__)
@@ -281,7 +281,7 @@ def _reason(repository: Repository, error: Exception) -> tuple[str, str]:
     if constants.HF_HUB_OFFLINE:
         mend = f"{licence}, unset it" if repository.gated else "unset it"
         return "HF_HUB_OFFLINE is set, and the cache has no complete snapshot of it", mend
-    return " ".join(str(error).split()) or type(error).__name__, again
+    return in_one_line(error), again
 
 
 def _response(error: BaseException | None) -> Any:

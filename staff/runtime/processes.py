@@ -4,7 +4,7 @@ All of them do the same, with two exceptions. Samples are sharded (scoring, the 
 and their results gathered. And only the main process, that of rank 0, writes: artefacts, records, logs.
 
 The first process that fails claims the error report, in the store of the process group, and ends with a non-zero
-status. Processes that wait for it lose their connection and end without a word of their own. Those that do not are
+status. Processes that wait for it lose their connection and end silently. Those that do not are
 ended by what started them: torchrun does so, and SLURM with SLURM_KILL_BAD_EXIT=1.
 
 Without `start` there is one process, and every function here returns at once.

@@ -51,7 +51,7 @@ def check(tracking: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class About:
-    """What a page says of its run from the start.
+    """What a page shows of its run from the start.
 
     Attributes:
         folder: of the run; W&B's files go to `folder`/wandb.

@@ -87,8 +87,8 @@ class Finetune(Training):
     @property
     def label(self) -> str:
         online = ", scoring online" if self.online else ""
-        anew = "" if self.schedule is None else f", {self.schedule.shape[1]} in every epoch"
-        return f"fine-tune {self.spec.name} on {len(self.samples)} samples{anew}{online}"
+        by_epoch = "" if self.schedule is None else f", {self.schedule.shape[1]} in every epoch"
+        return f"fine-tune {self.spec.name} on {len(self.samples)} samples{by_epoch}{online}"
 
     @property
     def adapter(self) -> LoraSpec | None:

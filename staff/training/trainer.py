@@ -141,6 +141,7 @@ class ShardingTrainer(Trainer):
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.world_size()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # Private, as Trainer has no public way to set an order; tests/test_finetune.py follows a schedule.
         return super()._get_train_sampler(train_dataset) if self._schedule is None else self._scheduled_order()
 
     def _scheduled_order(self) -> ScheduledOrder:

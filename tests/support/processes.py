@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact, check_contents, check_sizes, read_manifest
 from staff.store.stage import Stage
@@ -112,6 +115,10 @@ def check_left_behind(results: Path) -> None:
 
 
 # ---------------------------------------------------------------- stages of little work
+
+
+def save(folder: Path, meter: Meter) -> None:
+    save_file({"score": np.zeros(3)}, folder / "scores.safetensors")
 
 
 def write_scores(folder: Path, meter: Meter) -> None:
