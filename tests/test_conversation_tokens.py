@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from support.tiny import AGAIN, ASKED, SAID, SEVERAL, SYSTEM, messages
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 from staff.data.samples import Sample, plain_pieces
 from staff.data.splits import DataView
@@ -61,10 +63,19 @@ CHAT = (
 )
 
 
-def tokenizer_of(template: str, *special: str) -> Any:
+def tokenizer_of(template: str, *special: str, rstrip: bool = False) -> Any:
+    """A tokenizer that begins every text with its begin token.
+
+    Args:
+        rstrip: its special tokens take the white space behind them, as those of Phi-4-mini do.
+    """
     tokenizer = TINY.tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokens: list[Any] = [AddedToken(text, special=True, rstrip=rstrip, normalized=False) for text in special]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     tokenizer.chat_template = template
+    begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     return tokenizer
 
 
@@ -101,8 +112,82 @@ def test_a_template_that_refuses_or_leaves_out_a_turn_is_one_sentence_with_the_s
     with pytest.raises(UserError, match="fails on sample 'a' with 'no system'"):
         tokenize([sample(*SEVERAL)], tokenizer_of(strict, "<turn>", "<end>"), "chat", loss_on="all")
     deaf = CHAT.replace("in messages %}", "in messages if m.role != 'system' %}")
-    with pytest.raises(UserError, match="leaves out a turn of system among system, user, assistant, user:"):
+    with pytest.raises(UserError, match=r"leaves out or changes a turn of system of sample 'a': remove"):
         tokenize([sample(*SEVERAL)], tokenizer_of(deaf, "<turn>", "<end>"), "chat", loss_on="all")
+
+
+TURNS = "{% for m in messages %}"
+DONE = "{% endfor %}{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+SHOWN = "<turn>{{ m.role }}\n{{ m.content }}<end>\n"
+QUESTIONS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<turn>{% if messages[0].role == 'system' and "
+    "AT %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}<over>{% elif m.role == 'assistant' %} "
+    "{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+ODD = {
+    "begins the text itself": "{{ bos_token }}" + CHAT,
+    "trims": CHAT.replace("m.content", "m.content | trim"),
+    "has a system prompt of its own": (
+        "{% if messages[0].role != 'system' %}<turn>system\nHelp.<end>\n{% endif %}" + CHAT
+    ),
+    "has a branch for tools": f"{TURNS}{{% if m.role == 'tool' %}}<tool>{{% else %}}{SHOWN}{{% endif %}}{DONE}",
+    "tells the system in the first question": QUESTIONS.replace("AT", "loop.index0 == 1"),
+    "tells the system in the last question": QUESTIONS.replace("AT", "loop.index0 >= messages | length - 2"),
+    "ends the last turn alone": CHAT.replace("<end>\n", "{% if loop.last %}<end>{% endif %}"),
+    "always asks for an answer": f"{TURNS}{SHOWN}{{% endfor %}}<turn>assistant\n",
+    "never asks for an answer": f"{TURNS}{SHOWN}{{% endfor %}}",
+    "wants roles in turn": (
+        TURNS + "{% if not loop.first and m.role == loop.previtem.role %}{{ raise_exception('the roles must "
+        "alternate') }}{% endif %}" + SHOWN + DONE
+    ),
+}
+
+
+@pytest.mark.parametrize("rstrip", [False, True])
+@pytest.mark.parametrize("kind", ODD)
+def test_the_tokens_are_those_of_the_template_whatever_it_does_with_turns(kind: str, rstrip: bool):
+    tokenizer = tokenizer_of(ODD[kind], "<turn>", "<end>", "<over>", rstrip=rstrip)
+    for turns in (SEVERAL, SEVERAL[1:], SEVERAL[:3], (ASKED, ("assistant", "a\n\nb  c")), (*SEVERAL, *SEVERAL[1:])):
+        whole = tokenizer.apply_chat_template(messages(*turns))["input_ids"]
+        for loss_on in ("all", "last"):
+            tokens = tokenize([sample(*turns)], tokenizer, "chat", loss_on=loss_on)
+            ours = tokens.row(0).tolist()
+            assert ours == whole[: len(ours)] and ours.count(tokenizer.bos_token_id) == ("bos_token" in ODD[kind])
+            said = [text for role, text in turns if role == "assistant"][-1 if loss_on == "last" else 0 :]
+            ends = ["" if "alone" in kind else "</s>" if "question" in kind else "<end>"] * len(said)
+            ends[-1] = ends[-1] or "<end>"
+            trained = [text.lstrip() for text in texts(tokens, tokenizer)]
+            assert trained == [text + end for text, end in zip(said, ends, strict=True)]
+    if kind == "wants roles in turn":
+        with pytest.raises(UserError, match="fails on sample 'a' with 'the roles must alternate'"):
+            tokenize([sample(ASKED, ASKED, SAID)], tokenizer, "chat")
+
+
+THINKING = (
+    f"{TURNS}<turn>{{{{ m.role }}}}\n{{% if m.role == 'assistant' and '</think>' not in m.content %}}<think>\n\n"
+    "</think>\n\n{% endif %}{{ m.content }}<end>\n" + DONE.replace("assistant\n", "assistant\n<think>\n")
+)
+
+
+def test_a_think_block_of_the_answer_follows_the_generation_prompt_that_opens_it():
+    tokenizer = tokenizer_of(THINKING, "<turn>", "<end>")
+    thought = (ASKED, ("assistant", "<think>\nHm.\n</think>\n\nIt is 4."))
+    tokens = tokenize([sample(*thought), sample(ASKED, SAID, id="b")], tokenizer, "chat")
+    for i, turns in enumerate((thought, (ASKED, SAID))):
+        whole = tokenizer.apply_chat_template(messages(*turns))["input_ids"]
+        assert tokens.row(i).tolist() == whole[: tokens.lengths[i]]
+    assert texts(tokens, tokenizer) == ["Hm.\n</think>\n\nIt is 4.<end>"]
+    assert texts(tokens, tokenizer, 1) == ["It is 4.<end>"]
+    dropping = THINKING.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    with pytest.raises(UserError, match="does not leave the answer of sample 'a' unchanged"):
+        tokenize([sample(*thought)], tokenizer_of(dropping, "<turn>", "<end>"), "chat")
+
+
+def test_a_turn_that_a_template_leaves_out_is_told_of_where_the_last_answer_alone_is_trained(caplog):
+    deaf = CHAT.replace("in messages %}", "in messages if m.role != 'system' %}")
+    tokenize([sample(*SEVERAL), sample(*SEVERAL, id="b")], tokenizer_of(deaf, "<turn>", "<end>"), "chat")
+    (told,) = (m for m in caplog.messages if "leaves out" in m)
+    assert "a turn of system, first of sample 'a'" in told
 
 
 # The templates that trl carries
@@ -122,39 +207,43 @@ def special_tokens(template: str) -> list[str]:
     return sorted(token for token in found if "think" not in token and token not in known)
 
 
+@pytest.mark.parametrize("rstrip", [False, True])
 @pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)
-def test_every_template_of_trl_trains_the_answers_and_their_ends_in_its_own_text(file: Path):
+def test_every_template_of_trl_trains_the_answers_and_their_ends_in_its_own_text(file: Path, rstrip: bool):
     template = file.read_text("utf-8")
-    tokenizer = tokenizer_of(template, *special_tokens(template))
-    turns = SEVERAL[1:] if file.name in NO_SYSTEM else SEVERAL
-    tokens = tokenize([sample(*turns)], tokenizer, "chat", loss_on="all")
-    first, last = texts(tokens, tokenizer)
-    for trained, (_, said) in zip((first, last), (SAID, AGAIN[1]), strict=True):
-        text, end = trained.strip().partition(said)[::2]
-        assert not text and re.fullmatch(r"\s*(<\S+>|\[\S+\])", end), "the answer and one token that ends it"
+    tokenizer = tokenizer_of(template, *special_tokens(template), rstrip=rstrip)
+    for turns in (SEVERAL, SEVERAL[:3], (*SEVERAL, *SEVERAL[1:])):
+        turns = turns[1:] if file.name in NO_SYSTEM else turns
+        tokens = tokenize([sample(*turns)], tokenizer, "chat", loss_on="all")
+        said = [text for role, text in turns if role == "assistant"]
+        for trained, answer in zip(texts(tokens, tokenizer), said, strict=True):
+            text, end = trained.strip().partition(answer)[::2]
+            assert not text and re.fullmatch(r"\s*(<\S+>|\[\S+\])", end), "the answer and one token that ends it"
+        ours, mask = tokens.row(0).tolist(), tokens.label_mask(0)
+        whole = tokenizer(rendered(tokenizer, turns, tokenize=False), add_special_tokens=False)["input_ids"]
+        assert ours[:-1] == whole[: len(ours) - 1], (
+            "token by token, up to an end token that some leave to the model"
+        )
+        if "generation %}" in template or "generation -%}" in template:
+            marked = rendered(tokenizer, turns, return_dict=True, return_assistant_tokens_mask=True)
+            theirs = np.array(marked["assistant_masks"], bool)[: len(ours) - 1]
+            assert theirs[mask[: len(theirs)]].all(), "what we train, the template's own mask trains"
+            more = tokenizer.decode(np.array(whole[: len(theirs)])[theirs & ~mask[: len(theirs)]])
+            assert not any(text in more for _, text in turns), "beyond it the mask has text of the template alone"
 
-    def rendered(**options: Any) -> Any:
-        """What the template shows, from content as text or, to templates that want it so, in parts."""
-        parts = [(role, [{"type": "text", "text": text}]) for role, text in turns]
-        for content in (turns, parts):
-            try:
-                shown = tokenizer.apply_chat_template(messages(*content), date_string="26 Jul 2024", **options)
-            except Exception:
-                continue
-            whole = shown if isinstance(shown, str) else tokenizer.decode(shown["input_ids"])
-            if all(text in whole for _, text in turns):
-                return shown
-        return pytest.fail("the template shows not all turns")
 
-    whole = tokenizer(rendered(tokenize=False), add_special_tokens=False)["input_ids"]
-    ours = tokens.row(0).tolist()
-    assert ours[:-1] == whole[: len(ours) - 1], "token by token, up to an end token that some leave to the model"
-    if "generation %}" in template or "generation -%}" in template:
-        marked = rendered(return_dict=True, return_assistant_tokens_mask=True)
-        mask = np.array(marked["assistant_masks"], bool)[: len(ours) - 1]
-        assert mask[tokens.label_mask(0)[: len(mask)]].all(), "what we train, the template's own mask trains"
-        more = tokenizer.decode(np.array(whole[: len(mask)])[mask & ~tokens.label_mask(0)[: len(mask)]])
-        assert not any(text in more for _, text in turns), "beyond it the mask has text of the template alone"
+def rendered(tokenizer: Any, turns: tuple[tuple[str, str], ...], **options: Any) -> Any:
+    """What the template shows, from content as text or, to templates that want it so, in parts."""
+    parts = [(role, [{"type": "text", "text": text}]) for role, text in turns]
+    for content in (turns, parts):
+        try:
+            shown = tokenizer.apply_chat_template(messages(*content), date_string="26 Jul 2024", **options)
+        except Exception:
+            continue
+        whole = shown if isinstance(shown, str) else tokenizer.decode(shown["input_ids"])
+        if all(text in whole for _, text in turns):
+            return shown
+    return pytest.fail("the template shows not all turns")
 
 
 # Views, the store, scores and training

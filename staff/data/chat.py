@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 # A sample to probe templates with: unlikely in a template's own text, and changed by any change of case.
 _QUESTION, _ANSWER = "Qx7Question", "Qx7Answer"
 
+ENDS_WITHIN = 64
+"""Characters behind an answer in which the token that ends it is looked for."""
+
 
 class ChatTemplate:
     """The chat template of a tokenizer, and the text that it puts before and after an answer.
@@ -41,7 +44,8 @@ class ChatTemplate:
         self.tokenizer, self.day = tokenizer, datetime.fromisoformat(date)
         self.options = {"date_string": self.day.strftime("%d %b %Y"), **(options or {})}
         self.content_as_parts = False
-        self._known: dict[tuple[str, ...], list[tuple[str, str, str]]] = {}
+        self._ends: list[str] = []
+        self._told = False
         self._opening, self._tail = self._probed()
         self._space = _space_of(self._opening)
         opened, shown = self._opening
@@ -67,40 +71,83 @@ class ChatTemplate:
             UserError: the template fails, or changes an answer.
         """
         *asked, (role, answer) = turns
-        turns = (*asked, (role, answer.strip()))
-        before, whole = self._render(turns, f" on sample {id!r}")
-        behind = turns[-1][1] + self._tail
-        head = whole.removesuffix(behind)
+        answer, where = answer.strip(), f" on sample {id!r}"
+        turns = (*asked, (role, answer))
+        before, whole = self._render(turns, where)
+        head = whole.removesuffix(answer + self._tail)
         opening = _apart(before, head)
         # Templates put nothing before an answer that has a think block of its own.
-        if not whole.endswith(behind) or opening not in (self._opening, ("", "")):
+        if head != whole and opening in (self._opening, ("", "")):
+            space = _space_of(opening)
+            prompt, answer = head.removesuffix(space), space + answer
+        elif _continues(before, whole, answer, self._tail):
+            prompt, answer = before, whole[len(before) :].removesuffix(self._tail)
+        else:
             raise UserError(
                 f"the chat template of {self.name} does not leave the answer of sample {id!r} unchanged: set "
                 "family.prompt_format=plain, or remove the sample."
             )
-        space = _space_of(opening)
-        prompt, answer = head.removesuffix(space), space + turns[-1][1] + self._end[0]
-        earlier = self._cut(id, turns[:-1], prompt) if every else [Piece(prompt)]
-        return [*earlier, Piece(answer, answer=True, ends=True)]
+        lost = next((role for role, text in asked if role != "assistant" and text.strip() not in prompt), None)
+        if lost is not None and every:
+            raise UserError(
+                f"the chat template of {self.name} leaves out or changes a turn of {lost} of sample {id!r}: remove "
+                "the turn, set task.loss_on=last, or family.prompt_format=plain."
+            )
+        if lost is not None and not self._told:
+            self._told = True
+            log.warning(
+                "the chat template of %s leaves out or changes a turn of %s, first of sample %r",
+                *(self.name, lost, id),
+            )
+        earlier = self._cut(id, turns, prompt, where) if every else [Piece(prompt)]
+        return [*earlier, Piece(answer + self._end[0], answer=True, ends=True)]
 
-    def _cut(self, id: str, asked: Turns, prompt: str) -> list[Piece]:
+    def _cut(self, id: str, turns: Turns, prompt: str, where: str) -> list[Piece]:
         """The prompt in pieces: what the assistant says in it, with the end of each turn, and the rest."""
-        pieces, text = [], ""
-        around = self._between(tuple(role for role, _ in asked))
-        for (role, said), (before, space, end) in zip(asked, around, strict=True):
-            text += before
-            if role == "assistant":
-                pieces += [Piece(text), Piece(space + said + end, answer=True)]
-                text = ""
-            else:
-                text += said
-        shown = "".join(piece.text for piece in pieces) + text
+        said = {
+            f"{_ANSWER}{at}{_ANSWER}": text for at, (role, text) in enumerate(turns[:-1]) if role == "assistant"
+        }
+        if not said:
+            return [Piece(prompt)]
+        marks = iter(said)
+        asked = tuple((role, next(marks) if role == "assistant" else text) for role, text in turns[:-1])
+        pieces, rest = [], self._show((*asked, turns[-1]), False, where)
+        for mark, text in said.items():
+            before, _, rest = rest.partition(mark)
+            space = self._space if before.endswith(self._space) else ""
+            end = self._shown_end(rest)
+            pieces += [Piece(before.removesuffix(space)), Piece(space + text + end, answer=True)]
+            rest = rest.removeprefix(end)
+        shown = "".join(piece.text for piece in pieces)
         if not prompt.startswith(shown):
             raise UserError(
                 f"the chat template of {self.name} does not leave every turn of sample {id!r} unchanged: set "
                 "task.loss_on=last, or remove the sample."
             )
-        return [*pieces, Piece(text + prompt[len(shown) :])]
+        return [*pieces, Piece(prompt[len(shown) :])]
+
+    def _shown_end(self, rest: str) -> str:
+        """The token that ends an answer within a conversation, with the white space before it; "" for none."""
+        if known := next(filter(rest.startswith, self._ends), None):
+            return known
+        found = self._mark(rest[:ENDS_WITHIN])
+        if found and found[1] != self._opener:
+            end = found[0] + self.tokenizer.convert_ids_to_tokens(found[1])
+            if rest.startswith(end):
+                self._ends.append(end)
+                return end
+        return ""
+
+    @cached_property
+    def _opener(self) -> int | None:
+        """The token that begins the generation prompt; it ends no answer, where the next turn begins so."""
+        asked = (("user", _QUESTION),)
+        try:
+            shown, before = (self._show(asked, ask, "") for ask in (False, True))
+        except UserError:  # a template that wants a system turn
+            return None
+        opened = self._mark(before.removeprefix(shown)) if before.startswith(shown) else None
+        return opened and opened[1]
 
     @property
     def end(self) -> int:
@@ -144,33 +191,6 @@ class ChatTemplate:
         marks = {*self.tokenizer.all_special_ids, *added} - {self.tokenizer.unk_token_id}
         return marks - {token for token, its in added.items() if not its.content.strip()}
 
-    def _between(self, roles: tuple[str, ...]) -> list[tuple[str, str, str]]:
-        """What the template shows around each turn, where turns of these roles and an answer follow one another.
-
-        Before the turn; white space that belongs to an answer; the end token of an answer.
-        """
-        if roles not in self._known:
-            marks = [f"{_QUESTION}{at}{_QUESTION}" for at in range(len(roles))]
-            _, rest = self._render((*zip(roles, marks, strict=True), ("assistant", _ANSWER)))
-            around = []
-            for role, mark in zip(roles, marks, strict=True):
-                before, found, rest = rest.partition(mark)
-                if not found:
-                    raise UserError(
-                        f"the chat template of {self.name} leaves out a turn of {role} among {', '.join(roles)}: "
-                        "set task.loss_on=last, or family.prompt_format=plain."
-                    )
-                space = end = ""
-                if role == "assistant":
-                    space = self._space if before.endswith(self._space) else ""
-                    if mark := self._mark(rest):
-                        end = mark[0] + self.tokenizer.convert_ids_to_tokens(mark[1])
-                        end = end if rest.startswith(end) else ""
-                around.append((before.removesuffix(space), space, end))
-                rest = rest.removeprefix(end)
-            self._known[roles] = around
-        return self._known[roles]
-
     def _probed(self) -> tuple[tuple[str, str], str]:
         """How the generation prompt and the text before an answer differ (`_apart`), and the text after an answer.
 
@@ -197,6 +217,10 @@ class ChatTemplate:
 
     def _render(self, turns: Turns, where: str = "") -> tuple[str, str]:
         """The turns before the answer with what asks for it, and all turns."""
+        return self._show(turns[:-1], True, where), self._show(turns, False, where)
+
+    def _show(self, turns: Turns, ask: bool, where: str) -> str:
+        """The text of turns, with what asks for an answer or without."""
         messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if self.content_as_parts else text}
             for role, text in turns
@@ -206,16 +230,14 @@ class ChatTemplate:
             from transformers.utils.chat_template_utils import _compile_jinja_template
 
             _compile_jinja_template(self._text).globals["strftime_now"] = self.day.strftime
-            before, whole = (
-                self.tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=ask, **self.options)
-                for shown, ask in ((messages[:-1], True), (messages, False))
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=ask, **self.options
             )
         except Exception as error:  # the expressions of a template can raise anything
             raise UserError(
                 f"the chat template of {self.name} fails{where} with {in_one_line(error)!r}: fix it, set what it "
                 "needs in family.template_options, or set family.prompt_format=plain."
             ) from error
-        return before, whole
 
     @cached_property
     def _variables(self) -> set[str]:
@@ -235,6 +257,13 @@ def _space_of(opening: tuple[str, str]) -> str:
     """The white space that the model writes before an answer: all that follows the generation prompt."""
     opened, shown = opening
     return "" if opened or shown.strip() else shown
+
+
+def _continues(before: str, whole: str, answer: str, tail: str) -> bool:
+    """Whether the template writes a think block out of the answer, and the generation prompt opens it."""
+    thought, _, said = answer.rpartition("</think>")
+    kept = thought.strip().removeprefix("<think>").strip()
+    return bool(kept) and whole.startswith(before) and whole.endswith(said.strip() + tail) and kept in whole
 
 
 def _apart(before: str, head: str) -> tuple[str, str]:

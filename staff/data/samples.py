@@ -130,12 +130,12 @@ BEFORE = 32
 def ids_of_pieces(pieces: Sequence[Sequence[Piece]], tokenizer: Any) -> list[list[int]]:
     """The token ids of each piece of every sample.
 
-    A tokenizer that puts a space before every text would put one inside a sample, before its answer. There a piece
-    is read behind what it follows.
+    A tokenizer that puts a space before every text would put one inside a sample, before its answer; others drop
+    white space behind a special token. There a piece is read behind what it follows.
     """
     texts = [[piece.text for piece in of_one] for of_one in pieces]
     alone = _plain_ids([*chain(*texts)], tokenizer)
-    if not adds_prefix(tokenizer):
+    if not reads_before(tokenizer):
         return alone
     before = ["".join(of_one[:at])[-BEFORE:] for of_one in texts for at in range(len(of_one))]
     behind = _plain_ids([start + text for start, text in zip(before, chain(*texts), strict=True)], tokenizer)
@@ -152,7 +152,13 @@ def _plain_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     return tokenizer(texts, **options)["input_ids"]
 
 
-def adds_prefix(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a space before every text, as many of SentencePiece do."""
+def reads_before(tokenizer: Any) -> bool:
+    """Whether the tokens of a text depend on what it follows.
+
+    Many tokenizers of SentencePiece put a space before every text. A token with `rstrip` takes the white space
+    behind it.
+    """
+    if any(token.rstrip for token in getattr(tokenizer, "added_tokens_decoder", {}).values()):
+        return True
     start, text, both = _plain_ids([":", "x", ":x"], tokenizer)
     return both != start + text and both[: len(start)] == start

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from staff.data.chat import ChatTemplate
-from staff.data.samples import Piece, Sample, adds_prefix, data_digest, ids_of_pieces
+from staff.data.samples import Piece, Sample, data_digest, ids_of_pieces, reads_before
 from staff.errors import UserError
 from staff.models.family import DATE
 from staff.models.spec import ModelSpec
@@ -194,7 +194,7 @@ class Tokens(Stage):
             "samples": data_digest(self.samples),
             "tokenizer": self.spec.tokenizer_identity(),
             "reading": plain(dict(self.reading)),
-            **({"answers": "behind their prompts"} if adds_prefix(self.spec.tokenizer()) else {}),
+            **({"answers": "behind their prompts"} if reads_before(self.spec.tokenizer()) else {}),
         }
 
     def run(self, folder: Path, meter: Meter, *inputs: Artifact) -> None:
