@@ -48,7 +48,7 @@ class StaffOfficial(Staff):
             check_range(self, "verification_fraction", 0, 1)
         if self.fresh_adapter is not None and set(self.fresh_adapter) != {"rank", "alpha", "targets"}:
             raise UserError(f"method.fresh_adapter={self.fresh_adapter} must have rank, alpha and targets.")
-        if self.fresh_adapter is not None and (self.scores == "online" or self.gradient == "all_linear"):
+        if self.fresh_adapter is not None and (self.scores != "pass" or self.gradient == "all_linear"):
             raise UserError(
                 f"method.fresh_adapter is a LoRA adapter for a scoring pass: leave it out with "
                 f"scores={self.scores} and gradient={self.gradient}."

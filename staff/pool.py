@@ -35,9 +35,10 @@ from staff.training.stage import Finetune, read_learning_rates, read_online_effo
 
 log = logging.getLogger(__name__)
 
-STATES = ("small", "small_raw", "target", "target_tuned", "warmup")
-"""Names of model states: the small model fine-tuned on the whole pool, and before fine-tuning; the target before
-fine-tuning, fine-tuned on the whole pool, and fine-tuned on a random part of it with Adam's moments kept."""
+STATES = ("small", "small_once", "small_raw", "target", "target_tuned", "warmup")
+"""Names of model states: the small model fine-tuned on the whole pool, the same for one epoch whatever the
+settings, and before fine-tuning; the target before fine-tuning, fine-tuned on the whole pool, and on a random part
+of it with Adam's moments kept."""
 
 WARMUP = 0.05
 """The part of the pool that the warm-up is on (LESS, Xia et al. 2024, section 3.1), rounded up to whole samples."""
@@ -146,7 +147,7 @@ class Pool:
 
     def training(self, name: str, online: str | None = None) -> Finetune:
         """The fine-tuning that the state of this name is the end of."""
-        epochs = self.settings.small_epochs if name == "small" else self.settings.epochs
+        epochs = {"small": self.settings.small_epochs, "small_once": 1}.get(name, self.settings.epochs)
         samples, warmup = self._slice("pool").of(name.startswith("small")), name == "warmup"
         if warmup:
             count = math.ceil(Fraction(str(WARMUP)) * len(samples))
@@ -235,11 +236,11 @@ class Pool:
 
     def _online(self, name: str, signals: tuple[Signal, ...], at: np.ndarray | None) -> dict[str, np.ndarray]:
         (signal,) = signals
-        gradient, trained = signal.gradient, name in ("small", "target_tuned")
+        gradient, trained = signal.gradient, name in ("small", "small_once", "target_tuned")
         if not trained or signal.name != "effort" or gradient is None or gradient.fresh_adapter is not None:
             raise UserError(
-                f"of={name}@online gives only the signal effort, of small or target_tuned and without "
-                "fresh_adapter: leave out @online for a scoring pass."
+                f"of={name}@online gives only the signal effort, of small, small_once or target_tuned and "
+                "without fresh_adapter: leave out @online for a scoring pass."
             )
         scores = read_online_efforts(self.store.get(self.training(name, gradient.parameters)))
         return {signal.name: scores if at is None else scores[at]}

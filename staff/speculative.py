@@ -67,7 +67,7 @@ class Staff:
             speculation, "target": the raw target's own, with nothing to verify; "none": random numbers
             define the regions, and V_i is the mean of the target's scores.
         scores: "pass": the small model scores after its fine-tuning (the paper); "online": its scores are taken
-            from the backward passes of its last epoch.
+            from the backward passes of its last epoch; "one_epoch": the same of a fine-tuning of one epoch alone.
         drop_hardest: fraction of highest-scored samples dropped beforehand. Equal-width regions served smallest
             first take nearly every outlier at high pruning rates.
         length_exponent: beta; both models' scores are multiplied by L^beta, L being the tokens of the answer. The
@@ -102,15 +102,15 @@ class Staff:
         check_choice(self, "gradient", ("last_v_b", "all_lora", "all_linear"))
         check_choice(self, "signal", ("effort", "el2n", "loss", "perplexity"))
         check_choice(self, "speculation", ("small", "target", "none"))
-        check_choice(self, "scores", ("pass", "online"))
-        if self.scores == "online" and self.gradient == "all_linear":
+        check_choice(self, "scores", ("pass", "online", "one_epoch"))
+        if self.scores != "pass" and self.gradient == "all_linear":
             raise UserError(
-                "method.scores=online uses gradients of the LoRA adapter, not method.gradient=all_linear: choose "
-                "last_v_b or all_lora, or method.scores=pass."
+                f"method.scores={self.scores} uses gradients of the LoRA adapter, not method.gradient=all_linear: "
+                "choose last_v_b or all_lora, or method.scores=pass."
             )
-        if self.scores == "online" and (self.signal, self.speculation) != ("effort", "small"):
+        if self.scores != "pass" and (self.signal, self.speculation) != ("effort", "small"):
             raise UserError(
-                f"method.scores=online gives the small model's effort: leave out signal={self.signal} and "
+                f"method.scores={self.scores} gives the small model's effort: leave out signal={self.signal} and "
                 f"speculation={self.speculation}, or set method.scores=pass."
             )
 
@@ -174,8 +174,8 @@ class Staff:
             return np.exp(pool.ask("loss", model, at))
         if self.signal != "effort":
             return pool.ask(self.signal, model, at)
-        if model == "small" and self.scores == "online":
-            model = "small@online"
+        if model == "small" and self.scores != "pass":
+            model = "small@online" if self.scores == "online" else "small_once@online"
         return pool.ask("effort", model, at, **self.effort_options())
 
     def effort_options(self) -> dict[str, Any]:

@@ -79,6 +79,15 @@ def test_efforts_online_come_from_the_fine_tuning_and_need_no_pass(pool: Pool):
     assert (pool.ask("effort", of="small@online", at=np.array([3, 1])) == online[[3, 1]]).all()
 
 
+def test_the_small_model_fine_tuned_once_takes_one_epoch_whatever_the_settings(pool: Pool, tmp_path: Path):
+    online = pool.ask("effort", of="small_once@online")
+    assert pool.training("small_once").epochs == 1 and pool.training("small").epochs == 3
+    once = replace(pool, settings=replace(pool.settings, small_epochs=1))
+    before = once.store.computed.copy()
+    assert (once.ask("effort", of="small@online") == online).all()
+    assert once.store.computed == before, "it is the fine-tuning of a run with finetune.small_epochs=1"
+
+
 def test_several_signals_come_out_of_one_pass_with_the_options_that_each_has(pool: Pool):
     asked = ["el2n", "embedding", Effort("all_lora")]
     before = pool.store.computed.copy()
@@ -103,7 +112,7 @@ def test_answers_without_their_prompts_are_a_view_of_the_samples(pool: Pool):
     ("asked", "sentence"),
     [
         ({"signal": "grand"}, "signal='grand' is unknown: choose one of effort, el2n, loss"),
-        ({"of": "teacher"}, "the model 'teacher' is unknown: choose one of small, small_raw, target, target_tuned"),
+        ({"of": "teacher"}, "the model 'teacher' is unknown: choose one of small, small_once, small_raw, target"),
         ({"of": "target@epochs"}, "of='target@epochs': the raw model has no epochs; ask small"),
         ({"of": "small@4"}, "of='small@4': small has the epochs 1 to 3, or write small@epochs"),
         ({"of": "small@last"}, "of='small@last': small has the epochs 1 to 3"),

@@ -249,8 +249,9 @@ def test_another_scoring_function_is_asked_of_both_models(signal: str):
 
 @pytest.mark.parametrize("field", [{"signal": "loss"}, {"speculation": "target"}, {"gradient": "all_linear"}])
 def test_scores_online_are_the_small_models_effort_and_nothing_else(field: dict[str, Any]):
-    with pytest.raises(UserError, match=r"method.scores=online"):
-        Staff(scores="online", **field)
+    for scores in ("online", "one_epoch"):
+        with pytest.raises(UserError, match=f"method.scores={scores}"):
+            Staff(scores=scores, **field)
 
 
 @pytest.mark.parametrize(("value", "said"), [(np.nan, "nan"), (-0.5, "-0.5"), (np.inf, "inf")])

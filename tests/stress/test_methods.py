@@ -79,7 +79,7 @@ ASKS = {
     "shortest": (),
     "staff": ("effort, small", "effort, target"),
     "staff_debiased": ("effort, small", "effort, target"),
-    "staff_fast": ("effort, small@online", "effort, target"),
+    "staff_fast": ("effort, small_once@online", "effort, target"),
     "staff_official": ("effort, small", "effort, target"),
     "staff_paper": ("effort, small", "effort, target"),
     "superfiltering": ("loss, small_raw",),
@@ -139,8 +139,8 @@ def expected_labels(name: str, pool: Pool) -> set[str]:
     labels = set()
     for asked in ASKS[name]:
         signals, _, of = asked.rpartition(", ")
-        if of == "small@online":
-            labels.add(without_counts(pool.training("small", online="last_v_b").label))
+        if of.endswith("@online"):
+            labels.add(without_counts(pool.training(of.removesuffix("@online"), online="last_v_b").label))
             continue
         for state in pool.states(of):
             labels.add(f"{signals} of samples, {state.words}")
