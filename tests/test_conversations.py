@@ -160,6 +160,10 @@ def test_the_layout_is_told_in_one_line_and_templates_override_it(tmp_path: Path
             "'images' is filled, but the layout 'messages'",
         ),
         (
+            {"prompt": "x", "completion": "y", "label": False},
+            "field 'label' calls the completion a bad one; remove",
+        ),
+        (
             {"messages": "[{'role': 'user'}]"},
             "'messages' is text that begins like a list of turns, but is not",
         ),

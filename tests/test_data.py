@@ -267,7 +267,10 @@ def test_a_jinja_template_has_optional_parts_and_keeps_its_white_space(tmp_path:
             r"line 1: task.prompt fails with \"'quest' is undefined\"; the row has answer, n",
         ),
         ("{{ question.x }}", r"line 1: task.prompt fails with .*has no attribute 'x'"),
-        ("{% if quest %}a{% endif %}", r"line 1: task.prompt fails with .*'quest' is undefined"),
+        (
+            "{% if quest %}a{% endif %}",
+            r"'quest' is undefined.*: where only some rows have the field, write {% if row.get\('quest'\) %}\.",
+        ),
         ("{{ n }}", r"line 1: task.prompt fails with 'a value is NoneType, not text'"),
         ("{{ [1] }}", r"line 1: task.prompt fails with 'a value is list, not text'"),
         ("{{ 1 / 0 }}", r"line 1: task.prompt fails with 'division by zero'"),

@@ -170,7 +170,7 @@ def test_a_folder_with_curious_signs_in_its_name_is_read(tmp_path: Path, name: s
         ),
         (("train.csv", "train.jsonl"), {}, r"holds train.csv and train.jsonl: choose by task.train_file"),
         (("train.txt",), {}, r"train.jsonl does not exist"),
-        (("a.txt",), {"train_file": "a.txt"}, r"a.txt: the format is not known by its name: choose .jsonl"),
+        (("a.txt",), {"train_file": "a.txt"}, r"a.txt: its name tells no format that is read: save it as .jsonl"),
         ((), {"train_file": "https://x.org/a.csv"}, r"train_file=https://x.org/a.csv is an address: download the"),
         ((), {"train_file": []}, r"task.train_file=\[\] must be a path, a glob or a list"),
         ((), {"train_file": 3}, r"task.train_file=3 must be a path, a glob or a list"),

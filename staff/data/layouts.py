@@ -60,6 +60,8 @@ class Layout(NamedTuple):
                     f"{where}: field {field!r} is filled, but the layout {self.name!r} does not read it: set "
                     "task.prompt and task.answer to templates, or remove the field."
                 )
+        if row.get("label") is False and "completion" in self.name:  # as for KTO
+            raise UserError(f"{where}: field 'label' calls the completion a bad one; remove the row, or the field.")
 
 
 def layout_of(row: Row, where: str) -> Layout:

@@ -61,7 +61,7 @@ def read_file(path: Path, split: str) -> Rows:
     kind = format_of(path)
     if kind is None:
         known = ", ".join(FORMATS)
-        raise UserError(f"{path}: the format is not known by its name: choose {known}, each without an archive.")
+        raise UserError(f"{path}: its name tells no format that is read: save it as {known}, outside an archive.")
     _check_content(path)
     if kind == "JSON":
         return _read_json(path, split)

@@ -82,7 +82,7 @@ class Task:
             raise UserError(f"task.{devs[0]} and task.{devs[1]} both name the validation slice: set one of them.")
         for name in ("max_new_tokens", "train_limit", "test_limit", "dev_size"):
             value = getattr(self, name)
-            if (value is not None or name == "max_new_tokens") and (not isinstance(value, int) or value < 1):
+            if (value is not None or name == "max_new_tokens") and (type(value) is not int or value < 1):
                 raise UserError(f"task.{name}={value!r} must be a whole number of at least 1.")
         for setting in ("prompt", "answer"):
             if self.prompt is None and self.answer is None:

@@ -146,7 +146,9 @@ def _rendered_by_jinja(template: str, row: Mapping[str, Any], where: str, settin
         raise
     except Exception as error:  # whatever a template's expressions may raise
         said = shortened(in_one_line(error))
-        raise UserError(f"{where}: {setting} fails with {said!r}; the row has {has(row)}.") from None
+        lacks = re.match(r"'(\w+)' is undefined", said)
+        mend = f": where only some rows have the field, write {{% if row.get({lacks[1]!r}) %}}" if lacks else ""
+        raise UserError(f"{where}: {setting} fails with {said!r}; the row has {has(row)}{mend}.") from None
     return text
 
 
