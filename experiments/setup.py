@@ -153,7 +153,7 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _seeds(cfg: DictConfig) -> dict[str, int]:
-    for name in ("selection_seed", "finetune_seed"):
+    for name in ("seed", "selection_seed", "finetune_seed"):
         if type(cfg[name]) is not int or not 0 <= cfg[name] < 2**32:
             raise UserError(f"{name}={cfg[name]!r} must be a whole number of at least 0 and below 2^32.")
     return {name: cfg[name] for name in ("seed", "selection_seed", "finetune_seed")}

@@ -251,10 +251,14 @@ class Run:
 
     def check_machine(self) -> None:
         """Refuse, before a model loads, what this machine cannot do, or what no coreset can be."""
-        if self.size.tokens is not None and self.size.tokens < (least := int(self.pool.lengths.min())):
-            raise UserError(
-                f"budget_tokens={self.size.tokens} holds no sample: the shortest of the pool has {least} tokens."
-            )
+        if (tokens := self.size.tokens) is not None:
+            least, whole = int(self.pool.lengths.min()), int(self.pool.lengths.sum())
+            if tokens < least:
+                raise UserError(
+                    f"budget_tokens={tokens} holds no sample: the shortest of the pool has {least} tokens."
+                )
+            if tokens > whole:
+                raise UserError(f"budget_tokens={tokens} is beyond the pool, which has {whole} tokens: lower it.")
         self.settings.on_each_device(processes.world_size())
         specs = (self.family.target, self.selecting.target, self.selecting.small)
         for spec in {spec.local or spec.path: spec for spec in specs}.values():

@@ -239,6 +239,7 @@ def test_a_budget_in_tokens_is_not_exceeded_and_recorded(run):
         (["budget_tokens=0"], "budget_tokens=0 must be null or a whole number of at least 1"),
         (["budget_tokens=many"], "budget_tokens='many' must be null or a whole number"),
         (["budget_tokens=3"], r"budget_tokens=3 holds no sample: the shortest of the pool has \d+ tokens"),
+        (["budget_tokens=999999"], r"budget_tokens=999999 is beyond the pool, which has \d+ tokens: lower it"),
         (["budget_tokens=900", "budget=3"], "budget=3 and budget_tokens=900 both set the size of the coreset"),
     ],
 )

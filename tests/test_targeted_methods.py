@@ -324,3 +324,18 @@ def test_a_kernel_narrower_than_any_distance_leaves_each_sample_the_density_of_i
     for sigma in (1e-9, 1e-4):
         assert (kernel_density(points, np.arange(300), sigma) == 1).all()
         assert (density_official(points, sigma, 30) == 1).all()
+
+
+def test_the_moments_of_a_weight_that_got_no_gradient_are_zero():
+    """In Mamba, some weights are read past their adapters, which then have no moments."""
+    import torch
+
+    from staff.training.checkpoints import _moments
+
+    model = torch.nn.ModuleDict({"read": torch.nn.Linear(2, 1), "unread": torch.nn.Linear(2, 1)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    model["read"](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    moments = _moments(model, optimizer)
+    assert {name.rpartition(".")[0] for name in moments} == {name for name, _ in model.named_parameters()}
+    assert all(bool(value.any()) == name.startswith("read") for name, value in moments.items())

@@ -156,10 +156,17 @@ class EpochAdapters(TrainerCallback):
 
 
 def _moments(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
-    """Adam's two moments of every trained parameter, by name and "exp_avg" or "exp_avg_sq"."""
+    """Adam's two moments of every trained parameter, by name and "exp_avg" or "exp_avg_sq".
+
+    They are zero where no gradient came, as in layers of Mamba whose weights are read past the adapter.
+    """
     names = ("exp_avg", "exp_avg_sq")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {f"{name}.{moment}": optimizer.state[p][moment] for name, p in trained.items() for moment in names}
+    return {
+        f"{name}.{moment}": optimizer.state[p].get(moment, torch.zeros_like(p))
+        for name, p in trained.items()
+        for moment in names
+    }
 
 
 def _last(folder: Path) -> Path | None:
