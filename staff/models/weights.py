@@ -49,7 +49,8 @@ def load_safetensors(folder: str, **options: Any) -> tuple[Any, list[str]]:
         check_weights(folder)
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "use_safetensors": True, **NO_CODE}
     with _unreported():
-        model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model, found = loaded
     check_found(found)
     return model, sorted(found["unexpected_keys"])
 
