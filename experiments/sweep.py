@@ -48,6 +48,7 @@ FOLDER = "STAFF_SWEEP_FOLDER"
 _NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory"  # torch's word for it on a processor, a plain RuntimeError
 )
+_NO_FOLDER = re.compile(r"interpolation '\$\{(\w+_dir)\}': Incompatible value 'None'")
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*)'$", re.M)
 _UNEXPECTED = re.compile(r"call to target '([^']+)'.*unexpected keyword argument '(\w+)'.*full_key: (\S+)", re.S)
 _NOT_FOUND = re.compile(r"Error locating target '([^']+)'.*full_key: (\S+)", re.S)
@@ -202,6 +203,8 @@ def sentence_of(error: BaseException | None) -> str | None:
             )
         if isinstance(error, ValueError) and _NO_OPTION in str(error):
             return "a group takes the name of one of its options, such as method=staff: staff --help lists them."
+        if isinstance(error, OmegaConfBaseException) and (found := _NO_FOLDER.search(str(error))):
+            return f"{found[1]}=null must name a folder: leave it out for the default."
         if isinstance(error, HydraException | OmegaConfBaseException) and said is None:
             said = in_one_line(error)
         error = error.__cause__ or error.__context__
@@ -213,6 +216,12 @@ def _unreadable(override: str) -> str:
     key, found, value = override.partition("=")
     if not found or not key:
         return f"the override {override!r} sets nothing: write NAME=VALUE."
+    if value.startswith("[") and value.endswith("]"):
+        listed = ",".join(f"'{part.strip()}'" for part in value[1:-1].split(","))
+        return (
+            f"the override {override!r} cannot be read as it is: quote each value of the list within the shell's "
+            f'quotes, as in "{key}=[{listed}]".'
+        )
     return (
         f"the override {override!r} cannot be read as it is: quote its value within the shell's quotes, as in "
         f"{quoted(key, value)}."

@@ -286,6 +286,10 @@ def test_a_quoted_override_gives_its_text_through_the_shell_and_hydra(text: str)
     [
         ("task.prompt=Q: {a}", "quote its value within the shell's quotes, as in \"task.prompt='Q: {a}'\"."),
         ("results_dir=a=b", "the override 'results_dir=a=b' cannot be read as it is"),
+        (
+            "task.train_file=[a.jsonl, b=c.jsonl]",
+            "each value of the list within the shell's quotes, as in \"task.train_file=['a.jsonl','b=c.jsonl']\".",
+        ),
         ("method", "the override 'method' sets nothing: write NAME=VALUE"),
     ],
 )
@@ -295,6 +299,12 @@ def test_an_override_without_quotes_is_one_line_of_every_command(override: str, 
     with pytest.raises(HydraException) as refused:
         dry_run([override])
     assert sentence in (sentence_of(refused.value) or "")
+
+
+def test_results_without_a_folder_are_one_sentence():
+    ended = staff("results_dir=null")
+    assert ended.returncode == 1
+    assert ended.stderr == "staff: results_dir=null must name a folder: leave it out for the default.\n"
 
 
 def test_a_comma_without_quotes_is_a_text_a_list_or_a_sweep(tmp_path: Path):

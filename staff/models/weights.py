@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from staff.errors import UserError
 from staff.store.manifest import sha256
@@ -55,7 +55,8 @@ def load_safetensors(folder: str, **options: Any) -> tuple[Any, list[str]]:
         check_weights(folder)
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "use_safetensors": True, **NO_CODE}
     with _unreported():
-        model, found = cast(Any, AutoModelForCausalLM.from_pretrained(folder, **options))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model, found = loaded
     check_found(found)
     return model, sorted(found["unexpected_keys"])
 
