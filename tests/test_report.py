@@ -158,7 +158,7 @@ def test_runs_are_compared_by_another_metric_in_files_of_their_own(real: Path, t
     table = collect(tmp_path)
     first = write(tmp_path, table).read_text()
     page = write(
-        tmp_path, by_metric(table, "nll"), Question((*parse(["staff-random"], ["staff", "random"]),), 0.02)
+        tmp_path, by_metric(table, "nll"), Question((*parse(["staff-random"], ["staff", "random"]),), margin=0.02)
     )
     assert re.search(r"difference is [+-]0\.\d{3} nll \[[+-]0\.\d{3}, [+-]0\.\d{3}\]", page.read_text())
     assert page.name == "report-by-nll.html" and (tmp_path / "report.html").read_text() == first

@@ -47,6 +47,23 @@ def test_from_the_fifth_seed_on_a_table_says_what_is_decided_and_which_seeds_to_
     assert table.cells["verdict"].tolist() == ["open"] and "seeds to add next: 6, 7, 8, 9." in table.caption
 
 
+def test_contrasts_at_one_of_several_rates_are_corrected_for_one_another_alone(real: Path, tmp_path: Path):
+    grid(real, tmp_path, {"random": 0, "staff": 0.1, "ccs": 0.2}, seeds=5, rates=(0.5, 0.9))
+    every, one = verdicts.Question(), verdicts.Question(rates=(0.9,))
+    tables = [
+        verdicts.table(only_context(tmp_path), question) or pytest.fail("no table") for question in (every, one)
+    ]
+    assert [len(table.cells) for table in tables] == [3 * len(tables[1].cells), len(tables[1].cells)]
+    assert set(tables[1].cells["pruning rate"]) == {"0.9"}
+    looks = [
+        verdicts.looks(only_context(tmp_path), question) or pytest.fail("no table") for question in (every, one)
+    ]
+    wide, narrow = (
+        table.cells.loc[table.cells["pruning rate"] == "0.9", "difference"].iloc[0].split("±") for table in looks
+    )
+    assert wide[0] == narrow[0] and float(wide[1]) > float(narrow[1])
+
+
 def test_the_pairs_difference_is_the_difference_of_the_means_that_are_shown(real: Path, tmp_path: Path):
     grid(real, tmp_path, {"random": 0, "staff": 1})
     context = only_context(tmp_path)

@@ -69,7 +69,8 @@ def asked(table: pd.DataFrame, results: Path, arguments: argparse.Namespace) -> 
     """What the options of the command ask of the records in `table`, and these options as text.
 
     Raises:
-        UserError: a contrast of methods that the records do not have, or a margin or effect that is not above zero.
+        UserError: methods or a pruning rate that the records do not have, or a margin or effect that is not above
+            zero.
     """
     options, named = f" --metric {arguments.metric}" if arguments.metric else "", None
     for name in ("margin", "effect"):
@@ -81,7 +82,12 @@ def asked(table: pd.DataFrame, results: Path, arguments: argparse.Namespace) -> 
         methods = dict.fromkeys(v for context in contexts(table, results) for v in context.variants)
         named = tuple(contrasts.parse(arguments.contrasts, [*methods]))
         options += f" --contrasts {shlex.join(arguments.contrasts)}"
-    return Question(named, arguments.margin, arguments.effect), options
+    if arguments.rates and (unknown := set(arguments.rates) - set(table["pruning_rate"])):
+        recorded = ", ".join(f"{rate:g}" for rate in sorted(set(table["pruning_rate"])))
+        raise UserError(f"--rates {min(unknown):g} is not a pruning rate of the records: choose from {recorded}.")
+    rates = tuple(arguments.rates) if arguments.rates else None
+    options += "".join([" --rates", *(f" {rate:g}" for rate in rates)]) if rates else ""
+    return Question(named, rates, arguments.margin, arguments.effect), options
 
 
 def left_over(results: Path) -> list[Path]:
@@ -140,6 +146,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="METHOD-METHOD",
         help="differences that the runs were made to measure, such as staff-random staff-best (default: STAFF, or "
         "your own method, minus random, minus the best other method, and minus random draws of its answer lengths)",
+    )
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        metavar="RATE",
+        help="pruning rates of the contrasts, which are corrected for one another (default: all, and their mean)",
     )
     parser.add_argument(
         "--metric", help="compare by this metric, in separate files (default: the first of each task)"

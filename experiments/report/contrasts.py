@@ -184,12 +184,11 @@ def _rivals(context: Context, method: str) -> tuple[str, ...]:
     return tuple(v for v in context.variants if v not in apart | kin)
 
 
-def outcomes(context: Context, contrasts: Sequence[Contrast]) -> list[Outcome]:
-    """Of each contrast at each pruning rate, and over all rates where there are several."""
+def outcomes(context: Context, contrasts: Sequence[Contrast], rates: Sequence[float]) -> list[Outcome]:
+    """Of each contrast at each of these pruning rates, and over all of them where there are several."""
     found = []
     for contrast in contrasts:
-        at = [(rate,) for rate in context.rates if 0 < rate < 1]
-        each = [outcome for rates in at if (outcome := _outcome(context, contrast, rates))]
+        each = [outcome for rate in rates if (outcome := _outcome(context, contrast, (rate,)))]
         found += each
         if len(each) > 1:
             every = tuple(outcome.rates[0] for outcome in each)

@@ -191,7 +191,7 @@ def _compared(context: Context, question: Question) -> list[Outcome]:
     """The contrasts with one other method that the user named, or the first of the default ones; at each pruning
     rate and over all."""
     single = [c for c in registered(context, question.contrasts) if len(c.others) == 1]
-    return outcomes(context, single if question.contrasts else single[:1])
+    return outcomes(context, single if question.contrasts else single[:1], question.rates_of(context))
 
 
 def _same_metric(shown: Sequence[tuple[Context, list[Outcome]]]) -> bool:

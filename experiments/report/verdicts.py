@@ -24,13 +24,18 @@ class Question:
 
     Attributes:
         contrasts: registered before the results are read; None: the default ones.
+        rates: pruning rates of the contrasts; None: all that select a part of the pool.
         margin: two methods within it count as equal, in the metric's units; None: the metric's own.
         effect: a difference that is worth finding, by which seeds are planned; None: the margin.
     """
 
     contrasts: tuple[Contrast, ...] | None = None
+    rates: tuple[float, ...] | None = None
     margin: float | None = None
     effect: float | None = None
+
+    def rates_of(self, context: Context) -> list[float]:
+        return [r for r in context.rates if 0 < r < 1 and (self.rates is None or r in self.rates)]
 
     def margin_of(self, metric: str) -> float:
         return named_metric(metric).margin if self.margin is None else self.margin
@@ -102,7 +107,7 @@ def _undecided(difference: Difference, margin: float, level: float) -> str:
 @cache
 def judged(context: Context, question: Question = DEFAULT) -> list[Verdict]:
     """The verdicts on a context's registered contrasts."""
-    found = outcomes(context, registered(context, question.contrasts))
+    found = outcomes(context, registered(context, question.contrasts), question.rates_of(context))
     return verdicts(found, question.margin_of(context.metric), named_metric(context.metric).unit)
 
 
@@ -154,7 +159,7 @@ def looks(context: Context, question: Question = DEFAULT) -> Table | None:
     """Where each contrast with a single other method stands in the sequential design, from its first look on."""
     sign, contests = named_metric(context.metric).sign, {}
     for contrast in registered(context, question.contrasts):
-        for rate in [rate for rate in context.rates if 0 < rate < 1 and len(contrast.others) == 1]:
+        for rate in question.rates_of(context) if len(contrast.others) == 1 else []:
             means = {name: _by_seed(runs, sign) for name, runs in comparison(context, rate).answers.items() if runs}
             pair = contrast.method, contrast.others[0]
             kept = {name: by_seed for name, by_seed in means.items() if name in pair or name not in REFERENCES}
