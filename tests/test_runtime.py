@@ -65,7 +65,15 @@ def test_a_terminal_shows_no_bar_without_a_name_and_no_dictionary(run, monkeypat
     shown = terminal.getvalue()
     bars = {bar.strip("\x1b[A\n ") for bar in re.split(r"[\r\n]", shown) if "%|" in bar}
     names = {bar.split(":")[0] for bar in bars}
-    assert names == {"tokenise", "loading target", "fine-tuning target", "answers", "nll"}
+    assert names == {
+        "tokenise",
+        "checking target",
+        "checking small",
+        "loading target",
+        "fine-tuning target",
+        "answers",
+        "nll",
+    }
     assert any(re.search(r"fine-tuning target.* 1/1 \[\d\d:\d\d<\d\d:\d\d", bar) for bar in bars), "the time to go"
     assert "{'loss'" not in shown + capsys.readouterr().out
 

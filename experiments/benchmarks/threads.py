@@ -11,16 +11,24 @@ takes settings of a run. The target is fine-tuned on --samples for one epoch, in
 Each way runs on the machine as it is, and beside --beside processes that compute without end. "seconds" are the
 median wall time, "processor" the median processor time of the process. "load" is the load average of the machine
 before the first round: other work that is not of this benchmark.
+
+With --sweep METHODS, such as random,el2n,grand,ccs,d2,staff, a real sweep is measured instead: these methods at
+five pruning rates with three seeds, in an empty folder, with a worker process of one thread for each core. "work"
+is the seconds of all stages, each once; "longest chain" is the largest sum over the stages of one run; "bound" is
+the larger of work / workers and the longest chain. "jobs" is the time from the first job's start to the last end,
+and "sweep" that of the whole command, with the start of the processes.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -91,8 +99,42 @@ def busy(count: int) -> Iterator[None]:
             other.wait()
 
 
+GRID = "pruning_rate=0.2,0.3,0.5,0.7,0.9", "seed=0,1,2"
+
+
+def sweep(methods: str, settings: list[str]) -> list[str]:
+    """The table of a real sweep."""
+    workers = ["hydra/launcher=local", f"hydra.launcher.workers={cores()}", "tracking=none"]
+    with TemporaryDirectory() as name:
+        grid = ["-m", f"method={methods}", *GRID, *workers, f"results_dir={name}", *settings]
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-m", "experiments.run", *grid], check=True)
+        whole = time.monotonic() - began
+        records = [json.loads(file.read_text()) for file in Path(name).glob("runs/*/metrics.json")]
+        manifests = [json.loads(file.read_text()) for file in Path(name).glob("artifacts/*/*/manifest.json")]
+    seconds = {manifest["fingerprint"]: manifest["cost"]["seconds"] for manifest in manifests}
+    work, chain = (
+        sum(seconds.values()),
+        max(sum(seconds[stage] for stage in record["artifacts"]) for record in records),
+    )
+    bound = max(work / cores(), chain)
+    started, ended = (
+        [datetime.fromisoformat(record["run"][when]).timestamp() for record in records]
+        for when in ("started", "finished")
+    )
+    jobs = max(ended) - min(started)
+    head = table(
+        "runs", "workers", "work", "longest chain", "bound", "jobs", "jobs / bound", "sweep", "sweep / bound"
+    )
+    counts = row(len(records), cores(), *(f"{s:.0f}" for s in (work, chain, bound, jobs)), jobs / bound)
+    return [*head, f"{counts} {whole:.0f} | {whole / bound:.2f} |"]
+
+
 def main() -> None:
-    options, (settings,) = arguments(__doc__, samples=16, rounds=5, beside=cores(), worker=0)
+    options, (settings,) = arguments(__doc__, samples=16, rounds=5, beside=cores(), worker=0, sweep="")
+    if options.sweep:
+        write("sweep", None, sweep(options.sweep, settings))
+        return
     if options.worker:
         fine_tune(options.samples, settings)
         return
