@@ -13,7 +13,7 @@ from experiments.figures import strength
 from experiments.report.__main__ import PAPER
 from experiments.report.comparisons import Comparison, comparison
 from experiments.report.floors import Answered, answered
-from experiments.report.records import Context, collect, contexts
+from experiments.report.records import Context, by_metric, collect, contexts
 from staff.evaluation.floors import specificity
 
 HERE = Path(__file__).parent
@@ -25,10 +25,12 @@ CONTRASTS = (
 )
 
 
-def compared(campaign: str) -> list[Context]:
-    """The comparisons of methods of a campaign, a context for each task."""
+def compared(campaign: str, by: str | None = None) -> list[Context]:
+    """The comparisons of methods of a campaign, a context for each task: by the metric `by`, or its first one."""
     results = HERE / campaign
-    return [context for context in contexts(collect(results), results) if context.varied == "method"]
+    table = collect(results)
+    table = table if by is None else by_metric(table, by)
+    return [context for context in contexts(table, results) if context.varied == "method"]
 
 
 def cut(context: Context) -> Iterator[str]:
@@ -155,10 +157,10 @@ def main() -> None:
         print("small model and target, samples that both scored", *agreement(context), sep="\n")
     print(f"answers that open with {OPENING!r}", *(opening(c) for c in tiny if "dialogsum" in c.name), sep="\n")
     print("Table 1 of the paper: STAFF's differences", *paper(), sep="\n")
+    for context in compared("campaign2", "rougeL"):
+        print(f"{context.title}, p = {RATE}: parts of the score", *parts(context), sep="\n")
     for context in compared("campaign2"):
-        if context.metric == "rougeL":
-            print(f"{context.title}, p = {RATE}: parts of the score", *parts(context), sep="\n")
-        print("small model and target, samples that both scored", *agreement(context), sep="\n")
+        print(f"{context.title}: small model and target, samples that both scored", *agreement(context), sep="\n")
     print("planted pool without wrong answers", *without_wrong_answers(), sep="\n")
     for context in compared("smollm2"):
         print(f"{context.title}, p = {RATE}", *empty(context, RATE), *agreement(context), sep="\n")
