@@ -14,12 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, run_shrunk
-from support.records import write_runs
+from support.records import invented, write_runs
 
+from experiments.campaign import pack
 from experiments.export import training_samples
 from experiments.recorded import recorded_run
 from experiments.report import browse as browsing
-from experiments.report import opening, page
+from experiments.report import figures, opening, page
 from experiments.report.__main__ import main, write
 from experiments.report.browse import browse
 from experiments.report.coreset_figures import _spread_labels
@@ -60,7 +61,7 @@ def test_what_was_compared_the_answer_the_verdicts_the_costs_and_the_details_com
     ]
     places = [text.index(head) for head in heads]
     assert places == sorted(places)
-    for fact in ("tiny", "dialogsum", "random, ccs, staff", "0.5, 0.9", "3, 24 runs in all"):
+    for fact in ("tiny", "dialogsum", "random, ccs, staff", "0.5, 0.9", "24, with 3 seeds"):
         assert fact in text[places[0] : places[1]], fact
     assert '<table class="sortable">' not in text[: places[-1]] and "<details" in text[places[-1] :]
 
@@ -79,7 +80,14 @@ def test_the_sentences_are_made_from_the_numbers(results: Path):
 def test_nothing_decided_is_said_to_be_nothing(tmp_path: Path):
     write_runs(tmp_path, {"random": 0.0, "staff": 0.9}, rates=(0.5,), seeds=2, samples=8)
     assert opening.sentences(contexts_of(tmp_path), DEFAULT)[0].startswith(
-        "None of 1 registered contrast is decided"
+        "The registered contrast is not decided: these runs"
+    )
+
+
+def test_what_differs_is_said_before_what_is_equal(tmp_path: Path):
+    write_runs(tmp_path / "a", {"random": 0.0, "ccs": 4.0, "staff": 0.0}, rates=(0.5,), seeds=5)
+    assert opening.sentences(contexts_of(tmp_path / "a"), DEFAULT)[0].startswith(
+        "2 of 2 registered contrasts are decided: staff is worse than the best other method"
     )
 
 
@@ -99,6 +107,20 @@ def test_the_better_method_stands_on_the_right_whatever_the_direction_of_the_met
     assert row["ends"][0] <= row["mean"] <= row["ends"][1]
     rightmost = max(group["ticks"])[1]
     assert rightmost.startswith("+" if effect > 0 else "-")
+
+
+def test_of_many_methods_only_those_with_several_rates_are_drawn_against_the_rate(tmp_path: Path):
+    runs = [*invented({"random": 0.0, "staff": 1.0}, seeds=1)]
+    runs += invented({f"m{i:02}": 0.1 * i for i in range(12)}, rates=(0.9,), seeds=1)
+    pack({run.name: run for run in runs}, tmp_path)
+    (context,) = contexts_of(tmp_path)
+    made = figures.performance(context)
+    assert made is not None
+    figure, caption = made
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert sorted(labels) == ["random", "staff"] and "single pruning rate" in caption
+    places = [x for line in figure.axes[0].lines for x in line.get_xdata() if 0 < x < 1]
+    assert max(min(abs(x - rate) for rate in (0.5, 0.9)) for x in places) < 0.1, "each stays at its rate"
 
 
 def test_an_interval_that_is_cut_off_is_marked():

@@ -60,7 +60,7 @@ def page(run: RecordedRun) -> str:
     return environment.get_template("browse.html").render(
         name=run.name,
         title=f"{method} on {task}, pruning rate {about['pruning_rate']:g}",
-        about=f"{run.name}: {selected}{left}. Click a head to sort by it, a row to read it whole.",
+        about=f"{run.name}: {selected}{left}. Click a column heading to sort, a row to read it in full.",
         data=Markup(_json(shown)),
     )
 

@@ -22,6 +22,9 @@ TWINS = ("random_length", "random_matched")
 CONTROLS = (*TWINS, "leave_out")
 """Methods that say something of another one, and are no rivals."""
 
+IN_SETS = ("random_matched ", "leave_out ")
+"""Begin the names of controls of which an audit, or a test of scores, has many with different settings."""
+
 CEILING = "oracle"
 """Knows what no method may know, and is no rival either."""
 

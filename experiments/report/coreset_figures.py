@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from experiments.report.contrasts import IN_SETS
 from experiments.report.records import Context
 from experiments.report.rendering import figure_of
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 LEAST = 4  # verified samples of a region, below which its rank correlation says nothing
 MOST = 20_000  # points of a kind in a scatter plot, evenly spread over the pool
+MANY = 12  # methods beyond which a figure is wide and has no legend, which could not be read
 Made = tuple["Figure", str] | None
 
 
@@ -102,19 +104,26 @@ def overlap(context: Context) -> Made:
     """How much the coresets of all methods share: of different seeds, where there are any, since at one seed
     methods that draw at random draw by the same numbers."""
     rate, shown = context.shown
-    coresets = {v: found for v in shown if (found := _coresets(context, v, rate))}
+    named = [v for v in shown if not v.startswith(IN_SETS)]
+    coresets = {v: found for v in named if (found := _coresets(context, v, rate))}
     if len(coresets) < 2:
         return None
     apart = len({seeds for found in coresets.values() for seeds in found}) > 1
     jaccard = np.array([[_shared(a, b, apart) for b in coresets.values()] for a in coresets.values()])
-    figure, axes = figure_of(height=min(max(2.4, 0.36 * len(coresets) + 1.1), 5.0))
+    many = len(coresets) > MANY
+    figure, axes = figure_of(height=min(max(2.4, 0.36 * len(coresets) + 1.1), 6.4 if many else 5.0))
+    turned = {"rotation": 90, "va": "center"} if many else {"rotation": 35}
+    if many:
+        figure.set_figwidth(6.8)
     image = axes.imshow(jaccard, vmin=0, vmax=1)
     axes.grid(False)
-    axes.set_xticks(range(len(coresets)), list(coresets), rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_xticks(range(len(coresets)), list(coresets), ha="right", rotation_mode="anchor", **turned)
     axes.set_yticks(range(len(coresets)), list(coresets))
     for (i, j), value in np.ndenumerate(jaccard):
         text = "–" if np.isnan(value) else f"{value:.2f}"
-        axes.text(j, i, text, ha="center", va="center", fontsize=6, color="w" if value < 0.5 else "k")
+        axes.text(
+            j, i, text, ha="center", va="center", fontsize=4 if many else 6, color="w" if value < 0.5 else "k"
+        )
     figure.colorbar(image, ax=axes, label="Jaccard", shrink=0.8)
     share = 1 - rate
     seeds = "mean over pairs of different seeds, so that a method's own coresets are compared as well"
@@ -156,7 +165,7 @@ def length(context: Context) -> Made:
     """Each method's score against the length of the answer, pool and coreset."""
     rate, runs = context.shown
     panels = []
-    for variant, run in runs.items():
+    for variant, run in sorted(runs.items(), key=lambda item: not context.is_staff(item[0])):
         samples = run.samples()
         if samples is None or "answer_tokens" not in samples:
             continue
@@ -169,12 +178,13 @@ def length(context: Context) -> Made:
     columns = min(2, len(panels))
     figure, axes = figure_of(rows, columns, height=0.5 + 1.5 * rows, squeeze=False)
     for place, (variant, score, samples) in zip(axes.flat, panels):
-        rho = spearman(samples["answer_tokens"], samples[score])
+        constant = samples[score].nunique() < 2
+        rho = "constant" if constant else f"{spearman(samples['answer_tokens'], samples[score]):.2f}"
         for part, colour, size in ((~samples["selected"], "0.7", 3), (samples["selected"], "#0072B2", 5)):
             shown = samples[part]
             shown = shown[:: 1 + len(shown) // MOST]
             place.scatter(shown["answer_tokens"], shown[score], s=size, color=colour, linewidth=0, rasterized=True)
-        place.set_title(f"{variant}: Spearman {rho:.2f}", fontsize=7)
+        place.set_title(f"{variant}: {rho}", fontsize=7)
         place.set(ylabel=score)
     for place in axes.flat[len(panels) :]:
         place.set_axis_off()
@@ -182,6 +192,7 @@ def length(context: Context) -> Made:
     means = [f"{v} {s.loc[s['selected'], 'answer_tokens'].mean():.1f}" for v, _, s in panels]
     caption = (
         f"Score against answer length on {context.title}, pruning rate {rate:g}, lowest seed; the coreset in blue. "
+        "Above each panel: Spearman's correlation. "
         f"Mean answer length: pool {panels[0][2]['answer_tokens'].mean():.1f} tokens; coresets: {', '.join(means)}."
     )
     return figure, caption

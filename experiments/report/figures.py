@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.comparisons import mean
-from experiments.report.contrasts import CEILING, CONTROLS, Outcome, outcomes, registered
-from experiments.report.coreset_figures import Made, agreement, coreset, length, overlap
+from experiments.report.contrasts import CEILING, CONTROLS, IN_SETS, Outcome, outcomes, registered
+from experiments.report.coreset_figures import MANY, Made, agreement, coreset, length, overlap
 from experiments.report.records import Context
 from experiments.report.rendering import Drawn, figure_of, metric, save, styled
 from experiments.report.verdicts import DEFAULT, Question
@@ -48,13 +48,18 @@ def _looks(context: Context) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def performance(context: Context) -> Made:
-    """The metric against the pruning rate, with intervals over seeds."""
-    figure, axes = figure_of(height=2.9)
+    """The metric against the pruning rate, with intervals over seeds; of many methods, those with several rates."""
     rates = [rate for rate in context.rates if 0 < rate < 1]
     looks = list(_looks(context))
+    left_out = ""
+    if len(looks) > MANY:
+        several = {v for v, _ in looks if sum((v, rate) in context.cells for rate in rates) > 1}
+        looks = [(v, look) for v, look in looks if v in several and not v.startswith(IN_SETS)]
+        left_out = " Methods with a single pruning rate, and what audits compare, are in the tables alone."
     if not rates or not looks:
         return None
-    step = min([*np.diff(rates), 0.1]) * 0.08
+    figure, axes = figure_of(height=2.9)
+    step = min([*np.diff(rates), 0.1]) * min(0.08, 0.5 / len(looks))
     for i, (variant, look) in enumerate(looks):
         points = [(rate, m) for rate in rates if (m := mean(context, variant, rate))]
         shift = (i - (len(looks) - 1) / 2) * step  # so that intervals do not hide one another
@@ -68,13 +73,9 @@ def performance(context: Context) -> Made:
     _legend_above(figure, axes, context)
     caption = (
         f"{metric(context)} on {context.title} against the pruning rate: means and 95 % t-intervals over seeds, on "
-        "these test samples (none where one seed ran)."
+        f"these test samples (none where one seed ran).{left_out}"
     )
     return figure, caption
-
-
-MANY = 12
-"""Methods beyond which a figure names its points itself, since a legend of so many cannot be read."""
 
 
 def pareto(context: Context) -> Made:
@@ -119,19 +120,23 @@ def pareto(context: Context) -> Made:
 
 
 def _name_points(axes: Any, points: list[tuple[float, float, str]], wide: bool) -> None:
-    """A name beside each point; those of points of a like cost are moved apart."""
+    """A name beside each point, on the right unless only that side is taken; those of points of a like cost are
+    moved apart."""
     low, high = axes.get_ylim()
     gap, reach = (high - low) / 32, 0.6 if wide else np.ptp([x for x, _, _ in points]) / 4
-    placed: list[tuple[float, float]] = []
-    for x, y, name in sorted(points, key=lambda point: point[1]):
-        at = np.log10(x) if wide else x
-        beside = [height for other, height in placed if abs(other - at) < reach]
+    places = [(np.log10(x) if wide else x, y) for x, y, _ in points]
+    placed: dict[int, list[tuple[float, float]]] = {-1: [], 1: []}
+    for (x, y, name), (at, _) in sorted(zip(points, places), key=lambda point: point[0][1]):
+        right = any(reach / 8 < other - at < reach and abs(height - y) < 2 * gap for other, height in places)
+        left = any(reach / 8 < at - other < 2.5 * reach and abs(height - y) < gap / 2 for other, height in places)
+        side = -1 if right and not left else 1
+        beside = [height for other, height in placed[side] if abs(other - at) < reach]
         height = max([y, *(other + gap for other in beside)])
-        placed.append((at, height))
+        placed[side].append((at, height))
         line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
         axes.annotate(
-            name, (x, y), (6, (height - y) / (high - low) * 240), textcoords="offset points", va="center",
-            fontsize=6, arrowprops=line if height > y else None,
+            name, (x, y), (6 * side, (height - y) / (high - low) * 240), textcoords="offset points", va="center",
+            fontsize=6, ha="left" if side > 0 else "right", arrowprops=line if height > y else None,
         )  # fmt: skip
     axes.margins(x=0.12)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.report.contrasts import IN_SETS
 from experiments.report.records import Context
 from experiments.report.rendering import digits_for, metric, number, signed
 from experiments.report.settings import SEEDS
@@ -21,25 +22,28 @@ FAR = 3.0  # times the typical end of an interval: where a plot is cut off
 
 def compared(contexts: Sequence[Context], table: pd.DataFrame) -> dict[str, str]:
     """Families, tasks, methods, pruning rates and seeds of the runs, as text."""
-    variants = dict.fromkeys(v for context in contexts if context.varied == "method" for v in context.variants)
+    compared_in = [context for context in contexts if context.varied == "method"]
+    variants = dict.fromkeys(v for context in compared_in for v in context.variants)
     rates = sorted({rate for context in contexts for rate in context.rates if 0 < rate < 1})
-    metrics = dict.fromkeys(f"{metric(c)} ({named_metric(c.metric).words})" for c in contexts)
-    seeds = table[SEEDS[1:]].drop_duplicates()
+    measured = dict.fromkeys(
+        f"{_names(c.runs['task'])} ({metric(c)}, {named_metric(c.metric).words})" for c in compared_in or contexts
+    )
+    seeds = len(table[SEEDS[1:]].drop_duplicates())
     facts = {
         "Model families": _names(table["family"]),
-        "Tasks": f"{_names(table['task'])}, by {', '.join(metrics)}",
+        "Tasks": ", ".join(measured),
         "Methods": _listed([*variants]),
         "Pruning rates": ", ".join(f"{rate:g}" for rate in rates),
-        "Seeds": f"{len(seeds)}, {len(table):,} runs in all",
+        "Runs": f"{len(table):,}, with {seeds} seed{'' if seeds == 1 else 's'}",
     }
     return {name: text for name, text in facts.items() if text}
 
 
 def _listed(variants: Sequence[str]) -> str:
-    """By name, but matched random coresets, of which an audit has many, by their number."""
-    named = [v for v in variants if not v.startswith("random_matched ")]
-    matched = len(variants) - len(named)
-    return ", ".join(named) + (f", and {matched} of random_matched" if matched else "")
+    """By name, but those of which an audit or a test of scores has many by their number."""
+    many = {name.strip(): [v for v in variants if v.startswith(name)] for name in IN_SETS}
+    named = [v for v in variants if not any(v in found for found in many.values())]
+    return ", ".join([*named, *(f"{name} ({len(found)} settings)" for name, found in many.items() if found)])
 
 
 def _names(column: pd.Series) -> str:
@@ -67,9 +71,13 @@ def sentences(contexts: Sequence[Context], question: Question) -> list[str]:
 
 def _decisions(headed: Sequence[tuple[Context, Verdict]]) -> str:
     decided = [(context, verdict) for context, verdict in headed if verdict.decided]
+    decided.sort(key=lambda pair: not pair[1].words.startswith(("better", "worse")))
     total = f"{len(headed)} registered contrast{'s' if len(headed) > 1 else ''}"
     if not decided:
-        return f"None of {total} is decided: these runs do not show which method is better."
+        subject = "The registered contrast is not" if len(headed) == 1 else f"None of {total} is"
+        several = any(len(verdict.outcome.rates) > 1 for _, verdict in headed)
+        over = " over its pruning rates together" if several else ""
+        return f"{subject} decided{over}: these runs do not show which method is better."
     named = "; ".join(f"{_claim(verdict)} on {context.title}" for context, verdict in decided[:NAMED])
     more = f"; and {len(decided) - NAMED} more" if len(decided) > NAMED else ""
     rest = len(headed) - len(decided)
@@ -96,6 +104,8 @@ def _largest(contexts: Sequence[Context], question: Question) -> str:
     )
     digits = digits_for(question.margin_of(context.metric))
     difference, low, high = (signed(value, digits) for value in verdict.outcome.shown)
+    if not verdict.outcome.hardest.mean:
+        return "The methods of each contrast have the same mean."
     which = "largest decided difference" if verdict.decided else "largest difference"
     return (
         f"The {which} is {difference} {metric(context)} [{low}, {high}], "

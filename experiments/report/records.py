@@ -95,6 +95,8 @@ def _fill_later_fields(rows: list[dict[str, Any]]) -> None:
 @cache
 def _defaults(target: str) -> dict[str, Any]:
     """The defaults of the plain fields of a dataclass, by name; none of a class that is not here."""
+    if "." not in target:
+        return {}
     try:
         cls = get_class(target)
     except Exception:

@@ -28,7 +28,15 @@ INTERVAL_OVER = {True: "seeds and samples", False: "samples alone"}
 LATEX = str.maketrans(
     {**{c: f"\\{c}" for c in "%_&#${}"}, "~": r"\textasciitilde{}", "^": r"\^{}", "\\": r"\textbackslash{}"}
 )
-SHOWN_AS = {"rougeL": "ROUGE-L", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "bleu": "BLEU", "chrf": "chrF"}
+SHOWN_AS = {
+    "rougeL": "ROUGE-L",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "exact": "exact match",
+    "exact_match": "exact match of the final number",
+}
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def metric(context: Context) -> str:
 def shown_as(metric: str) -> str:
     """Such as ROUGE-L (zh)."""
     name, _, tokenizer = metric.partition("_")
-    return f"{SHOWN_AS[name]} ({tokenizer})" if tokenizer and name in SHOWN_AS else SHOWN_AS.get(metric, metric)
+    return SHOWN_AS.get(metric) or (f"{SHOWN_AS[name]} ({tokenizer})" if name in SHOWN_AS else metric)
 
 
 def value(context: Context, variant: str, rate: float) -> float | None:
