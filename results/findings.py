@@ -108,6 +108,8 @@ def paper() -> Iterator[str]:
 
 def agreement(context: Context) -> Iterator[str]:
     """Rank correlation of the small model's and the target's scores, and what is left of it beyond length."""
+    if ("staff", RATE) not in context.cells:
+        return
     for run in context.cells["staff", RATE].sort_values("selection_seed").to_dict("records"):
         samples = context.recorded[run["name"]].samples()
         assert samples is not None

@@ -23,6 +23,7 @@ from experiments.report.records import Context, collect, contexts
 from experiments.report.rendering import NONE, Table, shown_as
 from experiments.report.statistics import Difference, t_interval
 from staff.data import Task
+from staff.errors import UserError
 from staff.evaluation.floors import Specificity, best_constant, specificity, typical_count
 from staff.evaluation.metrics import named_metric
 
@@ -186,7 +187,10 @@ def main() -> None:
     arguments = parser.parse_args()
     options = "" if arguments.rate == 0.9 else f" --rate {arguments.rate:g}"
     options += f" --metric {arguments.metric}" if arguments.metric else ""
-    for context in contexts(collect(arguments.results), arguments.results):
+    runs, written = collect(arguments.results), 0
+    if runs.empty:
+        raise UserError(f"{arguments.results}/runs holds no record: name another folder by --results.")
+    for context in contexts(runs, arguments.results):
         if context.varied != "method" or arguments.rate not in context.rates:
             continue
         task, metric = task_of(context), arguments.metric or context.metric
@@ -198,6 +202,13 @@ def main() -> None:
                 arguments.results / "tables", f"{COMMAND} --results {arguments.results} --data DATA{options}"
             )
             print(made.markdown())
+            written += 1
+    if not written:
+        by = f" by {arguments.metric}" if arguments.metric else ""
+        raise UserError(
+            f"No task in {arguments.results} has scored answers at pruning rate {arguments.rate:g}{by}: choose another "
+            "--rate or --metric."
+        )
 
 
 if __name__ == "__main__":
