@@ -210,6 +210,18 @@ def test_a_metric_of_ones_own_has_no_floors_since_it_may_be_slow():
     assert [metric.name for metric in with_floors([*map(named_metric, names)])] == ["rougeL"]
 
 
+def test_floors_with_nothing_to_show_say_so(real: Path, tmp_path: Path, monkeypatch):
+    arguments = ["--results", str(tmp_path), "--data", str(ROOT / "staff/assets"), "--rate", "0.3"]
+    monkeypatch.setattr(sys, "argv", ["floors", *arguments])
+    with pytest.raises(SystemExit, match=r"runs holds no record: name another folder by --results\."):
+        floors.main()
+    grid(real, tmp_path, {"random": 0, "staff": 1}, seeds=1, rates=(0.5,))
+    with pytest.raises(
+        SystemExit, match=r"scored answers at pruning rate 0.3: choose another --rate or --metric\."
+    ):
+        floors.main()
+
+
 def test_floors_split_the_score_of_each_method_and_name_the_best_constant(real: Path, tmp_path: Path, monkeypatch):
     grid(real, tmp_path, {"random": 0, "staff": 1}, seeds=2, rates=(0.5,))
     answers = pd.read_parquet(real / "predictions.parquet")

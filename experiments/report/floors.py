@@ -206,8 +206,8 @@ def main() -> None:
     if not written:
         by = f" by {arguments.metric}" if arguments.metric else ""
         raise UserError(
-            f"No task in {arguments.results} has scored answers at pruning rate {arguments.rate:g}{by}: choose another "
-            "--rate or --metric."
+            f"No task in {arguments.results} has scored answers at pruning rate {arguments.rate:g}{by}: choose "
+            "another --rate or --metric."
         )
 
 
