@@ -309,5 +309,5 @@ def differences(first: Any, second: Any, tolerance: float, place: str = "") -> l
     are_floats = float in map(type, some) and all(isinstance(value, int | float) for value in other)
     if not are_floats or len(some) != len(other):
         return [] if first == second else [place]
-    scale = tolerance * np.abs(some).mean()
+    scale = tolerance * np.abs(np.nan_to_num(some)).mean()
     return [] if np.allclose(some, other, rtol=tolerance, atol=scale, equal_nan=True) else [place]
