@@ -149,12 +149,12 @@ def looked(gains: dict[Any, dict[int, float]], margin: float = 0.0) -> Progress:
 
 def test_looking_at_five_ten_and_twenty_seeds_finds_nothing_where_nothing_is_in_95_of_100_campaigns():
     rng = np.random.default_rng(1)
-    trials, found = 2500, 0
+    trials, found = 1500, 0
     for _ in range(trials):
         gains = {name: dict(enumerate(rng.normal(size=20))) for name in "abc"}
         decisions = looked(gains).decisions.values()
         found += any(decision.verdict is not None for decision in decisions)
-    assert found / trials <= 0.06, found / trials  # 2,500 campaigns: within 0.009 of the truth
+    assert found / trials <= 0.06, found / trials  # 1,500 campaigns: within 0.011 of the truth
 
 
 def test_repeated_intervals_hold_the_truth_at_every_look_and_equality_is_rarely_wrong():
@@ -203,7 +203,7 @@ def test_methods_that_ran_beside_a_contrast_tell_how_seeds_vary_and_so_decide_it
         two = {name: early[name] for name in "ab"}
         alone += progress({"gain": Contest("a", "b", two)}).decisions["gain"].verdict == "better"
     assert wrong / trials <= 0.08, "300 campaigns: within 0.025 of 5 %"
-    assert found > 0.9 * trials > 2 * alone, (found, alone)
+    assert found > 0.8 * trials > 5 * alone, (found, alone)
 
 
 def test_seeds_that_are_added_follow_those_there_are():

@@ -128,7 +128,7 @@ def test_a_large_difference_is_marked_and_chance_is_not(real: Path, tmp_path: Pa
     table = performance.performance(context, pairs(context))
     marked = {(table.cells.loc[row, "method"], column): mark for (row, column), mark in table.marks.items()}
     assert marked == {("staff", "p = 0.5"): "bold", ("staff", "p = 0.9"): "bold"}, "no second best between equals"
-    assert "Holm" in table.caption and "pooled over the pairs" in table.caption and "3 seeds" in table.caption
+    assert "Holm" in table.caption and "pooled over the methods" in table.caption and "3 seeds" in table.caption
     assert "\\bfseries" in table.latex() and "| **" in table.markdown()
     by_pair = {(p.rate, p.a, p.b): p.difference.mean for p in pairs(context)}
     assert by_pair[0.9, "staff", "random"] == pytest.approx(5, abs=0.6)

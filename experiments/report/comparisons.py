@@ -109,7 +109,7 @@ class Comparison:
     """Differences between methods that answered the same test samples.
 
     The methods that have all the seeds which two have in common form the layout of these two, in which variances
-    are pooled; those that select nothing (`REFERENCES`) only where they are one of the two.
+    are estimated; those that select nothing (`REFERENCES`) only where they are one of the two.
     """
 
     def __init__(self, answers: Answers):

@@ -25,8 +25,9 @@ from experiments.report.verdicts import DEFAULT, Question
 from staff.evaluation.metrics import named_metric
 
 COMPARED = (
-    "Differences by Student's t, paired by sample, with the errors of seeds (pooled over the pairs of a pruning "
-    "rate that have the same seeds) and of test samples; Holm's correction over all pairs of the table"
+    "Differences by Student's t, paired by sample, with the errors of seeds (of each method, at least "
+    "those pooled over the methods of a pruning rate) and of test samples; Holm's correction over all pairs of the "
+    "table"
 )
 
 

@@ -11,7 +11,7 @@ looks: by the fraction t of the planned seeds, each side has spent 2 - 2 Phi(z /
 the normal quantile at 98.75 % (Lan and DeMets, 1983, after O'Brien and Fleming, 1979). Nearly all is left for the
 last look. The levels are found for normal statistics and applied to p-values of Student's t (Jennison and Turnbull,
 2000, section 3.8). Several contrasts share the level equally (Bonferroni). At a look, the variance between seeds is
-that of `experiments.report.variance`, pooled over the methods that have its seeds.
+that of `experiments.report.variance`, estimated from all methods that have its seeds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Variance of paired differences: what lies between seeds, pooled over pairs, and what lies between test samples.
+"""Variance of paired differences: what lies between seeds, and between test samples.
 
 The model. Method v with seed s scores y(v, s, n) on test sample n. For two methods a and b over the same S seeds
 and N samples,
@@ -8,49 +8,45 @@ and N samples,
 with independent errors of mean zero: u between seeds, w between test samples, e in single answers. The difference
 of the means estimates delta with variance var(u) / S + var(w) / N + var(e) / (S N).
 
-Which pairs share a variance. Let m(v, s) be the mean over the samples. A layout is the methods of one pruning rate
-(or of the mean over several) that have the same S seeds. Where its K methods vary alike, its pairs share the
-variance between seeds
+Let m(v, s) be the mean over the samples. A layout is the methods of one pruning rate (or of the mean over several)
+that have the same S seeds:
 
-    sigma2 = var over s of m(a, s) - m(b, s) = var(u) + var(e) / N.
+    m(v, s) = mu(v) + c(s) + f(v, s),    var f(v, s) = tau2(v).
 
-It is twice the residual mean square of methods by seeds, with (K - 1)(S - 1) degrees of freedom: 10 for six methods
-with three seeds, 16 for nine. An effect of the seed that all methods share cancels. Each pair keeps its own
-component between samples.
+The effect c of the seed is common to all methods and cancels in differences. The variance between seeds of the
+difference of a and b is var(u) + var(e) / N = tau2(a) + tau2(b). Each pair keeps its own component between samples.
 
-The test that they vary alike is Bartlett's statistic on the K residual variances. Its null distribution is
-simulated for the same layout, because the residuals of a layout are dependent and S is small. With three seeds the
-test has little power, so its level is 0.25, as Bancroft (1964) advises for preliminary tests.
+Which pairs share a variance:
 
-Where it does not reject, a pair has the larger of the pooled variance and its own, with all (K - 1)(S - 1) degrees
-of freedom: a test of low power is no proof that this pair varies like the others.
+1. A method that varies much more than the others leaves the group: the one with the largest ratio of its variance
+   to that of the rest, and so on. If all vary alike, the ratio has an F distribution with S - 1 and
+   (K - 2)(S - 1) degrees of freedom; the level is 5 %, divided by the number K of methods left (Bonferroni). A pair
+   with such a method has its own variance, with S - 1 degrees of freedom (the paired t test).
+2. The group shares a pooled tau2, the residual mean square of methods by seeds, with (K - 1)(S - 1) degrees of
+   freedom. A method whose own tau2(v), by Grubbs's unbiased estimate (1948), is larger keeps that, with S - 1.
+3. The degrees of freedom of a difference follow from Welch (1938) and Satterthwaite (1946), and are at most
+   (K - 1)(S - 1): 10 for six methods with three seeds that are all pooled, 16 for nine.
 
-Where it rejects, the variances of the pairs are moderated (Smyth, 2004): from the pair's own s2, with d = S - 1
-degrees of freedom, and a prior s0^2, with d0,
+Why the larger: with three seeds no test shows reliably which method is noisy, and a noisy one must not borrow the
+small variance of the others. Tests at 5 % of one of six methods that has three times the standard deviation of the
+others reject 19 % of true nulls if all are pooled, 10 % if variances are moderated (Smyth, 2004), and 6 % by this
+rule. The price is power where all vary alike. Methods that share draws with one another vary less than the model
+says, so their intervals are too wide rather than too narrow.
 
-    (d0 s0^2 + d s2) / (d0 + d)  with d0 + d degrees of freedom, at most (K - 1)(S - 1).
-
-A pair whose own variance is above the pooled one keeps it, with S - 1 degrees of freedom, as Phipson et al. (2016)
-do with variances that the prior does not explain.
-
-What simulation says of tests at 5 % with six methods (`tests/test_report_statistics.py`): where all vary alike, 4 %
-reject. Where one method has three times the standard deviation of the others, 5 % do over all pairs with three
-seeds, but 10 % for pairs with that method (7 % with five seeds): three seeds do not show which method is noisy.
+Size and power by simulation are tabulated in `experiments/README.md` and checked in
+`tests/test_report_statistics.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
-from scipy.special import digamma, polygamma
+from scipy.special import fdtrc
 
-from experiments.report.statistics import Difference
-
-PRELIMINARY = 0.25
-DRAWS = 4000
+from experiments.report.statistics import LEVEL, Difference
 
 
 @dataclass(frozen=True)
@@ -58,86 +54,51 @@ class BetweenSeeds:
     """The variance over seeds of the difference of each two methods.
 
     Attributes:
-        variance: in points squared, shape (methods, methods).
+        variance: in points squared, shape (..., methods, methods).
         freedom: its degrees of freedom, likewise.
-        homogeneous: p of the test that all methods vary alike.
     """
 
     variance: np.ndarray
     freedom: np.ndarray
-    homogeneous: float
 
 
 def between_seeds(means: np.ndarray) -> BetweenSeeds:
-    """Of the means of methods by seed, shape (methods, seeds), at least two of each."""
-    methods, seeds = means.shape
-    residual = _residual(means)
-    freedom = (methods - 1) * (seeds - 1)
-    pooled = 2 * (residual**2).sum() / freedom
-    own = (means[:, None] - means).var(axis=-1, ddof=1)
-    p = _homogeneous(residual)
-    if p > PRELIMINARY:
-        return BetweenSeeds(np.maximum(own, pooled), np.full_like(own, freedom), p)
-    prior, at = moderation(own[np.triu_indices(methods, 1)], seeds - 1)
-    prior = min(prior, freedom - (seeds - 1))
-    moderated = (prior * at + (seeds - 1) * own) / (prior + seeds - 1)
-    variance = np.where(own > pooled, own, moderated)
-    return BetweenSeeds(variance, np.where(own > pooled, seeds - 1.0, prior + seeds - 1), p)
+    """Of the means of methods by seed, shape (..., methods, seeds), at least two of each."""
+    once = means.shape[-1] - 1
+    paired = (means[..., :, None, :] - means[..., None, :, :]).var(axis=-1, ddof=1)
+    group, squares = _group(means)
+    size = group.sum(axis=-1, keepdims=True)
+    most = (size - 1) * once
+    pooled = squares.sum(axis=-1, keepdims=True) / most
+    own = size / np.maximum(size - 2, 1) * (squares / once - pooled / size)
+    spread = np.maximum(own, pooled)
+    weight = spread**2 / np.where(own > pooled, once, most)
+    variance, weights = (part[..., :, None] + part[..., None, :] for part in (spread, weight))
+    welch = np.divide(variance**2, weights, out=np.full_like(variance, np.inf), where=weights > 0)
+    shared = (group[..., :, None] & group[..., None, :]) & (size > 2)[..., None]
+    freedom = np.where(shared, np.minimum(welch, most[..., None]), once)
+    return BetweenSeeds(np.where(shared, variance, paired), freedom)
 
 
-def moderation(variances: np.ndarray, freedom: float) -> tuple[float, float]:
-    """The prior's degrees of freedom d0 and its variance s0^2, from variances of `freedom` degrees of freedom each.
-
-    By the moments of the log variances (Smyth, 2004, section 6.2); d0 is infinite where they vary no more than
-    chance makes them.
-    """
-    log = np.log(np.maximum(variances, 1e-12 * variances.max())) - digamma(freedom / 2) + np.log(freedom / 2)
-    beyond = log.var(ddof=1) - polygamma(1, freedom / 2)
-    if beyond <= 0:
-        return np.inf, float(np.exp(log.mean()))
-    half = _inverse_trigamma(float(beyond))
-    return 2 * half, float(np.exp(log.mean() + digamma(half) - np.log(half)))
-
-
-def _inverse_trigamma(value: float) -> float:
-    """By Newton's method on 1 / trigamma, which is convex (Smyth, 2004, appendix)."""
-    at = 0.5 + 1 / value
-    for _ in range(50):
-        trigamma = polygamma(1, at)
-        step = trigamma * (1 - trigamma / value) / polygamma(2, at)
-        at += step
-        if -step / at < 1e-8:
-            break
-    return float(at)
-
-
-def _residual(means: np.ndarray) -> np.ndarray:
-    """Without the effects of methods and of seeds, shape (..., methods, seeds)."""
-    rows, columns = means.mean(axis=-1, keepdims=True), means.mean(axis=-2, keepdims=True)
-    return means - rows - columns + means.mean(axis=(-1, -2), keepdims=True)
-
-
-def _bartlett(residual: np.ndarray) -> np.ndarray:
-    """Log of the mean variance minus the mean log variance of the methods, shape (...)."""
-    variances = (residual**2).sum(axis=-1)
-    mean = variances.mean(axis=-1, keepdims=True)
-    return np.log(mean[..., 0]) - np.log(np.maximum(variances, 1e-12 * mean)).mean(axis=-1)
-
-
-def _homogeneous(residual: np.ndarray) -> float:
-    methods, seeds = residual.shape
-    if methods < 3 or not residual.any():  # the residuals of two methods mirror one another
-        return 1.0
-    null = _null(methods, seeds)
-    above = DRAWS - np.searchsorted(null, _bartlett(residual) - 1e-9)
-    return float((1 + above) / (1 + DRAWS))
-
-
-@cache
-def _null(methods: int, seeds: int) -> np.ndarray:
-    """Bartlett's statistic where all methods vary alike, sorted, shape (DRAWS,)."""
-    drawn = np.random.default_rng([methods, seeds, 5]).normal(size=(DRAWS, methods, seeds))
-    return np.sort(_bartlett(_residual(drawn)))
+def _group(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which methods remain after the outlying ones have left, and their sums of squared residuals (0 for the
+    others), both of shape (..., methods)."""
+    methods, seeds = means.shape[-2:]
+    centred = means - means.mean(axis=-1, keepdims=True)
+    group = np.ones(means.shape[:-1], dtype=bool)
+    while True:
+        size = group.sum(axis=-1, keepdims=True)
+        of_seed = np.where(group[..., None], centred, 0).sum(axis=-2, keepdims=True) / size[..., None]
+        squares = np.where(group, ((centred - of_seed) ** 2).sum(axis=-1), 0)
+        total = squares.sum(axis=-1, keepdims=True)
+        own = squares * size / (size - 1)
+        ratio = own * (size - 2) / np.maximum(total - own, 1e-12 * total + np.finfo(float).tiny)
+        p = fdtrc(seeds - 1, np.maximum(size - 2, 1) * (seeds - 1), ratio)
+        noisiest = np.arange(methods) == ratio.argmax(axis=-1)[..., None]
+        leaves = noisiest & (p <= LEVEL / size)
+        if not leaves.any():
+            return group, squares
+        group &= ~leaves
 
 
 @dataclass(frozen=True, eq=False)
