@@ -277,6 +277,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
         out, err = sweep.communicate(timeout=300)
         assert sweep.returncode == 1, out + err
         patch.setenv("FAILS", "no")
+        patch.syspath_prepend(folder)
         return Sweep(folder, out, err, resumed=sweep_here(folder, *JOBS))
 
 
