@@ -207,7 +207,7 @@ def test_what_cannot_be_packed_or_read_is_refused_in_a_sentence(results: Path):
         packed_runs(results / "packed")["a"].samples()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.floats(width=64), min_size=len(IDS), max_size=len(IDS)),
     st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=2, max_size=2),

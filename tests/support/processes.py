@@ -66,13 +66,15 @@ def here(main: Callable[[], None], *arguments: object) -> subprocess.CompletedPr
     What it changes for its whole process (environment, signals, log, warnings and Hydra's state) is put back.
     """
     register_resolvers()
-    root, hydra = logging.getLogger(), Singleton.get_state()
-    log, signals = (root.handlers[:], root.level), {each: signal.getsignal(each) for each in preemption.SIGNALS}
+    hydra, signals = Singleton.get_state(), {each: signal.getsignal(each) for each in preemption.SIGNALS}
+    root = logging.getLogger()
+    loggers = [root, *(each for each in root.manager.loggerDict.values() if isinstance(each, logging.Logger))]
+    log = [(each, each.handlers[:], each.level, each.propagate, each.disabled) for each in loggers]
     out, err, status = StringIO(), StringIO(), None
     words = ["staff", *map(str, arguments)]
     # Hydra's configuration of the log closes every handler on this list, and absl's handler closes its stream.
-    handlers = patch.object(logging, "_handlerList", [])
-    with handlers, patch.object(sys, "argv", words), patch.dict(os.environ), warnings.catch_warnings():
+    open_handlers = patch.object(logging, "_handlerList", [])
+    with open_handlers, patch.object(sys, "argv", words), patch.dict(os.environ), warnings.catch_warnings():
         try:
             with redirect_stdout(out), redirect_stderr(err):
                 main()
@@ -80,7 +82,9 @@ def here(main: Callable[[], None], *arguments: object) -> subprocess.CompletedPr
             status = end.code
         finally:
             Singleton.set_state(hydra)
-            root.handlers[:], root.level = log
+            for each, handlers, level, propagate, disabled in log:
+                each.handlers[:], each.propagate, each.disabled = handlers, propagate, disabled
+                each.setLevel(level)
             for number, handler in signals.items():
                 signal.signal(number, handler)
     if isinstance(status, str):
