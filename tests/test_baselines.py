@@ -157,7 +157,7 @@ def test_ccs_agrees_with_the_authors_code(case: str):
     assert len(coreset.indices) == golden["budgets"].sum()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(st.floats(-1e6, 1e6) | st.sampled_from([0.0, -1.0, 2.0, 5e-324]), min_size=1, max_size=60),
     st.sampled_from([1, 3, 50, 100]),
@@ -198,7 +198,7 @@ def test_d2_agrees_with_the_authors_code(case: str):
     assert set(coreset.indices) == set(golden["coreset"])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     n=st.integers(1, 300),
     dimensions=st.integers(1, 20),
@@ -227,7 +227,7 @@ def test_nearest_neighbours_are_those_of_all_distances(
     assert all(len({i, *row}) == len(row) + 1 for i, row in enumerate(positions.tolist()))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     n=st.integers(1, 400), k=st.integers(1, 8), kind=st.sampled_from(["plain", "duplicates"]), seed=st.integers(0)
 )

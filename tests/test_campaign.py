@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.processes import here
 from support.records import copied, grid
 
-from experiments.campaign import differences, pack
+from experiments.campaign import differences, main, pack
 from experiments.recorded import packed_runs, recorded_run, recorded_runs, run_folders
 from experiments.report.__main__ import summary, write
 from experiments.report.records import collect
@@ -68,8 +68,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "experiments.campaign", *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    return here(main, *arguments)
 
 
 def test_packed_runs_are_read_as_they_were_from_their_folders(results: Path):
@@ -208,7 +207,7 @@ def test_what_cannot_be_packed_or_read_is_refused_in_a_sentence(results: Path):
         packed_runs(results / "packed")["a"].samples()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.floats(width=64), min_size=len(IDS), max_size=len(IDS)),
     st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=2, max_size=2),

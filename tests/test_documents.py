@@ -1,7 +1,6 @@
 """Documents state what is so: names, links, numbers, and the commands of the README."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -20,9 +19,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from support import any_pool
+from support.processes import here
 
 import baselines
 from experiments.figures import method
+from experiments.run import main
 from staff import select
 from staff.selection import SelectionMethod
 
@@ -104,7 +105,7 @@ def test_the_picture_of_the_method_is_what_the_method_gives():
         assert (ROOT / f"experiments/figures/method-{theme}.svg").read_text() == method.svg(theme)
 
 
-def test_a_signal_a_method_and_a_metric_of_ones_own_run_as_shown(tmp_path: Path):
+def test_a_signal_a_method_and_a_metric_of_ones_own_run_as_shown(tmp_path: Path, monkeypatch):
     readme = (ROOT / "conf/README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
     (yaml,) = re.findall(r"```yaml\n(_target_: mine.*?)```", readme, re.S)
@@ -112,9 +113,9 @@ def test_a_signal_a_method_and_a_metric_of_ones_own_run_as_shown(tmp_path: Path)
     (tmp_path / "conf/method").mkdir(parents=True)
     (tmp_path / "mine.py").write_text(code)
     (tmp_path / "conf/method/highest.yaml").write_text(yaml)
-    command = [sys.executable, "-m", "experiments.run", *shlex.split(line), "tracking=none", *SMALL]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    ended = here(main, *shlex.split(line), "tracking=none", *SMALL)
     assert ended.returncode == 0, ended.stderr
     (record,) = tmp_path.glob("results/runs/*-highest-*/metrics.json")
     assert json.loads(record.read_text())["metrics"].keys() >= {"mine.Accuracy", "rougeL"}

@@ -53,7 +53,7 @@ TEXTS = WORDS.map(" ".join)
 
 
 @pytest.mark.parametrize("metric", ["rougeL", "rougeL_intl", "rougeL_zh", "rougeL_char"])
-@settings(deadline=None, max_examples=30)  # the first call imports
+@settings(max_examples=30)
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.lists(st.lists(TEXTS, min_size=1, max_size=3), min_size=1))
 def test_every_pair_scores_as_rouge_score_scores_it_to_the_last_digit(
     metric: str, answers: list[str], groups: list[list[str]]

@@ -99,7 +99,7 @@ def test_the_slice_alone_is_represented_if_asked_for():
     assert coreset.indices.tolist() == [1, 3]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(n=st.integers(1, 40), constant=st.booleans(), seed=st.integers(0, 2**32), data=st.data())
 def test_the_size_of_delift_is_exact_and_the_order_of_the_pool_changes_nothing(
     n: int, constant: bool, seed: int, data: st.DataObject

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from support.processes import here
 
 from baselines.imported import Imported
 from baselines.random import Random
@@ -303,14 +304,7 @@ def test_what_cannot_be_scored_is_one_sentence_before_a_model_loads(data: Path, 
 
 
 def test_the_command_prints_its_file_or_a_sentence():
-    said = subprocess.run(
-        [sys.executable, "-m", "experiments.score", "-h"], cwd=ROOT, capture_output=True, text=True
-    )
+    said = here(command.main, "-h")
     assert said.returncode == 0 and command.USAGE in said.stdout
-    wrong = subprocess.run(
-        [sys.executable, "-m", "experiments.score", "familly=tiny", "signal=loss", "of=target", "out=a.csv"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    wrong = here(command.main, "familly=tiny", "signal=loss", "of=target", "out=a.csv")
     assert wrong.returncode == 1 and wrong.stderr.startswith("staff: ") and wrong.stderr.count("\n") == 1

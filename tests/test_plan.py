@@ -1,13 +1,13 @@
 """What a plan tells of a sweep, against the sweep itself."""
 
 import json
-import subprocess
 import sys
 from itertools import permutations, product
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL
+from support.processes import here
 from support.records import write_runs
 
 from experiments import sizes
@@ -70,18 +70,18 @@ def test_a_plan_counts_the_stages_of_a_sweep_once_and_their_flops_as_the_records
 
 
 def test_a_plan_of_a_preset_takes_the_command_of_the_sweep_and_prints_hours_and_memory(tmp_path: Path):
-    command = [sys.executable, "-m", "experiments.plan", "-m", "experiment=table1", "family=tiny", "seed=0"]
+    command = ["-m", "experiment=table1", "family=tiny", "seed=0"]
     command += ["method=random,full", f"results_dir={tmp_path}", *SMALL[:-1], "--gpu", "h100"]
     write_runs(tmp_path, {"random": 0.0, "staff": 0.5})
     command += ["--effect", "0.5"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = here(main, *command)
     assert said.returncode == 0, said.stderr
     lines = {line[:30].rstrip(): line for line in said.stdout.splitlines()}
     assert lines["fine-tune target on N samples"[:30]].split()[-4] == "6", "five rates, and the whole pool once"
     assert "fine-tuning target takes about" in said.stdout
     assert "assumed: the speed of a h100 at fine-tuning 2.56 M parameters in float32, " in said.stdout
     assert "seeds for 0.5 points of ROUGE-L on dialogsum: " in said.stdout
-    wrong = subprocess.run([*command, "method=nobody"], cwd=ROOT, capture_output=True, text=True)
+    wrong = here(main, *command, "method=nobody")
     assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1].startswith("staff: method=nobody is unknown")
 
 

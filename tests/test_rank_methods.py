@@ -270,7 +270,7 @@ def test_apricots_kernels_are_squared_cosines_and_what_is_left_of_the_largest_sq
     np.testing.assert_allclose(kernel_matrix(x, "apricot_euclidean"), 125 - distances)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 90),
     kind=st.sampled_from(["plain", "duplicates", "grid", "constant", "zero"]),

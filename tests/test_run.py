@@ -1,6 +1,5 @@
 """The main job: what is computed, what is read, what is charged, and what is said when it cannot be."""
 
-import os
 import shlex
 import subprocess
 import sys
@@ -16,7 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hypothesis import given
 from hypothesis import strategies as st
+from support.processes import here
 
+from experiments.run import main
 from experiments.sweep import quoted, sentence_of
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
@@ -243,8 +244,7 @@ def test_bad_input_is_one_sentence_before_a_model_loads(run, monkeypatch, overri
 
 
 def staff(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "experiments.run", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+    return here(main, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,8 @@ def test_an_override_without_quotes_is_one_line_of_every_command(override: str, 
 
 
 def test_results_without_a_folder_are_one_sentence():
-    ended = staff("results_dir=null")
+    command = [sys.executable, "-m", "experiments.run", "results_dir=null"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stderr == "staff: results_dir=null must name a folder: leave it out for the default.\n"
 

@@ -109,28 +109,38 @@ def without_ours(**settings: str) -> dict[str, str]:
     return {**{k: v for k, v in os.environ.items() if k not in OURS}, "PYTHONPATH": str(ROOT), **settings}
 
 
-def python(code: str, **settings: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", code]
+def python(code: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=without_ours(**settings), capture_output=True, text=True, check=True
     )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_how_threads_wait_before_torch_is_loaded(command: str):
-    """The import of torch is where it is looked at: by then OpenMP's setting must stand."""
-    code = f"""
+def test_every_command_says_how_threads_wait_before_torch_is_loaded():
+    """The import of torch is where it is looked at: by then OpenMP's setting must stand. Each command is imported
+    in a fork of a process that has imported much of what it needs, but not torch."""
+    code = """
 import os, sys
+import hydra, pandas, scipy.stats
+
 class Look:
+    def __init__(self, command):
+        self.command = command
+
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            print(self.command, os.environ.get("OMP_WAIT_POLICY"), flush=True)
             os._exit(0)
-sys.meta_path.insert(0, Look())
-import {command}
-import torch
+
+assert "torch" not in sys.modules
+for command in sys.argv[1:]:
+    if os.fork() == 0:
+        sys.meta_path.insert(0, Look(command))
+        __import__(command)
+        import torch
+    os.wait()
 """
-    assert python(code).stdout.split() == ["passive"]
+    assert python(code, *COMMANDS).stdout.splitlines() == [f"{command} passive" for command in COMMANDS]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP tells its settings, others may not")

@@ -19,11 +19,13 @@ import pytest
 import torch
 from conftest import ROOT, SMALL
 from support.any_pool import METHODS, DrawnPool, method_named, select
+from support.processes import here
 from support.tiny import pool_of_sums
 
+import experiments.run
 import staff.models.state
 import staff.training.stage
-from experiments.compare import MACHINE, compare
+from experiments.compare import MACHINE, compare, main
 from experiments.recorded import recorded_runs
 from staff.pool import Pool, Select
 from staff.scoring.stage import ScoringSettings
@@ -183,13 +185,13 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = tmp_path_factory.mktemp("again")
     (settings,) = re.findall(r"^SLICE = ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.M)
     arguments = [*shlex.split(settings.replace("\\\n", " ")), f"results_dir={results}"]
-    subprocess.run([sys.executable, "-m", "experiments.run", *arguments], cwd=ROOT, check=True, capture_output=True)
+    made = here(experiments.run.main, *arguments)
+    assert made.returncode == 0, made.stderr
     return results
 
 
-def command(first: Path, second: Path, *options: str) -> subprocess.CompletedProcess:
-    arguments = [sys.executable, "-m", "experiments.compare", str(first), str(second), *options]
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+def command(*arguments: object) -> subprocess.CompletedProcess:
+    return here(main, *arguments)
 
 
 def test_the_committed_slice_comes_out_equal_on_the_same_kind_of_machine(again: Path):

@@ -92,7 +92,7 @@ def eligible_count(preset: str, n: int) -> int:
 
 
 @pytest.mark.parametrize("preset", [*PRESETS, *ABLATIONS])
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(case=cases())
 def test_exactly_m_distinct_samples_are_selected_whatever_the_scores(preset: str, case: dict[str, Any]):
     n = len(case["small"])
@@ -114,7 +114,7 @@ def test_exactly_m_distinct_samples_are_selected_whatever_the_scores(preset: str
 
 
 @pytest.mark.parametrize("preset", [*PRESETS, *ABLATIONS])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(case=cases(), shuffle=st.integers(0, 99))
 def test_same_seed_selects_the_same_samples_in_whatever_order_the_pool_comes(
     preset: str, case: dict[str, Any], shuffle: int
@@ -137,7 +137,7 @@ def test_another_seed_selects_other_samples():
     assert set(select(Staff(), pool, 40, 0).indices) != set(select(Staff(), pool, 40, 1).indices)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(case=cases())
 def test_official_never_selects_its_dropped_tenth_and_refuses_a_budget_above_the_rest(case: dict[str, Any]):
     pool = pool_of(case["small"], case["target"])
@@ -152,7 +152,7 @@ def test_official_never_selects_its_dropped_tenth_and_refuses_a_budget_above_the
             select(method, pool, n, case["seed"])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(case=cases())
 def test_without_verification_the_target_is_not_asked_and_the_budgets_are_those_of_ccs(case: dict[str, Any]):
     pool = ArrayPool([f"{i}" for i in range(len(case["small"]))], {("effort", "small"): case["small"]})

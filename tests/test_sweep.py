@@ -13,10 +13,12 @@ import pytest
 from conftest import ROOT
 from support.processes import (
     PARALLEL,
+    SHRUNK,
     check_left_behind,
     check_store,
     computed,
     finish,
+    here,
     manifests,
     records,
     stages,
@@ -25,6 +27,7 @@ from support.processes import (
 
 from experiments.report import means
 from experiments.report.__main__ import main as report
+from experiments.run import main
 from experiments.sweep import FOLDER, end, name
 from hydra_plugins.staff_sweeper import in_cases
 from staff.errors import UserError
@@ -40,19 +43,26 @@ GRID = ("method=full,staff,ccs", "pruning_rate=0.5,0.75")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Results and output of a sweep in one process."""
     results = tmp_path_factory.mktemp("undisturbed")
-    return results, finish(start(results, *GRID))
+    return results, sweep_here(results, *GRID)
+
+
+def sweep_here(results: Path, *arguments: str) -> str:
+    """All that a sweep prints that has to succeed, run in this process."""
+    ended = here(main, "-m", *SHRUNK, f"results_dir={results}", *arguments)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout + ended.stderr
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Results of the same sweep in two workers, killed in its middle and given again, and what it then printed."""
+    """Results of the same sweep, killed in its middle and given again in two workers, and what it then printed."""
     results = tmp_path_factory.mktemp("killed")
-    sweep, deadline = start(results, *GRID, *PARALLEL), time.monotonic() + 300
+    sweep, deadline = start(results, *GRID), time.monotonic() + 300
     while len(manifests(results)) < 5:
         assert sweep.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     sweep.kill()
-    sweep.communicate(timeout=60)  # returns once its workers have ended too
+    sweep.communicate(timeout=60)
     assert len(records(results)) < 5
     check_store(results)
     return results, finish(start(results, *GRID, *PARALLEL))
@@ -73,7 +83,7 @@ def test_a_grid_carries_out_every_stage_once(undisturbed: tuple[Path, str]):
 def test_the_same_command_again_does_nothing_and_says_so(undisturbed: tuple[Path, str]):
     results, _ = undisturbed
     before = {file: file.stat().st_mtime_ns for file in results.glob("runs/*/*")}
-    output = finish(start(results, *GRID))
+    output = sweep_here(results, *GRID)
     assert output.count("recorded already") == 6 and "computed in" not in output
     assert {file: file.stat().st_mtime_ns for file in results.glob("runs/*/*")} == before
 
@@ -254,7 +264,7 @@ def unreachable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """Four jobs in two workers, three of which fail, logged to a W&B server that is dead; then given again."""
+    """Four jobs in a worker, three of which fail, logged to a W&B server that is dead; then given again."""
     folder = tmp_path_factory.mktemp("failed")
     (folder / "failing.py").write_text(METHODS)
     with pytest.MonkeyPatch.context() as patch:
@@ -263,11 +273,12 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
         patch.setenv("WANDB_API_KEY", "0123456789" * 4)
         patch.setenv("WANDB_INIT_TIMEOUT", "2")
         patch.setenv("FAILS", "yes")
-        sweep = start(folder, "tracking.mode=online", *JOBS, *PARALLEL)
+        sweep = start(folder, "tracking.mode=online", *JOBS, *PARALLEL[:1], "hydra.launcher.workers=1")
         out, err = sweep.communicate(timeout=300)
         assert sweep.returncode == 1, out + err
         patch.setenv("FAILS", "no")
-        return Sweep(folder, out, err, resumed=finish(start(folder, *JOBS)))
+        patch.syspath_prepend(folder)
+        return Sweep(folder, out, err, resumed=sweep_here(folder, *JOBS))
 
 
 def test_a_job_that_is_killed_raises_or_exhausts_memory_fails_alone_and_says_why_in_one_line(failed: Sweep):

@@ -231,7 +231,7 @@ def test_neighbours_and_densities_are_the_released_ones_whichever_way_ties_fall(
         np.testing.assert_allclose(density[where].reshape(neighbours.shape), golden["top_kdes"], rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     queries=st.integers(1, 6),
     count=st.integers(1, 8),

@@ -73,7 +73,7 @@ def test_every_group_keeps_its_share_in_whatever_order_the_pool_is(inner: Any, c
     assert chosen(method, pool.reordered(order), 40) == chosen(method, pool, 40)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=60), st.data())
 def test_the_size_is_exact_whatever_the_groups(labels: list[str], data: st.DataObject):
     budget = data.draw(st.integers(1, len(labels)))
@@ -201,7 +201,7 @@ def test_the_draw_of_a_twin_is_not_the_references_own(match: list[str]):
     assert len(np.intersect1d(reference.indices, matched.indices)) < 45  # 25 by chance
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 120),
     longest=st.sampled_from([1, 4, 50, 2000]),

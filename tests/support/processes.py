@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+from hydra.core.singleton import Singleton
 from safetensors.numpy import save_file
 
+from experiments.configuration import register_resolvers
+from staff.runtime import preemption
 from staff.store.cost import Meter
 from staff.store.manifest import Artifact, check_contents, check_sizes, read_manifest
 from staff.store.stage import Stage
@@ -51,6 +58,39 @@ def finish(sweep: subprocess.Popen) -> str:
     out, err = sweep.communicate(timeout=300)
     assert sweep.returncode == 0, out + err
     return out + err
+
+
+def here(main: Callable[[], None], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A command in this process, which has imported everything, with what it prints and its exit status.
+
+    What it changes for its whole process (environment, signals, log, warnings and Hydra's state) is put back.
+    """
+    register_resolvers()
+    hydra, signals = Singleton.get_state(), {each: signal.getsignal(each) for each in preemption.SIGNALS}
+    root = logging.getLogger()
+    loggers = [root, *(each for each in root.manager.loggerDict.values() if isinstance(each, logging.Logger))]
+    log = [(each, each.handlers[:], each.level, each.propagate, each.disabled) for each in loggers]
+    out, err, status = StringIO(), StringIO(), None
+    words = ["staff", *map(str, arguments)]
+    # Hydra's configuration of the log closes every handler on this list, and absl's handler closes its stream.
+    open_handlers = patch.object(logging, "_handlerList", [])
+    with open_handlers, patch.object(sys, "argv", words), patch.dict(os.environ), warnings.catch_warnings():
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                main()
+        except SystemExit as end:
+            status = end.code
+        finally:
+            Singleton.set_state(hydra)
+            for each, handlers, level, propagate, disabled in log:
+                each.handlers[:], each.propagate, each.disabled = handlers, propagate, disabled
+                each.setLevel(level)
+            for number, handler in signals.items():
+                signal.signal(number, handler)
+    if isinstance(status, str):
+        err.write(f"{status}\n")
+    code = int(isinstance(status, str) or status or 0)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def kill(sweep: subprocess.Popen, how: signal.Signals, seconds: float, whole: bool) -> bool:
