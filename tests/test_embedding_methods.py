@@ -83,7 +83,7 @@ def test_tasks_take_turns_as_queries_do_and_those_reduced_by_a_mean_take_the_low
     assert select_multi_task_official(scores, 2, "mean", "mean_maximize").tolist() == [0, 2]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(arrays(np.int8, st.tuples(st.integers(1, 6), st.integers(1, 20)), elements=st.integers(0, 4)), st.data())
 def test_in_turns_every_query_gets_its_best_sample_that_is_left(scores: np.ndarray, data: st.DataObject):
     budget = data.draw(st.integers(1, scores.shape[1]))
@@ -151,7 +151,7 @@ def test_farthest_points_come_in_the_recorded_order_until_only_duplicates_are_le
         assert chosen == set(vectors[f"selected_{budget}"].tolist())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 60), st.integers(0, 5), st.booleans(), st.data())
 def test_every_pick_is_the_first_of_the_farthest_points_whatever_the_window(n, seed, on_grid, data):
     rng = np.random.default_rng(seed)

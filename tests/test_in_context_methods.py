@@ -187,7 +187,6 @@ def test_attention_decides_among_demonstrations_and_failed_evaluations_are_left_
     np.testing.assert_allclose(scores, [(1.5 + 1) / 2, (0.5 + 1) / 2])
 
 
-@settings(deadline=None)
 @given(
     n=st.integers(2, 60),
     shown=st.integers(1, 7),

@@ -136,7 +136,7 @@ def test_a_method_names_every_field_in_its_yaml_and_is_known_by_a_version(name: 
     assert isinstance(type(method).version, int)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(METHODS), st.integers(1, 60), st.data())
 def test_every_method_keeps_to_any_size_in_any_order(case: tuple[str, str], n: int, data: st.DataObject):
     method = method_named(*case)

@@ -105,7 +105,7 @@ def test_exact_match_compares_numbers_not_text():
     assert headline == {"exact_match": 25}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.text(max_size=20), st.lists(st.text(max_size=20), min_size=1, max_size=3)), min_size=1)
 )

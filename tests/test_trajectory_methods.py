@@ -117,7 +117,7 @@ def test_groups_share_the_budget_first_unless_they_are_ignored():
     assert set(without.diagnostics["group"]) == {"all"}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(0, 3), st.data())
 def test_serving_is_never_short_and_never_takes_more_from_a_smaller_cluster(sizes, pooled_size, data):
     labels = np.repeat(np.arange(len(sizes)), sizes)
@@ -140,7 +140,7 @@ def test_kmeans_finds_blobs_that_lie_apart():
         assert len(np.unique(truth * 5 + labels)) == 5 and centroids.shape == (5, 5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 5), st.booleans())
 def test_kmeans_ends_at_means_of_nearest_points_or_after_its_iterations(n, k, seed, few_values):
     rng = np.random.default_rng(seed)
@@ -152,7 +152,7 @@ def test_kmeans_ends_at_means_of_nearest_points_or_after_its_iterations(n, k, se
         np.testing.assert_allclose(points[labels == label].mean(0), centroids[label], atol=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.permutations(range(30)))
 def test_kmeans_clusters_alike_in_every_order(order: list[int]):
     points, draws = np.random.default_rng(3).normal(size=(30, 4)), priorities(30)
@@ -176,7 +176,7 @@ def test_spherical_centroids_have_norm_one():
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(arrays(np.float32, (7, 5), elements=st.floats(-1e3, 1e3, width=32)))
 def test_squared_distances_are_right_and_exactly_zero_between_equal_rows(points: np.ndarray):
     points = points.astype(np.float64)
@@ -282,7 +282,6 @@ def test_each_statistic_ranks_plain_trajectories_as_its_name_says():
         assert chosen(Cartography(statistic, keep), pool, 1) == ids, statistic
 
 
-@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 2**32))
 def test_falls_add_up_to_what_was_lost_and_exceed_every_single_loss(n: int, epochs: int, seed: int):
     shares = np.random.default_rng(seed).integers(0, 5, (n, epochs)) / 4
