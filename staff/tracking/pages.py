@@ -19,6 +19,8 @@ from staff.runtime import processes
 
 log = logging.getLogger(__name__)
 
+STEPS = "steps.txt"
+"""In the local folder of an attempt: a line for every point of a curve, with its step and the curve's name."""
 LONGEST = 200
 """Characters of what an error of W&B says."""
 
@@ -88,6 +90,25 @@ def _logged_in() -> bool:
 
     host = wandb.setup().settings.base_url
     return wbauth.authenticate_session(host=host, source="staff", prompt=False, update_session=False) is not None
+
+
+def note_step(page: Any, curve: str, step: int) -> None:
+    """Note, beside what W&B writes on this machine, that a page shows a curve up to this step."""
+    with open(Path(page.sync_dir) / STEPS, "a", encoding="utf-8") as noted:
+        noted.write(f"{step} {curve}\n")
+
+
+def last_step(page: Any, curve: str) -> int:
+    """The last step of a curve that earlier attempts of the run have shown; 0: none.
+
+    A page that goes on online has a summary with it. One offline has only the notes of earlier attempts.
+    """
+    if not page.offline:
+        return page.summary.get(f"{curve}/step", 0)
+    files = Path(page.sync_dir).parent.glob(f"*run-*-{page.id}*/{STEPS}")
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    steps = [line.partition(" ") for line in lines]
+    return max((int(step) for step, _, of in steps if of == curve), default=0)
 
 
 def curves(training: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
