@@ -152,14 +152,18 @@ def test_only_the_main_process_has_a_page(tmp_path, monkeypatch):
 
 
 def test_a_page_that_goes_on_shows_no_point_of_a_curve_twice(tmp_path):
-    for steps in ((1, 2), (1, 2, 3, 3, 4), (5,)):
+    for steps in ((1, 2), (1, 2, 3, 3, 4), (5,), (4, 5, 6)):
         page = Mirror()
         page.open(about(tmp_path), "offline")
         for step in steps:
             page.point("finetune/small", step, {"loss": float(step)})
+        (file,) = Path(page._page.sync_dir).glob("*.wandb")
         page.fail("enough.")
+        if steps == (5,):  # as if it had been killed before W&B wrote its points
+            wandb.teardown()  # waits until the service has written all
+            os.utime(file, (0, 0))
     attempts = [attempt["curves"]["finetune/small/loss"] for attempt in pages(tmp_path)]
-    assert sorted(attempts) == [[1.0, 2.0], [3.0, 4.0], [5.0]], "attempts of one second are in no order"
+    assert sorted(attempts) == [[1.0, 2.0], [3.0, 4.0], [5.0], [5.0, 6.0]], "attempts of one second are in no order"
     online = SimpleNamespace(offline=False, summary={"finetune/small/step": 2})
     assert last_step(online, "finetune/small") == 2 and last_step(online, "finetune/target") == 0
 
