@@ -111,7 +111,7 @@ def last_step(page: Any, curve: str) -> int:
     for notes in Path(page.sync_dir).parent.glob(f"*run-*-{page.id}*/{STEPS}"):
         written = max((file.stat().st_mtime for file in notes.parent.glob("*.wandb")), default=0.0)
         for noted, step, of in (line.split(" ", 2) for line in notes.read_text(encoding="utf-8").splitlines()):
-            if of == curve and float(noted) < written:
+            if of == curve and float(noted) < written + 0.01:  # the times of files are that coarse
                 last = max(last, int(step))
     return last
 
