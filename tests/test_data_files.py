@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import importlib.util
 import json
 import lzma
 from collections.abc import Callable
@@ -109,13 +110,21 @@ def test_every_format_gives_the_same_samples(tmp_path: Path, kind: str):
     assert [(sample.prompt, sample.answer) for sample in samples] == EXPECTED
 
 
-def test_zstandard_of_several_frames_is_read_whole(tmp_path: Path):
+def test_zstandard_of_several_frames_is_read_whole(tmp_path: Path, monkeypatch):
     import pyarrow as pa
 
     frames = [pa.compress(lines([row]), codec="zstd", asbytes=True) for row in ROWS]
     (tmp_path / "train.jsonl.zst").write_bytes(b"".join(frames))
     samples = replace(TASK, data_dir=str(tmp_path)).load("train")
     assert [(sample.prompt, sample.answer) for sample in samples] == EXPECTED
+    # The library that reads data sets of the hub needs a package.
+    hub = replace(TASK, data_dir=None, hub=str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    if importlib.util.find_spec("zstandard") is None:
+        with pytest.raises(UserError, match=r"has files that end with \.zst: pip install zstandard\.$"):
+            hub.load("train")
+    else:
+        assert [(sample.prompt, sample.answer) for sample in hub.load("train")] == EXPECTED
 
 
 @pytest.mark.parametrize("hub", ["saved", "folder"])

@@ -291,8 +291,6 @@ def readable(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"{path}: not UTF-8; convert the file to UTF-8.") from None
     except Exception as error:
         said = " ".join(str(error).split()) or "no message"
-        if "zstandard" in said:
-            raise UserError(f"{path}: this format needs a package for .zst: pip install zstandard.") from None
         raise UserError(
             f"{path}: cannot be read as {what} ({type(error).__name__}: {shortened(said)}); fix the file."
         ) from error
