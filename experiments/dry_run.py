@@ -214,6 +214,7 @@ def estimate(job: list[str], setup: Setup, store: DryRunStore) -> None:
         if spec not in store.checked:
             spec.check_weights()
             store.checked.add(spec)
+    run.size.check_tokens(run.pool.lengths)
     tokenized = run.tokenized
     store.certain |= {samples.fingerprint for samples in tokenized.values()}
     chosen, coreset = run.select()

@@ -20,6 +20,7 @@ from staff.models.adapters import load_trained
 from staff.models.family import Family
 from staff.models.prepare import prepare
 from staff.models.spec import ModelSpec
+from staff.runtime.files import local_path
 from staff.store.manifest import check_contents, check_sizes, read_manifest
 from staff.store.store import Store
 
@@ -73,7 +74,7 @@ def tuned_target(run: RecordedRun, form: str, store: Path | None) -> TunedTarget
             f"an adapter of {quantization} weights cannot be merged into them without rounding: choose --format "
             "adapter."
         )
-    places = [store] if store else [Path(str(config["store_dir"])), *_beside(run)]
+    places = [store] if store else [local_path(str(config["store_dir"])), *_beside(run)]
     folders = [place / "finetune" / finetuning["fingerprint"][:32] for place in places]
     folder = next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
     if folder is None:

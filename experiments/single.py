@@ -20,7 +20,6 @@ from experiments.setup import Setup
 from staff.data.samples import data_digest
 from staff.data.splits import load_splits
 from staff.data.tokens import TokenizedSamples
-from staff.errors import UserError
 from staff.evaluation.metrics import check_metrics
 from staff.models.prepare import prepare
 from staff.models.spec import ModelSpec, check_quantization
@@ -255,13 +254,7 @@ class Run:
 
     def check_machine(self) -> None:
         """Refuse, before a model loads, what this machine cannot do, or what no coreset can be."""
-        if (tokens := self.size.tokens) is not None:
-            least, whole = int(self.pool.lengths.min()), int(self.pool.lengths.sum())
-            said = f"budget_tokens={tokens} holds no sample: the shortest of the pool has {least} tokens."
-            if tokens < least:
-                raise UserError(said)
-            if tokens > whole:
-                raise UserError(f"budget_tokens={tokens} is beyond the pool, which has {whole} tokens: lower it.")
+        self.size.check_tokens(self.pool.lengths)
         self.settings.on_each_device(processes.world_size())
         for spec in self.models:
             spec.check_weights()

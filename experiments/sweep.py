@@ -41,7 +41,7 @@ from experiments.configuration import params_left
 from hydra_plugins.staff_sweeper import in_cases
 from staff.errors import UserError, in_one_line
 from staff.runtime import processes
-from staff.runtime.files import storage_failure
+from staff.runtime.files import local_path, storage_failure
 from staff.store.manifest import digest
 
 FOLDER = "STAFF_SWEEP_FOLDER"
@@ -66,7 +66,7 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if processes.launched():  # refused by the first job
             return
-        folder = Path(str(config.results_dir)).absolute()
+        folder = local_path(str(config.results_dir)).absolute()
         folder = folder / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir(parents=True)
         jobs = expected_jobs(config)

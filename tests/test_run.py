@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.configuration import with_home
 from experiments.sweep import quoted, sentence_of
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
@@ -279,6 +280,15 @@ def test_a_quoted_override_gives_its_text_through_the_shell_and_hydra(text: str)
     (argument,) = shlex.split(quoted("task.prompt", text))
     value = OverridesParser.create().parse_override(argument).value()
     assert value == (text.strip("\"'") if text[0] in "'\"" else text), "quotes that do not pair are left out"
+
+
+def test_a_path_from_the_home_folder_needs_no_quotes_and_results_lie_there(run, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = ["~hydra.x", "task.train_file=[~/a.jsonl,~/b.jsonl]", "task.data_dir=~/a b", "task.prompt='~/x,~/y'"]
+    read = ["~hydra.x", f"task.train_file=[{tmp_path}/a.jsonl,{tmp_path}/b.jsonl]", f"task.data_dir={tmp_path}/a b"]
+    assert with_home(given) == [*read, given[-1]]
+    folder = run("method=random", "evaluation=none", "results_dir='~/mine'")["folder"]
+    assert folder.parent == tmp_path / "mine/runs" and (tmp_path / "mine/artifacts").is_dir()
 
 
 @pytest.mark.parametrize(
