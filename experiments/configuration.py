@@ -86,7 +86,7 @@ def _if_files(*arguments: Any) -> Any:
 def register_resolvers() -> None:
     """Register what the configuration interpolates by."""
     OmegaConf.register_new_resolver("if_files", _if_files, replace=True)
-    OmegaConf.register_new_resolver("from_home", lambda path: os.path.expanduser(str(path)), replace=True)
+    OmegaConf.register_new_resolver("from_home", lambda path: path and os.path.expanduser(str(path)), replace=True)
 
 
 def search_path(config_dir: str | None) -> list[str]:

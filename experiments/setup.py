@@ -29,7 +29,8 @@ def folder_of(config: DictConfig, name: str) -> Path:
         UserError: it names none.
     """
     if type(config[name]) not in (str, int) or not str(config[name]).strip():
-        raise UserError(f"{name}={config[name]!r} must name a folder.")
+        given = "null" if config[name] is None else repr(config[name])
+        raise UserError(f"{name}={given} must name a folder.")
     return local_path(str(config[name]))
 
 

@@ -48,7 +48,7 @@ FOLDER = "STAFF_SWEEP_FOLDER"
 _NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory"  # torch's word for it on a processor, a plain RuntimeError
 )
-_NO_FOLDER = re.compile(r"interpolation '\$\{(\w+_dir)\}': Incompatible value 'None'")
+_NO_FOLDER = re.compile(r"interpolation '\$\{(?:from_home:\$\{)?(\w+_dir)\}+': Incompatible value 'None'")
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*)'$", re.M)
 _UNEXPECTED = re.compile(r"call to target '([^']+)'.*unexpected keyword argument '(\w+)'.*full_key: (\S+)", re.S)
 _NOT_FOUND = re.compile(r"Error locating target '([^']+)'.*full_key: (\S+)", re.S)
