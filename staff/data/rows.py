@@ -200,7 +200,6 @@ def _read_csv(path: Path) -> Rows:
     csv.field_size_limit(2**31 - 1)
     with _opened(path) as file:
         lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
-        header: list[str] = []
         try:
             start = next((line for line in lines if line.strip()), "")
             if told := re.fullmatch(r'"?sep=(.)"?\s*', start):  # as spreadsheets begin a file
