@@ -190,7 +190,10 @@ def sentence_of(error: BaseException | None) -> str | None:
                 "options with --config-dir."
             )
         if isinstance(error, ConfigKeyError | ConfigAttributeError) and isinstance(error.parent_node, DictConfig):
-            return _unknown(str(error.full_key), [str(key) for key in error.parent_node])
+            key = str(error.full_key)
+            if key.rpartition(".")[2] in _fields(error.parent_node):
+                return f"{key} is a field that its YAML file leaves out: write +{key}=VALUE."
+            return _unknown(key, [str(key) for key in error.parent_node])
         if isinstance(error, InstantiationException) and (found := _UNEXPECTED.search(str(error))):
             target, field, node = found.groups()
             return _unknown(f"{node}.{field}", list(inspect.signature(get_object(target)).parameters))
@@ -243,6 +246,16 @@ def quoted(key: str, value: str) -> str:
     plain = not re.search(r"""["$`\\!]""", value)  # to the shell, in double quotes
     override = f"{key}={QuotedString(value, Quote.single if plain else Quote.double).with_quotes()}"
     return f'"{override}"' if plain and "\\" not in override else shlex.quote(override)
+
+
+def _fields(node: DictConfig) -> list[str]:
+    """The fields of the class that a part of the configuration names."""
+    if "_target_" not in node:
+        return []
+    try:
+        return list(inspect.signature(get_object(node._target_)).parameters)
+    except Exception:  # whatever importing a file may raise
+        return []
 
 
 def _unknown(key: str, known: list[str]) -> str:

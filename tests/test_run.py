@@ -259,6 +259,7 @@ def staff(*arguments: str) -> subprocess.CompletedProcess:
         ("method.regons=3", "method.regons is not a setting (did you mean num_regions?): choose from budget_rule"),
         ("+method.foo=1", "method.foo is not a setting: choose from budget_rule"),
         ("+family.target.pth=x", "family.target.pth is not a setting (did you mean path?): choose from"),
+        ("family.small.sharded=1", "family.small.sharded is a field that its YAML file leaves out: write +family"),
         ("method._target_=mine.X", "method._target_=mine.X cannot be imported (No module named 'mine'): name"),
         ("method=null", "a group takes the name of one of its options, such as method=staff"),
         ("pruning_rate=most", "pruning_rate='most' is not a number"),
