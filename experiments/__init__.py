@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 
@@ -32,12 +33,24 @@ if (_here := os.getcwd()) not in sys.path:
     sys.path.append(_here)
 
 
+def quiet() -> None:
+    """Silence other libraries on the terminal. Worker processes inherit the environment and the filters."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it asks the hub more than it needs
+    warnings.simplefilter("ignore", FutureWarning)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
 def command(main: Callable[[], None]) -> Callable[[], None]:
     """`main`, where an error that the user can fix ends the process with its sentence. If the reader of the output,
     such as `head`, has closed it, the process ends without a word."""
 
     @wraps(main)
     def guarded() -> None:
+        quiet()
         try:
             try:
                 main()

@@ -35,7 +35,7 @@ from pyarrow.parquet import read_table, write_table
 from experiments import command
 from experiments.recorded import TEXTS, RecordedRun, packed_runs, recorded_runs, run_folders
 from staff.errors import UserError
-from staff.runtime.files import csv_of
+from staff.runtime.files import csv_of, local_path
 
 TEXT, RUN = pa.string(), pa.field("run", pa.string())
 PREDICTIONS = pa.schema([RUN])
@@ -263,11 +263,11 @@ def main() -> None:
         (_unpack, "--into", "folder to write runs/ to"),
     ):
         form = forms.add_parser(carry_out.__name__.removeprefix("_"))
-        form.add_argument("results", type=Path, help="results folder")
-        form.add_argument(option, dest="folder", type=Path, help=f"{help} (RESULTS)")
+        form.add_argument("results", type=local_path, help="results folder")
+        form.add_argument(option, dest="folder", type=local_path, help=f"{help} (RESULTS)")
         form.set_defaults(carry_out=carry_out)
     form = forms.add_parser("tables")
-    form.add_argument("results", type=Path, help="results folder")
+    form.add_argument("results", type=local_path, help="results folder")
     form.add_argument("names", metavar="NAME", nargs="*", help="name of a table (those of TABLES.md)")
     arguments = parser.parse_args()
     if arguments.command == "tables":

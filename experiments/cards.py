@@ -98,8 +98,9 @@ def _prompts(config: Mapping[str, Any]) -> str:
     """How prompts are made and read, in a sentence."""
     task, family = config["task"], config["family"]
     template = "the columns of the data" if task.get("prompt") is None else f"`{json.dumps(task['prompt'])}`"
-    in_chat = f"in the chat template of the tokenizer, on {family['date']}"
-    how = in_chat if family["prompt_format"] == "chat" else "as plain text"
+    how = "as plain text, behind the tokenizer's begin token if it has one"
+    if family["prompt_format"] == "chat":
+        how = f"in the chat template of the tokenizer, on {family['date']}"
     return f"Prompts are made by {template} and read {how}."
 
 

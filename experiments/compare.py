@@ -17,6 +17,7 @@ import pandas as pd
 from experiments import command
 from experiments.recorded import RecordedRun, recorded_runs
 from staff.errors import UserError
+from staff.runtime.files import local_path
 
 MACHINE = ("cpu", "gpus", "python", "versions")
 
@@ -69,8 +70,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="staff-compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("first", type=Path, help="results folder with the original runs")
-    parser.add_argument("again", type=Path, help="results folder with the repeated runs")
+    parser.add_argument("first", type=local_path, help="results folder with the original runs")
+    parser.add_argument("again", type=local_path, help="results folder with the repeated runs")
     parser.add_argument("--part", action="store_true", help="compare only the runs that were repeated")
     arguments = parser.parse_args()
     table = compare(arguments.first, arguments.again, arguments.part)

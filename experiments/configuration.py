@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,13 @@ def params_left(params: Mapping[str, Any], overrides: Iterable[str]) -> dict[str
     return {key: value for key, value in params.items() if key not in SIZES or not given & set(SIZES) - {key}}
 
 
+def with_home(arguments: Iterable[str]) -> list[str]:
+    """Arguments of a command line with the home folder in place of ~ before a path, which Hydra cannot read
+    outside quotes."""
+    home = os.path.expanduser("~")
+    return [a if set("'\"") & set(a) else re.sub(r"(?<=[=\[,])~(?=/)", lambda _: home, a) for a in arguments]
+
+
 def within_groups(arguments: Iterable[str]) -> list[str]:
     """Arguments of a command line in which `method=NAME method.within=group` is written out as
     `method=within_groups method@method.inner=NAME`, with NAME's own settings beside it.
@@ -78,6 +86,7 @@ def _if_files(*arguments: Any) -> Any:
 def register_resolvers() -> None:
     """Register what the configuration interpolates by."""
     OmegaConf.register_new_resolver("if_files", _if_files, replace=True)
+    OmegaConf.register_new_resolver("from_home", lambda path: path and os.path.expanduser(str(path)), replace=True)
 
 
 def search_path(config_dir: str | None) -> list[str]:

@@ -103,6 +103,7 @@ class DryRunStore(Store):
         self.planned = DryRun()
         self.certain: set[str] = set()
         """Fingerprints of the samples that are known without scores."""
+        self.checked: set[ModelSpec] = set()  # whose weights fit
         self._asked = 0
 
     def carry_out(self, stage: Stage, folder: Path, meter: Meter, inputs: list[Artifact]) -> None:
@@ -209,6 +210,11 @@ def estimate(job: list[str], setup: Setup, store: DryRunStore) -> None:
     known = {stage.speed for stage in planned.stages.values()}
     planned.jobs.append([])
     run = Run(setup, store)
+    for spec in run.models:
+        if spec not in store.checked:
+            spec.check_weights()
+            store.checked.add(spec)
+    run.size.check_tokens(run.pool.lengths)
     tokenized = run.tokenized
     store.certain |= {samples.fingerprint for samples in tokenized.values()}
     chosen, coreset = run.select()

@@ -157,7 +157,7 @@ def _task_and_pool(run: RecordedRun) -> tuple[Task, Sequence[Sample]]:
     if source := record["identity"]["data"]["source"]:
         task = replace(task, revision=source["commit"])
     store = record["config"].get("store_dir")  # records of before have none
-    kept = Path(str(store)).absolute() / SAMPLES if store and Path(str(store)).is_dir() else None
+    kept = local_path(str(store)).absolute() / SAMPLES if store and local_path(str(store)).is_dir() else None
     try:
         samples = load_splits(task, record["evaluation"] is not None, kept).pool
     except UserError as error:
@@ -275,12 +275,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="staff-export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="folder of a recorded run, results/runs/NAME")
+    parser.add_argument("run", type=local_path, help="folder of a recorded run, results/runs/NAME")
     parser.add_argument("--format", choices=[*WRITERS, *export_model.FORMS], required=True, help="as listed above")
     parser.add_argument(
-        "--output", type=Path, help="folder to create (default: RUN/coreset-FORMAT or RUN/model-FORMAT)"
+        "--output", type=local_path, help="folder to create (default: RUN/coreset-FORMAT or RUN/model-FORMAT)"
     )
-    parser.add_argument("--store", type=Path, help="store with the fine-tuned target (default: that of the run)")
+    parser.add_argument(
+        "--store", type=local_path, help="store with the fine-tuned target (default: that of the run)"
+    )
     parser.add_argument("--push-to-hub", metavar="NAME", help="repository on the Hugging Face hub, such as me/mine")
     asked = parser.parse_args()
     print(export(asked.run, asked.format, asked.output, asked.store, asked.push_to_hub))

@@ -20,6 +20,7 @@ from staff.models.adapters import load_trained
 from staff.models.family import Family
 from staff.models.prepare import prepare
 from staff.models.spec import ModelSpec
+from staff.runtime.files import local_path
 from staff.store.manifest import check_contents, check_sizes, read_manifest
 from staff.store.store import Store
 
@@ -73,7 +74,7 @@ def tuned_target(run: RecordedRun, form: str, store: Path | None) -> TunedTarget
             f"an adapter of {quantization} weights cannot be merged into them without rounding: choose --format "
             "adapter."
         )
-    places = [store] if store else [Path(str(config["store_dir"])), *_beside(run)]
+    places = [store] if store else [local_path(str(config["store_dir"])), *_beside(run)]
     folders = [place / "finetune" / finetuning["fingerprint"][:32] for place in places]
     folder = next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
     if folder is None:
@@ -117,12 +118,20 @@ def write(tuned: TunedTarget, form: str, folder: Path) -> None:
             "merged", all weights, which need nothing else.
     """
     tokenizer = tuned.spec.tokenizer()
+    if tuned.family.prompt_format == "plain":
+        _begin_as_trained(tokenizer)
     tokenizer.save_pretrained(folder)
     (_write_adapter if form == "adapter" else _write_merged)(tuned, folder, tokenizer)
     on_hub = tuned.spec.local is None
     base = tuned.spec.path if on_hub else tuned.spec.name
     card = model_card(tuned.record, base, on_hub, form, _how_to_load(tuned, form))
     (folder / "README.md").write_text(card, "utf-8")
+
+
+def _begin_as_trained(tokenizer: Any) -> None:
+    """Let a tokenizer that does not do so put its begin token before a text, as samples were trained."""
+    if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        tokenizer.add_bos_token = True
 
 
 def _write_adapter(tuned: TunedTarget, folder: Path, tokenizer: Any) -> None:

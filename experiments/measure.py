@@ -23,6 +23,7 @@ from staff.errors import UserError
 from staff.evaluation.metrics import measure, named_metric
 from staff.evaluation.metrics.metric import Metric
 from staff.evaluation.stage import choices_of
+from staff.runtime.files import local_path
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def main() -> None:
         prog="staff-measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "results", type=Path, nargs="?", default=Path("results"), help="results folder (default: results)"
+        "results", type=local_path, nargs="?", default=Path("results"), help="results folder (default: results)"
     )
     parser.add_argument(
         "--metrics", nargs="+", required=True, help="names of metrics, or dotted paths of your own classes"

@@ -18,7 +18,6 @@ import argparse
 import logging
 import re
 import tempfile
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,13 +27,14 @@ import numpy as np
 import pandas as pd
 
 from experiments import command
-from experiments.configuration import within_groups
+from experiments.configuration import with_home, within_groups
 from experiments.dry_run import DryRun, DryRunStore, PlannedStage, dry_run, estimate, jobs_of, speed_of
 from experiments.report.seeds import checked_effect, sentences
 from experiments.schedule import wall_seconds
 from experiments.single import Run
 from experiments.sizes import ASSUMED, GPUS, line, speed_on
 from staff.errors import UserError
+from staff.runtime.files import local_path
 from staff.store.cost import Cost
 from staff.store.manifest import Artifact
 from staff.store.stage import Stage
@@ -176,7 +176,9 @@ def main() -> None:
     parser.add_argument(
         "--effect", type=float, help="print the number of seeds that detect a difference of this size"
     )
-    parser.add_argument("--measured", type=Path, help="results with variances for --effect (default: results_dir)")
+    parser.add_argument(
+        "--measured", type=local_path, help="results with variances for --effect (default: results_dir)"
+    )
     parser.add_argument("--config-dir", help="folder with your own configuration, as for staff")
     parser.add_argument("-m", "--multirun", action="store_true", help="no effect: allows pasting a sweep's command")
     asked = parser.parse_intermixed_args()
@@ -184,8 +186,7 @@ def main() -> None:
         raise UserError(f"--gpus={asked.gpus} must be at least 1.")
     effect = None if asked.effect is None else checked_effect(asked.effect)
     logging.getLogger("staff").setLevel(logging.WARNING)
-    warnings.simplefilter("ignore", FutureWarning)
-    planned = dry_run(within_groups(asked.overrides), asked.config_dir)
+    planned = dry_run(within_groups(with_home(asked.overrides)), asked.config_dir)
     seeds = [] if effect is None else [*sentences([*planned.compared.values()], effect, asked.measured)]
     speeds = calibrated(planned, asked.config_dir) if asked.calibrate else {}
     seconds = {known: seconds_of(stage, asked.gpu, speeds) for known, stage in planned.stages.items()}

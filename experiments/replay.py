@@ -10,15 +10,18 @@ import sys
 from pathlib import Path
 
 from experiments import command
+from staff.runtime.files import local_path
 from staff.tracking.mirror import log_to_wandb
 
 
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(prog="staff-replay", description=__doc__)
-    parser.add_argument("folders", type=Path, nargs="*", help="folders of runs (default: all under --results)")
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder with runs/ (default: results)"
+        "folders", type=local_path, nargs="*", help="folders of runs (default: all under --results)"
+    )
+    parser.add_argument(
+        "--results", type=local_path, default=Path("results"), help="folder with runs/ (default: results)"
     )
     arguments = parser.parse_args()
     folders = arguments.folders or sorted(arguments.results.glob("runs/*/"))

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -18,8 +17,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import reader_gone, sweep
-from experiments.configuration import CONF, check_size, within_groups
+from experiments import quiet, reader_gone, sweep
+from experiments.configuration import CONF, check_size, with_home, within_groups
 from staff.errors import UserError
 from staff.runtime import preemption, processes
 from staff.runtime.machine import settle_threads
@@ -134,10 +133,10 @@ def main() -> None:
     sweeping = {"-m", "--multirun"}
     if sweeping & set(sys.argv):  # Hydra takes it before the overrides alone
         sys.argv[1:] = ["--multirun", *(argument for argument in sys.argv[1:] if argument not in sweeping)]
-    _quiet()
+    quiet()
     preemption.listen()
     try:
-        sys.argv[1:] = within_groups(sys.argv[1:])
+        sys.argv[1:] = within_groups(with_home(sys.argv[1:]))
         processes.start()
         run_hydra()
         failed = sweep.end()
@@ -181,17 +180,6 @@ def _of_a_sweep(error: Exception) -> Exception:
             except Exception as fault:
                 return fault
     return error
-
-
-def _quiet() -> None:
-    """Silence other libraries on the terminal. Worker processes inherit the environment and the filters."""
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it asks the hub more than it needs
-    warnings.simplefilter("ignore", FutureWarning)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 if __name__ == "__main__":

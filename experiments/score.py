@@ -34,12 +34,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 
 from experiments import command
-from experiments.configuration import CONF, composed, search_path
+from experiments.configuration import CONF, composed, search_path, with_home
 from experiments.setup import Setup
 from experiments.single import Run
 from staff.errors import UserError, in_one_line
 from staff.pool import Pool
-from staff.runtime.files import csv_of
+from staff.runtime.files import csv_of, local_path
 from staff.runtime.machine import settle_threads
 from staff.scoring.signal import Signal
 from staff.signals import named_all
@@ -123,7 +123,7 @@ def score(overrides: Sequence[str], config_dir: str | None = None) -> Path:
     for name in ("signal", "of", "out"):
         if not own.get(name):
             raise UserError(f"{name}= is missing: write it as in staff-score {USAGE}.")
-    file, options = Path(str(own["out"])).expanduser(), own.get("options") or {}
+    file, options = local_path(str(own["out"])), own.get("options") or {}
     if file.suffix not in FORMATS:
         raise UserError(f"out={file} is none of {', '.join(FORMATS)}: name the table by one of them.")
     if not isinstance(options, dict):
@@ -168,7 +168,7 @@ def main() -> None:
     asked = parser.parse_intermixed_args()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("staff").setLevel(logging.INFO)
-    print(score(asked.overrides, asked.config_dir))
+    print(score(with_home(asked.overrides), asked.config_dir))
 
 
 if __name__ == "__main__":

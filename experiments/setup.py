@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,6 +15,7 @@ from staff.data.task import Task
 from staff.errors import UserError
 from staff.evaluation.generator import Generator
 from staff.models.family import Family
+from staff.runtime.files import local_path
 from staff.scoring.stage import ScoringSettings
 from staff.selection import SelectionMethod, budget_for, budget_of, check_flags, tokens_of
 from staff.tracking import mirror
@@ -27,8 +29,9 @@ def folder_of(config: DictConfig, name: str) -> Path:
         UserError: it names none.
     """
     if type(config[name]) not in (str, int) or not str(config[name]).strip():
-        raise UserError(f"{name}={config[name]!r} must name a folder.")
-    return Path(str(config[name]))
+        given = "null" if config[name] is None else repr(config[name])
+        raise UserError(f"{name}={given} must name a folder.")
+    return local_path(str(config[name]))
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,22 @@ class Size:
             UserError: it leaves no sample, or is beyond the pool.
         """
         return budget_of(self.method, self.rate, samples, self.samples)
+
+    def check_tokens(self, lengths: np.ndarray) -> None:
+        """Refuse a budget in tokens that a pool with samples of these lengths cannot have.
+
+        Raises:
+            UserError: it holds no sample, or is beyond the pool.
+        """
+        if self.tokens is None:
+            return
+        least, whole = int(lengths.min()), int(lengths.sum())
+        if self.tokens < least:
+            raise UserError(
+                f"budget_tokens={self.tokens} holds no sample: the shortest of the pool has {least} tokens."
+            )
+        if self.tokens > whole:
+            raise UserError(f"budget_tokens={self.tokens} is beyond the pool, which has {whole} tokens: lower it.")
 
 
 @dataclass(frozen=True)

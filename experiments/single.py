@@ -20,10 +20,9 @@ from experiments.setup import Setup
 from staff.data.samples import data_digest
 from staff.data.splits import load_splits
 from staff.data.tokens import TokenizedSamples
-from staff.errors import UserError
 from staff.evaluation.metrics import check_metrics
 from staff.models.prepare import prepare
-from staff.models.spec import check_quantization
+from staff.models.spec import ModelSpec, check_quantization
 from staff.models.state import ModelState
 from staff.pool import Pool, Select
 from staff.runtime import processes
@@ -248,19 +247,16 @@ class Run:
         """The fine-tuned target, or the raw one."""
         return ModelState(self.family.target, tuned)
 
+    @property
+    def models(self) -> list[ModelSpec]:
+        """The models that the run may load, each once."""
+        return list(dict.fromkeys((self.family.target, self.selecting.target, self.selecting.small)))
+
     def check_machine(self) -> None:
         """Refuse, before a model loads, what this machine cannot do, or what no coreset can be."""
-        if (tokens := self.size.tokens) is not None:
-            least, whole = int(self.pool.lengths.min()), int(self.pool.lengths.sum())
-            if tokens < least:
-                raise UserError(
-                    f"budget_tokens={tokens} holds no sample: the shortest of the pool has {least} tokens."
-                )
-            if tokens > whole:
-                raise UserError(f"budget_tokens={tokens} is beyond the pool, which has {whole} tokens: lower it.")
+        self.size.check_tokens(self.pool.lengths)
         self.settings.on_each_device(processes.world_size())
-        specs = (self.family.target, self.selecting.target, self.selecting.small)
-        for spec in {spec.local or spec.path: spec for spec in specs}.values():
+        for spec in self.models:
             spec.check_weights()
         if self.settings.quantization:
             check_quantization()

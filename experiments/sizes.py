@@ -52,6 +52,9 @@ class KnownShape(ModelSpec):
     def config(self) -> Any:
         return copy.deepcopy(_config(self.path))
 
+    def check_weights(self) -> None:
+        """Nothing: there are no weights."""
+
     def tokenizer(self) -> Any:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast

@@ -28,6 +28,7 @@ from staff.evaluation.floors import ChooseConstant, Floors
 from staff.evaluation.stage import Generate, Measure
 from staff.models.prepare import ConvertGguf
 from staff.pool import Select
+from staff.runtime.files import local_path
 from staff.scoring.stage import Score
 from staff.store.cost import failed_attempts
 from staff.store.manifest import check_contents, check_sizes, read_manifest
@@ -174,8 +175,8 @@ def _sum(found: Sequence[Entry]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("list", "verify", "prune"))
-    parser.add_argument("--results", type=Path, nargs="+", help="folders with runs (default: results)")
-    parser.add_argument("--store", type=Path, help="store (default: artifacts/ in the results folder)")
+    parser.add_argument("--results", type=local_path, nargs="+", help="folders with runs (default: results)")
+    parser.add_argument("--store", type=local_path, help="store (default: artifacts/ in the results folder)")
     parser.add_argument("--yes", action="store_true", help="with prune: remove what is listed")
     arguments = parser.parse_args()
     results = arguments.results or [arguments.store.resolve().parent if arguments.store else Path("results")]

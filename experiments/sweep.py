@@ -41,14 +41,14 @@ from experiments.configuration import params_left
 from hydra_plugins.staff_sweeper import in_cases
 from staff.errors import UserError, in_one_line
 from staff.runtime import processes
-from staff.runtime.files import storage_failure
+from staff.runtime.files import local_path, storage_failure
 from staff.store.manifest import digest
 
 FOLDER = "STAFF_SWEEP_FOLDER"
 _NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory"  # torch's word for it on a processor, a plain RuntimeError
 )
-_NO_FOLDER = re.compile(r"interpolation '\$\{(\w+_dir)\}': Incompatible value 'None'")
+_NO_FOLDER = re.compile(r"interpolation '\$\{(?:from_home:\$\{)?(\w+_dir)\}+': Incompatible value 'None'")
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*)'$", re.M)
 _UNEXPECTED = re.compile(r"call to target '([^']+)'.*unexpected keyword argument '(\w+)'.*full_key: (\S+)", re.S)
 _NOT_FOUND = re.compile(r"Error locating target '([^']+)'.*full_key: (\S+)", re.S)
@@ -66,7 +66,7 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if processes.launched():  # refused by the first job
             return
-        folder = Path(str(config.results_dir)).absolute()
+        folder = local_path(str(config.results_dir)).absolute()
         folder = folder / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         folder.mkdir(parents=True)
         jobs = expected_jobs(config)
@@ -190,7 +190,10 @@ def sentence_of(error: BaseException | None) -> str | None:
                 "options with --config-dir."
             )
         if isinstance(error, ConfigKeyError | ConfigAttributeError) and isinstance(error.parent_node, DictConfig):
-            return _unknown(str(error.full_key), [str(key) for key in error.parent_node])
+            key = str(error.full_key)
+            if key.rpartition(".")[2] in _fields(error.parent_node):
+                return f"{key} is a field that its YAML file leaves out: write +{key}=VALUE."
+            return _unknown(key, [str(key) for key in error.parent_node])
         if isinstance(error, InstantiationException) and (found := _UNEXPECTED.search(str(error))):
             target, field, node = found.groups()
             return _unknown(f"{node}.{field}", list(inspect.signature(get_object(target)).parameters))
@@ -243,6 +246,16 @@ def quoted(key: str, value: str) -> str:
     plain = not re.search(r"""["$`\\!]""", value)  # to the shell, in double quotes
     override = f"{key}={QuotedString(value, Quote.single if plain else Quote.double).with_quotes()}"
     return f'"{override}"' if plain and "\\" not in override else shlex.quote(override)
+
+
+def _fields(node: DictConfig) -> list[str]:
+    """The fields of the class that a part of the configuration names."""
+    if "_target_" not in node:
+        return []
+    try:
+        return list(inspect.signature(get_object(node._target_)).parameters)
+    except Exception:  # whatever importing a file may raise
+        return []
 
 
 def _unknown(key: str, known: list[str]) -> str:

@@ -97,6 +97,7 @@ LAYOUTS = {
             ("problem", "solution"),
         )
     },
+    "Alpaca with names in capitals": ({" Instruction": "2 + 2?", "Output": "It is 4."}, (ASKED, SAID)),
     "Dolly with a context": (
         {"instruction": "Add.", "context": "2, 2", "response": "It is 4."},
         (("user", "Add.\n\n2, 2"), SAID),
@@ -125,6 +126,12 @@ def test_a_conversation_is_recognised_by_its_columns(tmp_path: Path, kind: str):
 def test_a_prompt_and_an_answer_are_recognised_too(tmp_path: Path, row: dict[str, Any], prompt: str, answer: str):
     (sample,) = load(tmp_path, row)
     assert (sample.prompt, sample.answer, sample.turns) == (prompt, answer, ())
+
+
+def test_settings_name_columns_as_the_file_has_them_whatever_their_case(tmp_path: Path):
+    row = {"Question": "2 + 2?", "Answer": "It is 4.", "ID": 7, "Context": "sums"}
+    (sample,) = load(tmp_path, row, id_field="ID", group_field="Context")
+    assert (sample.id, sample.group, sample.turns) == ("7", "sums", (ASKED, SAID))
 
 
 def test_the_layout_is_told_in_one_line_and_templates_override_it(tmp_path: Path, caplog):
@@ -162,6 +169,10 @@ def test_the_layout_is_told_in_one_line_and_templates_override_it(tmp_path: Path
         (
             {"prompt": "x", "completion": "y", "label": False},
             "field 'label' calls the completion a bad one; remove",
+        ),
+        (
+            {"prompt": messages(ASKED), "chosen": messages(SAID), "rejected": messages(SAID)},
+            "a pair of a chosen and a rejected answer, which is not trained as such: keep the field",
         ),
         (
             {"messages": "[{'role': 'user'}]"},

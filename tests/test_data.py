@@ -15,6 +15,7 @@ from support.servers import ROWS as HUB_ROWS
 from staff.data.samples import Sample
 from staff.data.splits import DataView, fitting
 from staff.data.task import Task
+from staff.data.templates import check_template
 from staff.data.tokens import TokenizedSamples, Tokens, read_tokens, tokenize
 from staff.errors import UserError
 from staff.models.spec import ModelSpec
@@ -257,6 +258,17 @@ def test_a_jinja_template_has_optional_parts_and_keeps_its_white_space(tmp_path:
     task = replace(TEMPLATED, data_dir=str(tmp_path), prompt=OPTIONAL, answer="{{ answer }}")
     prompts = [sample.prompt for sample in task.load("train")]
     assert prompts == ["Add.\n\n1, 2\n", "Add.\n", "Add.\n", "Add.\n"]
+
+
+def test_a_line_break_that_a_shell_left_as_two_letters_is_told_of(caplog):
+    for template in ("a\n{b}", r"\nabla {b}", r'{{ "\n".join(b) }}'):
+        check_template(template, "task.prompt")
+    assert not caplog.records
+    for template in (r"Q: {b}\nA:", r"{% if b %}\n{% endif %}{{ b }}"):
+        check_template(template, "task.answer")
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "task.answer has a backslash and a letter, which is no line break"
+    ] * 2
 
 
 @pytest.mark.parametrize(

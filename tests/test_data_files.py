@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import importlib.util
 import json
 import lzma
 from collections.abc import Callable
@@ -109,13 +110,21 @@ def test_every_format_gives_the_same_samples(tmp_path: Path, kind: str):
     assert [(sample.prompt, sample.answer) for sample in samples] == EXPECTED
 
 
-def test_zstandard_of_several_frames_is_read_whole(tmp_path: Path):
+def test_zstandard_of_several_frames_is_read_whole(tmp_path: Path, monkeypatch):
     import pyarrow as pa
 
     frames = [pa.compress(lines([row]), codec="zstd", asbytes=True) for row in ROWS]
     (tmp_path / "train.jsonl.zst").write_bytes(b"".join(frames))
     samples = replace(TASK, data_dir=str(tmp_path)).load("train")
     assert [(sample.prompt, sample.answer) for sample in samples] == EXPECTED
+    # The library that reads data sets of the hub needs a package.
+    hub = replace(TASK, data_dir=None, hub=str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    if importlib.util.find_spec("zstandard") is None:
+        with pytest.raises(UserError, match=r"has files that end with \.zst: pip install zstandard\.$"):
+            hub.load("train")
+    else:
+        assert [(sample.prompt, sample.answer) for sample in hub.load("train")] == EXPECTED
 
 
 @pytest.mark.parametrize("hub", ["saved", "folder"])
@@ -241,7 +250,7 @@ def test_a_file_for_a_folder_a_split_that_is_not_there_and_no_data_are_refused(t
             r"row 1: 3 value.s., .* names 2 column",
         ),
         ("train.csv", b"question,answer,answer\na,b,c\n", r"train.csv: the column 'answer' comes twice; rename"),
-        ("train.csv", b"question, answer\na,b\n", r"no field 'answer' .*; it has ' answer', question"),
+        ("train.csv", b"question,x, answer\na,b,c\n", r"no field 'answer' .*; it has ' answer', question"),
         ("train.csv", b"question,answer\n", r"the train split is empty"),
         ("train.csv", b"", r"the train split is empty"),
         ("train.csv", b'question,answer\n"a,b\nc,d\n', r"train.csv, near line 3: a stray quote \(unexpected end"),
@@ -279,6 +288,13 @@ def test_a_separator_that_is_no_comma_is_told_of(tmp_path: Path, caplog):
     (sample,) = replace(TASK, data_dir=str(tmp_path)).load("train")
     assert "a\n;b" in sample.prompt and sample.answer == " c,d"
     assert "train.csv: the columns are separated by ';'" in caplog.text
+
+
+@pytest.mark.parametrize("table", ['sep=|\nquestion|answer\na, b|"c|d"', 'question, answer\n"a, b", "c|d"'])
+def test_a_spreadsheets_first_line_and_a_space_behind_every_separator_are_no_text(tmp_path: Path, table: str):
+    (tmp_path / "train.csv").write_text(table)
+    (sample,) = replace(TASK, data_dir=str(tmp_path)).load("train")
+    assert (sample.prompt, sample.answer) == ("Q: a, b\nA:", " c|d")
 
 
 def test_a_bad_row_of_a_table_is_named_by_row_and_field(tmp_path: Path):

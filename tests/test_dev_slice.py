@@ -184,11 +184,16 @@ def test_near_duplicates_differ_in_a_word_and_what_the_template_says_is_no_liken
     other = [*WORDS[:30], "changed", *WORDS[31:]]
     apart = [[f"{letter}{number}" for number in range(80)] for letter in "abcdef"]
     pool = [sample(asked(words)) for words in (WORDS, *apart, other)]
-    found = duplicates(pool, [sample(asked([*apart[0], "more"]))])
+    long = " ".join(f"own{number}" for number in range(80))
+    pool += [sample(asked(["joke", letter]), f" {long}") for letter in "xy"]
+    chinese = "".join(chr(0x4E00 + 7 * number) for number in range(120))
+    pool += [sample(asked([chinese])), sample(asked([chinese.replace(chinese[30], "一")]), " y")]
+    held_out = [sample(asked([*apart[0], "more"])), sample(asked([*apart[1], "more"]), f" other {long[::-1]}")]
+    found = duplicates(pool, held_out)
     assert found.repeated.tolist() == [] and found.held_out.tolist() == []
-    assert found.near_repeated is not None and found.near_repeated.tolist() == [7]
-    assert found.near_held_out is not None and found.near_held_out.tolist() == [1]
-    assert found.to_drop("exact").tolist() == [] and found.to_drop("near").tolist() == [1, 7]
+    assert found.near_repeated is not None and found.near_repeated.tolist() == [7, 9, 11]
+    assert found.near_held_out is not None and found.near_held_out.tolist() == [1, 2], "by prompt or as a whole"
+    assert found.to_drop("exact").tolist() == [] and found.to_drop("near").tolist() == [1, 2, 7, 9, 11]
 
 
 @pytest.mark.skipif(NEAR, reason="datasketch is installed")

@@ -10,13 +10,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SMALL
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from experiments.configuration import check_size
+from experiments.dry_run import dry_run
 from experiments.figures import strength
 from experiments.sweep import jobs_of
 from hydra_plugins.staff_sweeper import CasesSweeper
@@ -245,8 +246,9 @@ def test_a_budget_in_tokens_is_not_exceeded_and_recorded(run):
 )
 def test_a_budget_in_tokens_that_cannot_be_is_refused_before_a_model_loads(run, monkeypatch, overrides, sentence):
     monkeypatch.setattr(ModelSpec, "load", lambda self: pytest.fail("a model was loaded"))
-    with pytest.raises(UserError, match=sentence):
-        run("method=el2n", *overrides)
+    for how in (run, lambda *job: dry_run([*SMALL[:-1], "tracking=none", *job])):
+        with pytest.raises(UserError, match=sentence):
+            how("method=el2n", *overrides)
 
 
 def test_a_job_sets_the_size_of_its_coreset_once():

@@ -109,13 +109,18 @@ def test_what_cannot_be_handed_on_of_a_model_is_one_sentence(run, results: Path,
 
 
 def test_all_weights_are_exported_as_they_are(run, tmp_path: Path):
-    folder = run("method=random", "finetune=full", "task.test_limit=1")["folder"]
+    recorded = run("method=random", "finetune=full", "task.test_limit=1")
+    folder = recorded["folder"]
     with pytest.raises(UserError, match=r"finetune.kind=full .* leaves no adapter: choose --format merged"):
         export(folder, "adapter", tmp_path / "out")
     made = ModelSpec(str(export(folder, "merged", tmp_path / "out"))).load().state_dict()
     (trained,) = folder.parents[1].glob("artifacts/finetune/*/model.safetensors")
     for name, weights in ModelSpec(str(trained.parent)).load().state_dict().items():
         assert torch.equal(made[name], weights)
+    (sample, *_) = Task(**{k: v for k, v in recorded["config"]["task"].items() if k != "_target_"}).load("test")
+    (read,) = tokenize([sample], TARGET.tokenizer(), "plain").prompts()
+    tokenizer = ModelSpec(str(tmp_path / "out")).tokenizer()
+    assert tokenizer(sample.prompt)["input_ids"] == list(read), "the begin token is there, as in training"
 
 
 # ---------------------------------------------------------------- the hub

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from staff.runtime import processes
 from staff.store.stage import TrainingLogged
 from staff.tracking import write_record
 from staff.tracking.mirror import About, check, log_to_wandb
+from staff.tracking.pages import last_step
 
 RECORD = {
     "run": {
@@ -114,9 +116,15 @@ def test_a_killed_run_keeps_what_it_showed_and_its_page_goes_on(tmp_path):
     assert killed["exit"] is None, "W&B calls a page crashed that nothing ends"
     assert killed["summary"]["status"] == "running" and stages_of(killed) == [("fine-tune", "started")]
     assert killed["curves"]["finetune/small/loss"] == [1.0, 1 / 2, 1 / 3]
+    points = [("fine-tune small on 4 samples", "finetune/small", step, 1.0 / step) for step in range(1, 6)]
+    points += [("fine-tune target on 2 samples", "finetune/target", 1, 2.0)]
+    table = pd.DataFrame(points, columns=["training", "curve", "step", "loss"])
+    table.to_csv(tmp_path / "training.csv", index=False)
     assert log_run(tmp_path)
     _, again = pages(tmp_path)
     assert again["run_id"] == killed["run_id"] and again["exit"] == 0
+    assert again["curves"]["finetune/small/step"] == [4, 5], "the others are in the first file"
+    assert again["curves"]["finetune/target/step"] == [1]
 
 
 # ---------------------------------------------------------------- errors of W&B
@@ -144,13 +152,20 @@ def test_only_the_main_process_has_a_page(tmp_path, monkeypatch):
 
 
 def test_a_page_that_goes_on_shows_no_point_of_a_curve_twice(tmp_path):
-    page = Mirror()
-    page.open(about(tmp_path), "offline")
-    page._page.summary["finetune/small/step"] = 2  # as a server gives it back
-    for step in (1, 2, 3, 3, 4):
-        page.point("finetune/small", step, {"loss": float(step)})
-    page.fail("enough.")
-    assert read_offline_run(tmp_path)["curves"]["finetune/small/loss"] == [3.0, 4.0]
+    for steps in ((1, 2), (1, 2, 3, 3, 4), (5,), (4, 5, 6)):
+        page = Mirror()
+        page.open(about(tmp_path), "offline")
+        for step in steps:
+            page.point("finetune/small", step, {"loss": float(step)})
+        (file,) = Path(page._page.sync_dir).glob("*.wandb")
+        page.fail("enough.")
+        if steps == (5,):  # as if it had been killed before W&B wrote its points
+            wandb.teardown()  # waits until the service has written all
+            os.utime(file, (0, 0))
+    attempts = [attempt["curves"]["finetune/small/loss"] for attempt in pages(tmp_path)]
+    assert sorted(attempts) == [[1.0, 2.0], [3.0, 4.0], [5.0], [5.0, 6.0]], "attempts of one second are in no order"
+    online = SimpleNamespace(offline=False, summary={"finetune/small/step": 2})
+    assert last_step(online, "finetune/small") == 2 and last_step(online, "finetune/target") == 0
 
 
 def about(folder: Path) -> About:

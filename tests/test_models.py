@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny import TINY, config_of, pool_of_sums
 from transformers import AutoModelForCausalLM
 
+from experiments.dry_run import dry_run
 from staff.errors import UserError
 from staff.models.adapters import LoraSpec, fresh_lora, replace_lora
 from staff.models.depth import DepthPruning, keep_blocks
@@ -310,6 +311,9 @@ def test_a_broken_target_is_refused_before_the_small_model_is_fine_tuned(run, tm
         run("method=staff", f"family.target.path={target}")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "results/artifacts/finetune").exists()
+    with pytest.raises(UserError) as planned:
+        dry_run(["task.train_limit=24", "tracking=none", "pruning_rate=0.5", f"family.target.path={target}"])
+    assert str(planned.value) == str(refused.value)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen3_moe"])

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.processes import here
 
+from experiments.configuration import with_home
 from experiments.run import main
 from experiments.sweep import quoted, sentence_of
 from staff.errors import UserError
@@ -226,8 +227,8 @@ def test_full_fine_tuning_is_scored_through_a_fresh_adapter(shared):
         ),
         ("family.small.path=null", "family path=None must be text"),
         ("task.data_dir=5", "task.data_dir=5 must name a folder"),
-        ("store_dir=null", "store_dir=None must name a folder"),
-        ("results_dir=null", "results_dir=None must name a folder"),
+        ("store_dir=null", "store_dir=null must name a folder"),
+        ("results_dir=null", "results_dir=null must name a folder"),
         ("family.target.path=/nowhere", "family path=/nowhere is not a folder"),
         ("method=staff_official method.drop_hardest=0.9", "a budget of 6 samples cannot be met: 3 are eligible"),
     ],
@@ -258,6 +259,7 @@ def staff(*arguments: str) -> subprocess.CompletedProcess:
         ("method.regons=3", "method.regons is not a setting (did you mean num_regions?): choose from budget_rule"),
         ("+method.foo=1", "method.foo is not a setting: choose from budget_rule"),
         ("+family.target.pth=x", "family.target.pth is not a setting (did you mean path?): choose from"),
+        ("family.small.sharded=1", "family.small.sharded is a field that its YAML file leaves out: write +family"),
         ("method._target_=mine.X", "method._target_=mine.X cannot be imported (No module named 'mine'): name"),
         ("method=null", "a group takes the name of one of its options, such as method=staff"),
         ("pruning_rate=most", "pruning_rate='most' is not a number"),
@@ -279,6 +281,15 @@ def test_a_quoted_override_gives_its_text_through_the_shell_and_hydra(text: str)
     (argument,) = shlex.split(quoted("task.prompt", text))
     value = OverridesParser.create().parse_override(argument).value()
     assert value == (text.strip("\"'") if text[0] in "'\"" else text), "quotes that do not pair are left out"
+
+
+def test_a_path_from_the_home_folder_needs_no_quotes_and_results_lie_there(run, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = ["~hydra.x", "task.train_file=[~/a.jsonl,~/b.jsonl]", "task.data_dir=~/a b", "task.prompt='~/x,~/y'"]
+    read = ["~hydra.x", f"task.train_file=[{tmp_path}/a.jsonl,{tmp_path}/b.jsonl]", f"task.data_dir={tmp_path}/a b"]
+    assert with_home(given) == [*read, given[-1]]
+    folder = run("method=random", "evaluation=none", "results_dir='~/mine'")["folder"]
+    assert folder.parent == tmp_path / "mine/runs" and (tmp_path / "mine/artifacts").is_dir()
 
 
 @pytest.mark.parametrize(

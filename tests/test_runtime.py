@@ -10,9 +10,11 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -76,6 +78,19 @@ def test_a_terminal_shows_no_bar_without_a_name_and_no_dictionary(run, monkeypat
     }
     assert any(re.search(r"fine-tuning target.* 1/1 \[\d\d:\d\d<\d\d:\d\d", bar) for bar in bars), "the time to go"
     assert "{'loss'" not in shown + capsys.readouterr().out
+
+
+def test_libraries_draw_no_bar_into_a_file(monkeypatch):
+    """They read these variables when they are imported, for which a command waits."""
+    bars = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    for terminal in (False, True):
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)  # noqa: B023 - called in this round
+        with patch.dict(os.environ), warnings.catch_warnings():
+            for name in bars:
+                os.environ.pop(name, None)
+            experiments.quiet()
+            assert [os.environ.get(name) for name in bars] == [None if terminal else "1"] * 2
 
 
 def test_a_log_line_is_written_above_a_bar(monkeypatch):

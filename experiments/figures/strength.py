@@ -15,6 +15,7 @@ from experiments import command
 from experiments.recorded import recorded_runs
 from experiments.report.rendering import Drawn, figure_of, save, shown_as, styled
 from staff.errors import UserError
+from staff.runtime.files import local_path
 
 SETTINGS = ("wrong", "repeats", "near", "rarity", "lengths", "size")
 
@@ -80,7 +81,7 @@ def draw(found: pd.DataFrame, setting: str, file: Path, made_by: str) -> Drawn:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.figures.strength", description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="default: results")
+    parser.add_argument("--results", type=local_path, default=Path("results"), help="default: results")
     parser.add_argument("--setting", choices=SETTINGS, default="wrong", help="of the planted task; default: wrong")
     parser.add_argument("--rate", type=float, default=0.9, help="pruning rate; default: 0.9")
     asked = parser.parse_args()

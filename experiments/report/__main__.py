@@ -20,6 +20,7 @@ from experiments.report.settings import varying_columns
 from experiments.report.supplementary import similarity
 from experiments.report.verdicts import DEFAULT, Question
 from staff.errors import UserError
+from staff.runtime.files import local_path
 
 PAPER = Path(__file__).resolve().parent / "table1.csv"
 
@@ -138,7 +139,10 @@ def unfinished(results: Path) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="staff-report", description=__doc__)
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder with runs/ or packed runs (default: results)"
+        "--results",
+        type=local_path,
+        default=Path("results"),
+        help="folder with runs/ or packed runs (default: results)",
     )
     parser.add_argument(
         "--contrasts",
@@ -166,11 +170,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--browse",
-        type=Path,
+        type=local_path,
         metavar="RUN",
         help="write a page with all samples of a run, selected or not; RUN is a name in RESULTS/runs or a folder",
     )
-    parser.add_argument("--output", type=Path, help="file for --browse (default: RUN/browse.html)")
+    parser.add_argument("--output", type=local_path, help="file for --browse (default: RUN/browse.html)")
     return parser
 
 

@@ -26,6 +26,7 @@ from staff.data import Task
 from staff.errors import UserError
 from staff.evaluation.floors import Specificity, best_constant, specificity, typical_count
 from staff.evaluation.metrics import named_metric
+from staff.runtime.files import local_path
 
 COMMAND = "staff-floors"
 
@@ -179,9 +180,14 @@ def _difference(found: Difference | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder with runs/ or packed runs (default: results)"
+        "--results",
+        type=local_path,
+        default=Path("results"),
+        help="folder with runs/ or packed runs (default: results)",
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder with a folder of JSON Lines for each task")
+    parser.add_argument(
+        "--data", type=local_path, required=True, help="folder with a folder of JSON Lines for each task"
+    )
     parser.add_argument("--rate", type=float, default=0.9, help="pruning rate (default: 0.9)")
     parser.add_argument("--metric", help="metric (default: the first of each task)")
     arguments = parser.parse_args()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -121,11 +122,13 @@ def _near(pool: Sequence[Sample], held_out: Sequence[Sample], known: set[int]) -
     start = _alike_at_start(prompts)
     end = _alike_at_start([prompt[start:][::-1] for prompt in prompts])
 
-    def signature(sample: Sample) -> Any:
-        return _signature(sample.prompt[start : len(sample.prompt) - end] + " " + sample.answer)
+    def signatures(sample: Sample) -> tuple[Any, Any]:
+        return _signatures(sample.prompt[start : len(sample.prompt) - end], sample.answer)
 
     apart, index = (MinHashLSH(threshold=SIMILAR, num_perm=PERMUTATIONS) for _ in range(2))
-    hidden = {str(at): signature(sample) for at, sample in enumerate(held_out)}
+    hidden: dict[str, Any] = {}
+    for at, sample in enumerate(held_out):
+        hidden |= {f"{at} {part}": signed for part, signed in enumerate(signatures(sample))}
     for name, signed in hidden.items():
         apart.insert(name, signed)
     seen: dict[str, Any] = {}
@@ -133,8 +136,8 @@ def _near(pool: Sequence[Sample], held_out: Sequence[Sample], known: set[int]) -
     for at, sample in enumerate(pool):
         if at in known:
             continue
-        signed = signature(sample)
-        if _alike(signed, hidden, map(str, apart.query(signed))):
+        asked, signed = signatures(sample)
+        if any(_alike(part, hidden, map(str, apart.query(part))) for part in (asked, signed)):
             exposed.append(at)
         if _alike(signed, seen, map(str, index.query(signed))):
             repeated.append(at)
@@ -151,12 +154,27 @@ def _alike_at_start(texts: Sequence[str]) -> int:
     return 0 if low == high else next((at for at, (one, other) in pairs if one != other), len(low))
 
 
-def _signature(text: str) -> Any:
-    words = normalised(text).split()
-    runs = {" ".join(words[at : at + WORDS]) for at in range(max(1, len(words) - WORDS + 1))}
-    signed = _empty().copy()
-    signed.update_batch([run.encode() for run in runs])
-    return signed
+def _signatures(prompt: str, answer: str) -> tuple[Any, Any]:
+    """Of a prompt, and of prompt and answer together."""
+    asked, whole = _words(prompt), _words(f"{prompt} {answer}")
+    of_prompt = _empty().copy()
+    of_prompt.update_batch(_runs(asked))
+    of_both = of_prompt.copy()
+    of_both.update_batch(_runs(whole[max(0, len(asked) - WORDS + 1) :]))
+    return of_prompt, of_both
+
+
+def _runs(words: list[str]) -> list[bytes]:
+    return [" ".join(words[at : at + WORDS]).encode() for at in range(max(1, len(words) - WORDS + 1))]
+
+
+WITHOUT_SPACES = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+"""Letters of scripts that put no space between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+
+
+def _words(text: str) -> list[str]:
+    """Words; of scripts without spaces, letters."""
+    return re.sub(f"({WITHOUT_SPACES})", r" \1 ", normalised(text)).split()
 
 
 @cache

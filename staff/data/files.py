@@ -6,6 +6,7 @@ The hub's files are fetched into its local cache and read from there, so that `d
 from __future__ import annotations
 
 import glob
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,6 +219,8 @@ def _readable_hub(name: str, split: str) -> Iterator[None]:
                 f"task.hub={name} has no split {split!r}, but {known}: name one, or a part of one such as "
                 f"'train[90%:]', by task.train_split and task.test_split. Without a test split, {ELSEWHERE}."
             ) from error
+        if "zst" in said and importlib.util.find_spec("zstandard") is None:
+            raise UserError(f"task.hub={name} has files that end with .zst: pip install zstandard.") from None
         raise UserError(
             f"task.hub={name} ({split}) could not be read ({type(error).__name__}: {said}): check task.hub_config "
             "and the splits, or give task.data_dir=FOLDER with train.jsonl and test.jsonl instead."

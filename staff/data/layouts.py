@@ -44,6 +44,7 @@ class Layout(NamedTuple):
         reads: fields that it reads beside those that it is known by.
         templates: of the prompt and of the answer; None where the rows hold conversations.
         turns: the conversation in a row (row, place for messages, whether every answer is trained).
+        folds: whether the columns have its names in another case, or with white space around them.
     """
 
     name: str
@@ -51,11 +52,17 @@ class Layout(NamedTuple):
     reads: Sequence[str] = ()
     templates: tuple[str, str] | None = None
     turns: Callable[[Row, str, bool], Turns] | None = None
+    folds: bool = False
+
+    def named(self, row: Row) -> Row:
+        """The row with the names of its columns as the layout has them."""
+        return _folded(row) if self.folds else row
 
     def check(self, row: Row, where: str, known: Sequence[str | None] = ()) -> None:
         """Refuse a row with a part of the prompt in a field that is not read; `known` are read for other ends."""
+        read = {*self.reads, *(str(name).lower() for name in known)}
         for field in BESIDE:
-            if field not in (*self.reads, *known) and is_filled(row.get(field)):
+            if field not in read and is_filled(row.get(field)):
                 raise UserError(
                     f"{where}: field {field!r} is filled, but the layout {self.name!r} does not read it: set "
                     "task.prompt and task.answer to templates, or remove the field."
@@ -73,6 +80,14 @@ def layout_of(row: Row, where: str) -> Layout:
     for layout in LAYOUTS:
         if layout.fits(row):
             return layout
+    for layout in LAYOUTS:
+        if layout.fits(_folded(row)):
+            return layout._replace(folds=True)
+    if "chosen" in row and "rejected" in row:
+        raise UserError(
+            f"{where}: a pair of a chosen and a rejected answer, which is not trained as such: keep the field with "
+            "the chosen one under the name completion, or messages where it holds the prompt too."
+        )
     if len(row) == 1:
         raise UserError(
             f"{where}: the row has the field {has(row)} alone, but a sample is a prompt and its answer: write them "
@@ -83,6 +98,11 @@ def layout_of(row: Row, where: str) -> Layout:
         f"{where}: task.prompt and task.answer are null, and the fields {has(row)} are of no known layout: set "
         f"both to templates of fields, such as '{{{first}}}', or name the fields as one of: {known}."
     )
+
+
+def _folded(row: Row) -> Row:
+    named = {name.strip().lower() if isinstance(name, str) else name: value for name, value in row.items()}
+    return named if len(named) == len(row) else row
 
 
 def is_filled(value: Any) -> bool:

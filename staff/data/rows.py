@@ -192,17 +192,21 @@ def _object(row: Any, where: str, wanted: str) -> Mapping[str, Any]:
 def _read_csv(path: Path) -> Rows:
     """The rows of a CSV or TSV file with a header ("file, row n"), every value as the text that the file has.
 
+    A space behind every separator of the header belongs to no text.
+
     Raises:
         UserError: a row with another number of values than the header, a column that comes twice, a stray quote.
     """
     csv.field_size_limit(2**31 - 1)
     with _opened(path) as file:
         lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
-        header: list[str] = []
         try:
             start = next((line for line in lines if line.strip()), "")
-            mark = _separator(path, start)
-            reader = csv.reader(chain([start], lines), delimiter=mark, strict=True)
+            if told := re.fullmatch(r'"?sep=(.)"?\s*', start):  # as spreadsheets begin a file
+                start = next(lines, "")
+            mark = told[1] if told else _separator(path, start)
+            spaced = start.count(mark) == start.count(f"{mark} ") > 0
+            reader = csv.reader(chain([start], lines), delimiter=mark, strict=True, skipinitialspace=spaced)
             header = next(reader, [])
             if twice := [name for name in header if name and header.count(name) > 1]:
                 raise UserError(f"{path}: the column {twice[0]!r} comes twice; rename one of them.")
@@ -222,9 +226,7 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _separator(path: Path, header: str) -> str:
-    """What separates the columns: a comma, or where the header has none, a semicolon, tab or bar as spreadsheets
-    write; a tab in a TSV file.
-    """
+    """What separates the columns: a comma, or a semicolon, tab or bar where the header has none; in TSV a tab."""
     if format_of(path) == "TSV":
         return "\t"
     bare = re.sub(r'"[^"]*"', "", header)
@@ -291,8 +293,6 @@ def readable(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"{path}: not UTF-8; convert the file to UTF-8.") from None
     except Exception as error:
         said = " ".join(str(error).split()) or "no message"
-        if "zstandard" in said:
-            raise UserError(f"{path}: this format needs a package for .zst: pip install zstandard.") from None
         raise UserError(
             f"{path}: cannot be read as {what} ({type(error).__name__}: {shortened(said)}); fix the file."
         ) from error

@@ -248,15 +248,17 @@ class Task:
     def _sample(self, row: Mapping[str, Any], where: str, split: str, layout: Layout | None) -> Sample:
         turns: Turns = ()
         references: tuple[str, ...] = ()
+        named = row
         if split == "test" and self.references:
             references = texts_of(row, self.references, where, "task.references")
         if layout is not None:
-            layout.check(row, where, (self.id_field, self.group_field, self.choices_field, *self.references))
+            named = layout.named(row)
+            layout.check(named, where, (self.id_field, self.group_field, self.choices_field, *self.references))
         if layout is not None and layout.turns is not None:
-            turns = layout.turns(row, where, self.loss_on == "all")
+            turns = layout.turns(named, where, self.loss_on == "all")
             prompt, answer = plain_text(turns)
         else:
-            prompt, answer = self._texts(row, where, layout, references)
+            prompt, answer = self._texts(named, where, layout, references)
         id = id_of(row, self.id_field, where) if self.id_field else content_id(prompt, answer)
         group = field_of(row, self.group_field, where, "task.group_field") if self.group_field else None
         asked = split == "test" or self.evaluate_on == "dev"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from string import Formatter
 from typing import Any
 
 from staff.errors import UserError, in_one_line
+
+log = logging.getLogger(__name__)
 
 
 def lookup(row: Mapping[str, Any], path: Sequence[str], where: str, setting: str) -> Any:
@@ -180,10 +183,19 @@ def _finalized(value: Any) -> Any:
 
 def check_template(template: str, setting: str) -> None:
     """Refuse a text that is no template, before any row is read."""
+    _tell_of_escapes(template, setting)
     if is_jinja(template):
         _compiled(template, setting)
     else:
         _parsed(template, setting)
+
+
+@cache
+def _tell_of_escapes(template: str, setting: str) -> None:
+    """Warn of a line break that is spelt, as a shell's quotes leave it. Jinja reads those within its braces."""
+    if re.search(r"\\[nt](?![a-z])", re.sub(r"\{[{%].*?[%}]\}", "", template, flags=re.S)):
+        how = f"""in bash write $'{setting}="...\\n..."', or use a YAML file"""
+        log.warning("%s has a backslash and a letter, which is no line break: %s", setting, how)
 
 
 def _spelt(path: Sequence[str]) -> str:

@@ -190,7 +190,7 @@ class ModelSpec:
         check_config(self.path, self.config())
 
     def check_weights(self) -> None:
-        """Refuse weights on this machine that cannot be read or do not fit the model, without reading them."""
+        """Refuse weights on this machine that cannot be read or do not fit the model, by their files' headers."""
 
         def check(folder: str) -> None:
             files = [Path(folder) / name for name in weight_files(Path(folder))]
@@ -198,7 +198,7 @@ class ModelSpec:
                 with naming_bars_of_transformers(f"checking {self.name}"):
                     check_weights(folder, self.shapes())
 
-        if self.local is None or self.local.is_dir():
+        if self.prepared is None and (self.local is None or self.local.is_dir()):
             self._from_pretrained(check)
 
     def weights(self, **options: Any) -> Any:

@@ -104,7 +104,7 @@ class Mirror:
         self._running: list[Stage] = []
         self._ended: set[str] = set()
         self._shown: dict[str, int] = {}
-        """The last step that is shown, by curve."""
+        """The last step that is shown, by curve, in earlier attempts too."""
         self._lines = _Lines(self)
 
     def open(self, about: About, mode: str, fall_back: bool = True) -> None:
@@ -156,13 +156,13 @@ class Mirror:
             return
         with self._tolerantly():
             if curve not in self._shown:
-                # A page that goes on has a summary, with the last step of every curve.
-                self._shown[curve] = self._page.summary.get(f"{curve}/step", 0)
+                self._shown[curve] = pages.last_step(self._page, curve)
                 self._page.define_metric(f"{curve}/*", step_metric=f"{curve}/step")
             if step > self._shown[curve]:
                 self._shown[curve] = step
                 kept = {f"{curve}/{name}": values[name] for name in KEPT if name in values}
                 self._page.log({**kept, f"{curve}/step": step})
+                pages.note_step(self._page, curve, step)
 
     def line(self, text: str) -> None:
         """Show a line of the run's log."""

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ from staff.runtime import processes
 
 log = logging.getLogger(__name__)
 
+STEPS = "steps.txt"
+"""In the local folder of an attempt: a line for every point of a curve, with its time, step and name."""
 LONGEST = 200
 """Characters of what an error of W&B says."""
 
@@ -88,6 +91,29 @@ def _logged_in() -> bool:
 
     host = wandb.setup().settings.base_url
     return wbauth.authenticate_session(host=host, source="staff", prompt=False, update_session=False) is not None
+
+
+def note_step(page: Any, curve: str, step: int) -> None:
+    """Note, beside what W&B writes on this machine, that a page shows a curve up to this step."""
+    with open(Path(page.sync_dir) / STEPS, "a", encoding="utf-8") as noted:
+        noted.write(f"{time.time():.3f} {step} {curve}\n")
+
+
+def last_step(page: Any, curve: str) -> int:
+    """The last step of a curve that earlier attempts of the run have shown; 0: none.
+
+    A page that goes on online has a summary with it. One offline has only the notes of earlier attempts. A killed
+    attempt may have lost what it noted after W&B last wrote its file.
+    """
+    if not page.offline:
+        return page.summary.get(f"{curve}/step", 0)
+    last = 0
+    for notes in Path(page.sync_dir).parent.glob(f"*run-*-{page.id}*/{STEPS}"):
+        written = max((file.stat().st_mtime for file in notes.parent.glob("*.wandb")), default=0.0)
+        for noted, step, of in (line.split(" ", 2) for line in notes.read_text(encoding="utf-8").splitlines()):
+            if of == curve and float(noted) < written + 0.01:  # the times of files are that coarse
+                last = max(last, int(step))
+    return last
 
 
 def curves(training: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
