@@ -290,6 +290,14 @@ def test_a_metric_that_cannot_read_the_references_script_is_refused_with_one_tha
     assert measure([named_metric(instead)], [text], [(text,)])[0][instead] == pytest.approx(100)
 
 
+@pytest.mark.parametrize(("metric", "text"), [("rougeL", "٣ ٤"), ("rouge1_char", "🙂"), ("rougeL_intl", "{} + []")])
+def test_a_metric_of_words_is_refused_for_references_without_any(metric: str, text: str):
+    samples = [Sample(f"{i}", "?", "x", ("a word",)) for i in range(8)] + [Sample("b7", "?", "x", (text,))]
+    with pytest.raises(UserError, match=r"finds no word in .* of 1 of 9 test samples, such as 'b7': take chrf or"):
+        check_metrics([metric], samples)
+    check_metrics([metric], [*samples, *(Sample(f"c{i}", "?", "x", ("2",)) for i in range(8))])
+
+
 def test_a_metric_is_refused_by_all_letters_of_the_references_and_not_by_one_name_in_one_of_them():
     samples = [Sample(f"{i}", "?", "in the morning", ("in the morning",)) for i in range(9)]
     check_metrics(["rougeL"], [*samples, Sample("b7", "?", "Zoë", ("Zoë",))])

@@ -8,6 +8,7 @@ problem, 2001).
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from staff.evaluation.metrics.metric import Metric, References, Values, is_unspaced, letters_of
+from staff.data.samples import Sample
+from staff.errors import UserError
+from staff.evaluation.metrics.metric import UNREAD, Metric, References, Values, is_unspaced, letters_of
 
 TOKENIZERS = {"intl": "TokenizerV14International", "zh": "TokenizerZh", "char": "TokenizerChar"}
 """Tokenizers of sacrebleu, by the ending of the metric's name."""
@@ -48,6 +51,19 @@ class Rouge(Metric):
             for targets, prediction in zip(references, predictions, strict=True)
         ]
         return sum(scores) / len(scores), scores
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Refuse references of a script that the tokenizer drops, and references without words, such as emoji."""
+        super().check(samples)
+        wordless = [sample for sample in samples if not any(map(self._has_words, sample.references))]
+        if len(wordless) > UNREAD * len(samples):
+            raise UserError(
+                f"task.metrics {self.name} finds no word in the references of {len(wordless)} of {len(samples)} "
+                f"test samples, such as {wordless[0].id!r}: take chrf or exact instead."
+            )
+
+    def _has_words(self, text: str) -> bool:
+        return bool(letters_of(text, "LMN") if "_" in self.name else re.search("[a-z0-9]", text.lower()))
 
     @property
     def alternatives(self) -> Sequence[str]:
