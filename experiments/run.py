@@ -46,6 +46,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     page = Mirror()
     with listening(page):
         setup = Setup.of(cfg, choices)
+        log.info("reading %s", setup.task.origin)
         this = Run(setup)
         with _locked(this), _failure_noted(this, page):
             if processes.broadcast_from_main(lambda: this.recorded):

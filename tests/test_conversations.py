@@ -32,6 +32,10 @@ LAYOUTS = {
         {"messages": messages(("user", [{"type": "text", "text": "2 +"}, {"type": "text", "text": " 2?"}]), SAID)},
         (ASKED, SAID),
     ),
+    "messages in parts without a type": (
+        {"messages": messages(("user", [{"text": "2 +"}, " 2?"]), SAID)},
+        (ASKED, SAID),
+    ),
     "a developer's message": (
         {"messages": messages(("developer", "Be brief."), ASKED, SAID)},
         (SYSTEM, ASKED, SAID),

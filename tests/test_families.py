@@ -321,6 +321,7 @@ def test_a_run_says_which_data_it_reads_and_warns_where_another_family_reads_the
     caplog.set_level("INFO")
     target = shutil.copytree(ROOT / "staff/assets/tiny/target", tmp_path / "another")
     run("method=raw", "evaluation=none")
+    assert caplog.messages[0] == "reading pkg://staff/assets/dialogsum"
     assert any(m.endswith("samples of pkg://staff/assets/dialogsum") for m in caplog.messages)
     assert not any("that are shipped" in m for m in caplog.messages)
     run("method=raw", "evaluation=none", "seed=1", f"family.target.path={target}")

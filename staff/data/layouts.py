@@ -223,7 +223,7 @@ def _check_trained(place: str, message: Row, several: bool) -> None:
 def _part(part: Any, path: list[str], place: str, where: str) -> str:
     """The text of a message's content, or of one of its parts."""
     if isinstance(part, Mapping):
-        kind = part.get("type")
+        kind = part.get("type", "text" if isinstance(part.get("text"), str) and len(part) == 1 else None)
         if kind not in ("text", "input_text", "output_text"):
             raise UserError(
                 f"{place} has a part of type {shortened(repr(kind))}; only text is supported, remove the row."

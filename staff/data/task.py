@@ -194,7 +194,9 @@ class Task:
     def origin(self) -> str:
         """Where the training rows come from, in words."""
         files = self.train_file or self.data_dir
-        return f"the data set {self.hub} on the hub" if files is None else str(files)
+        if files is None:
+            return f"the data set {self.hub} on the hub"
+        return files if isinstance(files, str) else ", ".join(files)
 
     def source(self) -> dict[str, Any] | None:
         """Name and commit of the training rows' data set on the hub; None for files."""
