@@ -20,6 +20,7 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +111,15 @@ def table(stages: Sequence[PlannedStage], seconds: Sequence[float]) -> pd.DataFr
             "exact": [stage.exact for stage in stages],
         }
     )
-    sums: Any = {
-        "stages": "sum",
-        "stored": "sum",
-        "FLOPs": "sum",
-        "hours": lambda h: h.sum(skipna=False),
-        "exact": "all",
-    }
+    known = partial(pd.Series.sum, skipna=False)  # what is unknown makes a sum unknown
+    sums: Any = {"stages": "sum", "stored": "sum", "FLOPs": known, "hours": known, "exact": "all"}
     return pd.concat(
         [rows.groupby("stage", sort=False).agg(sums), rows.assign(stage="total").groupby("stage").agg(sums)]
     )
+
+
+def _told(flops: float, exact: bool) -> str:
+    return "unknown" if np.isnan(flops) else f"{'' if exact else '~'}{flops:.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -134,7 +134,7 @@ def report(
     """What a plan tells, in lines."""
     sums = table(list(planned.stages.values()), list(seconds.values()))
     shown = sums.drop(columns="exact").assign(
-        FLOPs=[f"{'' if exact else '~'}{flops:.3g}" for flops, exact in zip(sums["FLOPs"], sums["exact"])],
+        FLOPs=[_told(flops, exact) for flops, exact in zip(sums["FLOPs"], sums["exact"])],
         hours=["-" if np.isnan(hours) else f"{hours:.3g}" for hours in sums["hours"]],
     )
     lines = [shown.to_string()]
@@ -157,6 +157,8 @@ def report(
         lines.append(
             f"wall time: about {wall} with {gpus} run{'s' * (gpus > 1)} at a time; the longest run takes {chain}"
         )
+    elif np.isnan(sums.loc["total", "FLOPs"]):
+        lines.append("hours: unknown, since the FLOPs of a model cannot be counted")
     else:
         lines.append("hours: name a GPU (--gpu) or measure this machine (--calibrate)")
     if gpu is not None and (unknown := assumed(list(planned.stages.values()), gpu, speeds)):

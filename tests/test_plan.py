@@ -12,7 +12,7 @@ from support.records import write_runs
 
 from experiments import sizes
 from experiments.dry_run import dry_run
-from experiments.plan import main, seconds_of, table
+from experiments.plan import main, report, seconds_of, table
 from experiments.report.seeds import Planned, sentences
 from experiments.schedule import starting_order, wall_seconds
 from experiments.sizes import ASSUMED, GPUS, SIZES, SPEEDS, KnownShape, line, speed_on
@@ -83,6 +83,14 @@ def test_a_plan_of_a_preset_takes_the_command_of_the_sweep_and_prints_hours_and_
     assert "seeds for 0.5 points of ROUGE-L on dialogsum: " in said.stdout
     wrong = here(main, *command, "method=nobody")
     assert wrong.returncode == 1 and wrong.stderr.splitlines()[-1].startswith("staff: method=nobody is unknown")
+
+
+def test_flops_that_cannot_be_counted_are_unknown_in_a_plan_and_in_its_total(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("staff.models.flops.head_flops", lambda config: float("nan"))
+    planned = dry_run([*SMALL, "method=random", "tracking=none", f"results_dir={tmp_path}"])
+    said = report(planned, {known: float("nan") for known in planned.stages}, "h100", 1, {})
+    assert all(line.split()[-2] == "unknown" for line in said.splitlines()[2:6]), said
+    assert "hours: unknown, since the FLOPs of a model cannot be counted" in said
 
 
 def test_hours_follow_the_precision_that_a_stage_computes_in():
