@@ -21,7 +21,7 @@ RATE = 0.9
 OPENING = "#Person1# and #Person2#"
 CONTRASTS = (
     *(("staff", other) for other in ("random", "random_length", "ccs")),
-    *(("staff_debiased", "random"), ("staff_fast", "staff")),
+    *(("staff_debiased", "random"), ("staff_fast scores=online", "staff")),
 )
 
 
