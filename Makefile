@@ -4,18 +4,14 @@ PYTHONS := python3.11 python3.12 python3.13
 PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c 'import venv' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: demo test types quick stress gpu slurm mutations audit format smollm2 reproduce slice
+.PHONY: demo test stress gpu slurm mutations audit format smollm2 reproduce slice
 demo: .venv/installed
 	$(BIN)/staff experiment=demo
 
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(MAKE) --no-print-directory --jobs=2 types quick
-
-types:
 	$(BIN)/basedpyright
-quick:
 	$(BIN)/pytest
 
 # What takes minutes to hours: thirty kills, long fuzzing, every benchmark at a tiny size, pages in a browser.
